@@ -1,0 +1,101 @@
+"""The contiguous key-value cache of one sequence, and the arithmetic of how much memory caches take.
+
+Keys and values of old tokens never change under a causal mask, so they are computed once and kept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.config import ModelConfig
+from minillm.errors import CacheFullError, ConfigError
+
+
+class KVCache:
+    """Room for `capacity` tokens of one sequence, allocated once: keys and values of shape [capacity, Hkv, D] a layer.
+
+    `length` counts the tokens whose keys and values are stored in *every* layer. A forward pass over T new tokens
+    calls `append` once a layer and `advance(T)` once at its end; until then the length is unchanged, so a pass that
+    fails half-way leaves the cache as it was.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device=None):
+        if capacity < 1:
+            raise ConfigError(f"cache capacity is {capacity} tokens; it must be at least 1")
+        shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [L, capacity, Hkv, D]
+        self.values = torch.empty(shape, dtype=dtype, device=device)  # [L, capacity, Hkv, D]
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [T, Hkv, D] keys and values behind the cached ones; return views of all, [length + T, Hkv, D].
+
+        Raises CacheFullError, and stores nothing, if the T tokens do not fit.
+        """
+        end = self.length + k.shape[0]
+        if end > self.capacity:
+            raise CacheFullError(
+                f"{k.shape[0]} tokens do not fit behind the {self.length} cached ones: capacity is {self.capacity}; "
+                "make the cache larger or generate fewer tokens"
+            )
+        self.keys[layer, self.length : end] = k
+        self.values[layer, self.length : end] = v
+        return self.keys[layer, :end], self.values[layer, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` as cached, after every layer has appended them."""
+        self.length += num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, used or not."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int = 2) -> int:
+    """Bytes one token adds to the cache: 2 (K and V) * layers * KV heads * head_dim * bytes of an element."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype_bytes
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """How a model and its cache share a card; all sizes in bytes."""
+
+    card_bytes: int
+    weight_bytes: int
+    bytes_per_token: int
+    reserved_bytes: int  # kept for activations and the framework
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes left for the cache; 0 if the weights alone do not fit."""
+        return max(0, self.card_bytes - self.weight_bytes - self.reserved_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values fit, over all requests together."""
+        return self.cache_bytes // self.bytes_per_token
+
+    def num_requests(self, tokens_each: int) -> int:
+        """Requests of `tokens_each` tokens (prompt and output) that fit at once."""
+        return self.num_tokens // tokens_each
+
+
+def what_fits(config: ModelConfig, card_bytes: int, *, dtype_bytes: int = 2, reserved_share: float = 0.1) -> MemoryFit:
+    """What a card of `card_bytes` holds of the model: weights, then as many tokens of cache as go in the rest.
+
+    `reserved_share` of the card is kept free for activations, as vLLM's gpu_memory_utilization = 0.9 does.
+    Raises ConfigError if a size is not positive or the share is outside [0, 1).
+    """
+    if card_bytes <= 0 or dtype_bytes <= 0:
+        raise ConfigError(f"card_bytes ({card_bytes}) and dtype_bytes ({dtype_bytes}) must be positive")
+    if not 0 <= reserved_share < 1:
+        raise ConfigError(f"reserved_share is {reserved_share}; it must lie in [0, 1)")
+    return MemoryFit(
+        card_bytes=card_bytes,
+        weight_bytes=config.num_parameters * dtype_bytes,
+        bytes_per_token=kv_bytes_per_token(config, dtype_bytes),
+        reserved_bytes=int(card_bytes * reserved_share),
+    )
