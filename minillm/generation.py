@@ -1,0 +1,235 @@
+"""The ladder of ways to generate: each function gives the same tokens as the one before, with less work.
+
+All rungs share one loop; they differ in which tokens a forward pass gets and in the `attend` it is handed.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from minillm.attention import CachedAttention, CausalAttention, Kernel, sdpa_attention
+from minillm.config import ModelConfig
+from minillm.errors import PromptError, SamplingParamsError
+from minillm.kv_cache import KVCache
+from minillm.model import Decoder
+from minillm.sampling import SamplingParams, make_generator, sample
+from minillm.text import Detokenizer
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+
+REQUEST_ID = "req 0"  # the one request of a rung that runs one at a time
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """What `on_token` is told as soon as a token has been sampled."""
+
+    token_id: int
+    text: str  # text that has become final with this token; '' without a tokenizer
+    time: float  # seconds on time.perf_counter's clock
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Work done, counted while it was done."""
+
+    forward_passes: int
+    tokens_computed: int  # tokens pushed through the model, over all passes
+    score_entries: int  # query-key pairs scored, in one head of one layer
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One finished request. `token_ids` holds the output only, an eos or stop token included."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None  # None without a tokenizer; ends before a stop string
+    finish_reason: str  # "stop": eos, stop id or stop string; "length": max_tokens
+    stop_reason: int | str | None  # the stop id or stop string that matched; None for eos and length
+    counters: Counters
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: what came out and what it cost."""
+
+    logits: Tensor  # [V], of the last token
+    start: int  # position of the first token computed
+    num_tokens: int  # tokens computed
+    score_entries: int  # query-key pairs scored, in one head of one layer
+    cached_tokens: int  # tokens held in a cache afterwards
+
+
+@torch.inference_mode()
+def generate_naive(
+    model: Decoder,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams = SamplingParams(),
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+    kernel: Kernel = sdpa_attention,
+) -> GenerationResult:
+    """Feed the whole sequence again for every token. Raises PromptError or SamplingParamsError before any work."""
+
+    def forward(token_ids: list[int]) -> Pass:
+        attend = CausalAttention(model.config, kernel)
+        hidden = model(as_tensor(token_ids, model), positions(0, len(token_ids), model), attend)  # [T, hidden]
+        return Pass(model.logits(hidden[-1]), 0, len(token_ids), attend.score_entries, cached_tokens=0)
+
+    return _generate(model.config, forward, prompt_token_ids, params, tokenizer, on_token)
+
+
+@torch.inference_mode()
+def generate_cached(
+    model: Decoder,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams = SamplingParams(),
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+    kernel: Kernel = sdpa_attention,
+) -> GenerationResult:
+    """Keep keys and values: the prompt in one pass, then one new token a pass. Same errors as `generate_naive`."""
+    check_request(model.config, prompt_token_ids, params, tokenizer)
+    capacity = len(prompt_token_ids) + params.max_tokens - 1  # the last token sampled is never fed back
+    cache = KVCache(model.config, capacity, model.dtype, model.device)
+
+    def forward(token_ids: list[int]) -> Pass:
+        start = cache.length
+        attend = CachedAttention(model.config, cache, kernel)
+        new = token_ids[start:]
+        hidden = model(as_tensor(new, model), positions(start, len(token_ids), model), attend)  # [T, hidden]
+        cache.advance(len(new))
+        return Pass(model.logits(hidden[-1]), start, len(new), attend.score_entries, cache.length)
+
+    return _generate(model.config, forward, prompt_token_ids, params, tokenizer, on_token)
+
+
+def _generate(
+    config: ModelConfig,
+    forward: Callable[[list[int]], Pass],
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase | None,
+    on_token: Callable[[NewToken], None] | None,
+) -> GenerationResult:
+    """The loop that all rungs share: forward pass, sample, append, until something stops it."""
+    check_request(config, prompt_token_ids, params, tokenizer)
+    output = OutputBuilder(config, params, tokenizer)
+    generator = make_generator(params)
+    prompt = [int(token_id) for token_id in prompt_token_ids]
+    began = time.perf_counter()
+    trace = Trace(requests=[RequestRecord(REQUEST_ID, 0.0, len(prompt))])
+    while output.finish_reason is None:
+        start_time = time.perf_counter()
+        done = forward(prompt + output.token_ids)
+        token_id = int(sample(done.logits[None], [params], [generator])[0])
+        now = time.perf_counter()
+        text = output.append(token_id)
+        trace.steps.append(_step_event(trace, done, start_time - began, now - began, output.finish_reason))
+        if on_token is not None:
+            on_token(NewToken(token_id, text, now))
+    return output.result(prompt, trace)
+
+
+def _step_event(trace: Trace, done: Pass, start_time: float, end_time: float, finish_reason: str | None) -> StepEvent:
+    """Describe a pass for the trace."""
+    computed_before = trace.steps[-1].scheduled[-1].end if trace.steps else 0
+    if done.start < computed_before:
+        why = "recompute"
+    else:
+        why = "prefill" if done.start < trace.requests[0].num_prompt_tokens else "decode"
+    return StepEvent(
+        step=len(trace.steps),
+        start_time=start_time,
+        end_time=end_time,
+        scheduled=(ScheduledTokens(REQUEST_ID, done.start, done.num_tokens, why, num_sampled=1),),
+        finished=() if finish_reason is None else (REQUEST_ID,),
+        score_entries=done.score_entries,
+        cached_tokens=done.cached_tokens,
+    )
+
+
+class OutputBuilder:
+    """Collects the output tokens of one request and knows when it is finished."""
+
+    def __init__(self, config: ModelConfig, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None):
+        self.params = params
+        self.eos_token_ids = () if params.ignore_eos else config.eos_token_ids
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def append(self, token_id: int) -> str:
+        """Take the newest token; return the text that has become final with it."""
+        self.token_ids.append(token_id)
+        text = "" if self.detokenizer is None else self.detokenizer.add(token_id)
+        if token_id in self.params.stop_token_ids:
+            self.finish_reason, self.stop_reason = "stop", token_id
+        elif token_id in self.eos_token_ids:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.params.max_tokens:
+            self.finish_reason = "length"
+        if self.detokenizer is not None and self.finish_reason is not None:
+            text += self.detokenizer.finish()
+        if self.detokenizer is not None and self.detokenizer.stopped_by is not None:
+            self.finish_reason, self.stop_reason = "stop", self.detokenizer.stopped_by
+        return text
+
+    def result(self, prompt: list[int], trace: Trace) -> GenerationResult:
+        """Everything about the finished request."""
+        counters = Counters(
+            forward_passes=len(trace.steps),
+            tokens_computed=sum(step.num_tokens for step in trace.steps),
+            score_entries=sum(step.score_entries for step in trace.steps),
+        )
+        text = None if self.detokenizer is None else self.detokenizer.text
+        return GenerationResult(
+            tuple(prompt), tuple(self.token_ids), text, self.finish_reason, self.stop_reason, counters, trace
+        )
+
+
+def check_request(
+    config: ModelConfig,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Refuse a request that cannot be served. Raises PromptError or SamplingParamsError."""
+    num_prompt_tokens, context = len(prompt_token_ids), config.max_position_embeddings
+    if num_prompt_tokens == 0:
+        raise PromptError("the prompt is empty; give at least one token id")
+    if num_prompt_tokens >= context:
+        raise PromptError(
+            f"the prompt has {num_prompt_tokens} tokens, the model's context is {context}, prompt and output together; "
+            f"shorten the prompt to at most {context - 1}"
+        )
+    if num_prompt_tokens + params.max_tokens > context:
+        raise PromptError(
+            f"{num_prompt_tokens} prompt tokens and max_tokens = {params.max_tokens} do not fit the model's context of "
+            f"{context}; ask for at most {context - num_prompt_tokens}"
+        )
+    for position, token_id in enumerate(prompt_token_ids):
+        if not 0 <= token_id < config.vocab_size:
+            raise PromptError(
+                f"token id {token_id} at position {position} is outside the vocabulary of {config.vocab_size} ids"
+            )
+    if params.stop and tokenizer is None:
+        raise SamplingParamsError("stop strings need a tokenizer; pass one, or use stop_token_ids")
+
+
+def as_tensor(token_ids: Sequence[int], model: Decoder) -> Tensor:
+    """[T] token ids on the model's device."""
+    return torch.tensor(token_ids, dtype=torch.long, device=model.device)
+
+
+def positions(start: int, end: int, model: Decoder) -> Tensor:
+    """[end - start] consecutive positions on the model's device."""
+    return torch.arange(start, end, device=model.device)

@@ -1,0 +1,77 @@
+"""Between text and token ids: encoding with typed errors, and decoding that can stream and stop."""
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from minillm.errors import PromptError
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Text -> token ids. Raises PromptError for empty text and for text that has no UTF-8 form."""
+    if not isinstance(text, str):
+        raise PromptError(f"a text prompt must be a str, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"character {error.start} of the prompt ({text[error.start]!r}) is half of a surrogate pair and cannot be "
+            "encoded; remove it or pass the whole character"
+        ) from error
+    token_ids = tokenizer.encode(text)
+    if not token_ids:
+        raise PromptError("the prompt is empty; give at least one token, such as 'Once'")
+    return token_ids
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """The text of each token on its own, leading space included: the labels of masks and timelines."""
+    return [tokenizer.decode([token_id]) for token_id in token_ids]
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, given out as soon as it is final.
+
+    Held back are bytes that do not yet make a whole character (tokenizers' DecodeStream knows) and a tail that may
+    grow into a stop string. Once `stopped_by` is set, the text ends right before that stop string, wherever within
+    its tokens it began.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.stop = tuple(stop)
+        self.token_ids: list[int] = []
+        self.text = ""  # all that has been given out
+        self.stopped_by: str | None = None
+        self._pending = ""  # decoded, but held back
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token_id: int) -> str:
+        """Take one more token; return the text that has become final with it, often ''."""
+        self.token_ids.append(token_id)
+        self._pending += self._stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        return self._give_out(len(self._pending) - self._held_back())
+
+    def finish(self) -> str:
+        """No more tokens come: return what was held back, with unfinished characters shown as U+FFFD."""
+        if self.stopped_by is None:
+            decoded = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
+            self._pending = decoded[len(self.text) :]
+        return self._give_out(len(self._pending))
+
+    def _give_out(self, num_characters: int) -> str:
+        found = [(self._pending.find(stop), stop) for stop in self.stop if stop in self._pending]
+        if found:
+            num_characters, self.stopped_by = min(found)
+        new, self._pending = self._pending[:num_characters], self._pending[num_characters:]
+        if self.stopped_by is not None:
+            self._pending = ""
+        self.text += new
+        return new
+
+    def _held_back(self) -> int:
+        """Characters at the end of the pending text that may be the beginning of a stop string."""
+        return max(
+            (n for stop in self.stop for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0
+        )
