@@ -1,0 +1,37 @@
+"""Pictures of masks, runs and measurements: each as plain text, as a figure and, where steps matter, as a stepper.
+
+May import anything of minillm; only notebooks, checks and the command line import it. Text needs no matplotlib.
+"""
+
+from minillm.viz.base import (
+    Panels,
+    Picture,
+    PictureError,
+    binary_bytes,
+    both_bytes,
+    decimal_bytes,
+    side_by_side,
+    stacked,
+)
+from minillm.viz.curves import Bars, CacheGrowth, Curves
+from minillm.viz.grids import AttentionWeights, MaskGrid
+from minillm.viz.recompute import RecomputeGrid
+from minillm.viz.timeline import Timeline
+
+__all__ = [
+    "AttentionWeights",
+    "Bars",
+    "CacheGrowth",
+    "Curves",
+    "MaskGrid",
+    "Panels",
+    "Picture",
+    "PictureError",
+    "RecomputeGrid",
+    "Timeline",
+    "binary_bytes",
+    "both_bytes",
+    "decimal_bytes",
+    "side_by_side",
+    "stacked",
+]

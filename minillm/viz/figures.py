@@ -1,0 +1,46 @@
+"""The README's pictures: `python -m minillm.viz.figures [FOLDER]` draws them again, the same bytes every time."""
+
+import sys
+from pathlib import Path
+
+from minillm.viz.base import Picture
+from minillm.viz.grids import MaskGrid
+from minillm.viz.timeline import Timeline
+
+FOLDER = Path(__file__).parents[2] / "figures"
+RUNNING_EXAMPLE = "Once upon a time, there was"
+TOKENS = ("Once", " upon", " a", " time", ",", " there", " was")
+NUM_OUTPUT_TOKENS = 12
+
+
+def causal_mask() -> Picture:
+    """Who may look at whom among the seven tokens of the course's running example."""
+    from minillm.masks import causal
+
+    return MaskGrid(causal(len(TOKENS)), TOKENS, title="A token sees itself and what came before")
+
+
+def timeline() -> Picture:
+    """The storyteller goes on from the running example; drawn in steps, so that no clock is in the picture."""
+    from minillm import SamplingParams, encode, generate_cached, load_model, token_texts
+
+    model, tokenizer = load_model("storyteller")
+    params = SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
+    result = generate_cached(model, encode(tokenizer, RUNNING_EXAMPLE), params, tokenizer=tokenizer)
+    tokens = {result.trace.requests[0].request_id: token_texts(tokenizer, result.token_ids)}
+    title = f"The prompt's {len(result.prompt_token_ids)} tokens in one pass, then one token a pass"
+    return Timeline(result.trace, unit="steps", sampled_tokens=tokens, title=title)
+
+
+FIGURES = {"causal_mask.svg": causal_mask, "timeline.svg": timeline}
+
+
+def draw_figures(folder: Path = FOLDER) -> list[Path]:
+    """Write every figure of the README into `folder`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [make().save(folder / name) for name, make in FIGURES.items()]
+
+
+if __name__ == "__main__":
+    for path in draw_figures(*map(Path, sys.argv[1:2])):
+        print(path.name)

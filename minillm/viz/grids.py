@@ -1,0 +1,267 @@
+"""Grids of tokens by tokens: who may look at whom, and how much weight each look gets."""
+
+from collections.abc import Sequence
+
+from minillm.viz.base import (
+    SMALL_SIZE,
+    Picture,
+    PictureError,
+    literal,
+    pad,
+    plural,
+    text_width,
+    token_labels,
+)
+from minillm.viz.palette import BLACK, GREEN, GREY, MAY_LOOK, MAY_NOT, WHITE
+
+MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border
+BORDER = "#BBBBBB"
+LETTER_WIDTH = 0.085  # inches, of the small type
+MAX_TEXT_WIDTH = 100  # columns of plain text up to which the key labels stand above their cells
+
+
+class TokenGrid(Picture):
+    """A grid [T_query, T_key]: row = the token that looks, column = the token it looks at. Steps = rows."""
+
+    legend = ""
+
+    def __init__(self, values, query_labels, key_labels, title, highlight_row):
+        self.values = as_rows(values)
+        self.num_queries, self.num_keys = len(self.values), len(self.values[0])
+        if key_labels is None and self.num_queries == self.num_keys:
+            key_labels = query_labels
+        if query_labels is None and key_labels is not None and len(key_labels) == self.num_keys:
+            query_labels = key_labels[self.num_keys - self.num_queries :]  # the queries are the last tokens
+        self.query_labels = token_labels(query_labels, self.num_queries, "rows (looking tokens)")
+        self.key_labels = token_labels(key_labels, self.num_keys, "columns (looked-at tokens)")
+        if highlight_row is not None and not 0 <= highlight_row < self.num_queries:
+            raise PictureError(f"highlight_row is {highlight_row}; the mask has rows 0..{self.num_queries - 1}")
+        self.title = title
+        self.highlight_row = highlight_row
+        self.num_steps = self.num_queries
+
+    def row_name(self, row: int) -> str:
+        """ "token 3 ' time'" in words; the number is the token's position among the keys' last rows."""
+        position = self.num_keys - self.num_queries + row if self.num_queries <= self.num_keys else row
+        return f"token {position}" + (f" {self.query_labels[row]}" if self.query_labels else "")
+
+    def _cell_text(self, value) -> str:
+        raise NotImplementedError
+
+    def text(self) -> str:
+        rows = self.query_labels or [str(row) for row in range(self.num_queries)]
+        cells = [[self._cell_text(value) for value in row] for row in self.values]
+        heads = self.key_labels or [str(column) for column in range(self.num_keys)]
+        widths = [max(text_width(head), text_width(cells[0][column])) for column, head in enumerate(heads)]
+        label_width = max(map(text_width, [*rows, "looks at →"]))
+        lines = []
+        if sum(widths) + 2 * len(widths) + label_width <= MAX_TEXT_WIDTH:
+            lines.append(pad("looks at →", label_width, right=True) + "  " + _joined(heads, widths))
+        else:  # too wide: cells close together, and the labels are those of the rows
+            widths = [text_width(cells[0][0])] * self.num_keys
+            if self.key_labels and self.key_labels != self.query_labels:
+                lines.append("looks at → " + " ".join(self.key_labels))
+        for index, (label, row) in enumerate(zip(rows, cells, strict=True)):
+            arrow = "  ←" if index == self.highlight_row else ""
+            lines.append(pad(label, label_width, right=True) + "  " + _joined(row, widths).rstrip() + arrow)
+        return "\n".join(line.rstrip() for line in [*lines, self.legend] if line)
+
+    def _cell_size(self) -> float:
+        most = max(self.num_queries, self.num_keys)
+        fits = 6.3 / most
+        if self.key_labels is None and self.query_labels is None:
+            return max(min(fits, 0.34), 4 / most if most > MAX_MARKED else 0)
+        return max(0.2, min(fits, 0.42))
+
+    def _size(self) -> tuple[float, float]:
+        cell = self._cell_size()
+        top = 0.55 + (LETTER_WIDTH * max(map(text_width, self.key_labels)) if self._turned() else 0)
+        return max(2.4, cell * self.num_keys + self._left()), cell * self.num_queries + top
+
+    def _left(self) -> float:
+        return 0.15 + LETTER_WIDTH * max(map(text_width, [*(self.query_labels or []), "token ↓"]))
+
+    def _title_width(self) -> float:
+        return self._size()[0] - self._left()
+
+    def _turned(self) -> bool:
+        return any(text_width(label) * LETTER_WIDTH > self._cell_size() for label in self.key_labels or [])
+
+    def _colors(self, highlight: int | None):
+        """[T_query, T_key] of (r, g, b) floats."""
+        raise NotImplementedError
+
+    def _mark_cells(self, axes, highlight: int | None) -> None:
+        """What says the same as the colour does."""
+        raise NotImplementedError
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        from matplotlib.patches import Rectangle
+
+        highlight = self.highlight_row if step is None else step
+        small = max(self.num_queries, self.num_keys) <= MAX_MARKED
+        edges = {"edgecolors": BORDER, "linewidth": 0.6} if small else {"rasterized": True}
+        axes.pcolormesh(self._colors(highlight), **edges)
+        axes.set(xlim=(0, self.num_keys), ylim=(self.num_queries, 0), aspect="equal", anchor="NW")
+        if small:
+            self._mark_cells(axes, highlight)
+        if highlight is not None:
+            frame = Rectangle((0, highlight), self.num_keys, 1, fill=False, edgecolor=BLACK, linewidth=2, clip_on=False)
+            axes.add_patch(frame)
+        self._label_axes(axes, highlight)
+
+    def _label_axes(self, axes, highlight: int | None) -> None:
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel("looks at →", loc="left", color=GREY, size=SMALL_SIZE)
+        axes.annotate(
+            "looking\ntoken ↓", (0, 1), (-4, 5), xycoords="axes fraction", textcoords="offset points",
+            ha="right", va="bottom", color=GREY, size=SMALL_SIZE,
+        )  # fmt: skip
+        axes.tick_params(length=0, pad=3)
+        axes.spines[:].set(visible=True, color=BORDER, linewidth=0.6)
+        turned = {"rotation": 60, "ha": "left", "rotation_mode": "anchor"} if self._turned() else {}
+        axes.set_xticks(*_ticks(self.num_keys, self.key_labels), **turned)
+        axes.set_yticks(*_ticks(self.num_queries, self.query_labels))
+        if highlight is not None and self.query_labels:
+            axes.get_yticklabels()[highlight].set_fontweight("bold")
+
+
+class MaskGrid(TokenGrid):
+    """A bool mask [T_query, T_key]: green with a dot = may look, white = may not.
+
+    `mask` is a tensor, an array or nested lists. Labels are tokens as the tokenizer cuts them (" upon"); where only one
+    axis is labelled, the other takes its labels from it: a square mask all of them, fewer rows than columns the last.
+    Steps = rows. Raises PictureError if there are not as many labels as rows or columns, or if the mask is empty or
+    ragged.
+    """
+
+    legend = f"{MAY_LOOK.letter} {MAY_LOOK.name}   {MAY_NOT.letter} {MAY_NOT.name}"
+
+    def __init__(
+        self,
+        mask,
+        query_labels: Sequence[str] | None = None,
+        key_labels: Sequence[str] | None = None,
+        title: str | None = None,
+        highlight_row: int | None = None,
+    ):
+        super().__init__(mask, query_labels, key_labels, title, highlight_row)
+
+    def caption(self, step: int) -> str:
+        seen = self._seen(step)
+        names = ", ".join((self.key_labels or list(map(str, range(self.num_keys))))[column] for column in seen)
+        return f"{self.row_name(step)} sees: {names or 'nobody'} — {len(seen)} of {self.num_keys}"
+
+    def alt(self) -> str:
+        entries = sum(len(self._seen(row)) for row in range(self.num_queries))
+        return (
+            f"{self.title + ': ' if self.title else ''}mask of {plural(self.num_queries, 'looking token')} by "
+            f"{plural(self.num_keys, 'looked-at token')}, {entries} of {self.num_queries * self.num_keys} may look"
+        )
+
+    def _seen(self, row: int) -> list[int]:
+        return [column for column, may in enumerate(self.values[row]) if may]
+
+    def _cell_text(self, value) -> str:
+        return MAY_LOOK.letter if value else MAY_NOT.letter
+
+    def _colors(self, highlight: int | None):
+        return _blend([[float(bool(value)) for value in row] for row in self.values], highlight)
+
+    def _mark_cells(self, axes, highlight: int | None) -> None:
+        looks = [(column + 0.5, row + 0.5) for row in range(self.num_queries) for column in self._seen(row)]
+        if looks:
+            axes.scatter(*zip(*looks, strict=True), s=(16 * self._cell_size()) ** 2, color=MAY_LOOK.ink, linewidth=0)
+
+
+class AttentionWeights(TokenGrid):
+    """Attention weights [T_query, T_key], floats from 0 to 1: the greener, the heavier; numbers up to 8 tokens.
+
+    Labels as in `MaskGrid`. Raises PictureError also for a weight outside 0..1 (a softmax gives none).
+    """
+
+    legend = "each row sums to 1"
+    max_numbered = 8
+
+    def __init__(
+        self,
+        weights,
+        query_labels: Sequence[str] | None = None,
+        key_labels: Sequence[str] | None = None,
+        title: str | None = None,
+        highlight_row: int | None = None,
+    ):
+        super().__init__(weights, query_labels, key_labels, title, highlight_row)
+        for row in self.values:
+            for value in row:
+                if not -1e-6 <= value <= 1 + 1e-6:
+                    raise PictureError(f"weight {value} is outside 0..1; give the weights *after* the softmax")
+
+    def caption(self, step: int) -> str:
+        row = self.values[step]
+        heaviest = max(range(self.num_keys), key=row.__getitem__)
+        name = self.key_labels[heaviest] if self.key_labels else f"token {heaviest}"
+        return f"{self.row_name(step)} looks most at {name}: weight {row[heaviest]:.2f}"
+
+    def alt(self) -> str:
+        return f"{self.title + ': ' if self.title else ''}attention weights, {self.num_queries} by {self.num_keys}"
+
+    def _cell_text(self, value) -> str:
+        return f"{value:.2f}"
+
+    def _cell_size(self) -> float:
+        return max(super()._cell_size(), 0.46) if self._numbered() else super()._cell_size()
+
+    def _numbered(self) -> bool:
+        return max(self.num_queries, self.num_keys) <= self.max_numbered
+
+    def _colors(self, highlight: int | None):
+        return _blend(self.values, highlight)
+
+    def _mark_cells(self, axes, highlight: int | None) -> None:
+        for row in range(self.num_queries if self._numbered() else 0):
+            for column, value in enumerate(self.values[row]):
+                ink = WHITE if value > 0.6 and highlight in (None, row) else BLACK
+                place = {"x": column + 0.5, "y": row + 0.5, "ha": "center", "va": "center"}
+                axes.text(s=f"{value:.2f}", size=SMALL_SIZE, color=ink, in_layout=False, **place)
+
+
+def as_rows(values) -> list[list]:
+    """A tensor, an array or nested sequences as a list of equally long rows. Raises PictureError if it is none."""
+    rows = values.tolist() if hasattr(values, "tolist") else values
+    try:
+        rows = [list(row) for row in rows]
+    except TypeError:
+        raise PictureError("a grid needs two dimensions, [T_query, T_key]; this has fewer") from None
+    if not rows or not rows[0]:
+        raise PictureError("an empty grid cannot be drawn; it needs at least one row and one column")
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise PictureError(f"the rows of a grid must be equally long; these have lengths {sorted(lengths)}")
+    if isinstance(rows[0][0], list):
+        raise PictureError("a grid needs two dimensions, [T_query, T_key]; this has more: pick one head")
+    return rows
+
+
+def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
+    separator = "" if set(widths) == {1} and len(widths) > 30 else "  " if max(widths) > 1 else " "
+    return separator.join(pad(cell, width) for cell, width in zip(cells, widths, strict=True))
+
+
+def _ticks(count: int, labels: list[str] | None) -> tuple[list[float], list[str]]:
+    """Positions and names: all labels, or else numbers, so few that they do not touch."""
+    every = 1 if labels or count <= 20 else 5 if count <= MAX_MARKED else 10 ** (len(str(count - 1)) - 1)
+    shown = range(0, count, every)
+    return [place + 0.5 for place in shown], [literal(labels[place]) if labels else str(place) for place in shown]
+
+
+def _blend(shares: list[list[float]], highlight: int | None):
+    """Green by share, from white (0) to full (1); rows other than the highlighted one paler. [rows, columns, 3]."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+
+    strength = np.clip(np.array(shares, dtype=float), 0, 1)
+    if highlight is not None:
+        strength[np.arange(len(shares)) != highlight] *= 0.35
+    return 1 - strength[:, :, None] * (1 - np.array(to_rgb(GREEN)))

@@ -1,0 +1,54 @@
+"""The colours of all pictures, and the letter and hatch that go with each state, so that colour is never alone.
+
+Colours are those of Okabe and Ito (2008), told apart in every common kind of colour blindness, plus two greys.
+"""
+
+from dataclasses import dataclass
+
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY_BLUE = "#56B4E9"
+GREEN = "#009E73"
+YELLOW = "#F0E442"
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+PURPLE = "#CC79A7"
+GREY = "#767676"
+LIGHT_GREY = "#DDDDDD"
+WHITE = "#FFFFFF"
+
+# Lines and bars take these in turn; the markers make them readable without colour.
+SERIES_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BLACK)
+SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
+SERIES_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a box shows: a letter for the text form, and for the figure a fill, an ink that reads on it, a hatch."""
+
+    letter: str
+    name: str
+    color: str
+    ink: str = BLACK
+    hatch: str = ""
+
+
+# What a request does in a step (timelines). The keys are the `why` of `trace.ScheduledTokens`, and two more.
+STATES = {
+    "waiting": State("w", "waiting", LIGHT_GREY, GREY, ".."),
+    "prefill": State("P", "prefill", BLUE, WHITE),
+    "decode": State("D", "decode", ORANGE, BLACK),
+    "recompute": State("R", "recompute", VERMILLION, BLACK, "///"),
+    "padding": State("x", "padding", WHITE, GREY, "xx"),
+    "finished": State(".", "finished", WHITE, GREY),
+}
+
+# What happens to a token in a forward pass (recomputation grids).
+NEW = State("N", "new", SKY_BLUE, BLACK)
+AGAIN = State("R", "computed again", VERMILLION, BLACK, "///")
+KEPT = State("c", "from the cache", "#EEEEEE", GREY)
+
+# Who may look at whom (mask grids).
+MAY_LOOK = State("#", "may look", GREEN, WHITE)
+MAY_NOT = State(".", "may not", WHITE, GREY)
