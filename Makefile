@@ -1,0 +1,50 @@
+# make lab    set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
+# make test   set up, then everything CI runs
+# make setup  only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
+
+PYTHON ?= python3
+LAB_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup lab test notebooks figures clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "minillm needs Python 3.11 or newer. Name one with: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,test]'
+	@touch $@
+
+# Jupyter asks root, and so most containers, to say --allow-root.
+lab: $(READY)
+	$(BIN)/minillm learn
+	$(BIN)/jupyter lab --ServerApp.root_dir=learn --LabApp.default_url=/lab/tree/01_generation.ipynb \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+# One thread, offline and without progress bars: the outputs in the notebooks must come out the same everywhere.
+test notebooks figures: export OMP_NUM_THREADS := 1
+test notebooks figures: export HF_HUB_OFFLINE := 1
+test notebooks figures: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+test notebooks figures: export TQDM_DISABLE := 1
+test notebooks figures: export TOKENIZERS_PARALLELISM := false
+unexport MPLBACKEND
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
+	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n 2 --dist loadscope
+
+# ONLY="01 03" picks chapters; REFRESH=1 measures the cells tagged `timing` again.
+notebooks: $(READY)
+	$(BIN)/python -m minillm.course.notebooks $(if $(REFRESH),--refresh) $(ONLY)
+
+figures: $(READY)
+	$(BIN)/python -m minillm.viz.figures
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
