@@ -1,0 +1,176 @@
+"""The reader's copies of the chapters: solutions taken out, outputs cleared, work of the reader kept.
+
+A solution stands between `### BEGIN SOLUTION` and `### END SOLUTION` (nbgrader's markers): the body of a function, or a
+guess such as `my_guess = 3` outside any.
+`learn/.manifest.json` remembers the hash of each copy we wrote; a file with another hash is the reader's.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+from nbformat import NotebookNode
+
+from minillm.errors import MiniLLMError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+MANIFEST = ".manifest.json"
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+DEFINITION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
+ASSIGNMENT = re.compile(r"(\w+) = [^#]*?(\s*#.*)?")
+
+
+class CourseError(MiniLLMError):
+    """A chapter does not exist, or its exercises are marked in a way that leaves no exercise."""
+
+
+class Prepared(NamedTuple):
+    """What `learn` did with one chapter."""
+
+    path: Path
+    action: str  # "new", "unchanged", "updated", "replaced" or "kept"
+
+
+# Taking the solutions out -------------------------------------------------------------------------
+
+
+def student_copy(notebook: NotebookNode) -> NotebookNode:
+    """The notebook as the reader gets it: exercise bodies to be written, nothing executed."""
+    copy = nbformat.from_dict(notebook)
+    for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.source = without_solutions(cell.source)
+            cell.outputs, cell.execution_count = [], None
+    return copy
+
+
+def has_solution(source: str) -> bool:
+    return BEGIN in source
+
+
+def without_solutions(source: str) -> str:
+    """Replace what stands between the markers by what the reader starts from."""
+    kept: list[str] = []
+    solution: list[str] | None = None  # the lines of the region we are in
+    for line in source.split("\n"):
+        marker = line.strip()
+        if marker == (END if solution is None else BEGIN):
+            raise CourseError(f"{marker!r} without its partner in the cell:\n{source}")
+        if marker == BEGIN:
+            solution = []
+        elif marker == END:
+            kept += start_from(solution, kept, indentation(line))
+            solution = None
+        else:
+            (kept if solution is None else solution).append(line)
+    if solution is not None:
+        raise CourseError(f"{BEGIN!r} without {END!r} in the cell:\n{source}")
+    return "\n".join(kept)
+
+
+def start_from(solution: list[str], lines_above: list[str], indent: int) -> list[str]:
+    """What replaces a solution: in a function a line that raises, at the top level each guess set to None."""
+    if indent == 0:
+        return [unset(line) for line in solution]
+    for line in reversed(lines_above):
+        definition = DEFINITION.match(line)
+        if definition and len(definition[1]) < indent:
+            return [f'{" " * indent}raise NotImplementedError("write {definition[2]}")']
+    raise CourseError(f"{BEGIN!r} is indented, but below no function: {solution[:1]}")
+
+
+def unset(line: str) -> str:
+    """`guess = 3  # ms` -> `guess = None  # ms`"""
+    assignment = ASSIGNMENT.fullmatch(line)
+    if assignment is None:
+        raise CourseError(f"outside a function a solution holds lines like `guess = 3`, not {line!r}")
+    return f"{assignment[1]} = None{assignment[2] or ''}"
+
+
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+# The folder of copies -----------------------------------------------------------------------------
+
+
+def source_folder() -> Path:
+    """The chapters: inside an installed wheel, else beside the package in its repository."""
+    packaged = PACKAGE / "_notebooks"
+    return packaged if packaged.is_dir() else PACKAGE.parent / "notebooks"
+
+
+def find_chapter(name: str, stems: list[str]) -> str:
+    """The chapter that `name` means: its full name, its file name, or its number as in "3" or "03"."""
+    wanted = name.removesuffix(".ipynb")
+    wanted = wanted.zfill(2) if wanted.isdigit() else wanted
+    for stem in stems:
+        if wanted in (stem, stem.split("_")[0]):
+            return stem
+    raise CourseError(f"there is no chapter {name!r}; choose from {', '.join(stems) or 'none'}")
+
+
+def prepare(
+    folder: Path, names: Sequence[str] = (), force: Sequence[str] = (), source: Path | None = None
+) -> list[Prepared]:
+    """Write the student copies of the chapters `names` (none given: all) into `folder`.
+
+    A copy the reader has changed is left alone unless `force` names its chapter.
+    """
+    source = source or source_folder()
+    stems = sorted(path.stem for path in source.glob("*.ipynb"))
+    forced = {find_chapter(name, stems) for name in force}
+    chosen = {find_chapter(name, stems) for name in names} | forced if names else set(stems)
+    copies = {stem: copy_as_text(source / f"{stem}.ipynb") for stem in sorted(chosen)}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(folder)
+    done = []
+    for stem, text in copies.items():
+        path = folder / f"{stem}.ipynb"
+        action = decide(path, text, manifest.get(path.name), stem in forced)
+        if action != "kept":
+            write_whole(path, text)
+            manifest[path.name] = digest(text)
+        done.append(Prepared(path, action))
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return done
+
+
+def decide(path: Path, text: str, written: str | None, forced: bool) -> str:
+    """What to do with a copy, given the hash of what we wrote there last (None: nothing)."""
+    if not path.exists():
+        return "new"
+    found = digest(path.read_text(encoding="utf-8"))
+    if found == digest(text):
+        return "unchanged"
+    if found == written:
+        return "updated"
+    return "replaced" if forced else "kept"
+
+
+def copy_as_text(path: Path) -> str:
+    return nbformat.writes(student_copy(nbformat.read(path, as_version=4))) + "\n"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """An unreadable manifest counts as empty: then every existing file is taken for the reader's."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interruption leaves the old or the new one."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
