@@ -1,0 +1,210 @@
+"""The exercises of chapter 1: the loop, the times of a request, and how a token is chosen."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm.checks.base import Case, describe, is_number, run_check
+from minillm.sampling import next_token_probabilities
+from minillm.sampling_params import SamplingParams
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+
+VOCABULARY = 10  # of the fake models: the ids 0 to 9
+
+
+# --- the loop ---
+
+
+def greedy_generate(function: Callable) -> None:
+    """Check `greedy_generate(next_logits, prompt, max_tokens, eos_token_ids)` on fake models with a known answer."""
+    run_check("greedy_generate", observed(function), greedy_cases(), same=same_answer, show=show_answer)
+
+
+class FakeModel:
+    """Prefers the id that `rule` makes of the whole sequence, and counts how often it was asked.
+
+    All logits are negative, so that a search for the best one that starts at 0 finds nothing.
+    """
+
+    def __init__(self, name: str, rule: Callable[[list[int]], int]):
+        self.__name__ = name
+        self.rule = rule
+        self.num_passes = 0
+
+    def __call__(self, token_ids: Sequence[int]) -> Tensor:
+        self.num_passes += 1
+        best = self.rule([int(token_id) for token_id in token_ids]) % VOCABULARY
+        return -1.0 - (torch.arange(VOCABULARY) - best).abs().float()  # [VOCABULARY]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call gave back, and what it did on the way."""
+
+    token_ids: Any
+    num_passes: int
+    changed_prompt: list | None = None  # what became of the prompt, if the call changed it
+
+
+def greedy_cases() -> Iterable[Case]:
+    """Each case calls a fresh model; `expected` follows from the model's rule by hand."""
+
+    def case(
+        name: str, rule: Callable, prompt: list[int], limit: int, eos: tuple, output: list[int], hint: str
+    ) -> Case:
+        return Case((FakeModel(name, rule), prompt, limit, eos), Answer(output, len(output)), hint)
+
+    def last_plus_1(token_ids: list[int]) -> int:
+        return token_ids[-1] + 1
+
+    return [
+        case("last_plus_1", last_plus_1, [3], 4, (9,), [4, 5, 6, 7], "Return the new tokens only, max_tokens of them."),
+        case("sum_of_all", sum, [1, 2], 5, (), [3, 6, 2, 4, 8], "Each pass needs the prompt and every token so far."),
+        case("last_plus_1", last_plus_1, [6, 7], 9, (9,), [8, 9], "Stop after an end token; it belongs to the output."),
+        case("last_plus_1", last_plus_1, [8], 5, (9,), [9], "The very first new token may already be an end token."),
+        case("last_plus_1", last_plus_1, [1], 9, (7, 4), [2, 3, 4], "Any of the ids in eos_token_ids ends the output."),
+        case("last_plus_1", last_plus_1, [9, 0], 3, (9,), [1, 2, 3], "An end token inside the prompt ends nothing."),
+        case("last_plus_1", last_plus_1, [5], 1, (), [6], "max_tokens counts new tokens, not the prompt."),
+    ]
+
+
+def observed(function: Callable) -> Callable[..., Answer]:
+    """`function`, with an eye on how many passes it makes and on what happens to the prompt."""
+
+    def call(next_logits: FakeModel, prompt: list[int], max_tokens: int, eos_token_ids: tuple) -> Answer:
+        given = list(prompt)
+        output = function(next_logits, given, max_tokens, eos_token_ids)
+        return Answer(output, next_logits.num_passes, None if given == prompt else given)
+
+    return call
+
+
+def same_answer(got: Answer, expected: Answer) -> bool:
+    """The same ids in any container, from no more passes, and the prompt as it was."""
+    token_ids = plain(got.token_ids)
+    if not isinstance(token_ids, list) or not all(is_number(token_id) for token_id in token_ids):
+        return False
+    return (
+        [float(token_id) for token_id in token_ids] == expected.token_ids
+        and got.num_passes == expected.num_passes
+        and got.changed_prompt is None
+    )
+
+
+def show_answer(answer: Answer) -> str:
+    passes = f"{answer.num_passes} forward pass" + ("" if answer.num_passes == 1 else "es")
+    prompt = "" if answer.changed_prompt is None else f"; it changed the prompt to {answer.changed_prompt}, so copy it"
+    return f"{describe(answer.token_ids)} in {passes}{prompt}"
+
+
+def plain(value: Any) -> Any:
+    """A tensor, a tuple or another sequence as a list; anything else unchanged."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+# --- times ---
+
+
+def request_metrics(function: Callable) -> None:
+    """Check `request_metrics(arrival_time, token_times)` against the metrics of a trace with the same times."""
+    run_check("request_metrics", function, (metrics_case(*each) for each in METRICS), same=about_equal)
+
+
+METRICS = [
+    (0.0, [0.25, 0.375, 0.5], "TTFT runs from the arrival to the first token, E2E from the arrival to the last."),
+    (4.0, [4.5, 4.625, 4.75, 5.0], "TTFT and E2E are durations: subtract the arrival time."),
+    (1.0, [1.5, 1.5625, 2.5], "n tokens have n - 1 gaps; add up the gaps and divide by their number."),
+    (2.0, [2.75], "A single token has no gap: the mean ITL is then 0.0."),
+]
+
+
+def metrics_case(arrival_time: float, token_times: list[float], hint: str) -> Case:
+    trace = trace_of(arrival_time, token_times)
+    gaps = trace.inter_token_latencies("req")
+    mean_itl = sum(gaps) / len(gaps) if gaps else 0.0
+    return Case((arrival_time, token_times), (trace.ttft("req"), mean_itl, trace.end_to_end("req")), hint)
+
+
+def total_milliseconds(function: Callable) -> None:
+    """Check `total_milliseconds(ttft_ms, itl_ms, num_tokens)` against the end of a trace with these times."""
+    hint_one = "The first token comes out of prefill: after it num_tokens - 1 are left."
+    hint_single = "One token needs the prefill and no decode step."
+    cases = [
+        (200, 20, 100, hint_one),
+        (200, 20, 1, hint_single),
+        (30, 7, 2, "Two tokens: the first from prefill, the second from one decode step."),
+        (0.5, 0.25, 9, hint_one),
+    ]
+    run_check("total_milliseconds", function, (total_case(*each) for each in cases), same=about_equal)
+
+
+def total_case(ttft_ms: float, itl_ms: float, num_tokens: int, hint: str) -> Case:
+    trace = trace_of(0.0, [ttft_ms + step * itl_ms for step in range(num_tokens)])
+    return Case((ttft_ms, itl_ms, num_tokens), trace.end_to_end("req"), hint)
+
+
+def trace_of(arrival_time: float, token_times: Sequence[float]) -> Trace:
+    """The trace of one request whose tokens came at these times."""
+    trace = Trace(requests=[RequestRecord("req", arrival_time, 1)])
+    start_times = [arrival_time, *token_times]
+    for step, (start, end) in enumerate(zip(start_times, token_times, strict=False)):
+        part = ScheduledTokens("req", step, 1, "decode" if step else "prefill", num_sampled=1)
+        trace.steps.append(StepEvent(step, start, end, (part,)))
+    return trace
+
+
+def about_equal(got: Any, expected: Any) -> bool:
+    """Equal to four digits, which a calculation in float32 keeps; the container does not matter."""
+    if isinstance(expected, tuple):
+        got = plain(got)
+        return isinstance(got, list) and len(got) == len(expected) and all(map(about_equal, got, expected))
+    return is_number(got) and math.isclose(float(got), expected, rel_tol=1e-4, abs_tol=1e-6)
+
+
+# --- choosing ---
+
+
+def temperature_probabilities(function: Callable) -> None:
+    """Check `temperature_probabilities(logits, temperature)` against minillm's sampler."""
+    greedy = "Temperature 0 is greedy: probability 1 for the largest logit, 0 for the others."
+    divide = "Divide the logits by the temperature first, then softmax."
+    cases = [
+        ([2.0, 1.0, 0.0, -1.0], 1.0, "Temperature 1 changes nothing: softmax(logits)."),
+        ([2.0, 1.0, 0.0, -1.0], 0.5, divide),
+        ([2.0, 1.0, 0.0, -1.0], 2.0, divide),
+        ([-3.0, -1.0, -2.0], 0.0, greedy),
+        ([0.5, 4.0], 0.0, greedy),
+        ([800.0, 801.0, 799.0], 1.0, "exp(800) overflows: subtract the largest logit first, or use torch's softmax."),
+        ([1.0, 0.0, 3.0], 0.01, "A small temperature makes large numbers: subtract the largest before exp."),
+    ]
+    run_check("temperature_probabilities", function, (temperature_case(*each) for each in cases))
+
+
+def temperature_case(logits: list[float], temperature: float, hint: str) -> Case:
+    given = torch.tensor(logits)
+    return Case((given, temperature), next_token_probabilities(given, SamplingParams(temperature=temperature)), hint)
+
+
+def top_p_probabilities(function: Callable) -> None:
+    """Check `top_p_probabilities(probabilities, top_p)` against minillm's sampler."""
+    smallest = "Keep the likeliest tokens until they reach top_p together: the one that crosses the line stays in."
+    cases = [
+        ([0.5, 0.3, 0.15, 0.05], 0.7, smallest),
+        ([0.05, 0.3, 0.15, 0.5], 0.9, "The tokens keep their places in the vocabulary: sort to choose, then go back."),
+        ([0.4, 0.35, 0.25], 0.2, "The likeliest token always stays, even when it is above top_p alone."),
+        ([0.1, 0.6, 0.3], 1.0, "top_p = 1 keeps everything."),
+        ([0.25, 0.2, 0.45, 0.1], 0.6, "What stays must add up to 1 again."),
+    ]
+    run_check("top_p_probabilities", function, (top_p_case(*each) for each in cases))
+
+
+def top_p_case(probabilities: list[float], top_p: float, hint: str) -> Case:
+    given = torch.tensor(probabilities)
+    params = SamplingParams(temperature=1.0, top_p=top_p)
+    return Case((given, top_p), next_token_probabilities(given.log(), params), hint)

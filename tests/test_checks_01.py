@@ -1,0 +1,365 @@
+"""The checks of chapter 1 take right solutions of any layout, refuse the usual mistakes, and say what is wrong."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minillm import checks
+from minillm.checks import CheckFailed, NotWrittenYet
+
+
+def stub(*arguments):
+    raise NotImplementedError
+
+
+def refused(check, solution) -> str:
+    """The message with which `check` refuses `solution`: it names the call and gives a hint."""
+    with pytest.raises(CheckFailed) as failure:
+        check(solution)
+    message = str(failure.value)
+    for part in (f"✗ {check.__name__}", f"call      {check.__name__}(", "expected  ", "hint      "):
+        assert part in message
+    assert failure.value._render_traceback_() == [message]
+    return message
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.greedy_generate,
+        checks.request_metrics,
+        checks.total_milliseconds,
+        checks.temperature_probabilities,
+        checks.top_p_probabilities,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_a_stub_is_not_written_yet(check):
+    with pytest.raises(NotWrittenYet, match=f"{check.__name__}: not written yet"):
+        check(stub)
+
+
+# --- greedy_generate ---
+
+
+def generate(next_logits, prompt, max_tokens, eos_token_ids):
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + max_tokens:
+        token_ids.append(int(next_logits(token_ids).argmax()))
+        if token_ids[-1] in eos_token_ids:
+            break
+    return token_ids[len(prompt) :]
+
+
+def generate_with_tensors(next_logits, prompt, max_tokens, eos_token_ids):
+    sequence = torch.tensor(prompt)
+    for _ in range(max_tokens):
+        sequence = torch.cat([sequence, next_logits(sequence).argmax(-1, keepdim=True)])
+        if int(sequence[-1]) in eos_token_ids:
+            return sequence[len(prompt) :]
+    return sequence[len(prompt) :]
+
+
+def generate_with_recursion(next_logits, prompt, max_tokens, eos_token_ids):
+    if max_tokens == 0:
+        return ()
+    logits = next_logits(tuple(prompt)).tolist()
+    best = max(range(len(logits)), key=logits.__getitem__)
+    if best in eos_token_ids:
+        return (best,)
+    return (best, *generate_with_recursion(next_logits, [*prompt, best], max_tokens - 1, eos_token_ids))
+
+
+@pytest.mark.parametrize("solution", [generate, generate_with_tensors, generate_with_recursion])
+def test_greedy_generate_accepts(solution, capsys):
+    checks.greedy_generate(solution)
+    assert capsys.readouterr().out == "✓ greedy_generate: 7 cases\n"
+
+
+def test_greedy_generate_refuses_prompt_and_output_together():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        return [*prompt, *generate(next_logits, prompt, max_tokens, eos_token_ids)]
+
+    message = refused(checks.greedy_generate, solution)
+    assert "call      greedy_generate(last_plus_1, [3], 4, (9,))" in message
+    assert "got       [3, 4, 5, 6, 7] in 4 forward passes" in message
+    assert "expected  [4, 5, 6, 7] in 4 forward passes" in message
+
+
+def test_greedy_generate_refuses_to_feed_the_newest_token_only():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        output, newest = [], list(prompt)
+        for _ in range(max_tokens):
+            output.append(int(next_logits(newest).argmax()))
+            newest = output[-1:]
+            if output[-1] in eos_token_ids:
+                break
+        return output
+
+    assert "Each pass needs the prompt and every token so far" in refused(checks.greedy_generate, solution)
+
+
+def test_greedy_generate_refuses_to_go_on_after_the_end():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        return generate(next_logits, prompt, max_tokens, ())
+
+    assert "Stop after an end token" in refused(checks.greedy_generate, solution)
+
+
+def test_greedy_generate_refuses_to_drop_the_end_token():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        output = generate(next_logits, prompt, max_tokens, eos_token_ids)
+        return [token_id for token_id in output if token_id not in eos_token_ids]
+
+    assert "got       [8] in 2 forward passes" in refused(checks.greedy_generate, solution)
+
+
+def test_greedy_generate_refuses_a_pass_too_many():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        output = generate(next_logits, prompt, max_tokens, eos_token_ids)
+        next_logits([*prompt, *output])
+        return output
+
+    assert "got       [4, 5, 6, 7] in 5 forward passes" in refused(checks.greedy_generate, solution)
+
+
+def test_greedy_generate_refuses_to_look_at_the_first_end_id_only():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        return generate(next_logits, prompt, max_tokens, eos_token_ids[:1])
+
+    assert "Any of the ids" in refused(checks.greedy_generate, solution)
+
+
+def test_greedy_generate_refuses_to_write_into_the_prompt():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        output = generate(next_logits, prompt, max_tokens, eos_token_ids)
+        prompt += output
+        return output
+
+    assert "changed the prompt to [3, 4, 5, 6, 7], so copy it" in refused(checks.greedy_generate, solution)
+
+
+@pytest.mark.parametrize("nothing", [None, 4, ["a"], [[4, 5, 6, 7]]])
+def test_greedy_generate_refuses_what_is_no_list_of_ids(nothing):
+    assert "got  " in refused(checks.greedy_generate, lambda *arguments: nothing)
+
+
+def test_greedy_generate_shows_an_exception():
+    def solution(next_logits, prompt, max_tokens, eos_token_ids):
+        return next_logits(prompt)[99]
+
+    assert "raised    IndexError" in refused(checks.greedy_generate, solution)
+
+
+# --- request_metrics ---
+
+
+def metrics(arrival_time, token_times):
+    gaps = len(token_times) - 1
+    mean_itl = (token_times[-1] - token_times[0]) / gaps if gaps else 0.0
+    return token_times[0] - arrival_time, mean_itl, token_times[-1] - arrival_time
+
+
+def metrics_with_a_loop(arrival_time, token_times):
+    gaps = [token_times[i] - token_times[i - 1] for i in range(1, len(token_times))]
+    return [token_times[0] - arrival_time, sum(gaps) / max(1, len(gaps)), token_times[-1] - arrival_time]
+
+
+def metrics_with_tensors(arrival_time, token_times):
+    times = torch.tensor(token_times) - arrival_time
+    mean_itl = times.diff().mean() if len(times) > 1 else torch.zeros(())
+    return torch.stack([times[0], mean_itl, times[-1]])
+
+
+def metrics_with_numpy(arrival_time, token_times):
+    times = np.array(token_times) - arrival_time
+    return np.array([times[0], np.diff(times).mean() if len(times) > 1 else 0.0, times[-1]])
+
+
+@pytest.mark.parametrize("solution", [metrics, metrics_with_a_loop, metrics_with_tensors, metrics_with_numpy])
+def test_request_metrics_accepts(solution, capsys):
+    checks.request_metrics(solution)
+    assert capsys.readouterr().out == "✓ request_metrics: 4 cases\n"
+
+
+def test_request_metrics_refuses_to_forget_the_arrival():
+    def solution(arrival_time, token_times):
+        return metrics(0.0, token_times)
+
+    message = refused(checks.request_metrics, solution)
+    assert "call      request_metrics(4.0, [4.5, 4.625, 4.75, 5.0])" in message
+    assert "expected  (0.5, 0.16666666666666666, 1.0)" in message
+    assert "subtract the arrival time" in message
+
+
+def test_request_metrics_refuses_to_divide_by_the_number_of_tokens():
+    def solution(arrival_time, token_times):
+        ttft, _, e2e = metrics(arrival_time, token_times)
+        return ttft, (token_times[-1] - token_times[0]) / len(token_times), e2e
+
+    refused(checks.request_metrics, solution)
+
+
+def test_request_metrics_refuses_to_fail_on_a_single_token():
+    def solution(arrival_time, token_times):
+        mean_itl = (token_times[-1] - token_times[0]) / (len(token_times) - 1)
+        return token_times[0] - arrival_time, mean_itl, token_times[-1] - arrival_time
+
+    message = refused(checks.request_metrics, solution)
+    assert "raised    ZeroDivisionError" in message and "A single token has no gap" in message
+
+
+@pytest.mark.parametrize("nothing", [None, 0.25, (0.25, 0.125), {"ttft": 0.25}])
+def test_request_metrics_refuses_what_is_no_triple(nothing):
+    refused(checks.request_metrics, lambda *arguments: nothing)
+
+
+# --- total_milliseconds ---
+
+
+def total_with_a_loop(ttft_ms, itl_ms, num_tokens):
+    total = ttft_ms
+    for _ in range(1, num_tokens):
+        total += itl_ms
+    return total
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        lambda ttft_ms, itl_ms, num_tokens: ttft_ms + (num_tokens - 1) * itl_ms,
+        total_with_a_loop,
+        lambda *arguments: torch.tensor(float(total_with_a_loop(*arguments))),
+    ],
+)
+def test_total_milliseconds_accepts(solution, capsys):
+    checks.total_milliseconds(solution)
+    assert capsys.readouterr().out == "✓ total_milliseconds: 4 cases\n"
+
+
+@pytest.mark.parametrize(
+    ("solution", "came"),
+    [
+        (lambda ttft_ms, itl_ms, num_tokens: ttft_ms + num_tokens * itl_ms, "2200"),
+        (lambda ttft_ms, itl_ms, num_tokens: (num_tokens - 1) * itl_ms, "1980"),
+        (lambda ttft_ms, itl_ms, num_tokens: (ttft_ms + itl_ms) * num_tokens, "22000"),
+    ],
+    ids=["one-step-too-many", "no-prefill", "a-prefill-a-token"],
+)
+def test_total_milliseconds_refuses(solution, came):
+    message = refused(checks.total_milliseconds, solution)
+    assert "call      total_milliseconds(200, 20, 100)" in message
+    assert f"got       {came}\n" in message and "expected  2180" in message
+
+
+# --- temperature_probabilities ---
+
+
+def temperature(logits, temperature):
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    return (logits / temperature).softmax(-1)
+
+
+def temperature_with_lists(logits, temperature):
+    logits = logits.tolist()
+    if temperature == 0:
+        return [float(logit == max(logits)) for logit in logits]
+    powers = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("solution", [temperature, temperature_with_lists])
+def test_temperature_probabilities_accepts(solution, capsys):
+    checks.temperature_probabilities(solution)
+    assert capsys.readouterr().out == "✓ temperature_probabilities: 7 cases\n"
+
+
+@pytest.mark.parametrize(
+    ("solution", "told"),
+    [
+        (lambda logits, temperature: (logits * temperature).softmax(-1), "Divide the logits by the temperature"),
+        (lambda logits, temperature: logits.softmax(-1) / max(temperature, 1e-9), "Divide the logits"),
+        (lambda logits, temperature: (logits / temperature).softmax(-1), "Temperature 0 is greedy"),
+        (lambda logits, temperature: temperature_naively(logits, temperature), "exp(800) overflows"),
+        (lambda logits, temperature: logits / (temperature or 1), "Temperature 1 changes nothing"),
+        (lambda logits, temperature: int(logits.argmax()), "Temperature 1 changes nothing"),
+    ],
+    ids=["times", "after-softmax", "zero-divided", "overflow", "no-softmax", "an-id"],
+)
+def test_temperature_probabilities_refuses(solution, told):
+    assert told in refused(checks.temperature_probabilities, solution)
+
+
+def temperature_naively(logits, temperature):
+    if temperature == 0:
+        return (logits == logits.max()).float()
+    powers = (logits / temperature).exp()
+    return powers / powers.sum()
+
+
+# --- top_p_probabilities ---
+
+
+def top_p(probabilities, top_p):
+    ordered, order = probabilities.sort(descending=True)
+    kept = order[ordered.cumsum(-1) - ordered < top_p]
+    inside = torch.zeros_like(probabilities)
+    inside[kept] = probabilities[kept]
+    return inside / inside.sum()
+
+
+def top_p_with_lists(probabilities, top_p):
+    probabilities = probabilities.tolist()
+    kept, total = [], 0.0
+    for index in sorted(range(len(probabilities)), key=lambda index: -probabilities[index]):
+        if total < top_p:
+            kept.append(index)
+            total += probabilities[index]
+    return [p / total if index in kept else 0.0 for index, p in enumerate(probabilities)]
+
+
+@pytest.mark.parametrize("solution", [top_p, top_p_with_lists])
+def test_top_p_probabilities_accepts(solution, capsys):
+    checks.top_p_probabilities(solution)
+    assert capsys.readouterr().out == "✓ top_p_probabilities: 5 cases\n"
+
+
+def top_p_without_the_token_that_crosses(probabilities, top_p):
+    ordered, order = probabilities.sort(descending=True)
+    inside = torch.zeros_like(probabilities)
+    kept = order[ordered.cumsum(-1) <= top_p]
+    inside[kept] = probabilities[kept]
+    return inside / inside.sum()
+
+
+def top_p_in_sorted_order(probabilities, top_p):
+    ordered = probabilities.sort(descending=True).values
+    ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)
+    return ordered / ordered.sum()
+
+
+def top_p_of_each_token(probabilities, top_p):
+    inside = probabilities * (probabilities >= 1 - top_p)
+    return inside / inside.sum()
+
+
+def top_p_without_division(probabilities, top_p_):
+    inside = top_p(probabilities, top_p_)
+    return torch.where(inside > 0, probabilities, 0.0)
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        top_p_without_the_token_that_crosses,
+        top_p_in_sorted_order,
+        top_p_of_each_token,
+        top_p_without_division,
+        lambda probabilities, top_p: probabilities,
+    ],
+)
+def test_top_p_probabilities_refuses(solution):
+    assert "call      top_p_probabilities(tensor (" in refused(checks.top_p_probabilities, solution)
