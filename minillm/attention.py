@@ -4,8 +4,11 @@
 computes the same through torch's fused kernel. Both give zeros, never NaN, for a query that may see nothing.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from minillm import masks
 from minillm.config import ModelConfig
-from minillm.kv_cache import KVCache
+from minillm.kv_cache import KVCache, SlotCache
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -22,34 +25,49 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """[Tq, Hq, D] queries, [Tk, Hkv, D] keys, bool [Tq, Tk] -> [Hq, Tq, Tk] weights; rows sum to 1, or 0 if empty.
 
     With fewer key than query heads, neighbouring query heads share a key head (grouped-query attention).
+    Any leading batch dimensions, the same for all three, are kept.
     """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [Tk, Hq, D]
-    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])  # [Hq, Tq, Tk]
-    scores = scores.masked_fill(~mask, -math.inf)
-    weights = scores.softmax(dim=-1)
-    return weights.masked_fill(~mask.any(dim=-1)[:, None], 0.0)  # a row of -inf alone would be NaN
+    k = k.repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)  # [Tk, Hq, D]
+    scores = torch.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(q.shape[-1])  # [Hq, Tq, Tk]
+    mask = mask.unsqueeze(-3)  # [1, Tq, Tk]
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    return weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # a row of -inf alone would be NaN
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The readable form: [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, D], bool [Tq, Tk] -> [Tq, Hq, D]."""
+    """The readable form: [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, D], bool [Tq, Tk] -> [Tq, Hq, D]; batch kept."""
     weights = attention_weights(q, k, mask)  # [Hq, Tq, Tk]
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # [Tk, Hq, D]
-    return torch.einsum("hqk,khd->qhd", weights, v)
+    v = v.repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)  # [Tk, Hq, D]
+    return torch.einsum("...hqk,...khd->...qhd", weights, v)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The fast twin of `masked_attention`, same shapes: torch's scaled_dot_product_attention.
+    """The fast twin of `masked_attention`, same shapes: torch's scaled_dot_product_attention."""
+    added = additive_mask(mask, group=q.shape[-2] // k.shape[-2], dtype=q.dtype)
+    out = fused_attention(q, k.transpose(-3, -2), v.transpose(-3, -2), added)
+    return out.masked_fill(~mask.any(dim=-1)[..., None, None], 0.0)
 
-    The query heads that share a key head become rows of one longer query, so the keys are never repeated in memory.
+
+def additive_mask(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """bool [Tq, Tk] -> 0 or -inf, [1, group * Tq, Tk], as `fused_attention` adds it to the scores."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    return torch.cat([added] * group, dim=-2).unsqueeze(-3)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+    """[Tq, Hq, D] queries, [Hkv, Tk, D] keys and values, an additive mask -> [Tq, Hq, D]; batch kept.
+
+    The `group` query heads that share a key head become rows of one longer query, so the keys are never repeated in
+    memory. What comes out for a query that may see nothing is not defined.
     """
-    num_queries, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[1]
-    q = q.unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, group * Tq, D]
-    k, v = k.transpose(0, 1), v.transpose(0, 1)  # [Hkv, Tk, D]
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)  # [Tq, Tk]
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias.repeat(group, 1))[0]
-    out = out.unflatten(1, (group, num_queries)).permute(2, 0, 1, 3).flatten(1, 2)  # [Tq, Hq, D]
-    return out.masked_fill(~mask.any(dim=-1)[:, None, None], 0.0)
+    num_queries, num_heads = q.shape[-3:-1]
+    group = num_heads // k.shape[-3]
+    q = q.unflatten(-2, (-1, group)).movedim(-4, -2).flatten(-3, -2)  # [Hkv, group * Tq, D]
+    if q.ndim == 3:
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=added[None])[0]
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+    return out.unflatten(-2, (group, num_queries)).movedim(-2, -4).flatten(-3, -2)  # [Tq, Hq, D]
 
 
 class CausalAttention:
@@ -90,3 +108,132 @@ class CachedAttention:
         if layer == 0:
             self.score_entries += mask.numel()
         return self.kernel(q, keys, values, mask)
+
+
+class BlockDiagonalAttention:
+    """Chapter 6: several prompts laid one behind the other, without a cache; nobody sees another prompt's tokens.
+
+    `dense` scores all (sum of lengths)^2 pairs under one block-diagonal mask; otherwise each prompt is attended to by
+    itself and only the sum of length^2 pairs are scored, as a variable-length kernel does.
+    """
+
+    def __init__(self, config: ModelConfig, lengths: Sequence[int], dense: bool, kernel: Kernel = sdpa_attention):
+        self.config = config
+        self.lengths = list(lengths)
+        self.dense = dense
+        self.kernel = kernel
+        self.score_entries = sum(lengths) ** 2 if dense else sum(length**2 for length in lengths)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = self.config.sliding_window(layer)
+        if self.dense:
+            return self.kernel(q, k, v, masks.block_diagonal(self.lengths, window=window, device=q.device))
+        rows = [x.split(self.lengths) for x in (q, k, v)]
+        alone = [masks.causal(length, window=window, device=q.device) for length in self.lengths]
+        return torch.cat([self.kernel(*row, mask) for *row, mask in zip(*rows, alone, strict=True)])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive new tokens of one request in a step that several requests share."""
+
+    slot: int  # where its keys and values are cached
+    start: int  # tokens cached before this step
+    num_tokens: int  # new tokens
+
+    @property
+    def end(self) -> int:
+        """Tokens cached after this step."""
+        return self.start + self.num_tokens
+
+
+class SlotAttention:
+    """What chapters 5 and 7 share: new tokens are stored in slots, and queries look at a slot's keys by position.
+
+    `score_entries` counts the query-key pairs scored, in one head of one layer.
+    """
+
+    def __init__(self, config: ModelConfig, cache: SlotCache, parts: Sequence[Part], device=None):
+        self.config = config
+        self.cache = cache
+        self.device = device
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        slots = torch.tensor([part.slot for part in parts for _ in range(part.num_tokens)], device=device)
+        positions = torch.tensor([i for part in parts for i in range(part.start, part.end)], device=device)
+        self.places = cache.places(slots, positions)  # of the new tokens
+
+    def mask(self, positions: Tensor, num_keys: int, window: int | None) -> Tensor:
+        """[..., Tq] positions of queries (-1: a pad, sees nothing) -> additive mask against a slot's first keys."""
+        keys = torch.arange(num_keys, device=self.device)
+        mask = keys <= positions[..., None]
+        if window is not None:
+            mask &= keys > positions[..., None] - window
+        return additive_mask(mask, self.group, self.cache.keys.dtype)
+
+
+class PaddedAttention(SlotAttention):
+    """Chapter 5: B requests as a rectangle of B rows and L columns, pads in front, flattened to B * L tokens.
+
+    Every row is scored against as many keys as the longest request has. Pads are computed like tokens; they are not
+    stored, see nothing and are seen by nobody.
+    """
+
+    def __init__(self, config: ModelConfig, cache: SlotCache, parts: Sequence[Part], row_length: int, device=None):
+        super().__init__(config, cache, parts, device)
+        self.row_length = row_length
+        self.num_keys = max(part.end for part in parts)
+        self.slots = [part.slot for part in parts]
+        rows = [[-1] * (row_length - part.num_tokens) + list(range(part.start, part.end)) for part in parts]
+        self.positions = torch.tensor(rows, device=device)  # [B, L]; -1 for pads
+        self.pads = self.positions < 0  # [B, L]
+        self.real_tokens = (~self.pads).flatten().nonzero()[:, 0]
+        self.row_mask = functools.cache(functools.partial(self.mask, self.positions, self.num_keys))
+        self.score_entries = len(parts) * row_length * self.num_keys
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.cache.store(layer, self.places, k[self.real_tokens], v[self.real_tokens])
+        keys, values = self.cache.read(layer, self.slots, self.num_keys)  # [B, Hkv, K, D]
+        q = q.unflatten(0, (-1, self.row_length))  # [B, L, Hq, D]
+        out = fused_attention(q, keys, values, self.row_mask(self.config.sliding_window(layer)))
+        return out.masked_fill(self.pads[..., None, None], 0.0).flatten(0, 1)
+
+
+class RaggedAttention(SlotAttention):
+    """Chapter 7: new tokens of many requests laid one behind the other, each looking at its own cached keys only.
+
+    Requests with a single new token are attended to together, each against as many keys as the longest of them has;
+    chunks of prompts one by one. Nothing is padded outside attention.
+    """
+
+    def __init__(self, config: ModelConfig, cache: SlotCache, parts: Sequence[Part], device=None):
+        super().__init__(config, cache, parts, device)
+        first_rows = [0, *itertools.accumulate(part.num_tokens for part in parts)]
+        placed = list(zip(first_rows, parts, strict=False))
+        self.chunks = [(row, part) for row, part in placed if part.num_tokens > 1]
+        decodes = [(row, part) for row, part in placed if part.num_tokens == 1]
+        decodes.sort(key=lambda decode: decode[1].slot)  # slots in a row are read without being copied
+        self.decode_slots = [part.slot for _, part in decodes]
+        self.decode_rows = torch.tensor([row for row, _ in decodes], dtype=torch.long, device=device)
+        positions = torch.tensor([[part.start] for _, part in decodes], device=device)  # [decodes, 1]
+        self.num_keys = max((part.end for _, part in decodes), default=0)
+        self.decode_mask = functools.cache(functools.partial(self.mask, positions, self.num_keys))
+        self.chunk_mask = functools.cache(self._chunk_mask)
+        self.score_entries = len(decodes) * self.num_keys + sum(part.num_tokens * part.end for _, part in self.chunks)
+
+    def _chunk_mask(self, part: Part, window: int | None) -> Tensor:
+        return self.mask(torch.arange(part.start, part.end, device=self.device), part.end, window)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.cache.store(layer, self.places, k, v)
+        window = self.config.sliding_window(layer)
+        out = torch.empty_like(q)
+        for row, part in self.chunks:
+            rows = slice(row, row + part.num_tokens)
+            keys, values = self.cache.read(layer, [part.slot], part.end)  # [1, Hkv, K, D]
+            out[rows] = fused_attention(q[None, rows], keys, values, self.chunk_mask(part, window))[0]
+        if self.decode_slots:
+            keys, values = self.cache.read(layer, self.decode_slots, self.num_keys)  # [decodes, Hkv, K, D]
+            queries = q.index_select(0, self.decode_rows)[:, None]  # [decodes, 1, Hq, D]
+            new = fused_attention(queries, keys, values, self.decode_mask(window))
+            out.index_copy_(0, self.decode_rows, new[:, 0])
+        return out

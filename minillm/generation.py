@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from minillm.attention import CachedAttention, CausalAttention, Kernel, sdpa_attention
+from minillm.attention import BlockDiagonalAttention, CachedAttention, CausalAttention, Kernel, sdpa_attention
 from minillm.config import ModelConfig
-from minillm.errors import PromptError, SamplingParamsError
+from minillm.errors import ConfigError, PromptError, SamplingParamsError
 from minillm.kv_cache import KVCache
 from minillm.model import Decoder
-from minillm.sampling import SamplingParams, make_generator, sample
+from minillm.sampling import make_generator, sample
+from minillm.sampling_params import SamplingParams, finish_reason
 from minillm.text import Detokenizer
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
@@ -58,7 +59,7 @@ class GenerationResult:
 class Pass:
     """One forward pass: what came out and what it cost."""
 
-    logits: Tensor  # [V], of the last token
+    logits: Tensor | None  # [V], of the last token; None while the prompt is not complete
     start: int  # position of the first token computed
     num_tokens: int  # tokens computed
     score_entries: int  # query-key pairs scored, in one head of one layer
@@ -82,10 +83,9 @@ def generate_naive(
         hidden = model(as_tensor(token_ids, model), positions(0, len(token_ids), model), attend)  # [T, hidden]
         return Pass(model.logits(hidden[-1]), 0, len(token_ids), attend.score_entries, cached_tokens=0)
 
-    return _generate(model.config, forward, prompt_token_ids, params, tokenizer, on_token)
+    return _generate(model, forward, prompt_token_ids, params, tokenizer, on_token)
 
 
-@torch.inference_mode()
 def generate_cached(
     model: Decoder,
     prompt_token_ids: Sequence[int],
@@ -96,23 +96,104 @@ def generate_cached(
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
     """Keep keys and values: the prompt in one pass, then one new token a pass. Same errors as `generate_naive`."""
+    whole_prompt = max(1, len(prompt_token_ids))
+    return generate_chunked(
+        model, prompt_token_ids, params, chunk_size=whole_prompt, tokenizer=tokenizer, on_token=on_token, kernel=kernel
+    )
+
+
+@torch.inference_mode()
+def generate_chunked(
+    model: Decoder,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams = SamplingParams(),
+    *,
+    chunk_size: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+    kernel: Kernel = sdpa_attention,
+) -> GenerationResult:
+    """Compute the prompt in ceil(n / chunk_size) passes, each under a rectangular mask, then one new token a pass.
+
+    Same tokens as `generate_cached`; the largest pass, and so the peak of activation memory, is bounded by the chunk.
+    Raises ConfigError for a chunk of no tokens, and the errors of `generate_naive`.
+    """
+    if chunk_size < 1:
+        raise ConfigError(f"chunk_size is {chunk_size}; a pass computes at least 1 token")
     check_request(model.config, prompt_token_ids, params, tokenizer)
     capacity = len(prompt_token_ids) + params.max_tokens - 1  # the last token sampled is never fed back
     cache = KVCache(model.config, capacity, model.dtype, model.device)
 
     def forward(token_ids: list[int]) -> Pass:
         start = cache.length
+        new = token_ids[start : start + chunk_size]
         attend = CachedAttention(model.config, cache, kernel)
-        new = token_ids[start:]
-        hidden = model(as_tensor(new, model), positions(start, len(token_ids), model), attend)  # [T, hidden]
+        hidden = model(as_tensor(new, model), positions(start, start + len(new), model), attend)  # [T, hidden]
         cache.advance(len(new))
-        return Pass(model.logits(hidden[-1]), start, len(new), attend.score_entries, cache.length)
+        logits = model.logits(hidden[-1]) if cache.length == len(token_ids) else None
+        return Pass(logits, start, len(new), attend.score_entries, cache.length)
 
-    return _generate(model.config, forward, prompt_token_ids, params, tokenizer, on_token)
+    return _generate(model, forward, prompt_token_ids, params, tokenizer, on_token)
+
+
+@torch.inference_mode()
+def generate_ragged(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    *,
+    dense: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    kernel: Kernel = sdpa_attention,
+) -> list[GenerationResult]:
+    """Several prompts at once without padding: one row of tokens, positions that restart, a block-diagonal mask.
+
+    No cache: every unfinished sequence is fed again in each pass. `dense` scores all pairs of the row under the mask,
+    otherwise each prompt's own pairs only. The results share one trace, and their counters are those of all together.
+    Raises PromptError or SamplingParamsError before any work; `params` is one for all or one a prompt.
+    """
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(params) != len(prompts):
+        raise SamplingParamsError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
+    for prompt, own in zip(prompts, params, strict=True):
+        check_request(model.config, prompt, own, tokenizer)
+    prompts = [[int(token_id) for token_id in prompt] for prompt in prompts]
+    outputs = [OutputBuilder(model.config, own, tokenizer, prompt) for prompt, own in zip(prompts, params, strict=True)]
+    generators = [make_generator(own, model.device) for own in params]
+    began = time.perf_counter()
+    trace = Trace([RequestRecord(f"req {i}", 0.0, len(prompt)) for i, prompt in enumerate(prompts)])
+    while running := [i for i, output in enumerate(outputs) if output.finish_reason is None]:
+        start_time = time.perf_counter() - began
+        sequences = {i: prompts[i] + outputs[i].token_ids for i in running}
+        logits, score_entries = _ragged_pass(model, list(sequences.values()), dense, kernel)
+        sampled = sample(logits, [params[i] for i in running], [generators[i] for i in running]).tolist()
+        for i, token_id in zip(running, sampled, strict=True):
+            outputs[i].append(token_id)
+        why = "recompute" if trace.steps else "prefill"
+        event = StepEvent(
+            step=len(trace.steps),
+            start_time=start_time,
+            end_time=time.perf_counter() - began,
+            scheduled=tuple(ScheduledTokens(f"req {i}", 0, len(ids), why, 1) for i, ids in sequences.items()),
+            finished=tuple(f"req {i}" for i in running if outputs[i].finish_reason is not None),
+            score_entries=score_entries,
+        )
+        trace.steps.append(event)
+    return [output.result(prompt, trace) for output, prompt in zip(outputs, prompts, strict=True)]
+
+
+def _ragged_pass(model: Decoder, sequences: list[list[int]], dense: bool, kernel: Kernel) -> tuple[Tensor, int]:
+    """All sequences one behind the other -> (logits [R, V] of each one's last token, score entries)."""
+    lengths = [len(sequence) for sequence in sequences]
+    attend = BlockDiagonalAttention(model.config, lengths, dense, kernel)
+    row = as_tensor([token_id for sequence in sequences for token_id in sequence], model)  # [sum of lengths]
+    restarting = torch.cat([positions(0, length, model) for length in lengths])  # [sum of lengths]
+    last_rows = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    return model.logits(model(row, restarting, attend)[last_rows]), attend.score_entries
 
 
 def _generate(
-    config: ModelConfig,
+    model: Decoder,
     forward: Callable[[list[int]], Pass],
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
@@ -120,20 +201,21 @@ def _generate(
     on_token: Callable[[NewToken], None] | None,
 ) -> GenerationResult:
     """The loop that all rungs share: forward pass, sample, append, until something stops it."""
-    check_request(config, prompt_token_ids, params, tokenizer)
-    output = OutputBuilder(config, params, tokenizer)
-    generator = make_generator(params)
+    check_request(model.config, prompt_token_ids, params, tokenizer)
     prompt = [int(token_id) for token_id in prompt_token_ids]
+    output = OutputBuilder(model.config, params, tokenizer, prompt)
+    generator = make_generator(params, model.device)
     began = time.perf_counter()
     trace = Trace(requests=[RequestRecord(REQUEST_ID, 0.0, len(prompt))])
     while output.finish_reason is None:
         start_time = time.perf_counter()
         done = forward(prompt + output.token_ids)
-        token_id = int(sample(done.logits[None], [params], [generator])[0])
+        if done.logits is not None:
+            token_id = int(sample(done.logits[None], [params], [generator])[0])
+            text = output.append(token_id)
         now = time.perf_counter()
-        text = output.append(token_id)
         trace.steps.append(_step_event(trace, done, start_time - began, now - began, output.finish_reason))
-        if on_token is not None:
+        if done.logits is not None and on_token is not None:
             on_token(NewToken(token_id, text, now))
     return output.result(prompt, trace)
 
@@ -149,7 +231,7 @@ def _step_event(trace: Trace, done: Pass, start_time: float, end_time: float, fi
         step=len(trace.steps),
         start_time=start_time,
         end_time=end_time,
-        scheduled=(ScheduledTokens(REQUEST_ID, done.start, done.num_tokens, why, num_sampled=1),),
+        scheduled=(ScheduledTokens(REQUEST_ID, done.start, done.num_tokens, why, int(done.logits is not None)),),
         finished=() if finish_reason is None else (REQUEST_ID,),
         score_entries=done.score_entries,
         cached_tokens=done.cached_tokens,
@@ -159,10 +241,16 @@ def _step_event(trace: Trace, done: Pass, start_time: float, end_time: float, fi
 class OutputBuilder:
     """Collects the output tokens of one request and knows when it is finished."""
 
-    def __init__(self, config: ModelConfig, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: SamplingParams,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt_token_ids: Sequence[int] = (),
+    ):
         self.params = params
-        self.eos_token_ids = () if params.ignore_eos else config.eos_token_ids
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
+        self.eos_token_ids = config.eos_token_ids
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop, prompt_token_ids)
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -171,12 +259,7 @@ class OutputBuilder:
         """Take the newest token; return the text that has become final with it."""
         self.token_ids.append(token_id)
         text = "" if self.detokenizer is None else self.detokenizer.add(token_id)
-        if token_id in self.params.stop_token_ids:
-            self.finish_reason, self.stop_reason = "stop", token_id
-        elif token_id in self.eos_token_ids:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.params.max_tokens:
-            self.finish_reason = "length"
+        self.finish_reason, self.stop_reason = finish_reason(self.token_ids, self.params, self.eos_token_ids)
         if self.detokenizer is not None and self.finish_reason is not None:
             text += self.detokenizer.finish()
         if self.detokenizer is not None and self.detokenizer.stopped_by is not None:
@@ -203,6 +286,8 @@ def check_request(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Refuse a request that cannot be served. Raises PromptError or SamplingParamsError."""
+    if isinstance(prompt_token_ids, str):
+        raise PromptError(f"the prompt is the text {prompt_token_ids[:20]!r}, not token ids; encode it first")
     num_prompt_tokens, context = len(prompt_token_ids), config.max_position_embeddings
     if num_prompt_tokens == 0:
         raise PromptError("the prompt is empty; give at least one token id")

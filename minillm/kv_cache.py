@@ -1,4 +1,4 @@
-"""The contiguous key-value cache of one sequence, and the arithmetic of how much memory caches take.
+"""Contiguous key-value caches, of one sequence and of several, and the arithmetic of how much memory caches take.
 
 Keys and values of old tokens never change under a causal mask, so they are computed once and kept.
 """
@@ -52,6 +52,56 @@ class KVCache:
     def num_bytes(self) -> int:
         """Bytes allocated, used or not."""
         return self.keys.nbytes + self.values.nbytes
+
+
+class SlotCache:
+    """One contiguous region of `capacity` tokens for each of `num_slots` requests that run together.
+
+    Every slot is reserved for the longest request there may be, used or not: simple, and what chapter 8 does away with.
+    Values start as zeros and return to zeros, because a masked key still multiplies its value: 0 * NaN is NaN.
+    """
+
+    def __init__(self, config: ModelConfig, num_slots: int, capacity: int, dtype: torch.dtype, device=None):
+        if num_slots < 1 or capacity < 1:
+            raise ConfigError(f"a cache of {num_slots} slots of {capacity} tokens is empty; both must be at least 1")
+        shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, Hkv, capacity, D]
+        self.values = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, Hkv, capacity, D]
+        self.capacity = capacity
+        self.free_slots = list(range(num_slots))[::-1]
+
+    def take(self, num_tokens: int) -> int:
+        """A free slot for a request of at most `num_tokens`. Raises CacheFullError if there is none that fits."""
+        if num_tokens > self.capacity or not self.free_slots:
+            raise CacheFullError(
+                f"no slot for a request of {num_tokens} tokens: {len(self.free_slots)} slots are free, "
+                f"each holds {self.capacity}; run fewer or shorter requests"
+            )
+        return self.free_slots.pop()
+
+    def release(self, slot: int) -> None:
+        """Give a slot back."""
+        self.values[:, slot].zero_()
+        self.free_slots.append(slot)
+
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where the tokens at [T] positions of [T] slots are stored: [T * Hkv] rows of D numbers."""
+        num_kv_heads = self.keys.shape[2]
+        heads = torch.arange(num_kv_heads, device=self.keys.device)
+        return ((slots[:, None] * num_kv_heads + heads) * self.capacity + positions[:, None]).flatten()
+
+    def store(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write [T, Hkv, D] keys and values to their places."""
+        self.keys[layer].flatten(0, 2).index_copy_(0, places, k.flatten(0, 1))
+        self.values[layer].flatten(0, 2).index_copy_(0, places, v.flatten(0, 1))
+
+    def read(self, layer: int, slots: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `num_tokens` keys and values of B slots, [B, Hkv, num_tokens, D]; views if slots are in a row."""
+        keys, values = self.keys[layer, :, :, :num_tokens], self.values[layer, :, :, :num_tokens]
+        if slots == list(range(slots[0], slots[0] + len(slots))):
+            return keys[slots[0] : slots[0] + len(slots)], values[slots[0] : slots[0] + len(slots)]
+        chosen = torch.tensor(slots, device=keys.device)
+        return keys.index_select(0, chosen), values.index_select(0, chosen)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int = 2) -> int:

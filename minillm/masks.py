@@ -4,6 +4,8 @@ Every function returns a bool tensor [T_query, T_key]; row = the token that look
 True = may look. A False entry becomes -inf before the softmax and so weight 0 (Vaswani et al. 2017, section 3.2.3).
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from minillm.errors import MaskError
@@ -38,3 +40,43 @@ def rectangular(num_queries: int, num_keys: int, *, window: int | None = None, d
     if window is not None:
         mask &= key_positions > query_positions - window
     return mask
+
+
+def left_padded(num_tokens: int, padded_length: int, *, window: int | None = None, device=None) -> torch.Tensor:
+    """Causal mask [padded_length, padded_length] of a prompt with pads in front, as one row of a static batch has it.
+
+    Pads see nothing and nobody sees them: their rows and columns are all False.
+    Raises MaskError if the tokens do not fit the padded length.
+    """
+    return padded(num_tokens, num_tokens, padded_length, padded_length, window=window, device=device).roll(
+        padded_length - num_tokens, dims=1
+    )
+
+
+def padded(
+    num_queries: int, num_keys: int, num_rows: int, num_columns: int, *, window: int | None = None, device=None
+) -> torch.Tensor:
+    """The rectangular mask of a request inside the larger [num_rows, num_columns] rectangle of its batch.
+
+    The queries sit at the bottom (pads in front), the keys at the left (room for longer requests behind); all else is
+    False. Raises MaskError if they do not fit.
+    """
+    if num_queries > num_rows or num_keys > num_columns:
+        raise MaskError(
+            f"{num_queries} queries and {num_keys} keys do not fit a rectangle of {num_rows} x {num_columns}; "
+            "pad to the longest request of the batch"
+        )
+    mask = torch.zeros(num_rows, num_columns, dtype=torch.bool, device=device)
+    own = rectangular(num_queries, num_keys, window=window, device=device)
+    mask[num_rows - num_queries :, :num_keys] = own
+    return mask
+
+
+def block_diagonal(lengths: Sequence[int], *, window: int | None = None, device=None) -> torch.Tensor:
+    """Causal mask [n, n] of prompts laid one behind the other, n = sum of `lengths`: nobody sees another's tokens.
+
+    Raises MaskError if a length is negative.
+    """
+    if any(length < 0 for length in lengths):
+        raise MaskError(f"lengths {list(lengths)} must not be negative")
+    return torch.block_diag(*(causal(length, window=window, device=device) for length in lengths)).bool()

@@ -1,51 +1,12 @@
-"""How the next token is chosen from the logits, and when a request stops."""
+"""How the next token is chosen from the logits."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minillm.errors import SamplingParamsError
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """What one request asks for. Greedy unless `temperature` is set; names and meanings are vLLM's."""
-
-    temperature: float = 0.0  # 0 = greedy; otherwise logits are divided by it
-    top_k: int = 0  # keep the k most likely tokens; 0 or -1 = all
-    top_p: float = 1.0  # keep the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020)
-    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest (Nguyen et al. 2024)
-    max_tokens: int = 256  # output tokens at most
-    stop: tuple[str, ...] = ()  # strings that end the output and are cut from it; one string is accepted too
-    stop_token_ids: tuple[int, ...] = ()  # ids that end the output, like eos; the id itself is kept
-    ignore_eos: bool = False  # go on after an eos token, up to max_tokens
-    seed: int | None = None  # of this request's own generator; None = a fresh one
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SamplingParamsError(f"temperature is {self.temperature}; use 0 for greedy or a positive number")
-        if self.top_k < -1:
-            raise SamplingParamsError(f"top_k is {self.top_k}; use a positive number, or 0 or -1 for no limit")
-        if not 0 < self.top_p <= 1:
-            raise SamplingParamsError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise SamplingParamsError(f"min_p is {self.min_p}; it must lie in [0, 1]")
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise SamplingParamsError(
-                f"max_tokens is {self.max_tokens!r}; ask for a whole number of tokens, at least 1"
-            )
-        if any(text == "" for text in self.stop):
-            raise SamplingParamsError("stop holds an empty string, which would end every output at once; remove it")
-
-    @property
-    def greedy(self) -> bool:
-        """True if the likeliest token is always taken."""
-        return self.temperature == 0.0
+from minillm.sampling_params import SamplingParams
 
 
 def make_generator(params: SamplingParams, device: torch.device | str = "cpu") -> torch.Generator | None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from minillm.errors import PromptError
+
+CONTEXT = 8  # prompt tokens decoded along with the output: some tokenizers drop the space before a first word
+UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character, or not yet
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -20,7 +22,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
             "encoded; remove it or pass the whole character"
         ) from error
     token_ids = tokenizer.encode(text)
-    if not token_ids:
+    if not text or not token_ids:  # a tokenizer that begins every text with a token makes something of nothing
         raise PromptError("the prompt is empty; give at least one token, such as 'Once'")
     return token_ids
 
@@ -33,32 +35,42 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 class Detokenizer:
     """Text of a growing list of tokens, given out as soon as it is final.
 
-    Held back are bytes that do not yet make a whole character (tokenizers' DecodeStream knows) and a tail that may
-    grow into a stop string. Once `stopped_by` is set, the text ends right before that stop string, wherever within
-    its tokens it began.
+    Held back are bytes that do not yet make a whole character and a tail that may grow into a stop string. Once
+    `stopped_by` is set, the text ends right before that stop string, wherever within its tokens it began.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()
+    ):
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.token_ids: list[int] = []
         self.text = ""  # all that has been given out
         self.stopped_by: str | None = None
         self._pending = ""  # decoded, but held back
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._window = list(prompt_token_ids[-CONTEXT:])  # the last tokens; how one is decoded depends on them
+        self._num_decoded = len(self._window)  # of these, how many have had their text taken
 
     def add(self, token_id: int) -> str:
         """Take one more token; return the text that has become final with it, often ''."""
-        self.token_ids.append(token_id)
-        self._pending += self._stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        self._window.append(token_id)
+        new = self._new_text()
+        if new and not new.endswith(UNFINISHED):
+            self._pending += new
+            self._window, self._num_decoded = self._window[self._num_decoded :], len(self._window) - self._num_decoded
         return self._give_out(len(self._pending) - self._held_back())
 
     def finish(self) -> str:
         """No more tokens come: return what was held back, with unfinished characters shown as U+FFFD."""
         if self.stopped_by is None:
-            decoded = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-            self._pending = decoded[len(self.text) :]
+            self._pending += self._new_text()
         return self._give_out(len(self._pending))
+
+    def _new_text(self) -> str:
+        """What the window's tokens say beyond those whose text has been taken."""
+        return self._decode(self._window)[len(self._decode(self._window[: self._num_decoded])) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _give_out(self, num_characters: int) -> str:
         found = [(self._pending.find(stop), stop) for stop in self.stop if stop in self._pending]

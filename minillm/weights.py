@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -50,9 +55,9 @@ def load_model(
 
     `name_or_path`: "storyteller", a local checkpoint folder, or a Hugging Face hub id "owner/name". `dtype`: a torch
     dtype or its name. With `skip_tokenizer_init` the tokenizer is None and prompts must be token ids.
-    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, or ConfigError for the dtype.
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, or ConfigError for dtype or device.
     """
-    dtype = as_dtype(dtype)
+    dtype, device = as_dtype(dtype), as_device(device)
     folder = find_checkpoint(name_or_path)
     config = read_config(folder)
     tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
@@ -67,6 +72,18 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise ConfigError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    return found
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A torch device that is there. Raises ConfigError for one that is not."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from error
+    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device {device!r} is not there: torch sees {count} CUDA devices; use 'cpu' or another")
     return found
 
 
@@ -91,6 +108,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises CheckpointError if its files are missing or broken."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{folder} has no tokenizer.json; add it, or load with skip_tokenizer_init=True")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -108,9 +127,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder} has no config.json; give a folder saved by transformers' save_pretrained")
     try:
         raw = json.loads((folder / "config.json").read_text())
-        check_supported(raw)
-        return model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), eos_token_ids(folder, raw))
-    except (json.JSONDecodeError, OSError) as error:
+        check_supported(raw if isinstance(raw, dict) else {})
+        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return model_config(hf, eos_token_ids(folder, hf))
+    except (json.JSONDecodeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json in {folder} cannot be read: {error}") from error
 
 
@@ -130,9 +150,9 @@ def check_supported(raw: dict) -> None:
         raise UnsupportedModelError(f"activation {raw['hidden_act']!r} is not supported; the gated MLP uses 'silu'")
 
 
-def eos_token_ids(folder: Path, raw: dict) -> tuple[int, ...]:
+def eos_token_ids(folder: Path, hf: PretrainedConfig) -> tuple[int, ...]:
     """The ids that end a request: generation_config.json if it names any, else config.json; possibly several."""
-    ids = raw.get("eos_token_id")
+    ids = hf.eos_token_id
     if (folder / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(folder).eos_token_id
         ids = ids if named is None else named
@@ -166,12 +186,13 @@ def model_config(hf: PretrainedConfig, eos_ids: tuple[int, ...]) -> ModelConfig:
 
 
 def sliding_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:
-    """The window of each layer: all layers in Mistral, those named "sliding_attention" in Qwen; () if none has one."""
-    window = getattr(hf, "sliding_window", None)
+    """The window of each layer: all in Mistral, those named "sliding_attention" in Qwen; () if none has one."""
+    window = None if hf.model_type == "llama" else hf.sliding_window  # in a Llama's config.json it has no effect
     if window is None:
         return ()
-    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if hf.model_type == "mistral":
+        return (window,) * hf.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in hf.layer_types)
 
 
 def rope_config(parameters: dict) -> RopeConfig:
@@ -227,7 +248,10 @@ def safetensors_files(folder: Path) -> list[Path]:
     """One file, or the shards its index names. Raises CheckpointError for missing shards or pickle-only weights."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a readable list of shards: {error!r}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}")
@@ -244,7 +268,7 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def check_tensors(files: list[Path], placements: dict[str, Placement], config: ModelConfig) -> None:
-    """Compare the files' headers with what the configuration asks for; reads no weights but a tied output head."""
+    """Compare the files' headers with what the configuration asks for; reads no weights."""
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
