@@ -250,7 +250,7 @@ class OutputBuilder:
     ):
         self.params = params
         self.eos_token_ids = config.eos_token_ids
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop, prompt_token_ids)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop_strings, prompt_token_ids)
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -306,7 +306,7 @@ def check_request(
             raise PromptError(
                 f"token id {token_id} at position {position} is outside the vocabulary of {config.vocab_size} ids"
             )
-    if params.stop and tokenizer is None:
+    if params.stop_strings and tokenizer is None:
         raise SamplingParamsError("stop strings need a tokenizer; pass one, or use stop_token_ids")
 
 

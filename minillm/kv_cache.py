@@ -45,7 +45,12 @@ class KVCache:
         return self.keys[layer, :end], self.values[layer, :end]
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` as cached, after every layer has appended them."""
+        """Count `num_tokens` as cached, after every layer has appended them. Raises CacheFullError past the end."""
+        if self.length + num_tokens > self.capacity:
+            raise CacheFullError(
+                f"{self.length} + {num_tokens} tokens are more than the capacity of {self.capacity}; "
+                "advance by no more than was appended"
+            )
         self.length += num_tokens
 
     @property

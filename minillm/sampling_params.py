@@ -18,14 +18,12 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020)
     min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest (Nguyen et al. 2024)
     max_tokens: int = 256  # output tokens at most
-    stop: tuple[str, ...] = ()  # strings that end the output and are cut from it; one string is accepted too
-    stop_token_ids: tuple[int, ...] = ()  # ids that end the output, like eos; the id itself is kept
+    stop: str | Sequence[str] = ()  # strings that end the output and are cut from it; one alone needs no list
+    stop_token_ids: Sequence[int] = ()  # ids that end the output, like eos; the id itself is kept
     ignore_eos: bool = False  # go on after an eos token, up to max_tokens
     seed: int | None = None  # of this request's own generator; None = a fresh one
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise SamplingParamsError(f"temperature is {self.temperature}; use 0 for greedy or a positive number")
         if not _is_whole(self.top_k) or self.top_k < -1:
@@ -40,8 +38,13 @@ class SamplingParams:
             )
         if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
             raise SamplingParamsError(f"seed is {self.seed!r}; use a whole number of 64 bits, or None")
-        if any(text == "" for text in self.stop):
+        if any(text == "" for text in self.stop_strings):
             raise SamplingParamsError("stop holds an empty string, which would end every output at once; remove it")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, whatever form it was given in."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def greedy(self) -> bool:

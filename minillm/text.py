@@ -28,8 +28,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """The text of each token on its own, leading space included: the labels of masks and timelines."""
-    return [tokenizer.decode([token_id]) for token_id in token_ids]
+    """The text each token adds to those before it, leading space included: the labels of masks and timelines."""
+    texts = []
+    for before, token_id in zip([None, *token_ids], token_ids, strict=False):
+        context = [] if before is None else [before]  # some tokenizers drop the space before a first word
+        texts.append(tokenizer.decode([*context, token_id])[len(tokenizer.decode(context)) :])
+    return texts
 
 
 class Detokenizer:

@@ -92,7 +92,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name in SHIPPED_MODELS:
         return SHIPPED_MODELS[name]
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     known = f"known are: {', '.join(SHIPPED_MODELS)}, a local checkpoint folder, or a hub id 'owner/name'"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -100,7 +100,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelNotFoundError(
             f"{name!r} is no local folder and the hub did not give it ({reason}); {known}"
         ) from error

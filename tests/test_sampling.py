@@ -1,0 +1,210 @@
+"""Sampling draws from the distribution its parameters describe, request by request; bad parameters are refused."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm import ModelConfig, SamplingParams
+from minillm.errors import SamplingParamsError
+from minillm.model import Decoder
+from minillm.sampling import make_generator, next_token_probabilities, sample
+
+LOGITS = torch.tensor([2.0, 0.5, -1.0, 3.0, 1.5, -4.0, 0.0, 2.5])
+
+distinct_logits = st.lists(st.integers(-80, 80), min_size=2, max_size=30, unique=True).map(
+    lambda values: torch.tensor(values) / 10
+)
+temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.8])
+
+
+def probabilities_in_plain_python(logits, temperature, top_k, top_p, min_p):
+    """The definition, token by token: softmax, then min-p, top-k and top-p, each on what is left, made to sum to 1."""
+    weights = {token: math.exp(logit / temperature) for token, logit in enumerate(logits)}
+    likeliest = max(weights.values())
+    weights = {token: w for token, w in weights.items() if w >= min_p * likeliest}
+    by_weight = sorted(weights, key=weights.get, reverse=True)[: top_k if top_k > 0 else None]
+    total, kept, reached = sum(weights[token] for token in by_weight), [], 0.0
+    for token in by_weight:
+        if reached >= top_p:
+            break
+        kept.append(token)
+        reached += weights[token] / total
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
+
+
+# --- the distribution ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, -1, 1, 3, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4, 0.01])
+@pytest.mark.parametrize("min_p", [0.0, 0.2, 1.0])
+def test_probabilities_are_those_of_the_definition(temperature, top_k, top_p, min_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = probabilities_in_plain_python(LOGITS.tolist(), temperature, top_k, top_p, min_p)
+    assert next_token_probabilities(LOGITS, params).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@given(
+    logits=distinct_logits,
+    temperature=temperatures,
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.001, 1.0),
+    min_p=st.floats(0.0, 1.0),
+)
+def test_filters_only_shrink_the_support_and_always_keep_the_likeliest(logits, temperature, top_k, top_p, min_p):
+    everything = next_token_probabilities(logits, SamplingParams(temperature=temperature))
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    filtered = next_token_probabilities(logits, params)
+    kept = filtered > 0
+    assert filtered.sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert kept[logits.argmax()]
+    assert kept.sum() <= (top_k or len(logits))
+    assert not kept[everything < min_p * everything.max() * (1 - 1e-4)].any()
+    assert torch.allclose(
+        filtered[kept] / everything[kept], (1 / everything[kept].sum()).expand(int(kept.sum())), rtol=1e-3
+    )
+
+
+def test_lower_temperature_sharpens():
+    likeliest = [
+        next_token_probabilities(LOGITS, SamplingParams(temperature=t)).max().item() for t in (2.0, 1.0, 0.5, 0.01)
+    ]
+    assert likeliest == sorted(likeliest)
+    assert likeliest[-1] == pytest.approx(1.0)
+
+
+def test_greedy_takes_the_likeliest_and_needs_no_generator():
+    params = SamplingParams()
+    assert params.greedy
+    assert make_generator(params) is None
+    assert sample(LOGITS[None], [params], [None]).tolist() == [3]
+    assert next_token_probabilities(LOGITS, params).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_a_temperature_next_to_zero_is_greedy_instead_of_overflowing(temperature):
+    params = SamplingParams(temperature=temperature)
+    assert sample(LOGITS[None], [params], [make_generator(params)]).tolist() == [3]
+
+
+def test_a_single_candidate_is_always_drawn():
+    for params in (SamplingParams(temperature=5.0, top_k=1), SamplingParams(temperature=5.0, top_p=1e-6)):
+        drawn = sample(LOGITS.repeat(50, 1), [params] * 50, [make_generator(params)] * 50)
+        assert set(drawn.tolist()) == {3}
+
+
+def chi_square(counts, probabilities) -> float:
+    expected = probabilities * counts.sum()
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square with 7 degrees of freedom: the right distribution exceeds 24.3 once in a thousand seeds."""
+    params = SamplingParams(temperature=1.3, seed=0)
+    generator, rows = make_generator(params), 4000
+    counts = sample(LOGITS.repeat(rows, 1), [params] * rows, [generator] * rows).bincount(minlength=8).double()
+    assert chi_square(counts, next_token_probabilities(LOGITS, params)) < 24.3
+    slightly_wrong = next_token_probabilities(LOGITS, SamplingParams(temperature=1.5))
+    assert chi_square(counts, slightly_wrong) > 24.3  # the test can tell
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def draw(logits, params, neighbours=(), position=0, steps=30):
+    """`steps` tokens of one request that sits at `position` among neighbours, which draw too."""
+    requests = [*neighbours[:position], params, *neighbours[position:]]
+    generators = [make_generator(request) for request in requests]
+    rows = torch.randn(len(requests), len(logits), generator=torch.Generator().manual_seed(5))
+    rows[position] = logits
+    return [int(sample(rows, requests, generators)[position]) for _ in range(steps)]
+
+
+def test_a_seeded_request_draws_the_same_whatever_its_neighbours_do():
+    params = SamplingParams(temperature=1.0, seed=42)
+    neighbours = [SamplingParams(temperature=2.0, seed=1), SamplingParams(), SamplingParams(temperature=0.5)]
+    alone = draw(LOGITS, params)
+    assert len(set(alone)) > 3
+    for position in range(4):
+        assert draw(LOGITS, params, neighbours, position) == alone
+    assert draw(LOGITS, SamplingParams(temperature=1.0, seed=43)) != alone
+
+
+def test_requests_without_a_seed_draw_differently():
+    params = SamplingParams(temperature=2.0)
+    assert draw(LOGITS, params) != draw(LOGITS, params)  # equal by chance once in 10^20
+
+
+# --- the vocabulary's padding ----------------------------------------------------------------------------------------
+
+
+def test_padding_of_the_vocabulary_gets_no_logits():
+    config = ModelConfig(
+        vocab_size=16,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=8,
+        num_tokens=11,
+        tie_word_embeddings=True,
+    )
+    model = Decoder(config)
+    with torch.no_grad():
+        model.embed_tokens.weight[:] = 0.0
+        model.embed_tokens.weight[11:] = 100.0  # padding rows would win every time
+        logits = model.logits(torch.ones(2, 4))
+    assert logits.shape == (2, 11)
+
+
+# --- bad parameters --------------------------------------------------------------------------------------------------
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("temperature", -0.1, "0 for greedy or a positive number"),
+        ("temperature", NAN, "0 for greedy or a positive number"),
+        ("temperature", INF, "0 for greedy or a positive number"),
+        ("top_k", -2, "0 or -1 for no limit"),
+        ("top_k", 2.5, "whole number"),
+        ("top_p", 0.0, r"\(0, 1\]"),
+        ("top_p", -0.5, r"\(0, 1\]"),
+        ("top_p", 1.01, r"\(0, 1\]"),
+        ("top_p", NAN, r"\(0, 1\]"),
+        ("min_p", -0.1, r"\[0, 1\]"),
+        ("min_p", 1.1, r"\[0, 1\]"),
+        ("min_p", NAN, r"\[0, 1\]"),
+        ("max_tokens", 0, "at least 1"),
+        ("max_tokens", -3, "at least 1"),
+        ("max_tokens", 1.5, "at least 1"),
+        ("max_tokens", True, "at least 1"),
+        ("max_tokens", None, "at least 1"),
+        ("seed", 2**64, "64 bits"),
+        ("seed", "one", "64 bits"),
+    ],
+)
+def test_a_bad_parameter_is_refused_with_its_value_and_limit(field, value, limit):
+    with pytest.raises(SamplingParamsError, match=limit) as error:
+        SamplingParams(**{field: value})
+    assert field in str(error.value)
+    assert str(value) in str(error.value)
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(SamplingParamsError, match="empty string"):
+        SamplingParams(stop=("end", ""))
+
+
+def test_one_stop_string_may_be_given_bare():
+    assert SamplingParams(stop="end").stop_strings == ("end",)
+    assert SamplingParams(stop=["end"]).stop_strings == ("end",)
