@@ -6,40 +6,10 @@ from fractions import Fraction
 import pytest
 import torch
 
+from check_answers import message, passes
 from minillm import checks, costs, masks
-from minillm.checks.base import CheckFailed, NotWrittenYet
 from minillm.config import ModelConfig
 from minillm.viz import MaskGrid
-
-
-def passes(check, function, capsys) -> bool:
-    check(function)
-    return capsys.readouterr().out.startswith(f"✓ {check.__name__}: ")
-
-
-def message(check, function) -> str:
-    """What a wrong answer is told; all four lines must be there."""
-    with pytest.raises(CheckFailed) as failure:
-        check(function)
-    text = str(failure.value)
-    lines = [line.split()[0] for line in text.splitlines()[1:]]
-    assert lines in (["call", "got", "expected", "hint"], ["call", "raised", "expected", "hint"])
-    assert f"call      {check.__name__}(" in text
-    return text
-
-
-@pytest.mark.parametrize(
-    "check",
-    [checks.causal_mask, checks.visible_tokens, checks.attention, checks.window_mask, checks.attention_share],
-    ids=lambda check: check.__name__,
-)
-def test_a_stub_is_not_written_yet(check):
-    def stub(*args):
-        raise NotImplementedError("write it")
-
-    with pytest.raises(NotWrittenYet, match="not written yet"):
-        check(stub)
-
 
 # causal_mask --------------------------------------------------------------------------------------
 

@@ -6,42 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from check_answers import message, passes
 from minillm import checks
-from minillm.checks.base import CheckFailed, NotWrittenYet
 
 MIB = 1024 * 1024
-CHECKS = [
-    checks.cache_append,
-    checks.naive_over_cached,
-    checks.kv_bytes,
-    checks.cache_mebibytes,
-    checks.requests_that_fit,
-]
-
-
-def passes(check, function, capsys) -> bool:
-    check(function)
-    return capsys.readouterr().out.startswith(f"✓ {check.__name__}: ")
-
-
-def message(check, function) -> str:
-    """What a wrong answer is told; all four lines must be there."""
-    with pytest.raises(CheckFailed) as failure:
-        check(function)
-    text = str(failure.value)
-    lines = [line.split()[0] for line in text.splitlines()[1:]]
-    assert lines in (["call", "got", "expected", "hint"], ["call", "raised", "expected", "hint"])
-    assert f"call      {check.__name__}(" in text
-    return text
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_a_stub_is_not_written_yet(check):
-    def stub(*args):
-        raise NotImplementedError("write it")
-
-    with pytest.raises(NotWrittenYet, match="not written yet"):
-        check(stub)
 
 
 # cache_append -------------------------------------------------------------------------------------

@@ -84,3 +84,19 @@ def test_a_prediction_stands_beside_its_measurement(capsys):
 def test_there_is_no_measurement_before_a_guess():
     with pytest.raises(NotWrittenYet, match="write your guess first"):
         checks.prediction("passes", None, 20)
+
+
+EXERCISES = [
+    check
+    for check in (getattr(checks, name) for name in checks.__all__)
+    if check.__module__.startswith("minillm.checks.chapter_")
+]
+
+
+@pytest.mark.parametrize("check", EXERCISES, ids=lambda check: check.__name__)
+def test_every_exercise_tells_a_stub_from_a_wrong_answer(check):
+    def stub(*arguments):
+        raise NotImplementedError("write it")
+
+    with pytest.raises(NotWrittenYet, match=f"{check.__name__}: not written yet"):
+        check(stub)

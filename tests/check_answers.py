@@ -1,0 +1,23 @@
+"""How the tests of exercises hand an answer to a check and read what it says."""
+
+import pytest
+
+from minillm.checks.base import CheckFailed
+
+
+def passes(check, function, capsys) -> bool:
+    """Whether the check accepts the function and says so by its name."""
+    check(function)
+    return capsys.readouterr().out.startswith(f"✓ {check.__name__}: ")
+
+
+def message(check, function) -> str:
+    """What a wrong answer is told: the call, what came, what was expected, one hint, and no stack trace."""
+    with pytest.raises(CheckFailed) as failure:
+        check(function)
+    text = str(failure.value)
+    lines = [line.split()[0] for line in text.splitlines()[1:]]
+    assert lines in (["call", "got", "expected", "hint"], ["call", "raised", "expected", "hint"])
+    assert text.startswith(f"✗ {check.__name__}") and f"call      {check.__name__}(" in text
+    assert failure.value._render_traceback_() == [text]
+    return text
