@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Why = Literal["prefill", "decode", "recompute", "padding"]
+WASTE = ("padding", "recompute")  # tokens computed for nothing, or for the second time
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class StepEvent:
         return sum(part.num_tokens for part in self.scheduled)
 
     @property
+    def num_useful(self) -> int:
+        """Tokens among them that were neither padding nor computed before."""
+        return sum(part.num_tokens for part in self.scheduled if part.why not in WASTE)
+
+    @property
     def duration(self) -> float:
         """Seconds the step took."""
         return self.end_time - self.start_time
@@ -96,5 +102,10 @@ class Trace:
         return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
     def end_to_end(self, request_id: str) -> float:
-        """E2E: arrival to last output token, seconds."""
-        return self.token_times(request_id)[-1] - self.request(request_id).arrival_time
+        """E2E: arrival to the end of the step in which the request leaves the batch with its result, seconds.
+
+        In a static batch that is later than its last token; in a run that was cut short it is the last token there is.
+        """
+        left = [step.end_time for step in self.steps if request_id in step.finished]
+        end = left[0] if left else self.token_times(request_id)[-1]
+        return end - self.request(request_id).arrival_time

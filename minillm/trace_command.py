@@ -1,0 +1,50 @@
+"""`minillm trace FILE`: draws the trace of any run in the terminal, and on request as a figure or for Perfetto."""
+
+import argparse
+from pathlib import Path
+
+MOST_REQUESTS = 40  # rows drawn unless more are asked for
+UNITS = ("s", "steps", "slots")
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a trace as `save_trace` writes it: JSON lines")
+    parser.add_argument("--unit", default="steps", choices=UNITS, help="what the axis counts; s is true to time")
+    parser.add_argument(
+        "--requests", type=int, default=MOST_REQUESTS, metavar="N", help=f"draw the first N ({MOST_REQUESTS})"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the timeline as a figure")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the same as pixels")
+    parser.add_argument("--chrome", type=Path, metavar="FILE", help="write the whole trace for ui.perfetto.dev")
+
+
+def run_trace(arguments: argparse.Namespace) -> int:
+    """Print the timeline and the run's figures; write what was asked for."""
+    from minillm.chrome_trace import save_chrome_trace
+    from minillm.simulation.report import report
+    from minillm.trace_files import load_trace
+    from minillm.viz import Timeline
+
+    trace = load_trace(arguments.file)
+    picture = Timeline(beginning(trace, arguments.requests), arguments.unit)
+    print(picture.text())
+    if len(trace.requests) > len(picture.request_ids):
+        print(f"the first {len(picture.request_ids)} of {len(trace.requests):,} requests; --requests N draws more")
+    print(f"\n{report(trace)}")
+    for path, form in ((arguments.svg, picture.svg), (arguments.png, picture.png)):
+        if path is not None:
+            path.write_bytes(form())
+            print(f"wrote {path}")
+    if arguments.chrome is not None:
+        print(f"wrote {save_chrome_trace(trace, arguments.chrome)}; open it in https://ui.perfetto.dev")
+    return 0
+
+
+def beginning(trace, num_requests: int):
+    """The trace with its first requests only, up to the step in which the last of them takes part."""
+    from minillm.trace import Trace
+
+    requests = trace.requests[: max(1, num_requests)]
+    wanted = {record.request_id for record in requests}
+    busy = [i for i, step in enumerate(trace.steps) if any(part.request_id in wanted for part in step.scheduled)]
+    return Trace(requests, trace.steps[: busy[-1] + 1] if busy else trace.steps)

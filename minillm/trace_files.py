@@ -1,0 +1,164 @@
+"""Traces in files, as JSON lines: a header, a line a request, a line a step. What is read equals what was written.
+
+    {"format": "minillm trace", "version": 1}
+    {"request": {"request_id": "a", "arrival_time": 0.0, "num_prompt_tokens": 7}}
+    {"step": {"step": 0, "start_time": 0.0, "end_time": 0.2, "scheduled": [{"request_id": "a", ...}]}}
+
+The names are those of `minillm.trace`; fields at their default are left out. Times are written in full.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import get_args
+
+from minillm.errors import MiniLLMError
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace, Why
+
+FORMAT, VERSION = "minillm trace", 1
+
+
+class TraceFileError(MiniLLMError):
+    """A trace file cannot be read, or cannot be written as JSON; names the line."""
+
+
+def save_trace(trace: Trace, path: str | Path) -> Path:
+    """Write `trace` to `path`; returns the path. Raises TraceFileError for a time that is not finite."""
+    lines = [{"format": FORMAT, "version": VERSION}]
+    lines += [{"request": _record(request)} for request in trace.requests]
+    lines += [{"step": _record(step)} for step in trace.steps]
+    try:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    except ValueError as error:
+        raise TraceFileError(f"cannot write the trace to {path}: a time in it is not finite") from error
+    path = Path(path)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _record(record) -> dict:
+    """The fields of a dataclass that are not at their default."""
+    values = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.default is MISSING or value != field.default:
+            values[field.name] = [_record(part) for part in value] if field.name == "scheduled" else value
+    return values
+
+
+def load_trace(path: str | Path) -> Trace:
+    """The trace in `path`. Raises TraceFileError, naming the line, for a file that `save_trace` cannot have made."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except OSError as error:
+        raise TraceFileError(f"cannot read the trace {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TraceFileError(f"cannot read the trace {path}: it is not text in UTF-8") from error
+    _check_header(path, lines[0])
+    trace, known = Trace(), set()
+    for number, line in enumerate(lines[1:], start=2):
+        _Line(f"{path}, line {number}", line).add_to(trace, known)
+    return trace
+
+
+def _check_header(path: str | Path, line: str) -> None:
+    try:
+        header = json.loads(line)
+    except json.JSONDecodeError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise TraceFileError(
+            f'{path}, line 1: no trace, which begins with {{"format": "{FORMAT}", "version": {VERSION}}}'
+        )
+    if header.get("version") != VERSION:
+        raise TraceFileError(
+            f"{path}, line 1: the trace is of version {header.get('version')!r}, this minillm reads {VERSION}; "
+            "record it again or update minillm"
+        )
+
+
+class _Line:
+    """One line after the header, being checked; `where` names it in errors."""
+
+    def __init__(self, where: str, text: str):
+        self.where = where
+        try:
+            self.content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise self._error(f"no JSON ({error.msg})") from error
+
+    def _error(self, reason: str) -> TraceFileError:
+        return TraceFileError(f"{self.where}: {reason}")
+
+    def add_to(self, trace: Trace, known: set[str]) -> None:
+        """Append the request or the step of this line, if it fits what came before: `known` are the requests' ids."""
+        if not isinstance(self.content, dict) or len(self.content) != 1:
+            raise self._error('expected {"request": ...} or {"step": ...}')
+        ((kind, values),) = self.content.items()
+        if kind == "request":
+            request = self._read(RequestRecord, values)
+            if request.request_id in known:
+                raise self._error(f"request id {request.request_id!r} is there twice")
+            known.add(request.request_id)
+            trace.requests.append(request)
+        elif kind == "step":
+            step = self._read(StepEvent, values)
+            self._check_order(trace, step)
+            strangers = {*step.finished, *(part.request_id for part in step.scheduled)} - known
+            if strangers:
+                raise self._error(f"requests {sorted(strangers)[:4]} have no line of their own above")
+            trace.steps.append(step)
+        else:
+            raise self._error(f"unknown entry {kind!r}; expected request or step")
+
+    def _check_order(self, trace: Trace, step: StepEvent) -> None:
+        if step.end_time < step.start_time:
+            raise self._error(f"the step ends at {step.end_time} s, before it begins at {step.start_time} s")
+        if trace.steps and step.start_time < trace.steps[-1].start_time:
+            raise self._error(f"the step begins at {step.start_time} s, before the one in the line above")
+
+    def _read(self, kind: type, values: object):
+        """A dataclass from its JSON object."""
+        readers, known = READERS[kind], fields(kind)
+        if not isinstance(values, dict):
+            raise self._error(f"a {kind.__name__} must be a JSON object, not {values!r}")
+        unknown = values.keys() - readers.keys()
+        missing = [field.name for field in known if field.default is MISSING and field.name not in values]
+        if unknown or missing:
+            raise self._error(f"a {kind.__name__} with unknown fields {sorted(unknown)}, missing {missing}")
+        read = {}
+        for name, value in values.items():
+            if name == "scheduled" and isinstance(value, list):
+                read[name] = tuple(self._read(ScheduledTokens, part) for part in value)
+                continue
+            accepts, wanted = readers[name]
+            if not accepts(value):
+                raise self._error(f"{name} is {value!r}; it must be {wanted}")
+            read[name] = tuple(value) if isinstance(value, list) else value
+        return kind(**read)
+
+
+# What each field may hold, and how an error says so.
+Reader = tuple[Callable[[object], bool], str]
+NAME: Reader = (lambda value: isinstance(value, str), "a string")
+COUNT: Reader = (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
+TIME: Reader = (lambda value: type(value) in (int, float) and math.isfinite(value), "seconds, a finite number")
+NAMES: Reader = (lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value), "strings")
+PARTS: Reader = (lambda value: False, "a list")  # each entry is read as ScheduledTokens
+WHY: Reader = (lambda value: value in get_args(Why), f"one of {', '.join(get_args(Why))}")
+READERS: dict[type, dict[str, Reader]] = {
+    RequestRecord: {"request_id": NAME, "arrival_time": TIME, "num_prompt_tokens": COUNT},
+    ScheduledTokens: {"request_id": NAME, "start": COUNT, "num_tokens": COUNT, "why": WHY, "num_sampled": COUNT},
+    StepEvent: {
+        "step": COUNT,
+        "start_time": TIME,
+        "end_time": TIME,
+        "scheduled": PARTS,
+        "finished": NAMES,
+        "num_waiting": COUNT,
+        "score_entries": COUNT,
+        "cached_tokens": COUNT,
+    },
+}

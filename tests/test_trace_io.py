@@ -1,0 +1,244 @@
+"""Traces in files: they come back as they were, broken ones are refused by line, Perfetto's rules hold, the command."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm import cli
+from minillm.chrome_trace import STEPS, chrome_trace, save_chrome_trace
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace_files import READERS, TraceFileError, load_trace, save_trace
+
+
+def small_trace() -> Trace:
+    """ "a" at once; "b" arrives late, waits, is prefilled in two chunks, preempted and recomputed, with padding."""
+    schedule = [
+        (0.5, 0.7, [("a", 0, 4, "prefill", 1)], (), 0),
+        (0.7, 0.8, [("a", 4, 1, "decode", 1)], (), 1),
+        (0.8, 0.95, [("a", 5, 1, "decode", 1), ("b", 0, 3, "prefill", 0)], (), 0),
+        (0.96, 1.1, [("a", 0, 2, "padding", 0), ("b", 3, 2, "prefill", 1)], ("a",), 0),
+        (1.1, 1.2, [("b", 0, 5, "recompute", 0), ("b", 5, 1, "decode", 1), ("b", 5, 3, "padding", 0)], ("b",), 0),
+    ]
+    trace = Trace([RequestRecord("a", 0.45, 4), RequestRecord("b", 0.72, 5)])
+    for step, (start, end, parts, finished, waiting) in enumerate(schedule):
+        parts = tuple(ScheduledTokens(*part) for part in parts)
+        trace.steps.append(StepEvent(step, start, end, parts, finished, waiting, 10 * step, 5 + step))
+    return trace
+
+
+# --- JSON lines ---
+
+
+def test_a_trace_comes_back_as_it_was(tmp_path):
+    trace = small_trace()
+    path = save_trace(trace, tmp_path / "run.jsonl")
+    assert load_trace(path) == trace
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"format": "minillm trace", "version": 1}
+    assert len(lines) == 1 + len(trace.requests) + len(trace.steps)
+    again = save_trace(load_trace(path), tmp_path / "again.jsonl")
+    assert again.read_bytes() == path.read_bytes()
+
+
+NAMES = st.text(max_size=4)
+TIMES = st.floats(allow_nan=False, allow_infinity=False)
+COUNTS = st.integers(0, 2**40)
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_trace_comes_back_exactly(tmp_path_factory, data):
+    names = data.draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))
+    trace = Trace([RequestRecord(name, data.draw(TIMES), data.draw(COUNTS)) for name in names])
+    for start in sorted(data.draw(st.lists(TIMES, max_size=3))):
+        why = st.sampled_from(["prefill", "decode", "recompute", "padding"])
+        part = st.builds(ScheduledTokens, st.sampled_from(names), COUNTS, COUNTS, why, COUNTS)
+        parts, finished = data.draw(st.lists(part, max_size=3)), data.draw(st.lists(st.sampled_from(names), max_size=2))
+        end = data.draw(st.floats(start, allow_infinity=False))
+        counts = [data.draw(COUNTS) for _ in range(4)]
+        trace.steps.append(StepEvent(counts[0], start, end, tuple(parts), tuple(finished), *counts[1:]))
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    assert load_trace(save_trace(trace, path)) == trace
+
+
+def test_every_field_of_a_trace_can_be_read():
+    for kind, readers in READERS.items():
+        assert [field.name for field in fields(kind)] == list(readers)
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "says"),
+    [
+        (1, "", "line 1: no trace"),
+        (1, '{"format": "something else"}', "line 1: no trace"),
+        (1, '{"format": "minillm trace", "version": 2}', "line 1: the trace is of version 2, this minillm reads 1"),
+        (2, "{", "line 2: no JSON"),
+        (2, "", "line 2: no JSON"),
+        (2, "[]", "line 2: expected"),
+        (2, '{"note": 1}', "line 2: unknown entry 'note'"),
+        (2, '{"request": 1}', "line 2: a RequestRecord must be a JSON object"),
+        (2, '{"request": {"request_id": "a", "arrival_time": 0}}', r"missing \['num_prompt_tokens'\]"),
+        (2, '{"request": {"request_id": 1, "arrival_time": 0, "num_prompt_tokens": 1}}', "request_id is 1; .*string"),
+        (2, '{"request": {"request_id": "a", "arrival_time": NaN, "num_prompt_tokens": 1}}', "arrival_time is nan"),
+        (2, '{"request": {"request_id": "a", "arrival_time": 0, "num_prompt_tokens": true}}', "tokens is True"),
+        (3, '{"request": {"request_id": "a", "arrival_time": 0, "num_prompt_tokens": 1}}', "'a' is there twice"),
+        (4, '{"step": {"step": 0, "start_time": 2, "end_time": 1, "scheduled": []}}', "line 4: the step ends at 1"),
+        (4, '{"step": {"step": 0, "start_time": 1, "end_time": 2, "scheduled": 3}}', "scheduled is 3; .* a list"),
+        (4, '{"step": {"step": 0, "start_time": 1, "end_time": 2, "scheduled": [], "x": 1}}', r"fields \['x'\]"),
+        (4, '{"step": {"step": 0, "start_time": 1, "end_time": 2, "scheduled": [], "finished": ["c"]}}', r"\['c'\]"),
+        (4, '{"step": {"step": 0, "start_time": 1, "end_time": 2, "scheduled": [{"why": "fun"}]}}', "ScheduledTokens"),
+        (6, '{"step": {"step": 0, "start_time": 0.1, "end_time": 9, "scheduled": []}}', "before the one in"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_refused_by_its_line(tmp_path, line, text, says):
+    path = save_trace(small_trace(), tmp_path / "run.jsonl")
+    lines = path.read_text().splitlines()
+    lines[line - 1] = text
+    path.write_text("\n".join(lines))
+    with pytest.raises(TraceFileError, match=says) as refused:
+        load_trace(path)
+    assert f"{path}, line {line}: " in str(refused.value)
+
+
+def test_a_why_that_does_not_exist_is_refused(tmp_path):
+    path = save_trace(small_trace(), tmp_path / "run.jsonl")
+    path.write_text(path.read_text().replace('"padding"', '"fun"'))
+    with pytest.raises(TraceFileError, match="line 7: why is 'fun'; it must be one of prefill, decode"):
+        load_trace(path)
+
+
+def test_missing_files_other_bytes_and_endless_times_are_refused(tmp_path):
+    with pytest.raises(TraceFileError, match="No such file"):
+        load_trace(tmp_path / "none.jsonl")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(TraceFileError, match="UTF-8"):
+        load_trace(tmp_path / "bytes")
+    endless = Trace([RequestRecord("a", math.inf, 1)])
+    with pytest.raises(TraceFileError, match="not finite"):
+        save_trace(endless, tmp_path / "endless.jsonl")
+    assert not (tmp_path / "endless.jsonl").exists()
+
+
+# --- Chrome's trace events ---
+
+
+def nanoseconds(microseconds: float) -> int:
+    return round(1000 * microseconds)
+
+
+def check_format(document: dict) -> None:
+    """The rules of the "Trace Event Format" for the phases M, X and C."""
+    assert set(document) == {"traceEvents", "displayTimeUnit"}
+    open_until = defaultdict(list)  # thread -> ends of the events around the present moment, outermost first
+    last = 0.0
+    for event in document["traceEvents"]:
+        assert {"ph", "pid", "tid", "name", "args"} <= set(event)
+        if event["ph"] == "M":
+            continue
+        assert event["ts"] >= last, "sorted by time"
+        last = event["ts"]
+        if event["ph"] == "C":
+            assert all(isinstance(value, int) and value >= 0 for value in event["args"].values())
+            continue
+        assert event["ph"] == "X" and event["dur"] >= 0
+        start, end = nanoseconds(event["ts"]), nanoseconds(event["ts"] + event["dur"])
+        around = open_until[event["tid"]]
+        while around and around[-1] <= start:
+            around.pop()
+        assert not around or end <= around[-1], "an event ends within the one around it"
+        around.append(end)
+
+
+def test_the_chrome_trace_keeps_the_formats_rules():
+    document = chrome_trace(small_trace())
+    check_format(json.loads(json.dumps(document)))
+    with pytest.raises(AssertionError, match="within the one around"):  # the check itself finds a broken nesting
+        events = [dict(event) for event in document["traceEvents"]]
+        next(event for event in events if event["name"] == "waiting")["dur"] += 1e9
+        check_format({**document, "traceEvents": events})
+
+
+def test_a_thread_a_request_with_its_life_and_what_it_did_in_it():
+    events = chrome_trace(small_trace())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert names == {STEPS: "steps", 1: "a", 2: "b"}
+    life, *inner = [event for event in events if event["ph"] == "X" and event["tid"] == 2]
+    assert (life["name"], life["ts"], life["dur"]) == ("b", 270_000, 480_000)  # from 0.72 to 1.2 s; 0.45 s is 0
+    assert [event["name"] for event in inner] == ["waiting", "prefill", "waiting", "prefill", "recompute"]
+    assert (inner[0]["ts"], inner[0]["dur"]) == (270_000, 80_000)
+    tokens = [(each["args"]["tokens"], each["args"]["padding"]) for each in inner if each["args"]]
+    assert tokens == [(3, 0), (2, 0), (6, 3)]
+    assert [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 1][-1] == "padding"
+
+
+def test_counters_follow_the_run():
+    events = chrome_trace(small_trace())["traceEvents"]
+    requests = [event["args"] for event in events if event["name"] == "requests"]
+    assert [(each["running"], each["waiting"]) for each in requests] == [(1, 0), (1, 1), (2, 0), (2, 0), (1, 0), (0, 0)]
+    cached = [(event["ts"], event["args"]["tokens"]) for event in events if event["name"] == "cached tokens"]
+    assert cached[0] == (250_000, 5) and cached[-1] == (750_000, 9)
+
+
+def test_overlapping_steps_and_odd_times_still_nest():
+    trace = small_trace()
+    trace.steps = [
+        replace(each, end_time=each.end_time + 1 / 30, start_time=each.start_time / 3) for each in trace.steps
+    ]
+    trace.requests = [replace(record, arrival_time=record.arrival_time / 3) for record in trace.requests]
+    document = chrome_trace(trace)
+    document["traceEvents"] = [event for event in document["traceEvents"] if event["tid"] != STEPS]
+    check_format(document)
+
+
+def test_an_empty_trace_is_an_empty_document(tmp_path):
+    document = json.loads(save_chrome_trace(Trace(), tmp_path / "empty.json").read_text())
+    assert {event["ph"] for event in document["traceEvents"]} == {"M"}
+
+
+# --- minillm trace ---
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main(["trace", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_draws_and_sums_up(capsys, tmp_path):
+    path = save_trace(small_trace(), tmp_path / "run.jsonl")
+    code, out, err = run(capsys, path)
+    assert (code, err) == (0, "")
+    assert "a    |PDDx.\nb    |  PPr" in out
+    for figure in ("requests ", "2 of 2 finished", "5 steps", "22 computed, 12 useful", "TTFT", "ITL", "E2E"):
+        assert figure in out
+
+
+@pytest.mark.parametrize("unit", ["s", "slots"])
+def test_the_command_writes_what_it_is_asked_for(capsys, tmp_path, unit):
+    path = save_trace(small_trace(), tmp_path / "run.jsonl")
+    files = {kind: tmp_path / f"picture.{kind}" for kind in ("svg", "png", "chrome")}
+    options = [part for kind, file in files.items() for part in (f"--{kind}", file)]
+    code, out, _ = run(capsys, path, "--unit", unit, *options)
+    assert code == 0 and all(str(file) in out for file in files.values())
+    assert files["svg"].read_text().lstrip().startswith("<?xml")
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    check_format(json.loads(files["chrome"].read_text()))
+
+
+def test_the_command_draws_the_first_of_many(capsys, tmp_path):
+    path = save_trace(small_trace(), tmp_path / "run.jsonl")
+    out = run(capsys, path, "--requests", "1")[1]
+    assert "a    |PDDx\n" in out and "b    |" not in out
+    assert "the first 1 of 2 requests" in out and "2 of 2 finished" in out
+
+
+def test_the_command_answers_a_mistake_in_one_line(capsys, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("nonsense\n")
+    code, out, err = run(capsys, tmp_path / "broken.jsonl")
+    assert (code, out) == (2, "") and err.startswith("minillm: ") and "line 1" in err
+    save_trace(Trace(), tmp_path / "empty.jsonl")
+    assert run(capsys, tmp_path / "empty.jsonl")[0] == 2
