@@ -13,20 +13,30 @@ from minillm.viz.base import (
     side_by_side,
     stacked,
 )
+from minillm.viz.batches import BatchComposition, PaddingRectangle, PaddingSteps
+from minillm.viz.block_masks import BlockMaskSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
 from minillm.viz.grids import AttentionWeights, MaskGrid
+from minillm.viz.load import LoadCurves
+from minillm.viz.policies import PolicyTimelines
 from minillm.viz.recompute import RecomputeGrid
 from minillm.viz.timeline import Timeline
 
 __all__ = [
     "AttentionWeights",
     "Bars",
+    "BatchComposition",
+    "BlockMaskSteps",
     "CacheGrowth",
     "Curves",
+    "LoadCurves",
     "MaskGrid",
+    "PaddingRectangle",
+    "PaddingSteps",
     "Panels",
     "Picture",
     "PictureError",
+    "PolicyTimelines",
     "RecomputeGrid",
     "Timeline",
     "binary_bytes",

@@ -161,13 +161,21 @@ class Panels(Picture):
     has fewer steps than the others waits at its last.
     """
 
-    def __init__(self, pictures: Sequence[Picture], *, columns: int | None = None, share_x: bool = False):
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        columns: int | None = None,
+        share_x: bool = False,
+        title: str | None = None,
+    ):
         if not pictures:
             raise PictureError("no pictures were given to put side by side")
         if columns is not None and columns < 1:
             raise PictureError(f"columns is {columns}; use 1 or more, or None for as many as fit")
         self.pictures = tuple(pictures)
         self.share_x = share_x
+        self.title = title
         self.rows = list(_rows_that_fit(self.pictures, columns))
         self.num_steps = max(picture.num_steps for picture in self.pictures)
 
@@ -183,7 +191,7 @@ class Panels(Picture):
         )
 
     def alt(self) -> str:
-        return "; ".join(picture.alt() for picture in self.pictures)
+        return (f"{self.title}: " if self.title else "") + "; ".join(picture.alt() for picture in self.pictures)
 
     def _size(self) -> tuple[float, float]:
         sizes = [[picture._panel_size() for picture in row] for row in self.rows]
@@ -194,6 +202,7 @@ class Panels(Picture):
         raise NotImplementedError("panels are drawn by _fill, each into its own axes")
 
     def _fill(self, figure, step: int | None) -> None:
+        self._set_title_of_all(figure)
         ends = [picture._x_end() for picture in self.pictures if self.share_x]
         for place, picture in zip(self._places(figure), self.pictures, strict=True):
             axes = figure.add_subplot(place)
@@ -201,6 +210,11 @@ class Panels(Picture):
                 axes.set_xlim(0, max(ends))  # a picture keeps to a scale it finds
             picture._draw(axes, None if step is None else min(step, picture.num_steps - 1))
             picture._set_title(axes)
+
+    def _set_title_of_all(self, figure) -> None:
+        if self.title:
+            lines = literal("\n".join(self._title_lines()))
+            figure.suptitle(lines, x=0.01, ha="left", size=TITLE_SIZE + 1, fontweight="bold")
 
     def _places(self, figure) -> Iterator:
         """Where each picture goes: one column with common edges, or rows that keep each picture's own size."""

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from minillm.trace import Trace
 from minillm.viz.base import (
@@ -21,14 +22,38 @@ from minillm.viz.palette import BLACK, BLUE, SERIES_COLORS, SERIES_HATCHES, SERI
 KINDS = ("predicted", "measured")
 
 
+class Look(NamedTuple):
+    """How a series is drawn: its place in the palette; dashed without markers, or with them, dotted or not."""
+
+    index: int
+    dashed: bool = False
+    dotted: bool = False
+
+    @property
+    def color(self) -> str:
+        return _of(SERIES_COLORS, self.index)
+
+    def style(self) -> dict:
+        """For `axes.plot`."""
+        if self.dashed:
+            return {"color": self.color, "linestyle": "--"}
+        return {
+            "color": self.color,
+            "linestyle": ":" if self.dotted else "-",
+            "marker": _of(SERIES_MARKERS, self.index),
+        }
+
+
 class Curves(Picture):
     """Several series over the same x: predicted ones dashed, measured ones with markers, each named at its end.
 
     `series` maps a name to as many values as `x` has; None or NaN leaves a gap. `kinds` says which series is
     "predicted" or "measured"; one that is not in it is measured unless its name contains "predict". `ratio` = (a, b)
-    adds a column a / b to the text. Raises PictureError for unequal lengths, unknown names, or a log axis with
-    values ≤ 0.
+    adds a column a / b to the text. `limits` (name -> y) are lines across, `marks` (a series' name -> x) upright ones.
+    Raises PictureError for unequal lengths, unknown names, or a log axis with values ≤ 0.
     """
+
+    marks_say = ""  # before the name of a marked series
 
     def __init__(
         self,
@@ -41,6 +66,8 @@ class Curves(Picture):
         log_x: bool = False,
         log_y: bool = False,
         ratio: tuple[str, str] | None = None,
+        limits: Mapping[str, float] | None = None,
+        marks: Mapping[str, float] | None = None,
         title: str | None = None,
     ):
         self.x = [float(value) for value in x]
@@ -52,16 +79,18 @@ class Curves(Picture):
                 raise PictureError(f"series {name!r} has {len(values)} values for {len(self.x)} values of x")
         self.kinds = {name: "predicted" if "predict" in name.lower() else "measured" for name in self.series}
         self.kinds.update(kinds or {})
-        unknown = [name for name in [*self.kinds, *(ratio or ())] if name not in self.series]
+        unknown = [name for name in [*self.kinds, *(ratio or ()), *(marks or ())] if name not in self.series]
         if unknown or any(kind not in KINDS for kind in self.kinds.values()):
             raise PictureError(
-                f"kinds and ratio name series {list(self.series)} and kinds {KINDS}; got {unknown or kinds}"
+                f"kinds, ratio and marks name series {list(self.series)} and kinds {KINDS}; got {unknown or kinds}"
             )
         self._check_positive("x", self.x, log_x)
         for name, values in self.series.items():
             self._check_positive(name, values, log_y)
         self.x_label, self.y_label, self.log_x, self.log_y = x_label, y_label, log_x, log_y
         self.ratio = ratio
+        self.limits, self.marks = dict(limits or {}), dict(marks or {})
+        self.looks = {name: Look(index, self.kinds[name] == "predicted") for index, name in enumerate(self.series)}
         self.title = title
 
     @staticmethod
@@ -98,18 +127,21 @@ class Curves(Picture):
             axes.set_yscale("log")
         self._draw_ticks(axes)
         ends = []
-        for index, (name, values) in enumerate(self.series.items()):
-            color = SERIES_COLORS[index % len(SERIES_COLORS)]
-            style = {"linestyle": "--"} if self.kinds[name] == "predicted" else {"marker": _of(SERIES_MARKERS, index)}
-            axes.plot(self.x, values, color=color, markersize=5, label=name, **style)
+        for name, values in self.series.items():
+            color = self.looks[name].color
+            axes.plot(self.x, values, markersize=5, label=name, **self.looks[name].style())
             drawn = [(x, y) for x, y in zip(self.x, values, strict=True) if not math.isnan(y)]
             if drawn:
                 ends.append((*drawn[-1], name, color))
+        for name, limit in self.limits.items():
+            axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle="--")
+            ends.append((self.x[-1], limit, f"{name} {limit:,g}", BLACK))
         if not self.log_y:
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.grid(color="#EEEEEE", linewidth=0.8)
         axes.set_axisbelow(True)
         self._label_ends(axes, ends)
+        self._draw_marks(axes)
 
     def _draw_ticks(self, axes) -> None:
         """Plain numbers; on a logarithmic x, the values that were measured."""
@@ -139,6 +171,19 @@ class Curves(Picture):
                 xycoords="axes fraction", textcoords="axes fraction",
                 color=color, size=SMALL_SIZE, va="center", annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
+            )  # fmt: skip
+
+    def _draw_marks(self, axes) -> None:
+        """Upright lines with the names of the series they belong to."""
+        small = {"size": SMALL_SIZE, "textcoords": "offset points"}
+        behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.5, "alpha": 0.7}
+        for place in sorted(set(self.marks.values())):
+            names = [name for name, x in self.marks.items() if x == place]
+            color = self.looks[names[0]].color if len(names) == 1 else BLACK
+            axes.axvline(place, color=color, linewidth=1.2, linestyle=":")
+            axes.annotate(
+                literal(f"{self.marks_say}{', '.join(names)}: {place:,g}"), (place, 1), (-3, -3), ha="right", va="top",
+                xycoords=("data", "axes fraction"), rotation=90, color=color, bbox=behind, **small,
             )  # fmt: skip
 
 

@@ -212,7 +212,8 @@ def passes(trace: Trace, request_id: str) -> list[Pass]:
 
 def _summary(done: Sequence[Pass]) -> str:
     computed, needed = sum(each.computed for each in done), sum(len(each.new) for each in done)
-    return f"{plural(computed, 'token')} computed, {needed:,} needed: {number(computed / needed)} times the work"
+    verdict = "each just once" if computed == needed else f"{number(computed / needed)} times the work"
+    return f"{plural(computed, 'token')} computed, {needed:,} needed: {verdict}"
 
 
 def _the_request(trace: Trace, request_id: str | None) -> str:

@@ -1,0 +1,53 @@
+"""A picture a step: all of them in the stepper, and as a static picture the few in which something changes."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from minillm.trace import Trace
+from minillm.viz.base import Panels, Picture, PictureError
+
+MOST_FRAMES = 6  # chosen for the static picture
+
+
+class StepStrip(Picture):
+    """Frames of single steps side by side; each subclass says what a frame is.
+
+    `looks` describes each step; a step that looks different from the one before is chosen, up to six. `steps` names
+    others. Raises PictureError for a trace without steps, and for a step that is not in it.
+    """
+
+    def __init__(self, trace: Trace, looks: Sequence[object], steps: Sequence[int] | None, title: str | None):
+        if not trace.steps:
+            raise PictureError("the trace has no steps, so there is nothing to draw")
+        self.trace = trace
+        self.title = title
+        self.num_steps = len(trace.steps)
+        changes = [index for index, look in enumerate(looks) if index == 0 or look != looks[index - 1]]
+        self.chosen = tuple(changes[:MOST_FRAMES] if steps is None else steps)
+        for step in self.chosen:
+            self._check_step(step)
+
+    @abstractmethod
+    def frame(self, step: int, *, alone: bool) -> Picture:
+        """The picture of one step; `alone`: large, and of one size for all steps."""
+
+    def strip(self) -> Panels:
+        """The chosen steps side by side."""
+        return Panels([self.frame(step, alone=False) for step in self.chosen], title=self.title)
+
+    def text(self) -> str:
+        return self.strip().text()
+
+    def alt(self) -> str:
+        return f"{self.title + ': ' if self.title else ''}" + "; ".join(map(self.caption, self.chosen))
+
+    def figure(self, step: int | None = None):
+        """The chosen steps side by side, or step `step` alone. Raises PictureError for a step out of range."""
+        self._check_step(step)
+        return (self.strip() if step is None else self.frame(step, alone=True)).figure()
+
+    def _size(self) -> tuple[float, float]:
+        return self.strip()._size()
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        raise NotImplementedError("a strip is drawn by its frames")

@@ -1,0 +1,54 @@
+"""Throughput and latency against load: the knee, the SLO, and colours that mean the same in both panels."""
+
+import pytest
+
+from minillm.simulation.report import report
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.viz import Curves, LoadCurves, PictureError
+
+LOADS = [1, 2, 4, 8]
+SERVED = {"static": [0.9, 1.7, 2, 2.1], "continuous": [0.9, 1.8, 3.6, 5]}
+TTFT = {"static p50": [0.1, 0.5, 2, 5], "static p99": [0.6, 2, 4, 9], "continuous p99": [0.1, 0.2, 0.4, 3]}
+
+
+def test_the_knee_and_the_last_load_within_the_slo():
+    picture = LoadCurves(LOADS, SERVED, TTFT, slo=0.5)
+    assert picture.knees == {"static": 2, "continuous": 4}
+    assert picture.within == {"static p99": None, "continuous p99": 4}
+    assert picture.text().splitlines()[-4:] == [
+        "static: knee at 2 requests a second",
+        "continuous: knee at 4 requests a second",
+        "static p99: last load within the SLO of 0.5 s: none",
+        "continuous p99: last load within the SLO of 0.5 s: 4 requests a second",
+    ]
+    above, below = picture.figure().axes
+    assert [line.get_xdata()[0] for line in above.lines[-2:]] == [2, 4]
+    assert any(list(line.get_ydata()) == [0.5, 0.5] for line in below.lines)
+    colors = {text.get_text(): text.get_color() for axes in (above, below) for text in axes.texts}
+    assert colors["static"] == colors["static p99"] != colors["continuous"] == colors["continuous p99"]
+
+
+def test_load_curves_from_reports():
+    runs = {}
+    for load in (1, 2):
+        parts = (ScheduledTokens("a", 0, 3, "prefill", 1),)
+        runs[load] = report(Trace([RequestRecord("a", 0.0, 3)], [StepEvent(0, 0.0, load / 8, parts, ("a",))]))
+    picture = LoadCurves.of_reports({"continuous": runs}, slo=1)
+    assert picture.pictures[1].series["continuous p99"] == [0.125, 0.25]
+    assert picture.pictures[0].series["continuous"] == [8, 4]
+    with pytest.raises(PictureError, match="same loads"):
+        LoadCurves.of_reports({"continuous": runs, "static": {1: runs[1]}})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: LoadCurves([2, 1], SERVED, TTFT), "rise"),
+        (lambda: LoadCurves(LOADS, SERVED, TTFT, judged=["p1"]), r"\['p1'\]"),
+        (lambda: LoadCurves([1], SERVED, TTFT), "4 values for 1"),
+        (lambda: Curves([1], {"a": [1]}, "x", "y", marks={"b": 1}), r"\['b'\]"),
+    ],
+)
+def test_impossible_data_is_refused_with_the_reason(make, says):
+    with pytest.raises(PictureError, match=says):
+        make()
