@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOM_OF = {
+    "BlockDiagonalAttention": "attention",
     "CachedAttention": "attention",
     "CausalAttention": "attention",
     "Decoder": "model",

@@ -53,8 +53,25 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], generators: Sequenc
     A request's draws depend on its seed and its own logits alone, never on its neighbours in the batch.
     """
     token_ids = logits.argmax(-1)  # [R]
-    for row, (request_params, generator) in enumerate(zip(params, generators, strict=True)):
-        if not request_params.greedy:
-            probabilities = next_token_probabilities(logits[row], request_params)
-            token_ids[row] = torch.multinomial(probabilities, 1, generator=generator)[0]
+    for rows in _rows_of_one_distribution(params):
+        probabilities = next_token_probabilities(logits[rows], params[rows[0]])  # [rows, V]
+        token_ids[rows] = draw(probabilities, [generators[row] for row in rows])
     return token_ids
+
+
+def _rows_of_one_distribution(params: Sequence[SamplingParams]) -> list[list[int]]:
+    """The rows that are not greedy, those together whose probabilities are made the same way."""
+    rows: dict[tuple, list[int]] = {}
+    for row, each in enumerate(params):
+        if not each.greedy:
+            rows.setdefault((each.temperature, each.top_k, each.top_p, each.min_p), []).append(row)
+    return list(rows.values())
+
+
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """[R, V] probabilities -> [R] token ids: where each request's own uniform number falls in its cumulated row."""
+    cumulated = probabilities.double().cumsum(-1)  # [R, V]
+    device = probabilities.device
+    numbers = [torch.rand(1, generator=each, dtype=torch.float64, device=device) for each in generators]
+    fallen = torch.cat(numbers)[:, None] * cumulated[:, -1:]  # [R, 1], below each row's end
+    return torch.searchsorted(cumulated, fallen, right=True)[:, 0]  # never a token of probability 0

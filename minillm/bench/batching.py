@@ -1,0 +1,185 @@
+"""Static, dynamic and continuous batching on the storyteller: the same requests, one thread, real runs.
+
+    minillm bench batching --json batching.json
+
+The policies take turns, so that what disturbs the machine disturbs all; ratios are taken within a turn, and their
+median counts. A cost model calibrated on other requests predicts the same ratio without the model.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from pathlib import Path
+
+from minillm.bench.measure import (
+    MAX_MODEL_LEN,
+    TEMPERATURE,
+    TIMERS,
+    MeasuredRun,
+    calibrate,
+    load,
+    measure,
+    simulate,
+    surroundings,
+)
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.sampling_params import SamplingParams
+from minillm.simulation.report import Report
+from minillm.simulation.run import POLICIES
+from minillm.simulation.workload import made_request
+from minillm.storyteller import corpus
+
+MOST_NEW_TOKENS = 512
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    model, tokenizer = load(arguments.model)
+    config = SchedulerConfig(arguments.max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
+    requests = natural_requests(tokenizer, model.config.eos_token_ids, arguments.requests, arguments.seed)
+    cost_model = calibrate(model, arguments.timer)
+    turns = [turn(model, requests, config, arguments.timer, number) for number in range(arguments.repeats)]
+    check_same_outputs(turns)
+    simulated = simulate_same_lengths(cost_model, requests, turns[0]["continuous"].outputs, config)
+    result = summary(turns, simulated, arguments.timer) | {"max_num_seqs": config.max_num_seqs} | surroundings()
+    print(table(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="minillm bench batching", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--model", default="storyteller", help="storyteller, or a checkpoint folder with its vocabulary"
+    )
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timer", default="cpu", choices=list(TIMERS), help="cpu: undisturbed by other programs")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def natural_requests(tokenizer, eos_token_ids: tuple[int, ...], num_requests: int, seed: int) -> list[Request]:
+    """What users of the storyteller ask, in random order: questions (greedy), stories on request and beginnings of
+    stories (sampled, each with its own seed). Each ends when the model ends it.
+    """
+    rng = random.Random(f"bench batching {seed}")
+    requests = []
+    for i in range(num_requests):
+        text, greedy = natural_prompt(rng)
+        params = SamplingParams(temperature=0.0 if greedy else TEMPERATURE, max_tokens=MOST_NEW_TOKENS, seed=i)
+        requests.append(Request(f"req {i}", tokenizer(text).input_ids, params, eos_token_ids=eos_token_ids))
+    return requests
+
+
+def natural_prompt(rng: random.Random) -> tuple[str, bool]:
+    """A prompt and whether its answer is greedy: three in five are questions, one asks for a story, one begins one."""
+    kind = rng.choice(("question", "question", "question", "request", "opening"))
+    if kind == "question":
+        return corpus.chat_prompt(corpus.chat_turn(rng).question), True
+    if kind == "request":
+        length = rng.choice(("short", "long"))
+        return corpus.chat_prompt(corpus.story_turn(rng, length, "object").question), False
+    return "Once upon a time", False
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def turn(model, requests: list[Request], config: SchedulerConfig, timer: str, number: int) -> dict[str, MeasuredRun]:
+    """Every policy once; each turn begins with another one."""
+    names = list(POLICIES)
+    order = names[number % len(names) :] + names[: number % len(names)]
+    return {policy: measure(model, requests, policy, config, timer) for policy in order}
+
+
+def check_same_outputs(turns: list[dict[str, MeasuredRun]]) -> None:
+    """All policies must have said the same, token for token, in every turn. Raises AssertionError, naming a request."""
+    expected = turns[0]["static"].outputs
+    for runs in turns:
+        for policy, run in runs.items():
+            different = [request_id for request_id in expected if run.outputs[request_id] != expected[request_id]]
+            if different:
+                raise AssertionError(f"{policy} batching gave other tokens than static for {', '.join(different)}")
+
+
+def simulate_same_lengths(
+    cost_model, requests: list[Request], outputs: dict[str, tuple[int, ...]], config: SchedulerConfig
+) -> dict[str, Report]:
+    """Predicted reports for requests of the lengths that came out."""
+    known = [
+        made_request(request.request_id, 0.0, request.num_prompt_tokens, len(outputs[request.request_id]))
+        for request in requests
+    ]
+    return {policy: simulate(cost_model, known, policy, config) for policy in POLICIES}
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], timer: str) -> dict:
+    """The record: a dictionary for JSON."""
+    policies = {}
+    for policy in POLICIES:
+        runs = [runs[policy] for runs in turns]
+        one = runs[0].report
+        policies[policy] = {
+            "useful_tokens_per_second": statistics.median(one.output_tokens / run.seconds[timer] for run in runs),
+            "steps": one.num_steps,
+            "slots_computed": one.slots_computed,
+            "slots_useful": one.useful_tokens,
+            "seconds": [run.seconds for run in runs],
+            "simulated_seconds": simulated[policy].makespan,
+        }
+    continuous = turns[0]["continuous"]
+    lengths = sorted(map(len, continuous.outputs.values()))
+    return {
+        "ratio_continuous_over_static": ratios(turns, timer),
+        "ratio_by_wall_clock": ratios(turns, "wall"),
+        "simulated_ratio": simulated["static"].makespan / simulated["continuous"].makespan,
+        "policies": policies,
+        "output_tokens": {"sum": sum(lengths), "shortest": lengths[0], "longest": lengths[-1]},
+        "requests": len(lengths),
+        "identical_outputs": True,
+        "timer": timer,
+    }
+
+
+def ratios(turns: list[dict[str, MeasuredRun]], timer: str) -> dict:
+    """How many times the useful tokens a second of static batching continuous batching makes."""
+    repeats = [runs["static"].seconds[timer] / runs["continuous"].seconds[timer] for runs in turns]
+    return {"median": statistics.median(repeats), "repeats": repeats}
+
+
+def table(result: dict) -> str:
+    """The record for people."""
+    output = result["output_tokens"]
+    lines = [
+        f"{result['requests']} requests, outputs of {output['shortest']} to {output['longest']} tokens, together "
+        f"{output['sum']}; {result['max_num_seqs']} at a time; {result['machine']}",
+        f"{'':12}{'useful tokens/s':>16}{'steps':>8}{'slots computed':>16}{'useful':>8}{'share':>8}{'seconds':>9}"
+        f"{'simulated':>11}",
+    ]
+    for policy, row in result["policies"].items():
+        seconds = statistics.median(each[result["timer"]] for each in row["seconds"])
+        share = row["slots_useful"] / row["slots_computed"]
+        lines.append(
+            f"{policy:12}{row['useful_tokens_per_second']:>16.0f}{row['steps']:>8}{row['slots_computed']:>16}"
+            f"{row['slots_useful']:>8}{share:>8.1%}{seconds:>9.2f}{row['simulated_seconds']:>11.2f}"
+        )
+    ratio = result["ratio_continuous_over_static"]
+    repeats = ", ".join(f"{value:.2f}" for value in ratio["repeats"])
+    lines.append(f"continuous / static: {ratio['median']:.2f} (median of {repeats})")
+    error = result["simulated_ratio"] / ratio["median"] - 1
+    lines.append(
+        f"simulated:           {result['simulated_ratio']:.2f} ({error:+.1%}); outputs identical in every token"
+    )
+    return "\n".join(lines)

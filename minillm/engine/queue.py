@@ -1,0 +1,55 @@
+"""The waiting requests, in the order a scheduling policy wants them: push and pop in O(log n), whatever waits."""
+
+import heapq
+from itertools import count
+
+from minillm.engine.request import Request
+from minillm.errors import ConfigError
+
+POLICIES = ("fcfs", "priority", "sjf")
+
+
+class WaitingQueue:
+    """Requests ordered by policy: "fcfs" (arrival), "priority" (smaller first), "sjf" (shortest predicted job first).
+
+    Nobody starves: a request's rank improves by `ageing` units (priority levels or predicted tokens) with every second
+    it waits. All ranks improve at the same rate, so the order between two requests never changes and
+    rank + ageing * arrival_time is a key that needs no updating. Equal keys go by order of arrival.
+    """
+
+    def __init__(self, policy: str = "fcfs", ageing: float = 1.0):
+        if policy not in POLICIES:
+            raise ConfigError(f"scheduling_policy {policy!r} is not one of {', '.join(POLICIES)}")
+        if not ageing > 0:
+            raise ConfigError(f"ageing is {ageing}; it must be positive, or a request could wait for ever")
+        self.policy = policy
+        self.ageing = ageing
+        self._heap: list[tuple[float, int, Request]] = []
+        self._arrivals = count()
+        self._returns = count(start=-1, step=-1)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, request: Request) -> None:
+        """Add a request that has just arrived."""
+        heapq.heappush(self._heap, (self.key(request), next(self._arrivals), request))
+
+    def push_back(self, request: Request) -> None:
+        """Return a request that had been popped: it goes before all others of its rank."""
+        heapq.heappush(self._heap, (self.key(request), next(self._returns), request))
+
+    def peek(self) -> Request:
+        """The request that is next; IndexError if none waits."""
+        return self._heap[0][2]
+
+    def pop(self) -> Request:
+        """Take the request that is next; IndexError if none waits."""
+        return heapq.heappop(self._heap)[2]
+
+    def key(self, request: Request) -> float:
+        """Smaller goes first."""
+        if self.policy == "fcfs":
+            return request.arrival_time
+        rank = request.priority if self.policy == "priority" else request.predicted_output_tokens
+        return rank + self.ageing * request.arrival_time

@@ -1,0 +1,93 @@
+"""One request on its way through the engine. No torch: the scheduler and the simulator live on these."""
+
+from collections.abc import Sequence
+
+from minillm.errors import PromptError
+from minillm.sampling_params import SamplingParams, finish_reason
+
+
+class Request:
+    """Prompt, output so far, and how far both have been computed.
+
+    `num_tokens` counts prompt and output, the newest sampled token included. Keys and values exist for
+    `num_computed_tokens` of them; the rest, `num_tokens - num_computed_tokens`, is what is still to compute. Right
+    after sampling that is 1 (the newest token), during a prefill it is the rest of the prompt: prefill, a chunk of it
+    and decode are all "compute the next n tokens".
+    """
+
+    __slots__ = (
+        "request_id",
+        "prompt_token_ids",
+        "params",
+        "eos_token_ids",
+        "arrival_time",
+        "priority",
+        "predicted_output_tokens",
+        "output_token_ids",
+        "num_prompt_tokens",
+        "num_tokens_at_most",
+        "num_tokens",
+        "num_computed_tokens",
+        "finish_reason",
+        "stop_reason",
+        "_ending_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        arrival_time: float = 0.0,
+        priority: int = 0,
+        predicted_output_tokens: int | None = None,
+    ):
+        """`arrival_time` in seconds on the run's clock; a smaller `priority` goes first, as in vLLM.
+
+        `predicted_output_tokens` is what "sjf" sorts by; unknown, `max_tokens` stands in. Raises PromptError for an
+        empty prompt.
+        """
+        if len(prompt_token_ids) == 0:
+            raise PromptError(f"request {request_id!r} has an empty prompt; give at least one token id")
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.arrival_time = arrival_time
+        self.priority = priority
+        self.predicted_output_tokens = predicted_output_tokens or params.max_tokens
+        self.output_token_ids: list[int] = []
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_tokens_at_most = self.num_prompt_tokens + params.max_tokens  # prompt and longest possible output
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | None = None
+        eos_token_ids = () if params.ignore_eos else self.eos_token_ids
+        self._ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
+
+    def token_ids(self, start: int, end: int) -> Sequence[int]:
+        """The ids at positions start..end-1, from the prompt, the output, or across both."""
+        n = self.num_prompt_tokens
+        if end <= n:
+            return self.prompt_token_ids[start:end]
+        if start >= n:
+            return self.output_token_ids[start - n : end - n]
+        return [*self.prompt_token_ids[start:], *self.output_token_ids[: end - n]]
+
+    def append(self, token_id: int) -> bool:
+        """Take the newly sampled token; True if it ends the request."""
+        self.output_token_ids.append(token_id)
+        self.num_tokens += 1
+        if self.num_tokens < self.num_tokens_at_most and token_id not in self._ending_ids:
+            return False
+        self.finish_reason, self.stop_reason = finish_reason(self.output_token_ids, self.params, self.eos_token_ids)
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, prompt {self.num_prompt_tokens}, output {len(self.output_token_ids)}, "
+            f"computed {self.num_computed_tokens})"
+        )

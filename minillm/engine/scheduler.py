@@ -1,0 +1,276 @@
+"""Who computes how many tokens in the next step: continuous batching under a token budget (Yu et al. 2022, Orca;
+chunked prefill beside decodes: Agrawal et al. 2023, Sarathi).
+
+A step is three calls, and the plan between them is plain data, so the same scheduler drives a real model, a simulator
+and a worker in another process:
+
+    plan = scheduler.schedule()
+    output = executor.execute_model(plan)
+    updates = scheduler.update(plan, output)
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minillm.engine.queue import WaitingQueue
+from minillm.engine.request import Request
+from minillm.errors import ConfigError, PromptError
+from minillm.sampling_params import SamplingParams
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace, Why
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The limits of a step."""
+
+    max_num_seqs: int = 16  # requests that run at the same time
+    max_num_batched_tokens: int = 512  # tokens pushed through the model in one step: the token budget
+    max_model_len: int = 2048  # prompt and output tokens of one request
+    scheduling_policy: str = "fcfs"  # "fcfs", "priority" or "sjf"
+    ageing: float = 1.0  # rank units a waiting request gains a second (see WaitingQueue)
+    enable_chunked_prefill: bool = True  # False: a prompt is computed in one step or waits
+
+    def __post_init__(self):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): "
+                "running requests would have to skip steps; raise the budget or lower max_num_seqs"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a prompt of up to {self.max_model_len} tokens must fit one step of "
+                f"{self.max_num_batched_tokens}; raise max_num_batched_tokens or enable chunked prefill"
+            )
+
+
+class NewRequest(NamedTuple):
+    """What an executor must know once about a request before its first tokens come."""
+
+    request_id: str
+    params: SamplingParams
+    num_tokens_at_most: int  # prompt and longest possible output
+
+
+class ScheduledRequest(NamedTuple):
+    """Consecutive tokens of one request to compute in this step."""
+
+    request_id: str
+    start: int  # position of the first of them; everything before has been computed
+    token_ids: Sequence[int]
+    samples: bool  # True: the logits of the last of them give a new token
+    why: Why  # for the trace; an executor need not know
+
+
+@dataclass
+class SchedulerOutput:
+    """The plan of one step: plain data, no tensors."""
+
+    step: int
+    start_time: float  # seconds on the scheduler's clock
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    new_requests: list[NewRequest] = field(default_factory=list)  # first scheduled in this step
+    finished_ids: list[str] = field(default_factory=list)  # left since the last plan: forget their caches
+    num_tokens: int = 0  # tokens to compute, without padding
+    row_length: int | None = None  # padded batching: every row is padded to this many tokens
+    padding_rows: list[str] = field(default_factory=list)  # padded batching: ended requests that still take a row
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens pushed through the model, padding included."""
+        if self.row_length is None:
+            return self.num_tokens
+        return self.row_length * (len(self.scheduled) + len(self.padding_rows))
+
+
+class ModelOutput(NamedTuple):
+    """What an executor returns for a plan."""
+
+    token_ids: Mapping[str, int]  # the new token of every scheduled request that samples
+    score_entries: int  # query-key pairs scored, in one head of one layer
+
+
+class RequestUpdate(NamedTuple):
+    """What a step brought for one request."""
+
+    request_id: str
+    token_id: int
+    finish_reason: str | None
+
+
+class BaseScheduler:
+    """What all ways of batching share: arrival, abort, taking in results, the trace. They differ in `schedule`."""
+
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter, trace: bool = True):
+        self.config = config
+        self.clock = clock
+        self.waiting = WaitingQueue(config.scheduling_policy, config.ageing)
+        self.running: dict[str, Request] = {}  # in order of admission
+        self.trace = Trace() if trace else None
+        self._requests: dict[str, Request] = {}  # all that have not ended
+        self.just_left: list[str] = []  # left the batch with a result in the last update
+        self._left_by_abort: list[str] = []  # the same, freed by an abort since the last update
+        self._left: list[str] = []  # have left the batch since the last plan
+        self._step = 0
+
+    def add_request(self, request: Request) -> None:
+        """Let a request wait for its turn. Raises PromptError if it can never run, or its id is taken."""
+        limit = self.config.max_model_len
+        if request.num_tokens_at_most > limit:
+            raise PromptError(
+                f"request {request.request_id!r} may grow to {request.num_tokens_at_most} tokens "
+                f"({request.num_prompt_tokens} prompt + max_tokens {request.params.max_tokens}), max_model_len is "
+                f"{limit}; shorten the prompt or lower max_tokens"
+            )
+        if request.request_id in self._requests:
+            raise PromptError(f"request id {request.request_id!r} is in use; give each request its own")
+        self._requests[request.request_id] = request
+        self.waiting.push(request)
+        if self.trace is not None:
+            record = RequestRecord(request.request_id, request.arrival_time, request.num_prompt_tokens)
+            self.trace.requests.append(record)
+
+    def has_unfinished_requests(self) -> bool:
+        """True while anything waits or runs."""
+        return bool(self._requests)
+
+    def num_waiting(self) -> int:
+        """Requests that have arrived and not been admitted."""
+        return len(self._requests) - sum(request.finish_reason is None for request in self.running.values())
+
+    def abort_request(self, request_id: str) -> bool:
+        """End a request without further output; False, and no effect, if it is unknown or has ended."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        request.finish_reason = "abort"
+        if request_id in self.running:
+            self._left_by_abort += self._leave([request_id])
+        return True
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step."""
+        raise NotImplementedError
+
+    def update(self, plan: SchedulerOutput, output: ModelOutput) -> list[RequestUpdate]:
+        """Take in what a step computed; returns the new tokens in the plan's order.
+
+        Requests that were aborted while the step ran are skipped.
+        """
+        updates, ended = [], []
+        for part in plan.scheduled:
+            request = self.running.get(part.request_id)
+            if request is None or request.finish_reason is not None:
+                continue  # aborted meanwhile; a new request of the same id would still be waiting
+            request.num_computed_tokens = part.start + len(part.token_ids)
+            if part.samples:
+                token_id = output.token_ids[part.request_id]
+                if request.append(token_id):
+                    del self._requests[part.request_id]
+                    ended.append(part.request_id)
+                updates.append(RequestUpdate(part.request_id, token_id, request.finish_reason))
+        self.just_left = self._left_by_abort + (self._leave(ended) if ended else [])
+        self._left_by_abort = []
+        if self.trace is not None:
+            self._trace_step(plan, output)
+        return updates
+
+    # --- the parts of a step ---
+
+    def _new_plan(self) -> SchedulerOutput:
+        plan = SchedulerOutput(self._step, self.clock(), finished_ids=self._left)
+        self._left = []
+        self._step += 1
+        return plan
+
+    def _add(self, plan: SchedulerOutput, request: Request, budget: int) -> int:
+        """Plan the next tokens of a request, as many as the budget allows; returns how many."""
+        start = request.num_computed_tokens
+        end = min(request.num_tokens, start + budget)
+        if end == start:
+            return 0
+        token_ids = request.token_ids(start, end)
+        why = "prefill" if start < request.num_prompt_tokens else "decode"
+        samples = end == request.num_tokens
+        plan.scheduled.append(ScheduledRequest(request.request_id, start, token_ids, samples, why))
+        plan.num_tokens += end - start
+        return end - start
+
+    def _next_waiting(self) -> Request | None:
+        """The request whose turn it is, left in the queue; None if nobody waits. Drops aborted ones on the way."""
+        while len(self.waiting):
+            request = self.waiting.peek()
+            if request.finish_reason is None:
+                return request
+            self.waiting.pop()
+        return None
+
+    def _admit(self, plan: SchedulerOutput) -> Request:
+        """The next waiting request becomes a running one."""
+        request = self.waiting.pop()
+        self.running[request.request_id] = request
+        plan.new_requests.append(NewRequest(request.request_id, request.params, request.num_tokens_at_most))
+        return request
+
+    def _leave(self, ended: list[str]) -> list[str]:
+        """Requests have ended: take them out of the batch; returns those that left it with a result, not by abort."""
+        left = [self.running.pop(request_id) for request_id in ended]
+        self._left += ended
+        return [request.request_id for request in left if request.finish_reason != "abort"]
+
+    def _trace_step(self, plan: SchedulerOutput, output: ModelOutput) -> None:
+        self.trace.steps.append(
+            StepEvent(
+                step=plan.step,
+                start_time=plan.start_time,
+                end_time=self.clock(),
+                scheduled=tuple(traced_parts(plan)),
+                finished=tuple(self.just_left),
+                num_waiting=self.num_waiting(),
+                score_entries=output.score_entries,
+                cached_tokens=sum(request.num_computed_tokens for request in self.running.values()),
+            )
+        )
+
+
+def traced_parts(plan: SchedulerOutput) -> Iterator[ScheduledTokens]:
+    """What a plan computes, padding included, as the trace records it."""
+    for part in plan.scheduled:
+        num_tokens = len(part.token_ids)
+        yield ScheduledTokens(part.request_id, part.start, num_tokens, part.why, int(part.samples))
+        if plan.row_length is not None and plan.row_length > num_tokens:
+            yield ScheduledTokens(part.request_id, part.start, plan.row_length - num_tokens, "padding")
+    for request_id in plan.padding_rows:
+        yield ScheduledTokens(request_id, 0, plan.row_length, "padding")
+
+
+class Scheduler(BaseScheduler):
+    """Continuous batching: requests join and leave between any two steps; a step costs O(requests it schedules).
+
+    Running requests come first, in order of admission: each decodes one token or computes the next chunk of its
+    prompt. What is left of the budget admits waiting requests in the order of the policy.
+    """
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step; requests advance in `update`, once it has run.
+
+        A prompt that did not fit used up the budget, so only the request admitted last can be inside its prompt: going
+        through the running ones in order of admission serves the decodes first.
+        """
+        plan = self._new_plan()
+        budget = self.config.max_num_batched_tokens
+        for request in self.running.values():
+            budget -= self._add(plan, request, budget)
+        while budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self._next_waiting()
+            if request is None or not self._fits(request, budget):
+                break
+            budget -= self._add(plan, self._admit(plan), budget)
+        return plan
+
+    def _fits(self, request: Request, budget: int) -> bool:
+        return self.config.enable_chunked_prefill or request.num_tokens <= budget

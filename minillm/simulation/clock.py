@@ -1,0 +1,45 @@
+"""The two clocks a run can live on. Both are called for the time, in seconds since they were made."""
+
+import time
+from collections.abc import Callable
+
+from minillm.errors import ConfigError
+
+
+class VirtualClock:
+    """Time that passes only when it is told to: simulations are exact, repeatable and fast."""
+
+    def __init__(self, now: float = 0.0):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass. Raises ConfigError if `seconds` is negative."""
+        if seconds < 0:
+            raise ConfigError(f"a clock cannot be advanced by {seconds} s; time does not run backwards")
+        self.now += seconds
+
+    def advance_to(self, moment: float) -> None:
+        """Let time pass until `moment`; nothing happens if that is over."""
+        self.now = max(self.now, moment)
+
+
+class RealClock:
+    """Time that passes by itself; `advance_to` sleeps.
+
+    `timer` is where it comes from. On a machine that others use too, `time.process_time` counts the time this process
+    was computing; it stands still in a sleep, so all requests must then arrive at 0.
+    """
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter):
+        self._timer = timer
+        self._began = timer()
+
+    def __call__(self) -> float:
+        return self._timer() - self._began
+
+    def advance_to(self, moment: float) -> None:
+        """Sleep until `moment`; nothing happens if that is over."""
+        time.sleep(max(0.0, moment - self()))

@@ -1,0 +1,212 @@
+"""How long a step takes, from what it computes: a roofline for any shape and card, and a fit to this machine.
+
+Both are linear in counts read off the plan (`StepWork`), so the reader can say where a step's time goes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import NamedTuple, Protocol
+
+from minillm import costs
+from minillm.config import ModelConfig
+from minillm.engine.scheduler import SchedulerOutput
+from minillm.errors import ConfigError
+from minillm.kv_cache import kv_bytes_per_token
+from minillm.shapes import A100_80GB, H200, RTX_4090, SHAPES, Card
+
+CARDS = {"4090": RTX_4090, "a100": A100_80GB, "h200": H200}
+KERNELS_A_LAYER = 9  # norm, qkv, rotate, store, attend, out, norm, gate-up, down: fused as engines do it
+LAUNCH_SECONDS = 5e-6  # one kernel launch without a CUDA graph; the usual order of magnitude
+
+
+class StepWork(NamedTuple):
+    """What one step computes. Score entries are query-key pairs in one head of one layer."""
+
+    slots: int  # tokens pushed through the model, padding included
+    useful_tokens: int  # those of them that are not padding
+    rows: int  # requests that take part, rows of padding included
+    rectangles: int  # 1 for a padded step, 0 for a ragged one
+    chunks: int  # of those, how many compute several tokens in a ragged step
+    logit_rows: int  # rows of the output head
+    score_entries: int
+    keys_read: int  # cached tokens whose keys and values attention reads, in one layer
+
+    @classmethod
+    def of(cls, plan: SchedulerOutput) -> "StepWork":
+        """The work of `ContiguousExecutor`: rectangles are scored whole, single tokens together up to the longest."""
+        if plan.row_length is not None:
+            return cls._of_rectangle(plan)
+        chunks = chunk_scores = chunk_keys = longest = logit_rows = 0
+        for _, start, token_ids, samples, _ in plan.scheduled:
+            logit_rows += samples
+            num_tokens = len(token_ids)
+            if num_tokens > 1:
+                chunks += 1
+                chunk_keys += start + num_tokens
+                chunk_scores += num_tokens * (start + num_tokens)
+            elif start >= longest:
+                longest = start + 1
+        rows = len(plan.scheduled)
+        decode_keys = (rows - chunks) * longest
+        scores, keys = chunk_scores + decode_keys, chunk_keys + decode_keys
+        return cls(plan.num_tokens, plan.num_tokens, rows, 0, chunks, logit_rows, scores, keys)
+
+    @classmethod
+    def _of_rectangle(cls, plan: SchedulerOutput) -> "StepWork":
+        rows = len(plan.scheduled) + len(plan.padding_rows)
+        keys = rows * max(part.start + len(part.token_ids) for part in plan.scheduled)
+        logit_rows = sum(part.samples for part in plan.scheduled)
+        slots = rows * plan.row_length
+        return cls(slots, plan.num_tokens, rows, 1, 0, logit_rows, plan.row_length * keys, keys)
+
+    @classmethod
+    def of_variable_length_kernel(cls, plan: SchedulerOutput) -> "StepWork":
+        """The work of an engine whose kernel reads each request's own keys only, and scores no masked pair.
+
+        Rectangles stay rectangles: padding is computed and scored, as `of` counts it.
+        """
+        if plan.row_length is not None:
+            return cls._of_rectangle(plan)
+        chunks = scores = keys = logit_rows = 0
+        for _, start, token_ids, samples, _ in plan.scheduled:
+            logit_rows += samples
+            num_tokens = len(token_ids)
+            chunks += num_tokens > 1
+            keys += start + num_tokens
+            scores += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        return cls(plan.num_tokens, plan.num_tokens, len(plan.scheduled), 0, chunks, logit_rows, scores, keys)
+
+
+class CostModel(Protocol):
+    """What the simulated executor asks."""
+
+    def work(self, plan: SchedulerOutput) -> StepWork:
+        """What the step computes."""
+
+    def seconds(self, work: StepWork) -> float:
+        """How long that takes."""
+
+
+class Roofline:
+    """The least time a card needs: weights, cache, arithmetic, and launching the kernels.
+
+    Token-wise part: the larger of reading the weights once and multiplying by them. Attention: the larger of reading
+    the cached keys and values and scoring them. Source: Williams, Waterman and Patterson 2009.
+    """
+
+    def __init__(self, config: ModelConfig, card: Card, dtype_bytes: int = 2, launch_overhead: float | None = None):
+        """`launch_overhead` is in seconds a step; by default 9 launches a layer at 5 microseconds."""
+        self.config = config
+        self.card = card
+        if launch_overhead is None:
+            launch_overhead = config.num_hidden_layers * KERNELS_A_LAYER * LAUNCH_SECONDS
+        if dtype_bytes < 1 or launch_overhead < 0:
+            raise ConfigError(
+                f"dtype_bytes ({dtype_bytes}) must be at least 1, launch_overhead ({launch_overhead}) not negative"
+            )
+        self.launch_overhead = launch_overhead
+        self._read_weights = costs.matmul_parameters(config) * dtype_bytes / card.bandwidth
+        self._per_slot = costs.tokenwise_flops(config, 1, num_logit_rows=0) / card.flops
+        self._per_logit_row = costs.tokenwise_flops(config, 0, num_logit_rows=1) / card.flops
+        self._per_key = kv_bytes_per_token(config, dtype_bytes) / card.bandwidth
+        self._per_score = costs.attention_flops(config, 1) / card.flops
+
+    def work(self, plan: SchedulerOutput) -> StepWork:
+        """The counts of a variable-length kernel."""
+        return StepWork.of_variable_length_kernel(plan)
+
+    def seconds(self, work: StepWork) -> float:
+        """Launches, token-wise part and attention, one after the other."""
+        arithmetic = work.slots * self._per_slot + work.logit_rows * self._per_logit_row
+        attention = max(work.keys_read * self._per_key, work.score_entries * self._per_score)
+        return self.launch_overhead + max(self._read_weights, arithmetic) + attention
+
+
+def preset(shape: str, card: str, launch_overhead: float | None = None) -> Roofline:
+    """The roofline of a published shape on a card, in 16 bits, both by name. Raises ConfigError for unknown names."""
+    if shape not in SHAPES:
+        raise ConfigError(f"no shape {shape!r}; known are {', '.join(SHAPES)}")
+    if card not in CARDS:
+        raise ConfigError(f"no card {card!r}; known are {', '.join(CARDS)}")
+    return Roofline(SHAPES[shape], CARDS[card], launch_overhead=launch_overhead)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A machine's own cost model: seconds a step, and seconds for each count of the work."""
+
+    per_step: float
+    per_slot: float
+    per_row: float
+    per_rectangle: float
+    per_chunk: float
+    per_logit_row: float
+    per_score_entry: float
+    per_key_read: float
+
+    def work(self, plan: SchedulerOutput) -> StepWork:
+        """The counts of `ContiguousExecutor`, which was measured."""
+        return StepWork.of(plan)
+
+    def seconds(self, work: StepWork) -> float:
+        """Every count times its price."""
+        return sum(price * count for price, count in zip(self.prices, _counts(work), strict=True))
+
+    @property
+    def prices(self) -> tuple[float, ...]:
+        """Seconds, in the order of the fields."""
+        return astuple(self)
+
+    @classmethod
+    def fit(cls, measured: Sequence[tuple[StepWork, float]]) -> "Calibrated":
+        """Prices that fit measured (work, seconds) pairs: least squares, no price below 0.
+
+        Errors count in relation to what a first fit says of the step, so that long steps do not outweigh the many
+        short ones; steps that took more than three times as long were disturbed, and are left out. Raises ConfigError
+        for fewer pairs than prices.
+        """
+        if len(measured) < len(cls.__dataclass_fields__):
+            raise ConfigError(f"{len(measured)} measured steps cannot fix {len(cls.__dataclass_fields__)} prices")
+        first = cls._fit(measured, [seconds for _, seconds in measured])
+        calm = [(work, seconds) for work, seconds in measured if seconds <= 3 * first.seconds(work)]
+        return cls._fit(calm, [first.seconds(work) for work, _ in calm])
+
+    @classmethod
+    def _fit(cls, measured: Sequence[tuple[StepWork, float]], units: Sequence[float]) -> "Calibrated":
+        """Least squares of the error of each pair, measured in its own unit."""
+        rows = [[count / unit for count in _counts(work)] for (work, _), unit in zip(measured, units, strict=True)]
+        targets = [seconds / unit for (_, seconds), unit in zip(measured, units, strict=True)]
+        return cls(*non_negative_least_squares(rows, targets))
+
+
+def _counts(work: StepWork) -> tuple[int, ...]:
+    """The counts that have a price, in the order of the prices; 1 is the step itself."""
+    work = work._asdict()
+    del work["useful_tokens"]  # a token costs the same, useful or not
+    return (1, *work.values())
+
+
+def non_negative_least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
+    """The x >= 0 with the smallest sum of (rows x - targets)^2, by coordinate descent (Franc et al. 2005).
+
+    Each round sets one x after the other to its best value given the rest, 0 if that is negative.
+    """
+    size = len(rows[0])
+    scale = [max(abs(row[i]) for row in rows) or 1.0 for i in range(size)]  # columns of one magnitude converge faster
+    scaled = [[value / scale[i] for i, value in enumerate(row)] for row in rows]
+    gram = [[sum(row[i] * row[j] for row in scaled) for j in range(size)] for i in range(size)]
+    slope = [sum(row[i] * target for row, target in zip(scaled, targets, strict=True)) for i in range(size)]
+    x = [0.0] * size
+    for _ in range(20_000):
+        moved = 0.0
+        for i in range(size):
+            if gram[i][i] == 0:
+                continue
+            best = max(
+                0.0, x[i] + (slope[i] - sum(g * value for g, value in zip(gram[i], x, strict=True))) / gram[i][i]
+            )
+            moved = max(moved, abs(best - x[i]))
+            x[i] = best
+        if moved <= 1e-9 * max(x):
+            break
+    return [value / scale[i] for i, value in enumerate(x)]

@@ -1,0 +1,26 @@
+"""An executor without a model: says how long a step takes, and invents its tokens."""
+
+from minillm.engine.scheduler import ModelOutput, SchedulerOutput
+from minillm.simulation.clock import VirtualClock
+from minillm.simulation.cost_model import CostModel
+
+INVENTED_TOKEN_ID = 0
+
+
+class SimulatedExecutor:
+    """Advances the clock by what the cost model says, and returns a token for every request that samples.
+
+    The tokens mean nothing, so a request's output ends by `max_tokens` alone: give its length there, with `ignore_eos`.
+    """
+
+    def __init__(self, cost_model: CostModel, clock: VirtualClock):
+        self.cost_model = cost_model
+        self.clock = clock
+
+    def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
+        """Let the step's time pass."""
+        work = self.cost_model.work(plan)
+        if plan.scheduled:
+            self.clock.advance(self.cost_model.seconds(work))
+        token_ids = {part.request_id: INVENTED_TOKEN_ID for part in plan.scheduled if part.samples}
+        return ModelOutput(token_ids, work.score_entries)

@@ -1,0 +1,550 @@
+"""Clocks, workloads, cost models, the run loop, reports; and that a simulation makes the steps of the real run."""
+
+import dataclasses
+import json
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import minillm
+from minillm import cli, costs
+from minillm.bench import batching, measure, simulator
+from minillm.engine.scheduler import NewRequest, ScheduledRequest, SchedulerConfig, SchedulerOutput
+from minillm.errors import ConfigError, PromptError
+from minillm.kv_cache import SlotCache, kv_bytes_per_token
+from minillm.model import Decoder
+from minillm.runtime.contiguous import ContiguousExecutor
+from minillm.shapes import H200, LLAMA_2_7B
+from minillm.simulation import workload
+from minillm.simulation.clock import RealClock, VirtualClock
+from minillm.simulation.cost_model import Calibrated, Roofline, StepWork, non_negative_least_squares, preset
+from minillm.simulation.executor import SimulatedExecutor
+from minillm.simulation.report import SLO, ReportBuilder, Spread, report, spread
+from minillm.simulation.run import POLICIES, compare_policies, run
+from minillm.simulation.workload import made_request, make_requests
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+
+SHAPE = minillm.ModelConfig(
+    vocab_size=500,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=600,
+)
+LIMITS = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=8, max_model_len=64)
+PRICES = Calibrated(1e-3, 1e-4, 0.0, 2e-4, 3e-4, 1e-4, 1e-7, 1e-7)
+
+
+def small_model() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(SHAPE).eval().requires_grad_(False)
+
+
+def some_requests(num_requests=9, seed=0):
+    return make_requests(num_requests, workload.uniform(1, 20), workload.uniform(1, 12), seed=seed)
+
+
+def one_second_a_step(policy, requests, limits=LIMITS, **options):
+    """A simulated run in which every step takes a second."""
+    clock = VirtualClock()
+    scheduler = POLICIES[policy](limits, clock, trace=options.pop("trace", True))
+    prices = Calibrated(1.0, *[0.0] * 7)
+    return run(scheduler, SimulatedExecutor(prices, clock), requests, clock, **options)
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_virtual_clock_moves_only_when_told():
+    clock = VirtualClock()
+    clock.advance(2.5)
+    clock.advance_to(2.0)
+    assert clock() == 2.5
+    clock.advance_to(4.0)
+    assert clock() == 4.0
+    with pytest.raises(ConfigError, match="-1"):
+        clock.advance(-1)
+
+
+def test_a_real_clock_sleeps_until_the_moment():
+    clock = RealClock()
+    clock.advance_to(0.02)
+    assert clock() >= 0.02
+    clock.advance_to(0.0)
+
+
+def test_a_real_clock_may_count_computing_time_instead():
+    readings = iter([5.0, 5.5])
+    assert RealClock(lambda: next(readings))() == 0.5
+
+
+# --- workloads -------------------------------------------------------------------------------------------------------
+
+
+def described(requests):
+    return [
+        (request.request_id, request.arrival_time, request.num_prompt_tokens, request.params.max_tokens)
+        for request in requests
+    ]
+
+
+@pytest.mark.parametrize("arrivals", ["at once", "poisson", "bursts"])
+def test_a_seed_fixes_the_requests(arrivals):
+    made = [
+        described(make_requests(50, workload.lognormal(30, 1.0, 99), workload.fixed(4), arrivals=arrivals, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert made[0] == made[1] != made[2]
+
+
+def test_lengths_follow_their_distributions():
+    rng = random.Random(0)
+    draws = {
+        "fixed": [workload.fixed(7)(rng) for _ in range(5)],
+        "uniform": [workload.uniform(3, 6)(rng) for _ in range(500)],
+        "lognormal": sorted(workload.lognormal(40, 0.8, 150)(rng) for _ in range(2001)),
+    }
+    assert draws["fixed"] == [7] * 5
+    assert set(draws["uniform"]) == {3, 4, 5, 6}
+    assert 37 <= draws["lognormal"][1000] <= 43 and draws["lognormal"][0] >= 1 and draws["lognormal"][-1] == 150
+
+
+def test_arrivals_follow_their_distributions():
+    assert [next(workload.all_at_once()) for _ in range(3)] == [0.0] * 3
+    burst = workload.bursts(3, 2.0)
+    assert [next(burst) for _ in range(7)] == [0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 4.0]
+    random_times = workload.poisson(5.0, random.Random(0))
+    times = [next(random_times) for _ in range(2000)]
+    assert times == sorted(times) and 370 < times[-1] < 430
+    even = make_requests(9, workload.fixed(1), workload.fixed(1), arrivals="bursts", rate=2.0, burst_size=4)
+    assert [request.arrival_time for request in even] == [0.0] * 4 + [2.0] * 4 + [4.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: workload.fixed(0),
+        lambda: workload.uniform(5, 4),
+        lambda: workload.lognormal(0.5, 1.0, 10),
+        lambda: workload.lognormal(5, -1.0, 10),
+        lambda: make_requests(0, workload.fixed(1), workload.fixed(1)),
+        lambda: make_requests(1, workload.fixed(1), workload.fixed(1), arrivals="sometimes"),
+        lambda: make_requests(1, workload.fixed(1), workload.fixed(1), arrivals="poisson", rate=0.0),
+        lambda: SLO(ttft=0.0),
+        lambda: preset("GPT-5", "h200"),
+        lambda: preset("Qwen3-8B", "abacus"),
+        lambda: Roofline(LLAMA_2_7B, H200, launch_overhead=-1.0),
+        lambda: Calibrated.fit([]),
+    ],
+)
+def test_impossible_values_are_refused(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_requests_go_to_a_file_and_back(tmp_path):
+    requests = make_requests(20, workload.uniform(1, 9), workload.uniform(1, 9), arrivals="poisson")
+    workload.save_requests(tmp_path / "requests.jsonl", requests)
+    assert described(workload.load_requests(tmp_path / "requests.jsonl")) == described(requests)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no requests"),
+        ("{", "line 1 is no JSON"),
+        ("[]", "must be an object"),
+        ('{"num_prompt_tokens": 3, "num_output_tokens": 0}', "num_output_tokens is 0"),
+        ('{"num_prompt_tokens": 3}', "num_output_tokens is None"),
+        ('{"num_prompt_tokens": 3, "num_output_tokens": 1, "arrival_time": -1}', "arrival_time is -1"),
+        ('{"num_prompt_tokens": 3, "num_output_tokens": 1, "color": 1}', "must be an object with the fields"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_line(tmp_path, text, complaint):
+    (tmp_path / "requests.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=complaint):
+        workload.load_requests(tmp_path / "requests.jsonl")
+    with pytest.raises(ConfigError, match="cannot read"):
+        workload.load_requests(tmp_path / "none.jsonl")
+
+
+# --- the work of a step ----------------------------------------------------------------------------------------------
+
+
+class CountingExecutor(ContiguousExecutor):
+    """Counts what the real executor does, where it does it."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(small_model(), LIMITS.max_num_seqs, LIMITS.max_model_len)
+        self.counts = []  # of each step: tokens through the model, rows of logits, score entries, keys read in layer 0
+        monkeypatch.setattr(Decoder, "forward", self.counting(Decoder.forward, 0, lambda token_ids, *_: len(token_ids)))
+        monkeypatch.setattr(Decoder, "logits", self.counting(Decoder.logits, 1, len))
+        keys_of = lambda layer, slots, num_tokens: (layer == 0) * len(slots) * num_tokens  # noqa: E731
+        monkeypatch.setattr(SlotCache, "read", self.counting(SlotCache.read, 3, keys_of))
+
+    def counting(self, method, place, amount):
+        def counted(instance, *arguments):
+            self.counts[-1][place] += amount(*arguments)
+            return method(instance, *arguments)
+
+        return counted
+
+    def execute_model(self, plan):
+        self.counts.append([0, 0, 0, 0])
+        output = super().execute_model(plan)
+        self.counts[-1][2] = output.score_entries
+        return output
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_work_read_off_a_plan_is_what_the_real_executor_does(policy, monkeypatch):
+    executor, clock, works = CountingExecutor(monkeypatch), RealClock(), []
+    scheduler = POLICIES[policy](LIMITS, clock)
+    run(scheduler, executor, some_requests(), clock, on_step=lambda plan, _: works.append(StepWork.of(plan)))
+    assert [[work.slots, work.logit_rows, work.score_entries, work.keys_read] for work in works] == executor.counts
+    assert sum(work.slots for work in works) == sum(step.num_tokens for step in scheduler.trace.steps)
+    assert len({work.chunks > 0 for work in works}) == 2 or policy != "continuous"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_simulation_makes_the_steps_of_the_real_run(policy):
+    """Same requests, same lengths: the two traces differ in their times alone."""
+    clock = VirtualClock()
+    scheduler = POLICIES[policy](LIMITS, clock)
+    real = run(scheduler, ContiguousExecutor(small_model(), 3, 64), some_requests(), clock)
+    simulated = one_second_a_step(policy, some_requests())
+    timeless = [dataclasses.replace(step, start_time=0.0, end_time=0.0) for step in simulated.steps]
+    assert real.requests == simulated.requests and real.steps == timeless
+
+
+def plan_of(*shapes, row_length=None, padding_rows=0):
+    """A plan of (start, number of tokens) parts that all sample."""
+    parts = [ScheduledRequest(f"{i}", start, range(n), True, "decode") for i, (start, n) in enumerate(shapes)]
+    rows = [f"ended {i}" for i in range(padding_rows)]
+    tokens = sum(n for _, n in shapes)
+    return SchedulerOutput(0, 0.0, parts, num_tokens=tokens, row_length=row_length, padding_rows=rows)
+
+
+def test_work_counted_by_hand():
+    ragged = plan_of((9, 1), (4, 1), (2, 3))
+    assert StepWork.of(ragged) == StepWork(5, 5, 3, 0, 1, 3, score_entries=2 * 10 + 3 * 5, keys_read=2 * 10 + 5)
+    exact = StepWork.of_variable_length_kernel(ragged)
+    assert exact == StepWork(5, 5, 3, 0, 1, 3, score_entries=10 + 5 + (3 + 4 + 5), keys_read=10 + 5 + 5)
+    padded = plan_of((9, 1), (2, 3), row_length=3, padding_rows=1)
+    expected = StepWork(9, 4, 3, 1, 0, 2, score_entries=3 * 3 * 10, keys_read=3 * 10)
+    assert StepWork.of(padded) == StepWork.of_variable_length_kernel(padded) == expected
+
+
+# --- cost models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("context", "batch"), [(1, 1), (1000, 1), (500, 64), (200, 1000)])
+def test_the_roofline_of_a_decode_step_is_that_of_costs(context, batch):
+    roofline = Roofline(LLAMA_2_7B, H200, launch_overhead=0.0)
+    work = roofline.work(plan_of(*[(context - 1, 1)] * batch))
+    assert roofline.seconds(work) == pytest.approx(costs.decode_seconds(LLAMA_2_7B, H200, context, batch))
+
+
+@pytest.mark.parametrize("num_tokens", [1000, 4000])
+def test_the_roofline_of_a_long_prompt_is_that_of_costs(num_tokens):
+    roofline = Roofline(LLAMA_2_7B, H200, launch_overhead=0.0)
+    work = roofline.work(plan_of((0, num_tokens)))
+    assert roofline.seconds(work) == pytest.approx(costs.prefill_seconds(LLAMA_2_7B, H200, num_tokens), rel=1e-3)
+
+
+def test_a_roofline_adds_launches_and_cache():
+    roofline = preset("Llama-2-7B", "h200")
+    assert roofline.launch_overhead == pytest.approx(32 * 9 * 5e-6)
+    one, two = (roofline.seconds(roofline.work(plan_of((context, 1)))) for context in (100, 101))
+    assert two - one == pytest.approx(kv_bytes_per_token(LLAMA_2_7B) / H200.bandwidth)
+
+
+def test_least_squares_without_negative_prices():
+    rng = random.Random(0)
+    rows = [[1.0, rng.random(), 1000 * rng.random()] for _ in range(50)]
+    targets = [2.0 * a + 3.0 * b + 0.004 * c for a, b, c in rows]
+    assert non_negative_least_squares(rows, targets) == pytest.approx([2.0, 3.0, 0.004])
+    targets = [2.0 * a - 3.0 * b + 0.004 * c for a, b, c in rows]
+    found = non_negative_least_squares(rows, targets)
+    assert found[1] == 0.0 and min(found) >= 0.0
+
+
+@pytest.mark.parametrize("disturbed", [0, 20])
+def test_calibration_finds_the_prices_even_if_some_steps_were_disturbed(disturbed):
+    measured = []
+    for policy in POLICIES:
+        works = []
+        one_second_a_step(policy, some_requests(30), on_step=lambda plan, _, works=works: works.append(plan))
+        measured += [(StepWork.of(plan), PRICES.seconds(StepWork.of(plan))) for plan in works]
+    rng = random.Random(0)
+    for i in rng.sample(range(len(measured)), disturbed):
+        measured[i] = (measured[i][0], measured[i][1] * 50)
+    fitted = Calibrated.fit(measured)
+    for work, _ in measured:
+        assert fitted.seconds(work) == pytest.approx(PRICES.seconds(work), rel=1e-3)
+
+
+# --- the run loop ----------------------------------------------------------------------------------------------------
+
+
+def test_requests_arrive_by_the_clock_and_idle_time_is_skipped():
+    requests = [made_request("late", 10.5, 2, 1), made_request("early", 0.0, 2, 3), made_request("in step", 1.2, 2, 1)]
+    trace = one_second_a_step("continuous", requests)
+    assert [(step.start_time, {part.request_id for part in step.scheduled}) for step in trace.steps] == [
+        (0.0, {"early"}),
+        (1.0, {"early"}),
+        (2.0, {"early", "in step"}),
+        (10.5, {"late"}),
+    ]
+    assert [record.request_id for record in trace.requests] == ["early", "in step", "late"]
+
+
+def test_requests_that_arrive_together_keep_their_order():
+    requests = [made_request(name, arrival, 1, 1) for name, arrival in (("c", 1.0), ("a", 0.0), ("b", 0.0), ("d", 1.0))]
+    trace = one_second_a_step("continuous", requests)
+    assert [[part.request_id for part in step.scheduled] for step in trace.steps] == [["a", "b"], ["c", "d"]]
+
+
+def test_a_request_that_can_never_run_stops_the_run():
+    with pytest.raises(PromptError, match="max_model_len is 64"):
+        one_second_a_step("continuous", [made_request("big", 0.0, 60, 60)])
+
+
+def test_an_empty_plan_takes_no_time():
+    clock = VirtualClock()
+    output = SimulatedExecutor(PRICES, clock).execute_model(SchedulerOutput(0, 0.0))
+    assert (output.token_ids, clock()) == ({}, 0.0)
+
+
+def test_policies_are_compared_on_the_same_requests():
+    requests = some_requests(12)
+    runs = compare_policies(requests, LIMITS, PRICES)
+    assert list(runs) == ["static", "dynamic", "continuous"]
+    assert all(request.output_token_ids == [] for request in requests), "the given ones are left as they are"
+    tokens = sum(request.params.max_tokens for request in requests)
+    for policy, (trace, figures, finished) in runs.items():
+        assert figures == report(trace) and figures.output_tokens == tokens
+        assert (figures.utilisation == 1.0) == (policy == "continuous")
+        assert [len(request.output_token_ids) for request in finished] == [r.params.max_tokens for r in requests]
+    makespan = {policy: each.report.makespan for policy, each in runs.items()}
+    assert makespan["continuous"] < min(makespan["static"], makespan["dynamic"])
+
+
+def test_policies_are_compared_on_a_real_model_too():
+    runs = compare_policies(some_requests(5), LIMITS, lambda: ContiguousExecutor(small_model(), 3, 64))
+    outputs = [[request.output_token_ids for request in each.requests] for each in runs.values()]
+    assert outputs[0] == outputs[1] == outputs[2] and runs["static"].report.makespan > 0
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def hand_made_trace():
+    """Two requests in three steps of 1, 2 and 1 seconds; "b" ends first but leaves with "a", as in a static batch."""
+    steps = [
+        StepEvent(
+            0,
+            1.0,
+            2.0,
+            (
+                ScheduledTokens("a", 0, 4, "prefill", 1),
+                ScheduledTokens("b", 0, 1, "prefill", 1),
+                ScheduledTokens("b", 0, 3, "padding"),
+            ),
+            num_waiting=2,
+        ),
+        StepEvent(
+            1,
+            2.0,
+            4.0,
+            (ScheduledTokens("a", 4, 1, "decode", 1), ScheduledTokens("b", 1, 1, "decode", 1)),
+            num_waiting=1,
+        ),
+        StepEvent(
+            2, 4.0, 5.0, (ScheduledTokens("a", 5, 1, "decode", 1), ScheduledTokens("b", 0, 1, "padding")), ("a", "b")
+        ),
+    ]
+    return Trace([RequestRecord("a", 0.0, 4), RequestRecord("b", 0.5, 1)], steps)
+
+
+def test_a_report_of_a_trace_made_by_hand():
+    figures = report(hand_made_trace(), SLO(ttft=1.6, e2e=5.0))
+    assert (figures.num_requests, figures.num_finished, figures.num_steps) == (2, 2, 3)
+    assert figures.makespan == 5.0
+    assert (figures.output_tokens, figures.output_tokens_per_second) == (5, 1.0)
+    assert (figures.requests_per_second, figures.goodput) == (0.4, 0.2)  # only b's first token came in time
+    assert figures.ttft == Spread(1.75, 1.5, 2.0, 2.0, 2.0)
+    assert figures.itl == Spread(pytest.approx(5 / 3), 2.0, 2.0, 2.0, 2.0)
+    assert figures.e2e == Spread(4.75, 4.5, 5.0, 5.0, 5.0)  # b waited for a
+    assert (figures.slots_computed, figures.useful_tokens, figures.utilisation) == (12, 8, 8 / 12)
+    assert figures.mean_waiting == (2 * 1 + 1 * 2) / 5
+    assert json.loads(json.dumps(figures.as_dict()))["slo"] == {"ttft": 1.6, "itl": None, "e2e": 5.0}
+    assert "12 computed, 8 useful (66.7%)" in str(figures) and "4750.00" in str(figures)
+
+
+def test_the_trace_says_the_same_of_one_request():
+    trace = hand_made_trace()
+    assert (trace.ttft("b"), trace.end_to_end("b"), trace.inter_token_latencies("b")) == (1.5, 4.5, [2.0])
+
+
+def test_a_run_that_was_cut_short_ends_with_its_last_token():
+    trace = hand_made_trace()
+    trace.steps.pop()
+    assert trace.end_to_end("b") == 3.5
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_streamed_report_is_that_of_the_trace(policy):
+    slo = SLO(ttft=6.0, itl=1.0, e2e=12.0)
+    arrivals = {"arrivals": "poisson", "rate": 2.0}
+    made = [make_requests(40, workload.uniform(1, 20), workload.uniform(1, 9), **arrivals) for _ in range(2)]
+    figures = ReportBuilder(slo)
+    assert one_second_a_step(policy, made[0], trace=False, figures=figures) is None
+    trace = one_second_a_step(policy, made[1])
+    assert figures.report() == report(trace, slo)
+    assert 0 < figures.report().goodput < figures.report().requests_per_second
+
+
+def test_a_report_before_the_first_step_is_empty():
+    figures = report(Trace())
+    assert (figures.makespan, figures.output_tokens_per_second, figures.utilisation) == (0.0, 0.0, 0.0)
+    assert figures.ttft == Spread(None, None, None, None, None) and "-" in str(figures)
+
+
+def test_percentiles_are_the_smallest_sample_that_so_many_do_not_exceed():
+    assert spread(Counter(range(1, 101))) == Spread(50.5, 50, 90, 99, 100)
+    assert spread(Counter([3.0])) == Spread(3.0, 3.0, 3.0, 3.0, 3.0)
+    assert spread(Counter({1.0: 98, 2.0: 1, 9.0: 1})) == Spread(pytest.approx(1.09), 1.0, 1.0, 2.0, 9.0)
+
+
+def test_the_knee_beyond_the_load_a_card_can_serve():
+    """Twice the load the card can serve: the queue grows with the run; at half of it nobody waits."""
+    p99 = {}
+    for load in (0.5, 2.0):
+        figures = ReportBuilder()
+        requests = make_requests(300, workload.fixed(4), workload.fixed(4), arrivals="poisson", rate=load * 0.75)
+        one_second_a_step("continuous", requests, trace=False, figures=figures)
+        p99[load] = figures.report().ttft.p99
+    assert p99[0.5] < 10 < 100 < p99[2.0]
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_simulate_prints_and_writes_a_report(capsys, tmp_path):
+    options = [
+        "--requests",
+        "40",
+        "--arrivals",
+        "poisson",
+        "--rate",
+        "50",
+        "--slo-ttft-ms",
+        "20",
+        "--output-length",
+        "9",
+    ]
+    for policy in POLICIES:
+        file = tmp_path / f"{policy}.json"
+        assert cli.main(["simulate", "--policy", policy, *options, "--json", str(file)]) == 0
+        written = json.loads(file.read_text())
+        assert written["settings"]["policy"] == policy and written["report"]["output_tokens"] == 40 * 9
+        assert "40 of 40 finished" in capsys.readouterr().out
+
+
+def test_a_simulated_trace_can_be_drawn(capsys, tmp_path):
+    assert cli.main(["simulate", "--requests", "3", "--output-length", "4", "--trace", str(tmp_path / "t.jsonl")]) == 0
+    assert cli.main(["trace", str(tmp_path / "t.jsonl")]) == 0
+    assert "req 2" in capsys.readouterr().out
+
+
+def test_simulate_reads_requests_from_a_file(capsys, tmp_path):
+    workload.save_requests(tmp_path / "requests.jsonl", some_requests(3))
+    assert cli.main(["simulate", "--file", str(tmp_path / "requests.jsonl"), "--model", "Qwen3-8B"]) == 0
+    assert "3 of 3 finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--requests", "0"],
+        ["--prompt-length", "many"],
+        ["--output-length", "9-3"],
+        ["--card", "x"],
+        ["--launch-ms", "-1"],
+    ],
+)
+def test_a_mistake_in_simulate_is_one_line(capsys, options):
+    assert cli.main(["simulate", *options]) == cli.USER_ERROR
+    out, err = capsys.readouterr()
+    assert err.startswith("minillm: ") and err.count("\n") == 1 and out == ""
+
+
+@pytest.fixture
+def quick_bench(monkeypatch, tokenizer):
+    """The benchmarks on a tiny random model, with prices instead of a calibration."""
+    for module in (batching, simulator):
+        monkeypatch.setattr(module, "load", lambda name: (small_model(), tokenizer))
+        monkeypatch.setattr(module, "calibrate", lambda model, timer: PRICES)
+    monkeypatch.setattr(batching, "MOST_NEW_TOKENS", 20)
+    monkeypatch.setattr(measure, "MAX_MODEL_LEN", 300)
+
+
+def test_bench_batching_measures_and_writes(capsys, tmp_path, quick_bench):
+    file = tmp_path / "batching.json"
+    options = ["--requests", "6", "--repeats", "2", "--max-num-seqs", "3", "--json", str(file)]
+    assert cli.main(["bench", "batching", *options]) == 0
+    written = json.loads(file.read_text())
+    ratio = written["ratio_continuous_over_static"]
+    assert len(ratio["repeats"]) == 2 and ratio["median"] == pytest.approx(sum(ratio["repeats"]) / 2)
+    assert written["simulated_ratio"] > 0 and {"machine", "date", "torch", "python", "minillm"} <= written.keys()
+    continuous, static = written["policies"]["continuous"], written["policies"]["static"]
+    assert (
+        continuous["slots_computed"] == continuous["slots_useful"] == static["slots_useful"] < static["slots_computed"]
+    )
+    assert "outputs identical in every token" in capsys.readouterr().out
+
+
+def test_bench_batching_does_not_accept_other_tokens(quick_bench, monkeypatch):
+    right, calls = measure.fresh, iter(range(1000))
+
+    def shorter_in_some_runs(request):
+        copy = right(request)
+        copy.num_tokens_at_most -= 3 if next(calls) == 11 else 0
+        return copy
+
+    monkeypatch.setattr(measure, "fresh", shorter_in_some_runs)
+    monkeypatch.setattr("minillm.engine.request.finish_reason", lambda *_: ("length", None))
+    with pytest.raises(AssertionError, match="gave other tokens than static"):
+        batching.main(["--requests", "6", "--repeats", "1"])
+
+
+def test_bench_simulator_measures_and_writes(capsys, tmp_path, quick_bench, monkeypatch):
+    monkeypatch.setattr(simulator, "WORKLOADS", simulator.WORKLOADS[2::4])
+    file = tmp_path / "simulator.json"
+    assert cli.main(["bench", "simulator", "--repeats", "1", "--json", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert len(written["workloads"]) == 2 and math.isfinite(written["median_error"])
+    assert written["prices"].keys() == vars(PRICES).keys()
+    assert "median error" in capsys.readouterr().out
+
+
+def test_new_requests_are_told_once():
+    clock = VirtualClock()
+    told = []
+    scheduler = POLICIES["continuous"](LIMITS, clock)
+    run(
+        scheduler,
+        SimulatedExecutor(PRICES, clock),
+        some_requests(7),
+        clock,
+        on_step=lambda plan, _: told.extend(plan.new_requests),
+    )
+    assert sorted(new.request_id for new in told) == [f"req {i}" for i in range(7)]
+    assert all(isinstance(new, NewRequest) for new in told)
