@@ -13,6 +13,10 @@ from minillm.checks.chapter_01 import (
 )
 from minillm.checks.chapter_02 import attention, attention_share, causal_mask, visible_tokens, window_mask
 from minillm.checks.chapter_03 import cache_append, cache_mebibytes, kv_bytes, naive_over_cached, requests_that_fit
+from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges, num_chunks
+from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_slots
+from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
+from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, slots_static, steps_continuous
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside
 
@@ -22,18 +26,37 @@ __all__ = [
     "attention",
     "attention_share",
     "beside",
+    "block_diagonal_mask",
     "cache_append",
     "cache_mebibytes",
     "causal_mask",
+    "chunk_for_memory",
+    "chunk_mask",
+    "chunk_ranges",
     "greedy_generate",
+    "joining_waste",
     "kv_bytes",
+    "last_rows",
+    "left_pad",
+    "load_at_slo",
     "naive_over_cached",
+    "num_chunks",
+    "padding",
+    "padding_mask",
     "prediction",
     "request_metrics",
     "requests_that_fit",
+    "restarting_positions",
+    "schedule_step",
+    "sjf_order",
+    "slots_static",
+    "static_slots",
+    "steps_continuous",
     "temperature_probabilities",
     "top_p_probabilities",
     "total_milliseconds",
+    "utilisation",
     "visible_tokens",
+    "wasted_share",
     "window_mask",
 ]
