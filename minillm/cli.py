@@ -4,6 +4,7 @@ Errors the user can put right (`MiniLLMError`) are one line on stderr and exit c
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from minillm.trace_command import add_trace_arguments, run_trace
 
 USER_ERROR = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141
 SMALL_MODEL = 50_000_000  # parameters; below, threads cost more time to start than they save
 
 
@@ -38,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads our output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit is quiet too
+        return CLOSED_PIPE
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -47,6 +47,13 @@ def test_a_single_token_has_no_gap_to_measure(capsys):
     assert re.fullmatch(SUMMARY, run(capsys, "generate", PROMPT, "--max-tokens", "1")[2])[3] == "-"
 
 
+def test_a_reader_who_closes_the_pipe_gets_no_traceback():
+    command = f"{sys.executable} -m minillm.cli generate '{PROMPT}' | head -c 20"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert PROMPT in done.stdout
+    assert done.stderr == ""
+
+
 def test_the_text_streams_token_by_token(monkeypatch, capsys):
     """The first piece is on stdout before the second token exists."""
     import minillm
