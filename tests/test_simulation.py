@@ -1,6 +1,7 @@
 """Clocks, workloads, cost models, the run loop, reports; and that a simulation makes the steps of the real run."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -508,21 +509,32 @@ def test_bench_batching_measures_and_writes(capsys, tmp_path, quick_bench):
     assert (
         continuous["slots_computed"] == continuous["slots_useful"] == static["slots_useful"] < static["slots_computed"]
     )
-    assert "outputs identical in every token" in capsys.readouterr().out
+    assert written["identical_outputs"] and "identical in every token" in capsys.readouterr().out
 
 
-def test_bench_batching_does_not_accept_other_tokens(quick_bench, monkeypatch):
-    right, calls = measure.fresh, iter(range(1000))
+def end_early(monkeypatch, *runs):
+    """In these runs, counted from 0, the last of six requests ends before its time."""
+    right, made = measure.fresh, itertools.count()
 
-    def shorter_in_some_runs(request):
+    def sometimes_shorter(request):
         copy = right(request)
-        copy.num_tokens_at_most -= 3 if next(calls) == 11 else 0
+        copy.num_tokens_at_most -= 3 if next(made) in [6 * run + 5 for run in runs] else 0
         return copy
 
-    monkeypatch.setattr(measure, "fresh", shorter_in_some_runs)
+    monkeypatch.setattr(measure, "fresh", sometimes_shorter)
     monkeypatch.setattr("minillm.engine.request.finish_reason", lambda *_: ("length", None))
-    with pytest.raises(AssertionError, match="gave other tokens than static"):
+
+
+def test_bench_batching_does_not_accept_other_tokens_in_float64(quick_bench, monkeypatch):
+    end_early(monkeypatch, 1, 4)  # dynamic batching, in float32 and again in float64
+    with pytest.raises(AssertionError, match="other tokens than static batching for req 5"):
         batching.main(["--requests", "6", "--repeats", "1"])
+
+
+def test_bench_batching_says_where_float32_rounded(quick_bench, monkeypatch, capsys):
+    end_early(monkeypatch, 1)
+    assert batching.main(["--requests", "6", "--repeats", "1"]) == 0
+    assert "identical in float64; float32 rounded req 5 differently" in capsys.readouterr().out
 
 
 def test_bench_simulator_measures_and_writes(capsys, tmp_path, quick_bench, monkeypatch):

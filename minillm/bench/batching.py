@@ -41,9 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     requests = natural_requests(tokenizer, model.config.eos_token_ids, arguments.requests, arguments.seed)
     cost_model = calibrate(model, arguments.timer)
     turns = [turn(model, requests, config, arguments.timer, number) for number in range(arguments.repeats)]
-    check_same_outputs(turns)
+    rounded = different_requests(turns)
+    if rounded:
+        exact = turn(model.double(), requests, config, arguments.timer, 0)
+        check_same_outputs(exact)
     simulated = simulate_same_lengths(cost_model, requests, turns[0]["continuous"].outputs, config)
-    result = summary(turns, simulated, arguments.timer) | {"max_num_seqs": config.max_num_seqs} | surroundings()
+    result = summary(turns, simulated, arguments.timer, rounded) | surroundings()
+    result["max_num_seqs"] = config.max_num_seqs
     print(table(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -101,14 +105,22 @@ def turn(model, requests: list[Request], config: SchedulerConfig, timer: str, nu
     return {policy: measure(model, requests, policy, config, timer) for policy in order}
 
 
-def check_same_outputs(turns: list[dict[str, MeasuredRun]]) -> None:
-    """All policies must have said the same, token for token, in every turn. Raises AssertionError, naming a request."""
+def different_requests(turns: list[dict[str, MeasuredRun]]) -> list[str]:
+    """Requests that did not get the same tokens from every policy in every turn.
+
+    In float32 that can happen to a request for which two tokens are equal but for rounding, about once in 10^5 tokens:
+    sums over another number of rows are rounded in another order. In float64 it must not happen.
+    """
     expected = turns[0]["static"].outputs
-    for runs in turns:
-        for policy, run in runs.items():
-            different = [request_id for request_id in expected if run.outputs[request_id] != expected[request_id]]
-            if different:
-                raise AssertionError(f"{policy} batching gave other tokens than static for {', '.join(different)}")
+    every = [run.outputs for runs in turns for run in runs.values()]
+    return [request_id for request_id in expected if any(one[request_id] != expected[request_id] for one in every)]
+
+
+def check_same_outputs(runs: dict[str, MeasuredRun]) -> None:
+    """All policies said the same, token for token, in float64. Raises AssertionError, naming the requests."""
+    different = different_requests([runs])
+    if different:
+        raise AssertionError(f"the policies gave other tokens than static batching for {', '.join(different)}")
 
 
 def simulate_same_lengths(
@@ -125,14 +137,14 @@ def simulate_same_lengths(
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], timer: str) -> dict:
-    """The record: a dictionary for JSON."""
+def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], timer: str, rounded: list[str]) -> dict:
+    """The record: a dictionary for JSON. `rounded`: the requests that float32 gave other tokens."""
     policies = {}
     for policy in POLICIES:
         runs = [runs[policy] for runs in turns]
         one = runs[0].report
         policies[policy] = {
-            "useful_tokens_per_second": statistics.median(one.output_tokens / run.seconds[timer] for run in runs),
+            "useful_tokens_per_second": statistics.median(tokens_per_second(run, timer) for run in runs),
             "steps": one.num_steps,
             "slots_computed": one.slots_computed,
             "slots_useful": one.useful_tokens,
@@ -148,15 +160,22 @@ def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], t
         "policies": policies,
         "output_tokens": {"sum": sum(lengths), "shortest": lengths[0], "longest": lengths[-1]},
         "requests": len(lengths),
-        "identical_outputs": True,
+        "identical_outputs": not rounded,
+        "different_by_rounding": rounded,  # identical in float64
         "timer": timer,
     }
 
 
 def ratios(turns: list[dict[str, MeasuredRun]], timer: str) -> dict:
     """How many times the useful tokens a second of static batching continuous batching makes."""
-    repeats = [runs["static"].seconds[timer] / runs["continuous"].seconds[timer] for runs in turns]
+    speeds = {policy: [tokens_per_second(runs[policy], timer) for runs in turns] for policy in ("continuous", "static")}
+    repeats = [fast / slow for fast, slow in zip(speeds["continuous"], speeds["static"], strict=True)]
     return {"median": statistics.median(repeats), "repeats": repeats}
+
+
+def tokens_per_second(run: MeasuredRun, timer: str) -> float:
+    """Useful tokens: those that a request asked for."""
+    return run.report.output_tokens / run.seconds[timer]
 
 
 def table(result: dict) -> str:
@@ -179,7 +198,8 @@ def table(result: dict) -> str:
     repeats = ", ".join(f"{value:.2f}" for value in ratio["repeats"])
     lines.append(f"continuous / static: {ratio['median']:.2f} (median of {repeats})")
     error = result["simulated_ratio"] / ratio["median"] - 1
-    lines.append(
-        f"simulated:           {result['simulated_ratio']:.2f} ({error:+.1%}); outputs identical in every token"
-    )
+    lines.append(f"simulated:           {result['simulated_ratio']:.2f} ({error:+.1%})")
+    rounded = ", ".join(result["different_by_rounding"])
+    same = f"identical in float64; float32 rounded {rounded} differently" if rounded else "identical in every token"
+    lines.append(f"outputs:             {same}")
     return "\n".join(lines)

@@ -230,7 +230,7 @@ def _steps_continuous(lengths: Sequence[int], batch_size: int) -> int:
 
 
 def sjf_order(function: Callable) -> None:
-    """`sjf_order(requests, now, ageing)` -> ids of (id, arrival_time, predicted_tokens), whose turn is first first."""
+    """`sjf_order(requests, now, ageing)` -> ids of (id, arrival_time, predicted_tokens) in the order of their turns."""
     arrived = [("a", 0.0, 300), ("b", 4.0, 20), ("c", 5.0, 100)]
     cases = [
         Case((arrived, 10.0, 1e-6), ["b", "c", "a"], "Hardly any ageing: the shortest predicted output goes first."),
