@@ -5,41 +5,8 @@ import heapq
 import numpy as np
 import pytest
 
+from check_answers import message, passes
 from minillm import checks
-from minillm.checks.base import CheckFailed, NotWrittenYet
-
-CHECKS = [
-    checks.schedule_step,
-    checks.slots_static,
-    checks.steps_continuous,
-    checks.sjf_order,
-    checks.load_at_slo,
-]
-
-
-def passes(check, function, capsys) -> bool:
-    check(function)
-    return capsys.readouterr().out.startswith(f"✓ {check.__name__}: ")
-
-
-def message(check, function) -> str:
-    """What a wrong answer is told; all four lines must be there."""
-    with pytest.raises(CheckFailed) as failed:
-        check(function)
-    text = str(failed.value)
-    lines = [line.split()[0] for line in text.splitlines()[1:]]
-    assert lines in (["call", "got", "expected", "hint"], ["call", "raised", "expected", "hint"])
-    return text
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_a_stub_is_not_written_yet(check):
-    def stub(*args):
-        raise NotImplementedError("write it")
-
-    with pytest.raises(NotWrittenYet, match="not written yet"):
-        check(stub)
-
 
 # schedule_step ------------------------------------------------------------------------------------
 
