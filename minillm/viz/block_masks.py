@@ -111,7 +111,8 @@ class BlockMask(Picture):
         return f"{self.title + ': ' if self.title else ''}block-diagonal mask, tokens {blocks}; {self.summary()}"
 
     def _size(self) -> tuple[float, float]:
-        return self.inches + 0.6, self.inches + 1.0
+        legend = 0.4 if self.with_legend else 0.0  # below the summary, which takes two lines in a small frame
+        return self.inches + 0.6, self.inches + 1.0 + legend
 
     def _title_width(self) -> float:
         return self.inches

@@ -21,6 +21,8 @@ from minillm.viz.palette import BLACK, BLUE, SERIES_COLORS, SERIES_HATCHES, SERI
 
 KINDS = ("predicted", "measured")
 
+MOST_TICK_LETTERS = 48  # that fit below the x axis
+
 
 class Look(NamedTuple):
     """How a series is drawn: its place in the palette; dashed without markers, or with them, dotted or not."""
@@ -144,15 +146,19 @@ class Curves(Picture):
         self._draw_marks(axes)
 
     def _draw_ticks(self, axes) -> None:
-        """Plain numbers; on a logarithmic x, the values that were measured."""
-        from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+        """Plain numbers; on a logarithmic x, the values that were measured, as many as have room for their labels."""
+        from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
         for axis, is_log in ((axes.xaxis, self.log_x), (axes.yaxis, self.log_y)):
-            axis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axis.set_major_formatter(lambda value, _: _tick_label(value))
             if is_log:
                 axis.set_minor_formatter(NullFormatter())
-        if self.log_x and len(self.x) <= 10:
-            axes.xaxis.set_major_locator(FixedLocator(self.x))
+        heights = [y for values in self.series.values() for y in values if not math.isnan(y)]
+        if self.log_y and heights and max(heights) < 100 * min(heights):  # powers of ten alone would be one number
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        if self.log_x and len(self.x) <= 12:
+            every = 1 + sum(len(_tick_label(x)) + 1 for x in self.x) // MOST_TICK_LETTERS
+            axes.xaxis.set_major_locator(FixedLocator(self.x[::every]))
             axes.xaxis.set_minor_locator(NullLocator())
 
     def _label_ends(self, axes, ends: list[tuple[float, float, str, str]]) -> None:
@@ -358,3 +364,8 @@ def _decimal_unit(most: float) -> tuple[str, int]:
     """The largest decimal unit of bytes in which `most` is at least 1."""
     units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
     return next((unit for unit in units if most >= unit[1]), ("bytes", 1))
+
+
+def _tick_label(value: float) -> str:
+    """Whole numbers in full, others as short as they can be."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,g}"
