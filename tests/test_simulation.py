@@ -492,7 +492,8 @@ def quick_bench(monkeypatch, tokenizer):
     """The benchmarks on a tiny random model, with prices instead of a calibration."""
     for module in (batching, simulator):
         monkeypatch.setattr(module, "load", lambda name: (small_model(), tokenizer))
-        monkeypatch.setattr(module, "calibrate", lambda model, timer: PRICES)
+        monkeypatch.setattr(module, "calibration_steps", lambda model, timer, seed: [])
+        monkeypatch.setattr(module.Calibrated, "fit", lambda steps: PRICES)
     monkeypatch.setattr(batching, "MOST_NEW_TOKENS", 20)
     monkeypatch.setattr(measure, "MAX_MODEL_LEN", 300)
 

@@ -17,7 +17,7 @@ from minillm.bench.measure import (
     TEMPERATURE,
     TIMERS,
     MeasuredRun,
-    calibrate,
+    calibration_steps,
     load,
     measure,
     simulate,
@@ -26,6 +26,7 @@ from minillm.bench.measure import (
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.sampling_params import SamplingParams
+from minillm.simulation.cost_model import Calibrated
 from minillm.simulation.report import Report
 from minillm.simulation.run import POLICIES
 from minillm.simulation.workload import made_request
@@ -39,13 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load(arguments.model)
     config = SchedulerConfig(arguments.max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
     requests = natural_requests(tokenizer, model.config.eos_token_ids, arguments.requests, arguments.seed)
-    cost_model = calibrate(model, arguments.timer)
-    turns = [turn(model, requests, config, arguments.timer, number) for number in range(arguments.repeats)]
+    turns, steps = [], []
+    for number in range(arguments.repeats):
+        steps += calibration_steps(model, arguments.timer, seed=number)
+        turns.append(turn(model, requests, config, arguments.timer, number))
     rounded = different_requests(turns)
     if rounded:
         exact = turn(model.double(), requests, config, arguments.timer, 0)
         check_same_outputs(exact)
-    simulated = simulate_same_lengths(cost_model, requests, turns[0]["continuous"].outputs, config)
+    simulated = simulate_same_lengths(Calibrated.fit(steps), requests, turns[0]["continuous"].outputs, config)
     result = summary(turns, simulated, arguments.timer, rounded) | surroundings()
     result["max_num_seqs"] = config.max_num_seqs
     print(table(result))

@@ -17,7 +17,7 @@ from minillm.engine.scheduler import SchedulerConfig
 from minillm.model import Decoder
 from minillm.runtime.contiguous import ContiguousExecutor
 from minillm.simulation.clock import RealClock, VirtualClock
-from minillm.simulation.cost_model import Calibrated, CostModel, StepWork
+from minillm.simulation.cost_model import CostModel, StepWork
 from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.report import Report, report
 from minillm.simulation.run import POLICIES, fresh, run
@@ -67,15 +67,18 @@ def simulate(cost_model: CostModel, requests: Iterable[Request], policy: str, co
     return report(run(scheduler, SimulatedExecutor(cost_model, clock), map(fresh, requests), clock))
 
 
-def calibrate(model: Decoder, timer: str = "cpu", seed: int = 0) -> Calibrated:
-    """This machine's prices, from made-up requests under every policy in batches of several sizes."""
+def calibration_steps(model: Decoder, timer: str = "cpu", seed: int = 0) -> list[tuple[StepWork, float]]:
+    """Steps to fit this machine's prices to: made-up requests under every policy in batches of several sizes.
+
+    A machine is not equally fast all the time: measure these in turn with what is to be predicted, and fit to all.
+    """
     steps = []
     for max_num_seqs, num_requests, longest_prompt in ((1, 3, 100), (4, 10, 300), (10, 24, 40), (16, 32, 150)):
         config = SchedulerConfig(max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
         requests = mixed_requests(num_requests, longest_prompt, 150, f"calibration {seed} {max_num_seqs}")
         for policy in POLICIES:
             steps += measure(model, requests, policy, config, timer).steps
-    return Calibrated.fit(steps)
+    return steps
 
 
 def mixed_requests(num_requests: int, longest_prompt: int, longest_output: int, seed: object) -> list[Request]:

@@ -12,14 +12,16 @@ from typing import NamedTuple
 from minillm.bench.measure import (
     MAX_MODEL_LEN,
     TIMERS,
-    calibrate,
+    calibration_steps,
     load,
     measure,
     mixed_requests,
     simulate,
     surroundings,
 )
+from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
+from minillm.simulation.cost_model import Calibrated
 
 
 class Workload(NamedTuple):
@@ -49,13 +51,19 @@ WORKLOADS = (
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     model, _ = load(arguments.model)
-    cost_model = calibrate(model, arguments.timer)
+    steps, measured = [], {workload: [] for workload in WORKLOADS}
+    for turn in range(arguments.repeats):
+        steps += calibration_steps(model, arguments.timer, seed=turn)
+        for number, workload in enumerate(WORKLOADS):
+            run = measure(model, requests_of(workload, number), workload.policy, config_of(workload), arguments.timer)
+            measured[workload].append(run.seconds[arguments.timer])
+    cost_model = Calibrated.fit(steps)
     rows = []
     print(
         f"{'policy':12}{'seqs':>5}{'requests':>10}{'prompt':>8}{'output':>8}{'measured':>10}{'predicted':>11}{'error':>8}"
     )
     for number, workload in enumerate(WORKLOADS):
-        row = predict(model, cost_model, workload, number, arguments)
+        row = compare(cost_model, workload, number, statistics.median(measured[workload]))
         rows.append(row)
         print(
             f"{workload.policy:12}{workload.max_num_seqs:>5}{workload.num_requests:>10}{workload.longest_prompt:>8}"
@@ -79,11 +87,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def predict(model, cost_model, workload: Workload, number: int, arguments: argparse.Namespace) -> dict:
+def config_of(workload: Workload) -> SchedulerConfig:
+    """The limits of a step under which the workload runs."""
+    return SchedulerConfig(workload.max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
+
+
+def requests_of(workload: Workload, number: int) -> list[Request]:
+    """The workload's requests, none of which the calibration has seen."""
+    return mixed_requests(workload.num_requests, workload.longest_prompt, workload.longest_output, f"test {number}")
+
+
+def compare(cost_model: Calibrated, workload: Workload, number: int, measured: float) -> dict:
     """Measured and predicted makespan of one workload, in seconds."""
-    config = SchedulerConfig(workload.max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
-    requests = mixed_requests(workload.num_requests, workload.longest_prompt, workload.longest_output, f"test {number}")
-    runs = [measure(model, requests, workload.policy, config, arguments.timer) for _ in range(arguments.repeats)]
-    measured = statistics.median(run.seconds[arguments.timer] for run in runs)
+    requests, config = requests_of(workload, number), config_of(workload)
     predicted = simulate(cost_model, requests, workload.policy, config).makespan
     return workload._asdict() | {"measured": measured, "predicted": predicted, "error": predicted / measured - 1}
