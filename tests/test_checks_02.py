@@ -66,7 +66,7 @@ def test_visible_tokens_accepts(right, capsys):
         (lambda mask, row: mask[row].sum().item(), "expected  [0, 1, 2, 3]"),  # how many, not which
         (lambda mask, row: list(range(row + 1)), "Not every row begins at 0"),  # causal only
         (lambda mask, row: [i for i in range(len(mask)) if mask[row, i]], "need not be square"),
-        (lambda mask, row: mask[row].nonzero().flatten().tolist() or None, "empty list"),
+        (lambda mask, row: mask[row].nonzero().flatten().tolist() or None, "returned nothing"),
         (lambda mask, row: mask[row].tolist(), "mask[row]"),
     ],
     ids=["column", "count", "always causal", "rows for columns", "none when empty", "bools"],

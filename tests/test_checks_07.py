@@ -24,7 +24,7 @@ def schedule(running, waiting, budget, max_num_seqs):
 
 
 def schedule_with_a_dictionary(running, waiting, budget, max_num_seqs):
-    """Another layout: a dict, zeros left in, the decodes served by a second pass, numpy numbers."""
+    """Another layout: a dict, the decodes served by a second pass, numpy numbers."""
     plan = dict.fromkeys([request_id for request_id, _ in running], 0)
     for is_decode in (True, False):
         for request_id, remaining in running:
@@ -35,7 +35,7 @@ def schedule_with_a_dictionary(running, waiting, budget, max_num_seqs):
         (request_id, remaining), waiting = waiting[0], waiting[1:]
         plan[request_id] = min(remaining, budget)
         budget -= plan[request_id]
-    return plan
+    return {request_id: num_tokens for request_id, num_tokens in plan.items() if num_tokens}
 
 
 def schedule_backwards(*args):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,13 +54,17 @@ def run_check(
 
 
 def call(name: str, function: Callable, case: Case, show: Callable[[Any], str]) -> Any:
-    """The reader's answer for one case; an exception in it becomes a failure that names it."""
+    """The reader's answer for one case; an exception in it, or no answer at all, becomes a failure that names it."""
     try:
-        return function(*case.args)
+        got = function(*case.args)
     except NotImplementedError:
         raise NotWrittenYet(f"✗ {name}: not written yet. Replace the `raise NotImplementedError` above.") from None
     except Exception as error:
         raise CheckFailed(failure(name, case, f"raised    {type(error).__name__}: {error}", show)) from error
+    if got is None and case.expected is not None:
+        case = replace(case, hint="Your function returned nothing: does it end with `return`?")
+        raise CheckFailed(failure(name, case, "got       None", show))
+    return got
 
 
 def failure(name: str, case: Case, came: str, show: Callable[[Any], str]) -> str:

@@ -86,7 +86,11 @@ def _schedule_cases() -> Iterator[Case]:
         [("a", 1), ("b", 5)],
         "First come, first served: c does not overtake b, even if it would fit.",
     )
-    yield Case(([("a", 1), ("b", 1)], [("c", 4)], 2, 4), [("a", 1), ("b", 1)], "The budget is used up: c gets nothing.")
+    in_order = "Whoever runs goes before whoever waits, and each group keeps the order given."
+    yield Case(([("a", 9)], [("b", 5)], 10, 4), [("a", 9), ("b", 1)], in_order)
+    yield Case(([("a", 9), ("b", 5)], [], 10, 4), [("a", 9), ("b", 1)], in_order)
+    nothing = "The budget is used up: c gets nothing, and is not in the plan."
+    yield Case(([("a", 1), ("b", 1)], [("c", 4)], 2, 4), [("a", 1), ("b", 1)], nothing)
     yield Case(([], [], 10, 4), [], "Nothing to do is an empty list.")
 
 
@@ -100,7 +104,7 @@ def _as_plan(answer: Any) -> Plan | None:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[0] in plan or not _is_whole(pair[1]):
             return None
         plan[pair[0]] = int(pair[1])
-    return {request_id: num_tokens for request_id, num_tokens in plan.items() if num_tokens}
+    return plan
 
 
 def _is_whole(value: Any) -> bool:
