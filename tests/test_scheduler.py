@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from minillm.engine.queue import POLICIES, WaitingQueue
 from minillm.engine.request import Request
-from minillm.engine.scheduler import ModelOutput, Scheduler, SchedulerConfig
+from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.errors import ConfigError, PromptError
+from minillm.plan import ModelOutput
 from minillm.sampling_params import SamplingParams
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.padded_schedulers import DynamicScheduler, StaticScheduler

@@ -13,10 +13,11 @@ import torch
 import minillm
 from minillm import cli, costs
 from minillm.bench import batching, measure, simulator
-from minillm.engine.scheduler import NewRequest, ScheduledRequest, SchedulerConfig, SchedulerOutput
+from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, PromptError
 from minillm.kv_cache import SlotCache, kv_bytes_per_token
 from minillm.model import Decoder
+from minillm.plan import NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.runtime.contiguous import ContiguousExecutor
 from minillm.shapes import H200, LLAMA_2_7B
 from minillm.simulation import workload

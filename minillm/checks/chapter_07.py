@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from minillm.checks.base import Case, CheckFailed, call, describe, failure, run_check, same_value
 from minillm.engine.request import Request
-from minillm.engine.scheduler import BaseScheduler, Scheduler, SchedulerConfig, SchedulerOutput
+from minillm.engine.scheduler import BaseScheduler, Scheduler, SchedulerConfig
+from minillm.plan import SchedulerOutput
 from minillm.shapes import A100_80GB, LLAMA_2_7B
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import Roofline

@@ -3,9 +3,9 @@
 import torch
 
 from minillm.attention import PaddedAttention, Part, RaggedAttention
-from minillm.engine.scheduler import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.kv_cache import SlotCache
 from minillm.model import Decoder
+from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.sampling import make_generator, sample
 
 PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 
 from minillm import costs
 from minillm.config import ModelConfig
-from minillm.engine.scheduler import SchedulerOutput
 from minillm.errors import ConfigError
 from minillm.kv_cache import kv_bytes_per_token
+from minillm.plan import SchedulerOutput
 from minillm.shapes import A100_80GB, H200, RTX_4090, SHAPES, Card
 
 CARDS = {"4090": RTX_4090, "a100": A100_80GB, "h200": H200}

@@ -1,6 +1,6 @@
 """An executor without a model: says how long a step takes, and invents its tokens."""
 
-from minillm.engine.scheduler import ModelOutput, SchedulerOutput
+from minillm.plan import ModelOutput, SchedulerOutput
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import CostModel
 

@@ -3,7 +3,8 @@
 Both fill a rectangle: one row a request, every row padded to the longest. They differ in when the rectangle changes.
 """
 
-from minillm.engine.scheduler import BaseScheduler, SchedulerOutput
+from minillm.engine.scheduler import BaseScheduler
+from minillm.plan import SchedulerOutput
 
 
 class StaticScheduler(BaseScheduler):

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from minillm.engine.scheduler import RequestUpdate, SchedulerOutput
+from minillm.engine.scheduler import RequestUpdate
 from minillm.errors import ConfigError
+from minillm.plan import SchedulerOutput
 from minillm.trace import Trace
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from minillm.engine.request import Request
-from minillm.engine.scheduler import BaseScheduler, ModelOutput, RequestUpdate, Scheduler, SchedulerConfig
-from minillm.engine.scheduler import SchedulerOutput as Plan
+from minillm.engine.scheduler import BaseScheduler, RequestUpdate, Scheduler, SchedulerConfig
+from minillm.plan import ModelOutput
+from minillm.plan import SchedulerOutput as Plan
 from minillm.simulation.clock import RealClock, VirtualClock
 from minillm.simulation.cost_model import CostModel
 from minillm.simulation.executor import SimulatedExecutor
