@@ -182,15 +182,6 @@ def test_sjf_takes_max_tokens_where_nothing_is_predicted():
     assert made_request("a", 0.0, 3, 12).predicted_output_tokens == 12
 
 
-def test_a_returned_request_goes_before_its_equals():
-    queue = WaitingQueue()
-    for name in "ab":
-        queue.push(made_request(name, 0.0, 1, 1))
-    first = queue.pop()
-    queue.push_back(first)
-    assert queue.pop() is first
-
-
 @pytest.mark.parametrize("policy", ["priority", "sjf"])
 def test_nobody_starves(policy):
     """One request of bad rank, and a fresh one of good rank every step: it still runs when its time has come."""

@@ -26,7 +26,6 @@ class WaitingQueue:
         self.ageing = ageing
         self._heap: list[tuple[float, int, Request]] = []
         self._arrivals = count()
-        self._returns = count(start=-1, step=-1)
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -34,10 +33,6 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Add a request that has just arrived."""
         heapq.heappush(self._heap, (self.key(request), next(self._arrivals), request))
-
-    def push_back(self, request: Request) -> None:
-        """Return a request that had been popped: it goes before all others of its rank."""
-        heapq.heappush(self._heap, (self.key(request), next(self._returns), request))
 
     def peek(self) -> Request:
         """The request that is next; IndexError if none waits."""
