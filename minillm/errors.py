@@ -37,5 +37,13 @@ class CacheFullError(MiniLLMError):
     """More tokens were appended to a key-value cache than it has room for."""
 
 
+class OutOfMemoryError(MiniLLMError):
+    """Weights, activations and a usable cache do not fit in the memory there is."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The process that computes has ended; every request of its engine has failed."""
+
+
 class MaskError(MiniLLMError):
     """The lengths, window or padding asked of a mask are impossible."""

@@ -5,7 +5,8 @@ Layer 2 writes plans and layer 3 carries them out; both import this, and neither
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from minillm.sampling_params import SamplingParams
 from minillm.trace import Why
@@ -17,16 +18,45 @@ class NewRequest(NamedTuple):
     request_id: str
     params: SamplingParams
     num_tokens_at_most: int  # prompt and longest possible output
+    num_sampled: int = 0  # output tokens it has already, if a failed step made it new again: numbers it has drawn
+
+
+class BlockMove(NamedTuple):
+    """Whole blocks of cache to copy before anything is computed: sources[i] to targets[i].
+
+    "copy" is within the pool (copy-on-write), "swap_out" from the pool to host memory, "swap_in" back. The moves of a
+    plan are carried out one after the other, in their order.
+    """
+
+    kind: Literal["copy", "swap_out", "swap_in"]
+    sources: Sequence[int]
+    targets: Sequence[int]
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one place of an output: of the token sampled there and of the likeliest ones."""
+
+    logprob: float  # of the sampled token
+    rank: int  # of the sampled token; 1 is the likeliest
+    top_ids: Sequence[int]  # likeliest first
+    top_logprobs: Sequence[float]
 
 
 class ScheduledRequest(NamedTuple):
-    """Consecutive tokens of one request to compute in this step."""
+    """Consecutive tokens of one request to compute in this step.
+
+    Where the cache is paged, `block_ids` is the part of its block table that is new since the last plan, from entry
+    `first_block` on; empty if the table is unchanged.
+    """
 
     request_id: str
     start: int  # position of the first of them; everything before has been computed
     token_ids: Sequence[int]
     samples: bool  # True: the logits of the last of them give a new token
     why: Why  # for the trace; an executor need not know
+    first_block: int = 0
+    block_ids: Sequence[int] = ()
+    num_recomputed: int = 0  # of its tokens, the first so many had been computed before a preemption; for the trace
 
 
 @dataclass
@@ -38,6 +68,8 @@ class SchedulerOutput:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     new_requests: list[NewRequest] = field(default_factory=list)  # first scheduled in this step
     finished_ids: list[str] = field(default_factory=list)  # left since the last plan: forget their caches
+    preempted_ids: list[str] = field(default_factory=list)  # gave way in this plan: their block tables are void
+    block_moves: list[BlockMove] = field(default_factory=list)  # before anything is computed, in this order
     num_tokens: int = 0  # tokens to compute, without padding
     row_length: int | None = None  # padded batching: every row is padded to this many tokens
     padding_rows: list[str] = field(default_factory=list)  # padded batching: ended requests that still take a row
@@ -53,5 +85,7 @@ class SchedulerOutput:
 class ModelOutput(NamedTuple):
     """What an executor returns for a plan."""
 
-    token_ids: Mapping[str, int]  # the new token of every scheduled request that samples
+    token_ids: Mapping[str, int]  # the new token of every scheduled request that samples and did not fail
     score_entries: int  # query-key pairs scored, in one head of one layer
+    logprobs: Mapping[str, TokenLogprobs] = MappingProxyType({})  # of requests that ask for them
+    failed: Mapping[str, str] = MappingProxyType({})  # requests that sample but got no token, and why

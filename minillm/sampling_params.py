@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from minillm.errors import SamplingParamsError
 
+MOST_LOGPROBS = 20  # as in vLLM
 GREEDY_BELOW = 1e-5  # temperatures that would overflow float32 logits, and sample the likeliest token anyway
 
 
@@ -22,6 +23,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # ids that end the output, like eos; the id itself is kept
     ignore_eos: bool = False  # go on after an eos token, up to max_tokens
     seed: int | None = None  # of this request's own generator; None = a fresh one
+    n: int = 1  # outputs for the same prompt; the i-th is seeded with seed + i
+    logprobs: int | None = None  # log-probabilities of so many likeliest tokens beside each sampled one; None = none
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -38,6 +41,16 @@ class SamplingParams:
             )
         if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
             raise SamplingParamsError(f"seed is {self.seed!r}; use a whole number of 64 bits, or None")
+        if not _is_whole(self.n) or self.n < 1:
+            raise SamplingParamsError(f"n is {self.n!r}; ask for a whole number of outputs, at least 1")
+        if self.n > 1 and self.greedy:
+            raise SamplingParamsError(f"n is {self.n}, but greedy outputs are all the same; set a temperature or n = 1")
+        if self.seed is not None and self.seed + self.n > 2**63:
+            raise SamplingParamsError(f"seed {self.seed} + {self.n - 1} for the last of n = {self.n} is beyond 64 bits")
+        if self.logprobs is not None and not (_is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise SamplingParamsError(
+                f"logprobs is {self.logprobs!r}; use a whole number from 0 to {MOST_LOGPROBS}, or None"
+            )
         if any(text == "" for text in self.stop_strings):
             raise SamplingParamsError("stop holds an empty string, which would end every output at once; remove it")
 

@@ -31,11 +31,37 @@ class ScheduledTokens:
     num_tokens: int  # tokens pushed through the model
     why: Why  # "recompute": these tokens had been computed before
     num_sampled: int = 0  # new tokens that came out of this step for the request (0 or 1)
+    first_block: int = 0  # paged cache: `block_ids` replaced the block table from this entry on
+    block_ids: tuple[int, ...] = ()  # paged cache: new entries of the block table; () if it did not change
 
     @property
     def end(self) -> int:
         """Position after the last token computed."""
         return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Preemption:
+    """A running request that gave its blocks to others before the step."""
+
+    request_id: str
+    mode: Literal["recompute", "swap"]  # what will bring its keys and values back
+    num_tokens: int  # tokens whose keys and values left the pool
+
+
+@dataclass(frozen=True)
+class BlockUse:
+    """Who holds the blocks of a paged pool; the four sum to its size."""
+
+    used: int  # in a block table
+    cached: int  # in none, but kept for requests that begin with the same tokens
+    free: int
+    null: int = 1  # the block that stands for padding
+
+    @property
+    def total(self) -> int:
+        """Blocks of the pool."""
+        return self.used + self.cached + self.free + self.null
 
 
 @dataclass(frozen=True)
@@ -49,7 +75,10 @@ class StepEvent:
     finished: tuple[str, ...] = ()  # ids of the requests that ended with this step
     num_waiting: int = 0  # requests that had arrived but took no part
     score_entries: int = 0  # query-key pairs scored, in one head of one layer
-    cached_tokens: int = 0  # tokens whose keys and values are held after the step
+    cached_tokens: int = 0  # tokens whose keys and values are held after the step, each request counting its own
+    preempted: tuple[Preemption, ...] = ()  # before the step
+    copied_blocks: tuple[tuple[int, int], ...] = ()  # copy-on-write before the step: (from, to)
+    blocks: BlockUse | None = None  # paged cache: after the step
 
     @property
     def num_tokens(self) -> int:

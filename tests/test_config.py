@@ -93,6 +93,7 @@ def test_every_error_is_a_minillm_error_and_a_value_error():
     from minillm import errors
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds.remove(errors.WorkerDiedError)  # the one that is nobody's to put right
     assert len(kinds) > 5
     assert all(issubclass(kind, MiniLLMError) and issubclass(kind, ValueError) for kind in kinds)
 

@@ -31,8 +31,10 @@ class WaitingQueue:
         return len(self._heap)
 
     def push(self, request: Request) -> None:
-        """Add a request that has just arrived."""
-        heapq.heappush(self._heap, (self.key(request), next(self._arrivals), request))
+        """Add a request: one that has just arrived behind its equals, one that was preempted where it stood before."""
+        if request.queue_number is None:
+            request.queue_number = next(self._arrivals)
+        heapq.heappush(self._heap, (*self.order(request), request))
 
     def peek(self) -> Request:
         """The request that is next; IndexError if none waits."""
@@ -41,6 +43,10 @@ class WaitingQueue:
     def pop(self) -> Request:
         """Take the request that is next; IndexError if none waits."""
         return heapq.heappop(self._heap)[2]
+
+    def order(self, request: Request) -> tuple[float, int]:
+        """What the policy sorts by, unique to the request: the smallest goes first, the largest gives way first."""
+        return self.key(request), request.queue_number
 
     def key(self, request: Request) -> float:
         """Smaller goes first."""

@@ -1,9 +1,12 @@
 """One request on its way through the engine. No torch: the scheduler and the simulator live on these."""
 
+import sys
 from collections.abc import Sequence
 
 from minillm.errors import PromptError
 from minillm.sampling_params import SamplingParams, finish_reason
+
+FAR = sys.maxsize  # a milestone that is never reached
 
 
 class Request:
@@ -30,6 +33,15 @@ class Request:
         "num_computed_tokens",
         "finish_reason",
         "stop_reason",
+        "cache_salt",
+        "queue_number",
+        "num_cached_tokens",
+        "num_preemptions",
+        "num_ever_computed",
+        "children",
+        "prefix_keys",
+        "num_writable",
+        "milestone",
         "_ending_ids",
     )
 
@@ -43,11 +55,12 @@ class Request:
         arrival_time: float = 0.0,
         priority: int = 0,
         predicted_output_tokens: int | None = None,
+        cache_salt: str = "",
     ):
         """`arrival_time` in seconds on the run's clock; a smaller `priority` goes first, as in vLLM.
 
-        `predicted_output_tokens` is what "sjf" sorts by; unknown, `max_tokens` stands in. Raises PromptError for an
-        empty prompt.
+        `predicted_output_tokens` is what "sjf" sorts by; unknown, `max_tokens` stands in. Requests share cached
+        prefixes only with those of the same `cache_salt`. Raises PromptError for an empty prompt.
         """
         if len(prompt_token_ids) == 0:
             raise PromptError(f"request {request_id!r} has an empty prompt; give at least one token id")
@@ -64,7 +77,16 @@ class Request:
         self.num_tokens = self.num_prompt_tokens
         self.num_computed_tokens = 0
         self.finish_reason: str | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
+        self.cache_salt = cache_salt
+        self.queue_number: int | None = None  # place among equals, given by the queue once and for all
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when the request was first admitted
+        self.num_preemptions = 0
+        self.num_ever_computed = 0  # as num_computed_tokens, but does not fall when a preemption loses the cache
+        self.children: list[Request] = []  # the other outputs of the same prompt, if params.n > 1
+        self.prefix_keys: list = []  # of its full blocks, kept by the block manager
+        self.num_writable = 0  # tokens that its own blocks have room for: no need to ask for more before
+        self.milestone = FAR  # as soon as so many tokens are computed, the scheduler has something to do
         eos_token_ids = () if params.ignore_eos else self.eos_token_ids
         self._ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
 

@@ -9,9 +9,10 @@ and a worker in another process:
     updates = scheduler.update(plan, output)
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from minillm.engine.queue import WaitingQueue
@@ -19,6 +20,8 @@ from minillm.engine.request import Request
 from minillm.errors import ConfigError, PromptError
 from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+
+_new = tuple.__new__  # makes a NamedTuple in a third of the time; for the lines that run once a token
 
 
 @dataclass(frozen=True)
@@ -52,27 +55,44 @@ class RequestUpdate(NamedTuple):
     """What a step brought for one request."""
 
     request_id: str
-    token_id: int
+    token_id: int | None  # None if it failed instead
     finish_reason: str | None
 
 
 class BaseScheduler:
-    """What all ways of batching share: arrival, abort, taking in results, the trace. They differ in `schedule`."""
+    """What all ways of batching share: arrival, the end, taking in results, the trace. They differ in `schedule`."""
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter, trace: bool = True):
         self.config = config
         self.clock = clock
         self.waiting = WaitingQueue(config.scheduling_policy, config.ageing)
         self.running: dict[str, Request] = {}  # in order of admission
-        self.trace = Trace() if trace else None
-        self._requests: dict[str, Request] = {}  # all that have not ended
         self.just_left: list[str] = []  # left the batch with a result in the last update
-        self._left_by_abort: list[str] = []  # the same, freed by an abort since the last update
+        self._trace = Trace() if trace else None
+        self._unwritten: list[Callable[[], StepEvent]] = []  # steps that nobody has looked at in the trace
+        self._requests: dict[str, Request] = {}  # all that have not ended
+        self._left_by_abort: list[str] = []  # left with a result since the last update, freed by an abort
         self._left: list[str] = []  # have left the batch since the last plan
         self._step = 0
 
+    @property
+    def trace(self) -> Trace | None:
+        """The log so far; None if none is kept. Steps are written down when somebody looks: a running engine has no
+        time to.
+        """
+        if self._unwritten:
+            self._trace.steps += [write() for write in self._unwritten]
+            self._unwritten.clear()
+        return self._trace
+
     def add_request(self, request: Request) -> None:
         """Let a request wait for its turn. Raises PromptError if it can never run, or its id is taken."""
+        self.check(request)
+        self._arrive(request)
+        self.waiting.push(request)
+
+    def check(self, request: Request) -> None:
+        """Change nothing; raises PromptError as `add_request` would."""
         limit = self.config.max_model_len
         if request.num_tokens_at_most > limit:
             raise PromptError(
@@ -82,28 +102,40 @@ class BaseScheduler:
             )
         if request.request_id in self._requests:
             raise PromptError(f"request id {request.request_id!r} is in use; give each request its own")
+
+    def _arrive(self, request: Request) -> None:
         self._requests[request.request_id] = request
-        self.waiting.push(request)
-        if self.trace is not None:
+        if self._trace is not None:
             record = RequestRecord(request.request_id, request.arrival_time, request.num_prompt_tokens)
-            self.trace.requests.append(record)
+            self._trace.requests.append(record)
 
     def has_unfinished_requests(self) -> bool:
         """True while anything waits or runs."""
         return bool(self._requests)
 
     def num_waiting(self) -> int:
-        """Requests that have arrived and not been admitted."""
-        return len(self._requests) - sum(request.finish_reason is None for request in self.running.values())
+        """Requests that have arrived and do not run."""
+        return len(self._requests) - len(self.running)
 
     def abort_request(self, request_id: str) -> bool:
         """End a request without further output; False, and no effect, if it is unknown or has ended."""
+        return self.end_request(request_id, "abort")
+
+    def end_request(self, request_id: str, finish_reason: str, stop_reason: int | str | None = None) -> bool:
+        """End a request from outside, with the reason given: "abort", or "stop" for a stop string in its text.
+
+        False, and no effect, if it is unknown or has ended. Between two steps, or while one is computed.
+        """
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        request.finish_reason = "abort"
+        request.finish_reason, request.stop_reason = finish_reason, stop_reason
         if request_id in self.running:
-            self._left_by_abort += self._leave([request_id])
+            left = self._leave([request_id])
+            if finish_reason == "abort":
+                self._left_by_abort += left
+            else:
+                self._trace_late_end(left)
         return True
 
     def schedule(self) -> SchedulerOutput:
@@ -116,21 +148,32 @@ class BaseScheduler:
         Requests that were aborted while the step ran are skipped.
         """
         updates, ended = [], []
+        running, token_of, failed = self.running, output.token_ids, output.failed
         for part in plan.scheduled:
-            request = self.running.get(part.request_id)
+            request_id, start, token_ids, samples, _, _, _, _ = part
+            request = running.get(request_id)
             if request is None or request.finish_reason is not None:
                 continue  # aborted meanwhile; a new request of the same id would still be waiting
-            request.num_computed_tokens = part.start + len(part.token_ids)
-            if part.samples:
-                token_id = output.token_ids[part.request_id]
+            if failed and request_id in failed:
+                request.finish_reason, request.stop_reason = "error", failed[request_id]
+                ended.append(request_id)
+                updates.append(RequestUpdate(request_id, None, "error"))
+                continue
+            num_computed_tokens = start + len(token_ids)
+            request.num_computed_tokens = num_computed_tokens
+            if num_computed_tokens >= request.milestone:
+                self._pass_milestone(request)
+            if samples:
+                token_id = token_of[request_id]
                 if request.append(token_id):
-                    del self._requests[part.request_id]
-                    ended.append(part.request_id)
-                updates.append(RequestUpdate(part.request_id, token_id, request.finish_reason))
+                    ended.append(request_id)
+                updates.append(_new(RequestUpdate, (request_id, token_id, request.finish_reason)))
+        for request_id in ended:
+            del self._requests[request_id]
         self.just_left = self._left_by_abort + (self._leave(ended) if ended else [])
         self._left_by_abort = []
-        if self.trace is not None:
-            self._trace_step(plan, output)
+        if self._trace is not None:
+            self._note_step(plan, output.score_entries)
         return updates
 
     # --- the parts of a step ---
@@ -154,6 +197,10 @@ class BaseScheduler:
         plan.num_tokens += end - start
         return end - start
 
+    def _pass_milestone(self, request: Request) -> None:
+        """`request.milestone` tokens have been computed; only schedulers that set milestones get here."""
+        raise NotImplementedError
+
     def _next_waiting(self) -> Request | None:
         """The request whose turn it is, left in the queue; None if nobody waits. Drops aborted ones on the way."""
         while len(self.waiting):
@@ -176,28 +223,44 @@ class BaseScheduler:
         self._left += ended
         return [request.request_id for request in left if request.finish_reason != "abort"]
 
-    def _trace_step(self, plan: SchedulerOutput, output: ModelOutput) -> None:
-        self.trace.steps.append(
-            StepEvent(
-                step=plan.step,
-                start_time=plan.start_time,
-                end_time=self.clock(),
-                scheduled=tuple(traced_parts(plan)),
-                finished=tuple(self.just_left),
-                num_waiting=self.num_waiting(),
-                score_entries=output.score_entries,
-                cached_tokens=sum(request.num_computed_tokens for request in self.running.values()),
-            )
+    def _note_step(self, plan: SchedulerOutput, score_entries: int) -> None:
+        """Keep what the trace will say of the step; whoever looks at the trace has it written."""
+        event = functools.partial(
+            StepEvent,
+            step=plan.step,
+            start_time=plan.start_time,
+            end_time=self.clock(),
+            finished=tuple(self.just_left),
+            num_waiting=self.num_waiting(),
+            score_entries=score_entries,
+            cached_tokens=sum([request.num_computed_tokens for request in self.running.values()]),
+            **self._traced_memory(plan),
         )
+        self._unwritten.append(lambda: event(scheduled=tuple(traced_parts(plan))))
+
+    def _traced_memory(self, plan: SchedulerOutput) -> dict:
+        """Further fields of the step's event."""
+        return {}
+
+    def _trace_late_end(self, request_ids: list[str]) -> None:
+        """Requests have ended by what their last token meant: they left with the step that computed it."""
+        if self.trace is not None and self.trace.steps:
+            last = self.trace.steps[-1]
+            self.trace.steps[-1] = replace(last, finished=(*last.finished, *request_ids))
 
 
 def traced_parts(plan: SchedulerOutput) -> Iterator[ScheduledTokens]:
-    """What a plan computes, padding included, as the trace records it."""
+    """What a plan computes, padding and what had been computed before included, as the trace records it."""
     for part in plan.scheduled:
-        num_tokens = len(part.token_ids)
-        yield ScheduledTokens(part.request_id, part.start, num_tokens, part.why, int(part.samples))
+        request_id, start, num_tokens, again = part.request_id, part.start, len(part.token_ids), part.num_recomputed
+        sampled, table = int(part.samples), (part.first_block, tuple(part.block_ids))
+        if 0 < again < num_tokens:
+            yield ScheduledTokens(request_id, start, again, "recompute", 0, *table)
+            yield ScheduledTokens(request_id, start + again, num_tokens - again, part.why, sampled)
+        else:
+            yield ScheduledTokens(request_id, start, num_tokens, "recompute" if again else part.why, sampled, *table)
         if plan.row_length is not None and plan.row_length > num_tokens:
-            yield ScheduledTokens(part.request_id, part.start, plan.row_length - num_tokens, "padding")
+            yield ScheduledTokens(request_id, start, plan.row_length - num_tokens, "padding")
     for request_id in plan.padding_rows:
         yield ScheduledTokens(request_id, 0, plan.row_length, "padding")
 

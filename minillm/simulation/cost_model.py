@@ -37,7 +37,7 @@ class StepWork(NamedTuple):
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
         chunks = chunk_scores = chunk_keys = longest = logit_rows = 0
-        for _, start, token_ids, samples, _ in plan.scheduled:
+        for _, start, token_ids, samples, *_ in plan.scheduled:
             logit_rows += samples
             num_tokens = len(token_ids)
             if num_tokens > 1:
@@ -68,7 +68,7 @@ class StepWork(NamedTuple):
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
         chunks = scores = keys = logit_rows = 0
-        for _, start, token_ids, samples, _ in plan.scheduled:
+        for _, start, token_ids, samples, *_ in plan.scheduled:
             logit_rows += samples
             num_tokens = len(token_ids)
             chunks += num_tokens > 1

@@ -23,6 +23,10 @@ class StaticScheduler(BaseScheduler):
         fill_rectangle(plan, self)
         return plan
 
+    def num_waiting(self) -> int:
+        """Requests that have arrived and are not in the batch; who has ended in it is neither."""
+        return len(self._requests) - sum(request.finish_reason is None for request in self.running.values())
+
     def _leave(self, ended: list[str]) -> list[str]:
         """Nobody leaves before everybody can."""
         if any(request.finish_reason is None for request in self.running.values()):

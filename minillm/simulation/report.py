@@ -129,8 +129,9 @@ class ReportBuilder:
         self, plan: SchedulerOutput, updates: list[RequestUpdate], left: Iterable[str], end: float, waiting: int
     ) -> None:
         """A step of a run without a trace: its plan, what came of it, who left, when it ended, how many wait."""
-        sampled = [update[0] for update in updates]
-        self.add_step(plan.start_time, end, plan.num_slots, plan.num_tokens, sampled, left, waiting)
+        sampled = [update.request_id for update in updates if update.token_id is not None]
+        useful = plan.num_tokens - sum(part.num_recomputed for part in plan.scheduled)
+        self.add_step(plan.start_time, end, plan.num_slots, useful, sampled, left, waiting)
 
     def add_step(
         self,
