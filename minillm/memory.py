@@ -85,7 +85,9 @@ class _StorageWatch(TorchDispatchMode):
 
 
 def _storages(nested) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
+    """Of all tensors in there, but for packed weights, which show no storage and are never made in a pass."""
+    leaves = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
+    return [leaf.untyped_storage() for leaf in leaves]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig, RopeConfig
+from minillm.linear import Linear, pack, pack_linears, packed_linear, worth_packing
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -31,9 +32,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("packed_head", None, persistent=False)  # the output projection, after `pack`
         self.register_buffer("inv_freq", rope_frequencies(config.rope, config.head_dim), persistent=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -46,8 +46,21 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, ids]: only for the rows asked for, and only for ids the tokenizer knows."""
+        if self.packed_head is not None:
+            return packed_linear(hidden, self.packed_head)
         projection = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, projection.weight[: self.config.num_sampled_ids])
+
+    def pack(self) -> None:
+        """Bring the weights into the form that this machine multiplies fastest, where there is one (see `linear`).
+
+        For a model that only computes from now on: it cannot be moved, cast or saved afterwards. What is computed
+        changes by rounding alone.
+        """
+        head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[: self.config.num_sampled_ids]
+        if worth_packing(head):
+            self.packed_head, self.lm_head = pack(head), None
+        pack_linears(self)
 
     def _apply(self, fn, recurse=True):
         """Casting or moving the model must not round the RoPE frequencies: they stay float32."""
@@ -88,15 +101,15 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.sizes = (config.query_size, config.key_value_size, config.key_value_size)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.num_heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.num_heads) * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = self.qkv_proj(hidden).split(self.sizes, dim=-1)  # [T, Hq*D], [T, Hkv*D], [T, Hkv*D]
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # [T, H, D]
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, Hq + 2 * Hkv, D]
+        q, k, v = heads.split(self.num_heads, dim=-2)
         q = rotate(self.q_norm(q), rotation)
         k = rotate(self.k_norm(k), rotation)
         out = attend(self.layer, q, k, v)  # [T, Hq, D]: the only line in which tokens meet
@@ -108,8 +121,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)  # [T, ff] each
@@ -125,9 +138,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normalised.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -150,13 +161,14 @@ def _stretch_long_wavelengths(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def rope_rotation(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, [T, 1, D/2] each: one table for all layers and heads."""
+    """Cosine and signed sine of every token's angles, [T, 1, D] each: one table for all layers and heads."""
     angles = positions[:, None].to(torch.float32) * inv_freq[None, :]  # [T, D/2]
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype)[:, None], torch.cat((-sin, sin), -1).to(dtype)[:, None]
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) of [T, H, D] by its angle, the pairing that transformers' checkpoints use."""
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)  # [T, H, D/2] each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, signed_sin = rotation
+    partner = x.roll(x.shape[-1] // 2, dims=-1)  # what each number is paired with
+    return torch.addcmul(x * cos, partner, signed_sin)

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minillm.plan import TokenLogprobs
 from minillm.sampling_params import SamplingParams
 
 
-def make_generator(params: SamplingParams, device: torch.device | str = "cpu") -> torch.Generator | None:
-    """The request's own source of randomness; None for greedy requests, which need none."""
+def make_generator(
+    params: SamplingParams, device: torch.device | str = "cpu", num_drawn: int = 0
+) -> torch.Generator | None:
+    """The request's own source of randomness, behind its first `num_drawn` draws; None for greedy requests."""
     if params.greedy:
         return None
     generator = torch.Generator(device)
     generator.seed() if params.seed is None else generator.manual_seed(params.seed)
+    for _ in range(num_drawn):
+        _uniform(generator)
     return generator
 
 
@@ -71,7 +76,33 @@ def _rows_of_one_distribution(params: Sequence[SamplingParams]) -> list[list[int
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
     """[R, V] probabilities -> [R] token ids: where each request's own uniform number falls in its cumulated row."""
     cumulated = probabilities.double().cumsum(-1)  # [R, V]
-    device = probabilities.device
-    numbers = [torch.rand(1, generator=each, dtype=torch.float64, device=device) for each in generators]
-    fallen = torch.cat(numbers)[:, None] * cumulated[:, -1:]  # [R, 1], below each row's end
+    numbers = torch.cat([_uniform(each) for each in generators])
+    fallen = numbers[:, None] * cumulated[:, -1:]  # [R, 1], below each row's end
     return torch.searchsorted(cumulated, fallen, right=True)[:, 0]  # never a token of probability 0
+
+
+def _uniform(generator: torch.Generator) -> Tensor:
+    """[1] a number in [0, 1): what a request draws for each of its tokens."""
+    return torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device)
+
+
+def token_logprobs(logits: Tensor, params: Sequence[SamplingParams], token_ids: Tensor) -> dict[int, TokenLogprobs]:
+    """[R, V] logits and the [R] tokens sampled from them -> row -> log-probabilities, of the rows that ask for them.
+
+    They are those of the model itself, before temperature and filters, as in vLLM; float32 at least. A token's rank
+    is 1 plus the number of likelier ones.
+    """
+    rows = [row for row, each in enumerate(params) if each.logprobs is not None]
+    if not rows:
+        return {}
+    chosen = logits[rows]  # [A, V], A rows ask
+    logprobs = chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
+    sampled = logprobs.gather(-1, token_ids[rows, None])  # [A, 1]
+    ranks = (logprobs > sampled).sum(-1) + 1
+    most = min(max(params[row].logprobs for row in rows), logits.shape[-1])
+    top = logprobs.topk(most, dim=-1)  # [A, most], likeliest first
+    columns = zip(sampled[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return {
+        row: TokenLogprobs(logprob, rank, top_ids[: params[row].logprobs], top_values[: params[row].logprobs])
+        for row, (logprob, rank, top_ids, top_values) in zip(rows, columns, strict=True)
+    }

@@ -1,6 +1,6 @@
 """Between text and token ids: encoding with typed errors, and decoding that can stream and stop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not text or not token_ids:  # a tokenizer that begins every text with a token makes something of nothing
         raise PromptError("the prompt is empty; give at least one token, such as 'Once'")
     return token_ids
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+    """A conversation in the model's own chat template, ready for its answer -> (text, token ids).
+
+    `messages` are {"role": …, "content": …}. Raises PromptError if the model has no template, or for other messages.
+    """
+    if tokenizer.chat_template is None:
+        raise PromptError("this model has no chat template: it continues text; give it a plain prompt, without chat")
+    if not messages:
+        raise PromptError("the conversation is empty; give at least one message")
+    for place, message in enumerate(messages):
+        if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
+            raise PromptError(f"message {place} is {message!r}; it needs 'role' and 'content'")
+        encode(tokenizer, message["content"])
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is the checkpoint's own code, and may raise anything
+        raise PromptError(f"the model's chat template refuses these messages: {error}") from error
+    return text, tokenizer.encode(text, add_special_tokens=False)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
@@ -62,6 +82,19 @@ class Detokenizer:
             self._pending += new
             self._window, self._num_decoded = self._window[self._num_decoded :], len(self._window) - self._num_decoded
         return self._give_out(len(self._pending) - self._held_back())
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Take tokens whose text nobody waits for before `finish`: as `add` for each, but decoded all at once."""
+        already, self._window = self._window, [*self._window, *token_ids]
+        new = self._new_text()
+        if UNFINISHED in new:  # how many of these signs broken bytes give may depend on what they are decoded with
+            self._window = already
+            for token_id in token_ids:
+                self.add(token_id)
+            return
+        self._pending += new
+        self._window = self._window[-CONTEXT:]
+        self._num_decoded = len(self._window)
 
     def finish(self) -> str:
         """No more tokens come: return what was held back, with unfinished characters shown as U+FFFD."""

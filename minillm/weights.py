@@ -61,9 +61,7 @@ def load_model(
     folder = find_checkpoint(name_or_path)
     config = read_config(folder)
     tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
-    if tokenizer is not None:
-        num_tokens = min(max(tokenizer.get_vocab().values()) + 1, config.vocab_size)
-        config = dataclasses.replace(config, num_tokens=num_tokens)
+    config = with_ids_of(tokenizer, config)
     return LoadedModel(load_decoder(folder, config, dtype, device), tokenizer)
 
 
@@ -116,6 +114,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"no usable tokenizer in {folder} ({error}); add tokenizer.json, or load with skip_tokenizer_init=True"
         ) from error
+
+
+def with_ids_of(tokenizer: PreTrainedTokenizerBase | None, config: ModelConfig) -> ModelConfig:
+    """The configuration with only those ids to sample that the tokenizer knows; unchanged without one."""
+    if tokenizer is None:
+        return config
+    num_tokens = min(max(tokenizer.get_vocab().values()) + 1, config.vocab_size)
+    return dataclasses.replace(config, num_tokens=num_tokens)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

@@ -165,7 +165,8 @@ def rotate_neighbours(model, monkeypatch):
     """Pairs x[2i] with x[2i + 1], as Meta's own checkpoints do and transformers' do not."""
 
     def rotate(x, rotation):
-        (cos, sin), even, odd = rotation, x[..., ::2], x[..., 1::2]
+        half = x.shape[-1] // 2
+        cos, sin, even, odd = rotation[0][..., half:], rotation[1][..., half:], x[..., ::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
     monkeypatch.setattr("minillm.model.rotate", rotate)

@@ -1,0 +1,224 @@
+"""The engine for a program that has all its prompts: give them, get the outputs in the same order."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from minillm.engine.engine_config import EngineConfig
+from minillm.engine.llm_engine import LLMEngine
+from minillm.engine.outputs import OutputKind, RequestOutput
+from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_prompt
+from minillm.engine.request import Request
+from minillm.errors import ConfigError, PromptError, SamplingParamsError
+from minillm.generation import check_request
+from minillm.pooling import mean_hidden_state
+from minillm.sampling_params import SamplingParams
+from minillm.text import encode_chat
+from minillm.trace import Trace
+
+Message = Mapping[str, str]  # {"role": …, "content": …}
+Prepared = tuple[EncodedPrompt, Request]
+
+
+class LLM:
+    """A model with an engine around it. Also a context manager, which ends in `shutdown`.
+
+        llm = LLM("storyteller", max_num_seqs=32)
+        for output in llm.generate(["Once upon a time", "The fox"], SamplingParams(max_tokens=50)):
+            print(output.outputs[0].text)
+
+    Every prompt may be a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}. All of a call are checked
+    before anything is computed: PromptError, SamplingParamsError and ConfigError leave no trace. WorkerDiedError means
+    that the worker has ended, and with it every request.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "storyteller",
+        *,
+        dtype: torch.dtype | str = "float32",
+        device: torch.device | str = "cpu",
+        skip_tokenizer_init: bool = False,
+        verbose: bool = True,
+        **engine_arguments,
+    ):
+        """Load a model and reserve its cache; see `load_model`, and `EngineConfig` for the engine arguments.
+
+        `verbose` prints to stderr where the memory goes. Same errors as `LLMEngine`; ConfigError for an engine argument
+        that does not exist.
+        """
+        config = EngineConfig.from_arguments(**engine_arguments)
+        self.engine = LLMEngine(
+            model, dtype=dtype, device=device, config=config, skip_tokenizer_init=skip_tokenizer_init
+        )
+        self._numbers = count()
+        self._takers: dict[str, Callable[[RequestOutput], None]] = {}  # who wants the outputs of a request
+        if verbose:
+            print(self.engine.ledger, file=sys.stderr)
+
+    @property
+    def trace(self) -> Trace | None:
+        """Every step since the engine was made; None with `trace=False`."""
+        return self.engine.trace
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's own; None with `skip_tokenizer_init`."""
+        return self.engine.tokenizer
+
+    # --- text ---
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """One output a prompt, in their order. A list of whole numbers is one prompt.
+
+        `sampling_params`: one for all, or one for each prompt; `priority`: one number for each, the smallest first. If
+        anything fails on the way, or is interrupted, the requests of this call are ended and their blocks are back.
+        """
+        prompts = as_prompts(prompts)
+        params = self._one_each(sampling_params, len(prompts))
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        if len(priorities) != len(prompts):
+            raise ConfigError(f"{len(priorities)} priorities for {len(prompts)} prompts; give one for each")
+        prepared = [self._prepare(*each) for each in zip(prompts, params, priorities, strict=True)]
+        return self._run(prepared, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The model's answer to a conversation, a list of {"role": …, "content": …}, or to each of several.
+
+        Put into the model's own chat template. Raises PromptError if it has none, and the errors of `generate`.
+        """
+        if self.tokenizer is None:
+            raise PromptError("chat needs the tokenizer's chat template; load without skip_tokenizer_init")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = []
+        for conversation in conversations:
+            text, token_ids = encode_chat(self.tokenizer, conversation)
+            prompts.append(EncodedPrompt(token_ids, text))
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """What is new after each step, as soon as it is there: the texts in a row are the whole text.
+
+        Close the iterator early, or let go of it, and the request is ended. Several streams may run side by side.
+        """
+        return self._stream(self._prepare(prompt, sampling_params))
+
+    # --- vectors ---
+
+    def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+        """One vector a prompt, in their order: [hidden], the mean of its tokens' final hidden states, float32 at least.
+
+        Computed on its own, beside the engine's requests, at most `max_num_batched_tokens` tokens at once. Raises
+        PromptError, and ConfigError if the model is in another process.
+        """
+        self.engine.check_alive()
+        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in as_prompts(prompts)]
+        one_token = SamplingParams(max_tokens=1)
+        for prompt in encoded:
+            check_request(self.engine.model_config, prompt.token_ids, one_token, self.tokenizer)
+        if self.engine.model is None:
+            raise ConfigError("encode computes in this process; make an LLM with worker='inline' for it")
+        chunk = self.engine.config.max_num_batched_tokens
+        return [mean_hidden_state(self.engine.model, prompt.token_ids, chunk) for prompt in encoded]
+
+    # --- the end ---
+
+    def shutdown(self) -> None:
+        """End the worker; the LLM computes nothing any more. No effect the second time."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.shutdown()
+
+    # --- parts ---
+
+    def _one_each(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * num_prompts
+        if len(params) != num_prompts:
+            raise SamplingParamsError(f"{len(params)} sampling parameters for {num_prompts} prompts; give one for each")
+        return list(params)
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams | None, priority: int = 0) -> Prepared:
+        return self.engine.prepare(f"req {next(self._numbers)}", prompt, params, priority)
+
+    def _run(self, prepared: list[Prepared], use_tqdm: bool) -> list[RequestOutput]:
+        """Add the requests, and compute until all have ended."""
+        finished: dict[str, RequestOutput] = {}
+        request_ids = [request.request_id for _, request in prepared]
+        with tqdm(total=len(prepared), desc="requests", disable=not use_tqdm) as bar:
+
+            def take(output: RequestOutput) -> None:
+                finished[output.request_id] = output
+                bar.update()
+
+            try:
+                now = self.engine.scheduler.clock()
+                for each in prepared:
+                    self._add(each, "final_only", take, now)
+                while len(finished) < len(prepared):
+                    self._step()
+            finally:
+                for request_id in request_ids:
+                    self._end(request_id)
+        return [finished[request_id] for request_id in request_ids]
+
+    def _stream(self, prepared: Prepared) -> Iterator[RequestOutput]:
+        request_id, inbox = prepared[1].request_id, deque()
+        try:
+            self._add(prepared, "delta", inbox.append)
+            while True:
+                while inbox:
+                    output = inbox.popleft()
+                    yield output
+                    if output.finished:
+                        return
+                if not self.engine.is_unfinished(request_id):  # ended from outside
+                    self.engine.check_alive()
+                    return
+                self._step()
+        finally:
+            self._end(request_id)
+
+    def _add(
+        self, prepared: Prepared, kind: OutputKind, take: Callable[[RequestOutput], None], now: float | None = None
+    ) -> None:
+        self.engine.add(prepared, kind, now)
+        self._takers[prepared[1].request_id] = take
+
+    def _step(self) -> None:
+        """One step of the engine, for all calls that are under way: streams may be interleaved with anything."""
+        for output in self.engine.step():
+            take = self._takers.get(output.request_id)
+            if take is not None:
+                take(output)
+
+    def _end(self, request_id: str) -> None:
+        """No effect on a request that has ended by itself, but that its outputs are not waited for any more."""
+        self.engine.abort_request(request_id)
+        self._takers.pop(request_id, None)

@@ -1,0 +1,272 @@
+"""The engine: requests go in at any time, each step of the model brings some of them forward, outputs come out.
+
+engine = LLMEngine("storyteller")
+engine.add_request("a", "Once upon a time", SamplingParams(max_tokens=20))
+while engine.has_unfinished_requests():
+    for output in engine.step():
+        ...
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from minillm.engine.block_manager import BlockManager
+from minillm.engine.engine_config import EngineConfig
+from minillm.engine.model_executor import ModelExecutor
+from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, RequestOutput, RequestState
+from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.prompts import EncodedPrompt, Prompt, encode_prompt
+from minillm.engine.request import Request
+from minillm.engine.scheduler import RequestUpdate
+from minillm.errors import ConfigError, PromptError, SamplingParamsError, WorkerDiedError
+from minillm.generation import check_request
+from minillm.model import Decoder
+from minillm.plan import ModelOutput, SchedulerOutput, TokenLogprobs
+from minillm.sampling_params import SamplingParams
+from minillm.trace import Trace
+from minillm.weights import (
+    as_device,
+    as_dtype,
+    find_checkpoint,
+    load_decoder,
+    load_tokenizer,
+    read_config,
+    with_ids_of,
+)
+
+
+class LLMEngine:
+    """Text or token ids in, `RequestOutput`s out: a scheduler, an executor and a tokenizer put together.
+
+    Not for use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "storyteller",
+        *,
+        dtype: torch.dtype | str = "float32",
+        device: torch.device | str = "cpu",
+        config: EngineConfig | None = None,
+        skip_tokenizer_init: bool = False,
+    ):
+        """Load the model (see `load_model` for its name, `dtype`, `device`) and reserve the pool.
+
+        With `skip_tokenizer_init` prompts are token ids and outputs have no text. Raises the errors of `load_model`,
+        ConfigError for arguments that contradict each other or the model, OutOfMemoryError if it does not fit.
+        """
+        self.config = config = config or EngineConfig()
+        folder = find_checkpoint(model)
+        self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
+        self.model_config = with_ids_of(self.tokenizer, read_config(folder))
+        self.max_model_len = config.model_len(self.model_config.max_position_embeddings)
+        limits, cache_limits = config.scheduler_config(self.max_model_len), config.cache_limits(self.max_model_len)
+        self.model: Decoder | None = None  # None if it is in another process
+        if config.worker == "inline":
+            self.model = load_decoder(folder, self.model_config, as_dtype(dtype), as_device(device))
+            self.model.pack()
+        self.executor = ModelExecutor.start(
+            folder if self.model is None else self.model,
+            dtype=str(dtype),
+            device=str(device),
+            num_tokens=self.model_config.num_tokens,
+            worker=config.worker,
+        )
+        try:
+            self.ledger = self.executor.reserve(cache_limits)
+        except BaseException:  # Ctrl-C as well: leave no process behind
+            self.executor.shutdown()
+            raise
+        block_manager = BlockManager(
+            self.ledger.num_blocks,
+            config.block_size,
+            num_host_blocks=self.ledger.num_host_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        began = time.perf_counter()
+        self.scheduler = PagedScheduler(
+            limits,
+            block_manager,
+            clock=lambda: time.perf_counter() - began,
+            trace=config.trace,
+            preemption_mode=config.preemption_mode,
+        )
+        self._states: dict[str, RequestState] = {}  # requests that have not ended, by the id of their caller
+        self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
+        self._silent: set[str] = set()  # of the scheduler's ids: nothing to do before they end
+        self._dead: WorkerDiedError | None = None  # why nothing can be computed any more
+
+    @property
+    def trace(self) -> Trace | None:
+        """What happened so far, by the engine's clock (seconds since it was made); None if it is not recorded."""
+        return self.scheduler.trace
+
+    def has_unfinished_requests(self) -> bool:
+        """True while anything waits or runs."""
+        return self.scheduler.has_unfinished_requests()
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """True while this request waits or runs, in any of its outputs."""
+        return request_id in self._states
+
+    # --- requests come and go ---
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        arrival_time: float | None = None,
+        priority: int = 0,
+        output_kind: OutputKind = "cumulative",
+    ) -> None:
+        """Let a request wait for its turn. A smaller `priority` goes first, where the policy heeds it.
+
+        `prompt`: a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}; the last two with a "cache_salt" if
+        its prefixes are to be shared with its like alone. `arrival_time` by the engine's clock, now by default.
+        `output_kind` says what `step` tells: all so far ("cumulative"), what is new ("delta"), or all at the end
+        ("final_only", which saves work). Raises PromptError, SamplingParamsError or ConfigError, and then nothing has
+        changed; WorkerDiedError after the worker's end.
+        """
+        self.add(self.prepare(request_id, prompt, params, priority), output_kind, arrival_time)
+
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+    ) -> tuple[EncodedPrompt, Request]:
+        """Check a request as `add_request` does, and change nothing: what `add` takes."""
+        self.check_alive()
+        encoded, params = encode_prompt(prompt, self.tokenizer), params or SamplingParams()
+        if not isinstance(request_id, str):
+            raise PromptError(f"request id {request_id!r} must be a str, got {type(request_id).__name__}")
+        if not isinstance(params, SamplingParams):
+            raise SamplingParamsError(f"sampling parameters must be SamplingParams, got {type(params).__name__}")
+        if priority != 0 and self.config.scheduling_policy != "priority":
+            raise ConfigError(
+                f"priority is {priority}, which scheduling_policy {self.config.scheduling_policy!r} does not heed; "
+                "make an engine with scheduling_policy='priority'"
+            )
+        check_request(self.model_config, encoded.token_ids, params, self.tokenizer)
+        request = Request(
+            request_id,
+            encoded.token_ids,
+            params,
+            eos_token_ids=self.model_config.eos_token_ids,
+            priority=priority,
+            cache_salt=encoded.cache_salt,
+        )
+        self.scheduler.check(request)
+        return encoded, request
+
+    def add(
+        self,
+        prepared: tuple[EncodedPrompt, Request],
+        output_kind: OutputKind = "cumulative",
+        arrival_time: float | None = None,
+    ) -> None:
+        """Add a request that `prepare` has made; see `add_request`."""
+        if output_kind not in OUTPUT_KINDS:
+            raise ConfigError(f"output_kind {output_kind!r} is not one of {', '.join(OUTPUT_KINDS)}")
+        prompt, request = prepared
+        request.arrival_time = self.scheduler.clock() if arrival_time is None else arrival_time
+        self.scheduler.add_request(request)
+        state = RequestState(prompt, request, self.tokenizer, output_kind)
+        self._states[request.request_id] = state
+        for completion in state.completions:
+            self._completions[completion.request.request_id] = (state, completion)
+            if not completion.hears_each_token:
+                self._silent.add(completion.request.request_id)
+
+    def abort_request(self, request_id: str) -> bool:
+        """End a request with all its outputs; nothing more is said of it. False, and no effect, if it has ended."""
+        state = self._states.pop(request_id, None)
+        if state is None:
+            return False
+        for completion in state.completions:
+            self.scheduler.end_request(completion.request.request_id, "abort")
+            self._forget(completion)
+        return True
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes; returns how many blocks became free with it."""
+        return self.scheduler.reset_prefix_cache()
+
+    # --- a step ---
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step; what it brought for requests that got a token or ended, as their `output_kind` says.
+
+        If the model raises, no request has advanced and all go on with the next step, computing again what they need.
+        Raises WorkerDiedError if the worker has ended: then every request has failed.
+        """
+        self.check_alive()
+        if not self.scheduler.has_unfinished_requests():
+            return []
+        plan = self.scheduler.schedule()
+        output = self._execute(plan)
+        updates = self.scheduler.update(plan, output)
+        return self._outputs(self._changed(updates, output.logprobs))
+
+    def _execute(self, plan: SchedulerOutput) -> ModelOutput:
+        try:
+            return self.executor.execute_model(plan)
+        except BaseException as error:  # Ctrl-C as well: the step has not happened
+            self.scheduler.retract(plan)
+            if isinstance(error, WorkerDiedError):
+                self._end_all(error)
+            raise
+
+    def _changed(
+        self, updates: Iterable[RequestUpdate], logprobs: Mapping[str, TokenLogprobs]
+    ) -> dict[RequestState, list[Completion]]:
+        """Let the outputs concerned take note of their new tokens; returns those there may be something to say of."""
+        changed: dict[RequestState, list[Completion]] = {}
+        for request_id, token_id, finish_reason in updates:
+            if finish_reason is None and request_id in self._silent:
+                continue
+            state, completion = self._completions[request_id]
+            completion.take(token_id, logprobs.get(request_id))
+            if completion.finish_reason is not None:
+                if finish_reason is None:  # a stop string, which the scheduler cannot see
+                    self.scheduler.end_request(request_id, completion.finish_reason, completion.stop_reason)
+                self._forget(completion)
+            changed.setdefault(state, []).append(completion)
+        return changed
+
+    def _outputs(self, changed: dict[RequestState, list[Completion]]) -> list[RequestOutput]:
+        outputs = []
+        for state, completions in changed.items():
+            output = state.output(completions)
+            if output is not None:
+                outputs.append(output)
+                if output.finished:
+                    del self._states[output.request_id]
+        return outputs
+
+    def _forget(self, completion: Completion) -> None:
+        self._completions.pop(completion.request.request_id, None)
+        self._silent.discard(completion.request.request_id)
+
+    # --- the end ---
+
+    def shutdown(self) -> None:
+        """End every request and the worker. No effect the second time."""
+        if self._dead is None:
+            self._end_all(WorkerDiedError("this engine has been shut down; make a new one"))
+        self.executor.shutdown()
+
+    def _end_all(self, error: WorkerDiedError) -> None:
+        self._dead = error
+        for request_id in self._completions:
+            self.scheduler.end_request(request_id, "error", str(error))
+        self._states.clear()
+        self._completions.clear()
+        self._silent.clear()
+
+    def check_alive(self) -> None:
+        """Raises WorkerDiedError if nothing can be computed any more, after `shutdown` or the worker's end."""
+        if self._dead is not None:
+            raise WorkerDiedError(str(self._dead))

@@ -1,0 +1,97 @@
+"""One or more workers behind three calls: `profile`, `reserve` and `execute_model`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from minillm.errors import ConfigError
+from minillm.memory_ledger import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
+from minillm.model import Decoder
+from minillm.plan import ModelOutput, SchedulerOutput
+from minillm.runtime.worker import Worker
+from minillm.runtime.worker_process import ProcessWorker
+
+
+class AnyWorker(Protocol):
+    """What an executor asks of a worker, wherever that runs."""
+
+    def profile(
+        self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int
+    ) -> MemoryProfile: ...
+
+    def init_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> int: ...
+
+    def execute_model(self, plan: SchedulerOutput) -> ModelOutput: ...
+
+    def shutdown(self) -> None: ...
+
+
+class ModelExecutor:
+    """Every worker gets every plan; the result of the first one counts.
+
+    executor = ModelExecutor.start(model)
+    ledger = executor.reserve(CacheLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=2048))
+    output = executor.execute_model(plan)
+    """
+
+    def __init__(self, workers: Sequence[AnyWorker]):
+        if not workers:
+            raise ConfigError("an executor of 0 workers computes nothing; give at least 1")
+        self.workers = list(workers)
+
+    @classmethod
+    def start(
+        cls,
+        model: Decoder | str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_tokens: int | None = None,
+        worker: str = "inline",
+    ) -> "ModelExecutor":
+        """An executor with one worker: "inline", in this process, or a "process" of its own.
+
+        `model` is a loaded Decoder (inline only: dtype, device and num_tokens are its own) or what `load_model` takes;
+        `num_tokens` is how many ids the tokenizer has. Raises ConfigError and what `load_model` raises.
+        """
+        if worker not in ("inline", "process"):
+            raise ConfigError(f"worker {worker!r} is not one of 'inline', 'process'")
+        if isinstance(model, Decoder):
+            if worker == "process":
+                raise ConfigError("a worker process loads the model itself; give its name or folder, not a Decoder")
+            return cls([Worker(model)])
+        make = Worker.load if worker == "inline" else ProcessWorker
+        return cls([make(model, dtype=dtype, device=device, num_tokens=num_tokens)])
+
+    def profile(
+        self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
+    ) -> MemoryProfile:
+        """Run the worst steps; what is safe for every worker."""
+        limits = (max_num_batched_tokens, max_num_seqs, max_model_len, block_size)
+        return MemoryProfile.worst([worker.profile(*limits) for worker in self.workers])
+
+    def reserve(self, limits: CacheLimits) -> MemoryLedger:
+        """Profile, decide how many blocks there are, and allocate them; returns where the memory went.
+
+        Raises OutOfMemoryError, before the pool is allocated, if it does not fit or is too small to be of use.
+        """
+        profile = self.profile(
+            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, limits.block_size
+        )
+        ledger = plan_cache(profile, limits)
+        self.init_cache(ledger.num_blocks, ledger.block_size, ledger.num_host_blocks)
+        return ledger
+
+    def init_cache(self, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> None:
+        """Allocate the pool of every worker, of exactly this size."""
+        for worker in self.workers:
+            worker.init_cache(num_blocks, block_size, num_host_blocks)
+
+    def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
+        """Carry out a plan on every worker. Raises WorkerDiedError if one of them has ended."""
+        return [worker.execute_model(plan) for worker in self.workers][0]
+
+    def shutdown(self) -> None:
+        """End all workers and give their memory back. No effect the second time."""
+        for worker in self.workers:
+            worker.shutdown()

@@ -1,0 +1,171 @@
+"""What the engine says about a request, as vLLM puts it, and the state from which that is made step by step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm.engine.prompts import EncodedPrompt
+from minillm.engine.request import Request
+from minillm.plan import TokenLogprobs
+from minillm.text import Detokenizer
+
+OutputKind = Literal["cumulative", "delta", "final_only"]  # all so far, what is new, or nothing before the end
+OUTPUT_KINDS = ("cumulative", "delta", "final_only")
+
+
+class Logprob(NamedTuple):
+    """One token that could have stood at a place of an output."""
+
+    logprob: float  # natural logarithm of its probability, before temperature and filters
+    rank: int  # 1 is the likeliest token of the vocabulary
+    decoded_token: str | None  # the text it adds after the token before it; None without a tokenizer
+
+
+@dataclass(slots=True)  # not frozen: that makes them more than twice as dear, and a step may make hundreds
+class CompletionOutput:
+    """One output of a request. For a request that streams: what is new in it."""
+
+    index: int  # 0 to n - 1
+    text: str | None  # None without a tokenizer; ends before a stop string
+    token_ids: list[int]  # an eos or stop token included
+    cumulative_logprob: float | None  # of all tokens sampled so far; None unless logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids: the sampled token and the likeliest ones
+    finish_reason: str | None = None  # "stop", "length" or "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop id or stop string that matched; for "error", why
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What is known of a request after a step."""
+
+    request_id: str
+    prompt: str | None  # None if token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]  # n of them; of a request that streams, those with anything new
+    finished: bool  # all n have ended
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
+
+
+class Completion:
+    """One output of a request while it grows.
+
+    Tokens are the request's own list. Their text is made token by token only where somebody waits for it, a stream or
+    a stop string; otherwise once, at the end.
+    """
+
+    def __init__(self, index: int, request: Request, tokenizer: PreTrainedTokenizerBase | None, streams: bool):
+        stop = request.params.stop_strings
+        self.index = index
+        self.request = request
+        self.streams = streams
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self._tokenizer = tokenizer
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, stop, request.prompt_token_ids)
+        self._reads_all = tokenizer is not None and (streams or len(stop) > 0)
+        self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self._news = ""  # text that has become final since the last `delta`
+        self._num_told = 0  # tokens that the deltas so far have told
+
+    @property
+    def hears_each_token(self) -> bool:
+        """Whether it has something to do with each token, not only at the end."""
+        return self.streams or self._reads_all or self._logprobs is not None
+
+    def take(self, token_id: int | None, logprobs: TokenLogprobs | None) -> None:
+        """Take note of the token the request has just got, if any, and of its end if that has come."""
+        if token_id is not None and self._reads_all:
+            self._news += self._detokenizer.add(token_id)
+        if token_id is not None and self._logprobs is not None:
+            self._take_logprobs(token_id, logprobs)
+        self.finish_reason, self.stop_reason = self.request.finish_reason, self.request.stop_reason
+        if self._detokenizer is None:
+            return
+        if self.finish_reason is not None:
+            if not self._reads_all:
+                self._detokenizer.extend(self.request.output_token_ids)
+            self._news += self._detokenizer.finish()
+        if self._detokenizer.stopped_by is not None:
+            self.finish_reason, self.stop_reason = "stop", self._detokenizer.stopped_by
+
+    def cumulative(self) -> CompletionOutput:
+        """All of it so far."""
+        text = None if self._detokenizer is None else self._detokenizer.text
+        return self._output(text, 0)
+
+    def delta(self) -> CompletionOutput:
+        """What is new since the last `delta`."""
+        text, self._news = None if self._detokenizer is None else self._news, ""
+        output = self._output(text, self._num_told)
+        self._num_told = len(self.request.output_token_ids)
+        return output
+
+    def _output(self, text: str | None, first: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=self.request.output_token_ids[first:],
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
+            logprobs=None if self._logprobs is None else self._logprobs[first:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def _take_logprobs(self, token_id: int, found: TokenLogprobs) -> None:
+        """The sampled token first, then the likeliest ones by rank; a token is listed once."""
+        values = {token_id: (found.logprob, found.rank)}
+        for rank, (top_id, logprob) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1):
+            values.setdefault(top_id, (logprob, rank))
+        texts = self._texts(values)
+        self._logprobs.append({each: Logprob(*values[each], text) for each, text in zip(values, texts, strict=True)})
+        self._cumulative_logprob += found.logprob
+
+    def _texts(self, token_ids: Sequence[int]) -> list[str | None]:
+        """What each would add after the token before; some tokenizers drop the space before a first word."""
+        if self._tokenizer is None:
+            return [None] * len(token_ids)
+        before = [*self.request.prompt_token_ids[-1:], *self.request.output_token_ids[-2:-1]][-1:]
+        num_before = len(self._tokenizer.decode(before))
+        return [self._tokenizer.decode([*before, token_id])[num_before:] for token_id in token_ids]
+
+
+class RequestState:
+    """A request of the engine's caller with its n outputs."""
+
+    def __init__(
+        self,
+        prompt: EncodedPrompt,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase | None,
+        output_kind: OutputKind,
+    ):
+        self.request = request
+        self.prompt = prompt
+        self.output_kind = output_kind
+        streams = output_kind != "final_only"
+        self.completions = [
+            Completion(index, each, tokenizer, streams) for index, each in enumerate([request, *request.children])
+        ]
+        self._num_unfinished = len(self.completions)
+
+    def output(self, changed: Sequence[Completion]) -> RequestOutput | None:
+        """What to say after a step that brought something for `changed`; None before the end if only that counts."""
+        self._num_unfinished -= sum(completion.finish_reason is not None for completion in changed)
+        finished = self._num_unfinished == 0
+        if self.output_kind == "delta":
+            outputs = [completion.delta() for completion in changed]
+        elif finished or self.output_kind == "cumulative":
+            outputs = [completion.cumulative() for completion in self.completions]
+        else:
+            return None
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            outputs=outputs,
+            finished=finished,
+            num_cached_tokens=self.request.num_cached_tokens,
+        )

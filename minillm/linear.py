@@ -1,0 +1,54 @@
+"""The matrix product of the decoder, and its packed form for a CPU.
+
+Most of a CPU's decode step is products of a few rows with a large matrix. There oneDNN, given the matrix in its own
+layout, is faster than what `F.linear` calls. Measured in float32 on one thread of an AMD EPYC (torch 2.13), F.linear
+against packed, in milliseconds: 3072 x 576 with 4 rows 0.35 and 0.16, with 16 rows 0.89 and 0.61; 49152 x 576 with 4
+rows 16.5 and 5.6. Small matrices lose: the call costs 10 microseconds more.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAST_PACKED = 200_000  # numbers in a matrix from which packing pays
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose weight can be packed, once it is loaded and will not change any more."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_buffer("packed", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias) if self.packed is None else packed_linear(x, self.packed, self.bias)
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Pack every `Linear` whose weight is large, and give up its plain form; no effect where packing does not pay."""
+    for module in model.modules():
+        if isinstance(module, Linear) and worth_packing(module.weight):
+            module.packed = pack(module.weight)
+            module.weight = None
+
+
+def worth_packing(weight: Tensor) -> bool:
+    """Whether a weight is one that `packed_linear` multiplies faster: large, float32, on a CPU that has oneDNN."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.numel() >= LEAST_PACKED
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of an [out, in] weight in oneDNN's layout, of the same size in bytes."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What F.linear gives, from a packed weight."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

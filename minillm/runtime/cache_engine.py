@@ -1,0 +1,128 @@
+"""The physical side of the paged cache: the pool's tensors, each request's block table, and moving whole blocks.
+
+Which block is whose is decided above, by the block manager; this follows what the plans say.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.config import ModelConfig
+from minillm.errors import ConfigError
+from minillm.kv_cache import kv_bytes_per_token
+from minillm.plan import BlockMove
+
+NULL_BLOCK = 0  # stands where a table has no block; its keys and values stay zero
+
+
+class CacheEngine:
+    """Pools of keys and values, [L, num_blocks, block_size, Hkv, D] each, and as many host blocks as asked for.
+
+    Everything starts as zeros. `tables` is the look-up from request to row; row r of `block_tables` lists the request's
+    blocks in the order of its tokens, null blocks behind them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        num_host_blocks: int = 0,
+    ):
+        if num_blocks < 2 or block_size < 1 or num_host_blocks < 0:
+            raise ConfigError(
+                f"num_blocks {num_blocks}, block_size {block_size}, num_host_blocks {num_host_blocks}: no such pool; "
+                "it needs the null block and one more, of 1 token or more"
+            )
+        block = (block_size, config.num_key_value_heads, config.head_dim)
+        self.config = config
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (config.num_hidden_layers, num_blocks, *block)
+        self.keys = zeros(shape, dtype, device)
+        self.values = zeros(shape, dtype, device)
+        host_shape = (config.num_hidden_layers, num_host_blocks, *block)
+        self.host_keys = zeros(host_shape, dtype, "cpu")
+        self.host_values = zeros(host_shape, dtype, "cpu")
+        self.rows: dict[str, int] = {}  # request id -> row of block_tables
+        self.block_tables = np.zeros((16, 16), dtype=np.int64)
+        self._free_rows = list(range(16))[::-1]
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that a block holds, over all layers."""
+        return kv_bytes_per_token(config, dtype.itemsize) * block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pool on the device, used or not."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def tables(self) -> dict[str, list[int]]:
+        """Every request's block table, to look at."""
+        return {request_id: _without_padding(self.block_tables[row]) for request_id, row in self.rows.items()}
+
+    # --- block tables ---
+
+    def write_table(self, request_id: str, first_block: int, block_ids: Sequence[int]) -> None:
+        """table[first_block:] = block_ids; a request that has no table begins one."""
+        row = self.rows.get(request_id)
+        if row is None:
+            if not self._free_rows:
+                self._enlarge(2 * len(self.block_tables), self.block_tables.shape[1])
+            row = self.rows[request_id] = self._free_rows.pop()
+        end = first_block + len(block_ids)
+        if end > self.block_tables.shape[1]:
+            self._enlarge(len(self.block_tables), max(end, 2 * self.block_tables.shape[1]))
+        self.block_tables[row, first_block:end] = block_ids
+        self.block_tables[row, end:] = NULL_BLOCK
+
+    def drop_table(self, request_id: str) -> None:
+        """The request's table is void; no effect if it has none."""
+        row = self.rows.pop(request_id, None)
+        if row is not None:
+            self.block_tables[row] = NULL_BLOCK
+            self._free_rows.append(row)
+
+    def _enlarge(self, num_rows: int, width: int) -> None:
+        old_rows, old_width = self.block_tables.shape
+        self.block_tables = np.pad(self.block_tables, ((0, num_rows - old_rows), (0, width - old_width)))
+        self._free_rows += range(num_rows - 1, old_rows - 1, -1)
+
+    # --- whole blocks ---
+
+    def move(self, move: BlockMove) -> None:
+        """Copy whole blocks, in all layers."""
+        sources, targets = list(move.sources), list(move.targets)
+        pool, host = (self.keys, self.values), (self.host_keys, self.host_values)
+        source_pools = host if move.kind == "swap_in" else pool
+        target_pools = host if move.kind == "swap_out" else pool
+        for source, target in zip(source_pools, target_pools, strict=True):
+            target[:, targets] = source[:, sources].to(target.device)
+
+    def scrub(self, request_id: str) -> None:
+        """Make the request's keys and values finite: whoever gets its blocks next must not meet its NaNs."""
+        for block in self.tables.get(request_id, ()):
+            for pool in (self.keys, self.values):
+                _finite(pool[:, block])
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A tensor of zeros. On the CPU no page of it takes memory before it is written: torch.zeros writes them all."""
+    if torch.device(device).type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _finite(x: Tensor) -> None:
+    torch.nan_to_num_(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _without_padding(row: np.ndarray) -> list[int]:
+    return row[: np.count_nonzero(row)].tolist()  # the null block is 0, and stands behind the others only

@@ -1,0 +1,158 @@
+"""Carries out plans on a paged cache: follows the block tables, prepares the inputs, one forward pass, new tokens."""
+
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.model import Decoder
+from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
+from minillm.sampling import make_generator, sample, token_logprobs
+
+FEWEST_ROWS = 4  # that the CPU's matrix product takes at once: it does 2 or 3 one after the other, 3 slower than 4
+
+
+def rows_computed(num_rows: int, device: torch.device) -> int:
+    """How many rows a step of so many is padded to. 135M parameters on one CPU thread: 3 rows 64 ms, 4 rows 41 ms."""
+    return FEWEST_ROWS if device.type == "cpu" and 1 < num_rows < FEWEST_ROWS else num_rows
+
+
+class PagedRunner:
+    """Runs the plans of a `PagedScheduler` on a model.
+
+    It remembers of a request what plans do not repeat: its block table, its sampling parameters and its generator.
+    """
+
+    def __init__(self, model: Decoder, cache: CacheEngine):
+        self.model = model
+        self.cache = cache
+        self.params: dict[str, tuple] = {}  # sampling parameters and generator of every request that was announced
+        self.mask_bytes = 0  # of the last step
+
+    @torch.inference_mode()
+    def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
+        """One forward pass over all that is planned; new tokens for the requests whose last token was computed.
+
+        A request whose logits are not finite gets no token and is listed in `failed`; the others are not touched by it.
+        """
+        self.follow(plan)
+        if not plan.scheduled:
+            return ModelOutput({}, 0)
+        batch, samplers = self.prepare(plan)
+        attend = PagedAttention(self.cache, batch, self.model.device)
+        self.mask_bytes = attend.mask_bytes
+        num_pads = rows_computed(len(batch.token_ids), self.model.device) - len(batch.token_ids)
+        token_ids, positions = (
+            self._on_device(np.pad(row, (0, num_pads))) for row in (batch.token_ids, batch.positions)
+        )
+        hidden = self.model(token_ids, positions, attend)  # [T, hidden]
+        if not samplers:
+            return ModelOutput({}, attend.score_entries)
+        rows = list(samplers.values())
+        num_pads = rows_computed(len(rows), self.model.device) - len(rows)
+        logits = self.model.logits(hidden[rows + rows[:1] * num_pads])[: len(rows)]  # [R, ids]
+        return self._sample(list(samplers), logits, attend.score_entries)
+
+    def follow(self, plan: SchedulerOutput) -> None:
+        """Do what the plan says of requests and blocks before anything is computed."""
+        for request_id in plan.finished_ids:
+            self.cache.drop_table(request_id)
+            self.params.pop(request_id, None)
+        for move in plan.block_moves:
+            self.cache.move(move)
+        for request_id in plan.preempted_ids:
+            self.cache.drop_table(request_id)
+        for new in plan.new_requests:
+            self.params[new.request_id] = (new.params, make_generator(new.params, self.model.device, new.num_sampled))
+        for part in plan.scheduled:
+            if part[6]:  # block_ids, by number: this line runs once a token
+                self.cache.write_table(part.request_id, part.first_block, part.block_ids)
+
+    def prepare(self, plan: SchedulerOutput) -> tuple[PagedBatch, dict[str, int]]:
+        """The inputs of the step, and for every request that samples the row of its last token.
+
+        Requests with one new token first, by position; then those with several. Column by column, because the lines
+        that run once a request and step are what an engine waits for.
+        """
+        decodes, chunks = plan.scheduled, []
+        if plan.num_tokens > len(decodes):
+            decodes = [part for part in plan.scheduled if len(part.token_ids) == 1]
+            chunks = [part for part in plan.scheduled if len(part.token_ids) > 1]
+        batch, samplers = self._prepare_decodes(decodes)
+        if chunks:
+            batch = self._with_chunks(batch, chunks, samplers)
+        return batch, samplers
+
+    def _prepare_decodes(self, parts: list[ScheduledRequest]) -> tuple[PagedBatch, dict[str, int]]:
+        if not parts:
+            nothing = np.zeros(0, dtype=np.int64)
+            return PagedBatch(nothing, nothing, nothing, nothing.reshape(0, 0), []), {}
+        cache, count = self.cache, len(parts)
+        request_ids, starts, token_ids, samples, *_ = zip(*parts, strict=True)
+        starts = np.fromiter(starts, np.int64, count)
+        order = np.argsort(starts, kind="stable")
+        positions = starts[order]
+        table_rows = np.fromiter(map(cache.rows.__getitem__, request_ids), np.int64, count)[order]
+        width = 1 + int(positions[-1]) // cache.block_size
+        tables = cache.block_tables[table_rows, :width]  # [decodes, W]
+        block_numbers, offsets = np.divmod(positions, cache.block_size)
+        slots = tables[np.arange(count), block_numbers] * cache.block_size + offsets
+        token_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, count)[order]
+        order = order.tolist()
+        samplers = {request_ids[number]: row for row, number in enumerate(order)}
+        if not all(samples):
+            samplers = {request_ids[number]: row for row, number in enumerate(order) if samples[number]}
+        return PagedBatch(token_ids, positions, slots, tables, []), samplers
+
+    def _with_chunks(self, batch: PagedBatch, parts: list[ScheduledRequest], samplers: dict[str, int]) -> PagedBatch:
+        """The inputs with those of requests that compute several tokens behind them; completes `samplers`."""
+        cache = self.cache
+        token_ids, positions, slots, chunks = [batch.token_ids], [batch.positions], [batch.slots], []
+        row = len(batch.tables)
+        for part in parts:
+            table = cache.block_tables[cache.rows[part.request_id]]
+            chunk = Chunk(row, part.start, part.start + len(part.token_ids), table)
+            new = np.arange(chunk.start, chunk.end)
+            block_numbers, offsets = np.divmod(new, cache.block_size)
+            chunks.append(chunk)
+            token_ids.append(np.array(part.token_ids, dtype=np.int64))
+            positions.append(new)
+            slots.append(table[block_numbers] * cache.block_size + offsets)
+            row = chunk.rows.stop
+            if part.samples:
+                samplers[part.request_id] = row - 1
+        whole = (np.concatenate(each) for each in (token_ids, positions, slots))
+        return PagedBatch(*whole, batch.tables, chunks)
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.model.device)
+
+    def _sample(self, request_ids: list[str], logits: Tensor, score_entries: int) -> ModelOutput:
+        """New tokens for the rows that are finite, and what went wrong for the others."""
+        failed = {}
+        finite = logits.amax(-1).isfinite()  # [R]; NaN is the largest of all, minus infinity alone is never left
+        if not finite.all():
+            rows = finite.tolist()
+            failed = {
+                request_id: f"the logits of request {request_id!r} are not finite; its cache was discarded"
+                for request_id, good in zip(request_ids, rows, strict=True)
+                if not good
+            }
+            for request_id in failed:
+                self.cache.scrub(request_id)
+            request_ids = [request_id for request_id, good in zip(request_ids, rows, strict=True) if good]
+            logits = logits[finite]
+        if not request_ids:
+            return ModelOutput({}, score_entries, failed=failed)
+        params, generators = zip(*[self.params[request_id] for request_id in request_ids], strict=True)
+        token_ids = sample(logits, params, generators)
+        asked = token_logprobs(logits, params, token_ids)
+        return ModelOutput(
+            dict(zip(request_ids, token_ids.tolist(), strict=True)),
+            score_entries,
+            logprobs={request_ids[row]: each for row, each in asked.items()},
+            failed=failed,
+        )

@@ -1,0 +1,494 @@
+"""LLM: prompts of every form, text, streams, chat, vectors and log-probabilities; what fails changes nothing."""
+
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import minillm
+from minillm import LLM, SamplingParams, encode, generate_cached
+from minillm.engine import llm as llm_module
+from minillm.errors import ConfigError, PromptError, SamplingParamsError, WorkerDiedError
+from tiny_models import TOLERANCE, random_token_ids
+
+ONCE = "Once upon a time, there was a"
+QUIET = {"use_tqdm": False}
+
+
+@pytest.fixture(scope="module")
+def storyteller():
+    """In float64, so that no rounding decides between tokens."""
+    with LLM(dtype="float64", num_blocks=200, max_model_len=400, max_num_seqs=4, verbose=False) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(storyteller):
+    """The storyteller; whatever a test did with it, all blocks are back afterwards."""
+    yield storyteller
+    assert_idle(storyteller)
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint):
+    with LLM(checkpoint("llama"), dtype="float64", num_blocks=40, skip_tokenizer_init=True, verbose=False) as llm:
+        yield llm
+        assert_idle(llm)
+
+
+def assert_idle(llm):
+    assert not llm.engine.has_unfinished_requests()
+    assert llm.engine.scheduler.block_manager.usage.used == 0
+    llm.engine.scheduler.block_manager.check()
+
+
+def alone(llm, prompt, params):
+    """What the request gives by itself, with a contiguous cache."""
+    token_ids = encode(llm.tokenizer, prompt) if isinstance(prompt, str) else prompt
+    return generate_cached(llm.engine.model, token_ids, params, tokenizer=llm.tokenizer)
+
+
+def assert_is(output, expected):
+    """A completion is the result of the ladder's rung."""
+    assert tuple(output.token_ids) == expected.token_ids and output.text == expected.text
+    assert (output.finish_reason, output.stop_reason) == (expected.finish_reason, expected.stop_reason)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def forms(llm):
+    ids = encode(llm.tokenizer, ONCE)
+    return {
+        "text": ONCE,
+        "texts": [ONCE, ONCE],
+        "ids": ids,
+        "tuple of ids": tuple(ids),
+        "lists of ids": [ids, ids],
+        "dict of ids": {"prompt_token_ids": ids},
+        "dict of text": {"prompt": ONCE},
+        "mixed": [ONCE, ids, {"prompt_token_ids": ids}, {"prompt": ONCE, "cache_salt": "mine"}],
+    }
+
+
+@pytest.mark.parametrize(
+    "form", ["text", "texts", "ids", "tuple of ids", "lists of ids", "dict of ids", "dict of text", "mixed"]
+)
+def test_every_form_of_a_prompt_gives_what_it_gives_alone(llm, form):
+    params = SamplingParams(max_tokens=12)
+    prompts = forms(llm)[form]
+    outputs = llm.generate(prompts, params, **QUIET)
+    assert len(outputs) == (len(prompts) if form in ("texts", "lists of ids", "mixed") else 1)
+    for output in outputs:
+        assert_is(output.outputs[0], alone(llm, ONCE, params))
+        assert output.prompt_token_ids == encode(llm.tokenizer, ONCE) and output.finished
+    assert outputs[0].prompt == (ONCE if form in ("text", "texts", "dict of text", "mixed") else None)
+
+
+def test_results_come_in_the_order_of_the_prompts_each_by_its_own_params(llm):
+    prompts = [ONCE, "The fox", "Hello", "A dog ran", "One day", "The sun"]
+    params = [SamplingParams(max_tokens=n) for n in (30, 3, 17, 1, 9, 40)]
+    outputs = llm.generate(prompts, params, **QUIET)
+    finished = [request_id for step in llm.trace.steps for request_id in step.finished]
+    order = [finished.index(output.request_id) for output in outputs]
+    assert order != sorted(order), "the order of ending differs from that of the prompts, or nothing is shown"
+    for output, prompt, each in zip(outputs, prompts, params, strict=True):
+        assert output.prompt == prompt
+        assert_is(output.outputs[0], alone(llm, prompt, each))
+
+
+def test_no_prompts_are_no_outputs(llm):
+    assert llm.generate([], **QUIET) == []
+
+
+def test_a_prefix_computed_before_is_found_again_only_under_its_salt(llm):
+    ids = encode(llm.tokenizer, "One sunny day, a cat and a dog went to the park to play. " * 3)
+    params = SamplingParams(max_tokens=4)
+    cached = [
+        llm.generate({"prompt_token_ids": ids, "cache_salt": salt}, params, **QUIET)[0].num_cached_tokens
+        for salt in ("a", "a", "b", "b")
+    ]
+    block_size = llm.engine.config.block_size
+    assert cached == [0, (len(ids) - 1) // block_size * block_size] * 2 and cached[1] > 0
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+BAD_PROMPTS = [
+    ("", PromptError, "prompt is empty"),
+    ([ONCE, ""], PromptError, "prompt is empty"),
+    ([ONCE, []], PromptError, "prompt is empty"),
+    ([ONCE, 7], PromptError, "prompt 1 is the number 7"),
+    ([[5, "a"]], PromptError, "token id 'a' at position 1"),
+    ([[5, 1.5]], PromptError, "token id 1.5 at position 1"),
+    ([5, 10**6], PromptError, "token id 1000000 at position 1 is outside"),
+    ([[5, -1]], PromptError, "token id -1 at position 1 is outside"),
+    ([ONCE, b"bytes"], PromptError, "got bytes"),
+    (None, PromptError, "got NoneType"),
+    ({"text": "a"}, PromptError, "no key 'text'"),
+    ({"prompt": 3}, PromptError, "needs 'prompt'"),
+    ({}, PromptError, "needs 'prompt'"),
+    ({"prompt": "a", "cache_salt": 3}, PromptError, "cache_salt is 3"),
+    ("half \ud83e", PromptError, "surrogate"),
+    ([ONCE, [5] * 390], PromptError, "max_model_len is 400"),
+    ([ONCE, [5] * 3000], PromptError, "context is 2048"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "error", "message"), BAD_PROMPTS, ids=[message for *_, message in BAD_PROMPTS])
+def test_a_bad_prompt_is_refused_before_anything_changes(llm, prompts, error, message):
+    steps, requests = len(llm.trace.steps), len(llm.trace.requests)
+    for call in (llm.generate, llm.encode, llm.stream) if message != "max_model_len is 400" else (llm.generate,):
+        if call == llm.stream and isinstance(prompts, list) and isinstance(prompts[0], str | list):
+            continue  # several prompts
+        arguments = (prompts,) if call == llm.encode else (prompts, SamplingParams(max_tokens=20))
+        with pytest.raises(error, match=message):
+            call(*arguments)
+        assert (len(llm.trace.steps), len(llm.trace.requests)) == (steps, requests)
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sampling_params": [SamplingParams()]}, SamplingParamsError, "1 sampling parameters for 2 prompts"),
+        ({"sampling_params": [SamplingParams(), 5]}, SamplingParamsError, "must be SamplingParams, got int"),
+        ({"priority": [1]}, ConfigError, "1 priorities for 2 prompts"),
+        ({"priority": [0, 1]}, ConfigError, "priority is 1, which scheduling_policy 'fcfs'"),
+        ({"sampling_params": SamplingParams(max_tokens=2048)}, PromptError, "max_tokens = 2048 do not fit"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_changes(llm, arguments, error, message):
+    requests = len(llm.trace.requests)
+    with pytest.raises(error, match=message):
+        llm.generate([ONCE, ONCE], **arguments)
+    assert len(llm.trace.requests) == requests
+
+
+def test_without_a_tokenizer_text_is_refused_and_none_comes_back(tiny):
+    with pytest.raises(PromptError, match="no tokenizer"):
+        tiny.generate(ONCE)
+    with pytest.raises(SamplingParamsError, match="stop strings need a tokenizer"):
+        tiny.generate([5, 6], SamplingParams(max_tokens=2, stop="a"))
+    with pytest.raises(PromptError, match="chat needs the tokenizer"):
+        tiny.chat([{"role": "user", "content": "a"}])
+    assert tiny.generate([5, 6], SamplingParams(max_tokens=2), **QUIET)[0].outputs[0].text is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_num_seq": 4}, "'max_num_seq' is no engine argument; did you mean 'max_num_seqs'"),
+        ({"zzz": 4}, "'zzz' is no engine argument"),
+        ({"max_model_len": 5000}, "max_model_len is 5000, the model's context only 2048"),
+        ({"num_blocks": 10}, "num_blocks is 10, but one request of max_model_len = 2048 tokens needs 129"),
+    ],
+)
+def test_engine_arguments_are_checked_before_the_weights_are_read(arguments, message, monkeypatch):
+    monkeypatch.setattr("minillm.engine.llm_engine.load_decoder", lambda *_: pytest.fail("read the weights"))
+    with pytest.raises(ConfigError, match=message):
+        LLM(**arguments)
+
+
+# --- when something fails on the way ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_if_a_step_fails_the_requests_end_and_the_next_call_is_right(llm, monkeypatch, error, fails_at):
+    right, calls = llm.engine.executor.execute_model, []
+
+    def execute_model(plan):
+        calls.append(plan)
+        if len(calls) > fails_at:
+            raise error
+        return right(plan)
+
+    params = SamplingParams(max_tokens=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.executor, "execute_model", execute_model)
+        with pytest.raises(type(error)):
+            llm.generate([ONCE, "The fox"], params, **QUIET)
+    assert len(calls) == fails_at + 1
+    assert_idle(llm)
+    for output, prompt in zip(llm.generate([ONCE, "The fox"], params, **QUIET), [ONCE, "The fox"], strict=True):
+        assert_is(output.outputs[0], alone(llm, prompt, params))
+
+
+def test_the_progress_bar_counts_requests_and_can_be_off(llm, monkeypatch):
+    bars = []
+
+    class Bar(llm_module.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            bars.append((options, self))
+
+    monkeypatch.setattr(llm_module, "tqdm", Bar)
+    llm.generate([ONCE, "The fox"], SamplingParams(max_tokens=2))
+    llm.generate(ONCE, SamplingParams(max_tokens=2), use_tqdm=False)
+    assert [(options["total"], options["disable"]) for options, _ in bars] == [(2, False), (1, True)]
+    assert bars[0][1].disable or bars[0][1].n == 2
+
+
+# --- stop strings and streams ----------------------------------------------------------------------------------------
+
+
+def stop_across_tokens(llm, prompt, max_tokens):
+    """A string in the greedy text that begins inside one token and ends inside a later one."""
+    token_ids = alone(llm, prompt, SamplingParams(max_tokens=max_tokens)).token_ids
+    texts = minillm.token_texts(llm.tokenizer, token_ids)
+    place = next(i for i in range(3, len(texts)) if len(texts[i]) > 3 and len(texts[i + 1]) > 3)
+    return texts[place][2:] + texts[place + 1][:2]
+
+
+def test_a_stop_string_across_tokens_ends_the_request_there(llm):
+    stop = stop_across_tokens(llm, ONCE, 30)
+    params = SamplingParams(max_tokens=30, stop=stop)
+    output = llm.generate(ONCE, params, **QUIET)[0].outputs[0]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert stop not in output.text and len(output.token_ids) < 30
+    assert_is(output, alone(llm, ONCE, params))
+    request_id = llm.trace.requests[-1].request_id
+    last = llm.trace.parts(request_id)
+    assert sum(part.num_sampled for _, part in last) == len(output.token_ids), "nothing was computed behind it"
+    assert llm.trace.steps[-1].finished == (request_id,)
+
+
+def test_an_eos_or_stop_id_ends_the_request(llm):
+    token_ids = alone(llm, ONCE, SamplingParams(max_tokens=10)).token_ids
+    params = SamplingParams(max_tokens=10, stop_token_ids=[token_ids[5]])
+    output = llm.generate(ONCE, params, **QUIET)[0].outputs[0]
+    assert (output.finish_reason, output.stop_reason) == ("stop", token_ids[5])
+    assert_is(output, alone(llm, ONCE, params))
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["to the end", "with a stop string"])
+def test_the_pieces_of_a_stream_are_the_whole(llm, stops):
+    stop = [stop_across_tokens(llm, ONCE, 30)] if stops else []
+    params = SamplingParams(max_tokens=30, stop=stop, logprobs=1)
+    outputs = list(llm.stream(ONCE, params))
+    pieces = [output.outputs[0] for output in outputs]
+    expected = alone(llm, ONCE, params)
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert len(outputs) == len(expected.token_ids) and all(len(piece.token_ids) == 1 for piece in pieces)
+    assert tuple(token_id for piece in pieces for token_id in piece.token_ids) == expected.token_ids
+    assert "".join(piece.text for piece in pieces) == expected.text
+    assert {piece.finish_reason for piece in pieces[:-1]} == {None}
+    assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == (expected.finish_reason, expected.stop_reason)
+    whole = llm.generate(ONCE, params, **QUIET)[0].outputs[0]
+    assert [entry for piece in pieces for entry in piece.logprobs] == whole.logprobs
+
+
+def test_a_stream_closed_early_gives_its_blocks_back(llm):
+    stream = llm.stream(ONCE, SamplingParams(max_tokens=100))
+    next(stream), next(stream)
+    assert llm.engine.scheduler.block_manager.usage.used > 0
+    stream.close()
+    assert_idle(llm)
+    assert list(stream) == []
+
+
+def test_a_stream_never_begun_holds_nothing_and_one_aborted_from_outside_ends(llm):
+    llm.stream(ONCE, SamplingParams(max_tokens=100))
+    assert_idle(llm)
+    stream = llm.stream(ONCE, SamplingParams(max_tokens=100))
+    first = next(stream)
+    assert llm.engine.abort_request(first.request_id)
+    assert list(stream) == []
+
+
+def test_streams_may_be_interleaved_with_each_other_and_with_generate(llm):
+    params = SamplingParams(max_tokens=20)
+    one, two = llm.stream(ONCE, params), llm.stream("The fox", params)
+    texts = [next(one).outputs[0].text + next(one).outputs[0].text, next(two).outputs[0].text]
+    assert_is(llm.generate("Hello", params, **QUIET)[0].outputs[0], alone(llm, "Hello", params))
+    texts[1] += "".join(output.outputs[0].text for output in two)
+    texts[0] += "".join(output.outputs[0].text for output in one)
+    assert texts == [alone(llm, prompt, params).text for prompt in (ONCE, "The fox")]
+
+
+# --- several outputs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [ONCE, ONCE * 8], ids=["within a block", "over several blocks"])
+def test_n_outputs_are_those_of_n_seeds(llm, prompt):
+    output = llm.generate(prompt, SamplingParams(temperature=1.0, seed=7, n=3, max_tokens=15), **QUIET)[0]
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
+    for i, completion in enumerate(output.outputs):
+        assert_is(completion, alone(llm, prompt, SamplingParams(temperature=1.0, seed=7 + i, max_tokens=15)))
+
+
+def test_n_outputs_in_a_stream_are_told_apart_by_their_index(llm):
+    texts, params = [""] * 3, SamplingParams(temperature=1.0, seed=7, n=3, max_tokens=15)
+    for output in llm.stream(ONCE, params):
+        for completion in output.outputs:
+            texts[completion.index] += completion.text
+    assert output.finished
+    assert texts == [completion.text for completion in llm.generate(ONCE, params, **QUIET)[0].outputs]
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_puts_a_conversation_into_the_models_template(llm):
+    conversation = [{"role": "user", "content": "What is 3 + 4?"}]
+    params = SamplingParams(max_tokens=20)
+    text = llm.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    ids = llm.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    outputs = llm.chat(conversation, params, **QUIET)
+    outputs += llm.chat([conversation, conversation], params, **QUIET)
+    assert len(outputs) == 3
+    for output in outputs:
+        assert output.prompt == text and output.prompt_token_ids == ids
+        assert_is(output.outputs[0], alone(llm, ids, params))
+        assert output.outputs[0].text == "3 + 4 = 7."
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([[]], "conversation is empty"),
+        ([{"role": "user"}], "message 0 is"),
+        (["hello"], "message 0 is 'h'"),
+        ([{"role": "user", "content": ""}], "prompt is empty"),
+        ([{"role": "tool", "content": "a"}], "refuses these messages"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused(llm, messages, message):
+    with pytest.raises(PromptError, match=message):
+        llm.chat(messages)
+
+
+def test_a_model_without_a_template_does_not_chat(llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+    with pytest.raises(PromptError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "Hello"}])
+
+
+# --- vectors and log-probabilities -----------------------------------------------------------------------------------
+
+PROMPTS = [random_token_ids(n, seed=n) for n in (1, 5, 30)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3"])
+def test_encode_is_the_mean_of_transformers_last_hidden_states(kind, checkpoint):
+    reference = AutoModel.from_pretrained(checkpoint(kind), dtype=torch.float64)
+    llm = LLM(
+        checkpoint(kind),
+        dtype="float64",
+        num_blocks=40,
+        max_num_seqs=8,
+        max_num_batched_tokens=8,
+        skip_tokenizer_init=True,
+        verbose=False,
+    )
+    rows = []
+    llm.engine.model.embed_tokens.register_forward_hook(lambda *args: rows.append(len(args[1][0])))
+    for vector, prompt in zip(llm.encode(PROMPTS), PROMPTS, strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).last_hidden_state[0].mean(0)
+        assert (vector - expected).abs().max() <= TOLERANCE[torch.float64] * expected.abs().max()
+    assert max(rows) == 8 and len(rows) == 1 + 1 + 4
+
+
+def test_encode_takes_text_and_is_float32_at_least(llm, checkpoint):
+    by_text, by_ids = llm.encode([ONCE, encode(llm.tokenizer, ONCE)])
+    assert torch.equal(by_text, by_ids) and by_text.dtype == torch.float64
+    with LLM(
+        checkpoint("llama"), dtype="bfloat16", num_blocks=40, skip_tokenizer_init=True, verbose=False
+    ) as half_precision:
+        assert half_precision.encode([1, 2, 3])[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_logprobs_are_transformers_log_softmax(tiny, load_reference, temperature):
+    reference = load_reference("llama", torch.float64)
+    counts = [0, 3, 5, None]
+    params = [SamplingParams(max_tokens=9, logprobs=k, temperature=temperature, seed=3) for k in counts]
+    outputs = tiny.generate([PROMPTS[1]] * 4, params, **QUIET)
+    for k, output in zip(counts, outputs, strict=True):
+        completion = output.outputs[0]
+        if k is None:
+            assert completion.logprobs is None and completion.cumulative_logprob is None
+            continue
+        with torch.inference_mode():
+            logits = reference(torch.tensor([PROMPTS[1] + completion.token_ids])).logits[0]
+        expected = logits[len(PROMPTS[1]) - 1 : -1].double().log_softmax(-1)  # [outputs, V]
+        tolerance = TOLERANCE[torch.float64] * (logits.max() - logits.min()).item()
+        for row, token_id, entry in zip(expected, completion.token_ids, completion.logprobs, strict=True):
+            top = row.topk(k).indices.tolist()
+            assert list(entry) == [token_id, *(each for each in top if each != token_id)]
+            assert all(abs(entry[each].logprob - row[each].item()) <= tolerance for each in entry)
+            assert [entry[each].rank for each in top] == list(range(1, k + 1))
+            assert entry[token_id].rank == 1 + int((row > row[token_id]).sum())
+        sampled = [entry[each].logprob for entry, each in zip(completion.logprobs, completion.token_ids, strict=True)]
+        assert completion.cumulative_logprob == pytest.approx(sum(sampled))
+    ranks = {next(iter(entry.values())).rank for entry in outputs[1].outputs[0].logprobs}  # of the sampled tokens
+    assert (ranks == {1}) == (temperature == 0)
+
+
+def test_logprobs_name_their_tokens_with_the_space_before_them(llm):
+    output = llm.generate(ONCE, SamplingParams(max_tokens=8, logprobs=2), **QUIET)[0].outputs[0]
+    said = [entry[token_id].decoded_token for entry, token_id in zip(output.logprobs, output.token_ids, strict=True)]
+    assert "".join(said) == output.text and said[0].startswith(" ")
+
+
+# --- trace, worker, end ----------------------------------------------------------------------------------------------
+
+
+def test_the_trace_tells_every_step_and_can_be_left_out(llm, checkpoint):
+    before = len(llm.trace.steps)
+    output = llm.generate(ONCE, SamplingParams(max_tokens=6), **QUIET)[0]
+    steps = llm.trace.steps[before:]
+    assert sum(part.num_sampled for step in steps for part in step.scheduled) == 6
+    assert steps[-1].finished == (output.request_id,) and steps[-1].blocks.used == 0
+    assert {step.blocks.total for step in steps} == {200}
+    quiet = LLM(checkpoint("llama"), num_blocks=40, trace=False, skip_tokenizer_init=True, verbose=False)
+    quiet.generate([1, 2], SamplingParams(max_tokens=2), **QUIET)
+    assert quiet.trace is None
+
+
+def test_where_the_memory_goes_is_printed_at_start_or_not(checkpoint, capsys):
+    for verbose in (False, True):
+        llm = LLM(checkpoint("llama"), num_blocks=40, skip_tokenizer_init=True, verbose=verbose)
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err == (f"{llm.engine.ledger}\n" if verbose else "")
+
+
+def test_after_shutdown_everything_is_refused(checkpoint):
+    with LLM(checkpoint("llama"), num_blocks=40, skip_tokenizer_init=True, verbose=False) as llm:
+        stream = llm.stream([1, 2], SamplingParams(max_tokens=50, ignore_eos=True))
+        next(stream)
+    llm.shutdown()
+    for use in (lambda: llm.generate([1, 2]), lambda: llm.encode([1, 2]), lambda: list(stream)):
+        with pytest.raises(WorkerDiedError, match="shut down"):
+            use()
+    assert_idle(llm)
+
+
+def test_a_worker_in_another_process_gives_the_same_and_its_death_fails_everything(checkpoint, tiny):
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    with LLM(
+        checkpoint("llama"),
+        dtype="float64",
+        num_blocks=40,
+        worker="process",
+        skip_tokenizer_init=True,
+        verbose=False,
+    ) as llm:
+        assert [output.outputs for output in llm.generate(PROMPTS, params, **QUIET)] == [
+            output.outputs for output in tiny.generate(PROMPTS, params, **QUIET)
+        ]
+        with pytest.raises(ConfigError, match="worker='inline'"):
+            llm.encode(PROMPTS)
+        stream = llm.stream(PROMPTS[0], params)
+        next(stream)
+        os.kill(llm.engine.executor.workers[0].pid, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError, match="signal 9"):
+            next(stream)
+        with pytest.raises(WorkerDiedError, match="signal 9"):
+            llm.generate(PROMPTS, params, **QUIET)
+        assert_idle(llm)

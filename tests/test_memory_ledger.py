@@ -1,0 +1,225 @@
+"""The ledger adds up on every model, what was measured is enough for what runs, and a pool too small is refused."""
+
+import dataclasses
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minillm
+from minillm import SamplingParams, memory_ledger
+from minillm.engine.block_manager import BlockManager
+from minillm.engine.model_executor import ModelExecutor
+from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import ConfigError, OutOfMemoryError
+from minillm.memory import PeakMemory
+from minillm.memory_ledger import MIB, CacheLimits, MemoryProfile, available_memory, plan_cache
+from tiny_models import KINDS, random_token_ids
+
+ON_CPU = MemoryProfile(
+    weights=100 * MIB,
+    activations=7 * MIB,
+    masks=MIB,
+    bytes_per_block=MIB,
+    available=400 * MIB,
+    host_available=400 * MIB,
+)
+ON_CARD = ON_CPU._replace(available=800 * MIB, card_bytes=1000 * MIB)
+LIMITS = CacheLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=160)
+SMALL = CacheLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=48, block_size=4)
+
+
+# --- how many blocks -------------------------------------------------------------------------------------------------
+
+
+def test_the_pool_is_what_running_requests_can_use_twice_over():
+    ledger = plan_cache(ON_CPU, LIMITS)
+    assert ledger.num_blocks == 2 * 4 * 10 + 1
+    assert ledger.free == (100 + 200 - 100 - 81 - 7 - 1) * MIB
+
+
+def test_the_pool_is_no_larger_than_its_share_of_the_memory():
+    limits = dataclasses.replace(LIMITS, max_num_seqs=64)
+    on_cpu = plan_cache(ON_CPU, limits)
+    assert (on_cpu.num_blocks, on_cpu.total, on_cpu.free) == (200 - 7 - 1, 300 * MIB, 0)
+    on_card = plan_cache(ON_CARD, limits)  # 100 MiB of it are others': 0.9 * 1000 - 100
+    assert (on_card.num_blocks, on_card.total) == (800 - 100 - 7 - 1, 800 * MIB)
+    half = plan_cache(ON_CARD, dataclasses.replace(limits, gpu_memory_utilization=0.5))
+    assert half.num_blocks == on_card.num_blocks - 400
+
+
+def test_blocks_to_swap_to_share_the_memory_of_the_cpu_but_not_of_a_card():
+    limits = dataclasses.replace(LIMITS, max_num_seqs=64, num_host_blocks=None)
+    on_cpu, on_card = plan_cache(ON_CPU, limits), plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=50))
+    assert (on_cpu.num_blocks, on_cpu.num_host_blocks, on_cpu.swap) == (96, 96, 96 * MIB)
+    assert (on_card.num_host_blocks, on_card.swap) == (50, 0)
+    assert plan_cache(ON_CPU, dataclasses.replace(limits, num_host_blocks=50)).num_blocks == 200 - 7 - 1 - 50
+
+
+def test_blocks_asked_for_by_number_may_take_all_that_is_available():
+    asked = dataclasses.replace(LIMITS, num_blocks=390)
+    ledger = plan_cache(ON_CPU, asked)
+    assert (ledger.num_blocks, ledger.total) == (390, 500 * MIB)
+    with pytest.raises(
+        OutOfMemoryError, match=r"393 blocks do not fit: weights 100.0 MiB, cache 393.0 MiB.* lower num_"
+    ):
+        plan_cache(ON_CPU, dataclasses.replace(LIMITS, num_blocks=393))
+
+
+def test_a_pool_smaller_than_one_request_is_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match=r"num_blocks is 10, .*max_model_len = 160 tokens needs 11.*raise num_blocks"):
+        dataclasses.replace(LIMITS, num_blocks=10)
+    assert plan_cache(ON_CPU, dataclasses.replace(LIMITS, num_blocks=11)).num_blocks == 11
+    short = ON_CPU._replace(available=36 * MIB, host_available=36 * MIB)  # half of it: 18, less 8
+    with pytest.raises(
+        OutOfMemoryError, match=r"max_model_len = 160 .* 11 blocks, 11.0 MiB; .* holds 10 beside .* lower"
+    ):
+        plan_cache(short, LIMITS)
+    assert plan_cache(short, dataclasses.replace(LIMITS, max_model_len=144)).num_blocks == 10
+    with pytest.raises(OutOfMemoryError, match=r"gpu_memory_utilization = 0.2 .* holds 0 beside"):
+        plan_cache(ON_CARD, dataclasses.replace(LIMITS, gpu_memory_utilization=0.2))
+
+
+def test_blocks_to_swap_to_must_fit_the_machine():
+    with pytest.raises(OutOfMemoryError, match="401 host blocks need 401.0 MiB, the machine has 400.0 MiB"):
+        plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=401))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gpu_memory_utilization": 0.0},
+        {"gpu_memory_utilization": 1.01},
+        {"gpu_memory_utilization": float("nan")},
+        {"block_size": 0},
+        {"max_model_len": 0},
+        {"num_host_blocks": -1},
+    ],
+)
+def test_impossible_limits_are_refused(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+        dataclasses.replace(LIMITS, **wrong)
+
+
+@given(
+    st.builds(
+        MemoryProfile,
+        *[st.integers(0, 2**34) for _ in range(3)],
+        st.integers(1, 2**24),
+        *[st.integers(0, 2**36) for _ in range(2)],
+        st.none() | st.integers(2**30, 2**37),
+    ),
+    st.builds(
+        CacheLimits,
+        *[st.integers(1, 5000) for _ in range(3)],
+        block_size=st.integers(1, 64),
+        num_host_blocks=st.none() | st.integers(0, 5000),
+        gpu_memory_utilization=st.floats(0.01, 1),
+    ),
+)
+def test_whatever_the_numbers_the_ledger_adds_up_or_refuses(profile, limits):
+    try:
+        ledger = plan_cache(profile, limits)
+    except OutOfMemoryError:
+        return
+    assert sum(ledger.spent.values()) + ledger.free == ledger.total
+    assert ledger.free >= 0
+    assert limits.least_blocks <= ledger.num_blocks <= limits.most_blocks
+    assert ledger.cache == ledger.num_blocks * profile.bytes_per_block
+
+
+def test_the_table_printed_at_start_names_every_post():
+    table = str(plan_cache(ON_CPU, dataclasses.replace(LIMITS, num_host_blocks=20)))
+    assert table.splitlines() == [
+        "memory                 300.0 MiB  100.0%",
+        "  weights              100.0 MiB   33.3%",
+        "  cache                 81.0 MiB   27.0%  81 blocks of 16 tokens",
+        "  swapped blocks        20.0 MiB    6.7%  20 blocks",
+        "  activations            7.0 MiB    2.3%",
+        "  masks                  1.0 MiB    0.3%",
+        "  free                  91.0 MiB   30.3%",
+    ]
+    assert "20 blocks, 20.0 MiB of host memory" in str(
+        plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=20))
+    )
+
+
+def test_several_workers_get_what_suits_the_worst_of_them():
+    small = ON_CARD._replace(available=700 * MIB, weights=50 * MIB)
+    assert MemoryProfile.worst([ON_CARD, small]) == ON_CARD._replace(available=700 * MIB)
+    assert MemoryProfile.worst([ON_CPU]) == ON_CPU
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "storyteller"])
+def test_the_ledger_adds_up_and_covers_every_step(kind, load):
+    model = minillm.load_model(skip_tokenizer_init=True).model if kind == "storyteller" else load(kind)
+    executor = ModelExecutor.start(model)
+    ledger = executor.reserve(SMALL)
+    cache = executor.workers[0].runner.cache
+    assert ledger.weights == 4 * model.config.num_parameters + model.inv_freq.nbytes
+    assert ledger.cache == cache.keys.nbytes + cache.values.nbytes == cache.num_bytes
+    assert ledger.num_blocks == 2 * 6 * 12 + 1
+    assert sum(ledger.spent.values()) + ledger.free == ledger.total
+    assert ledger.masks > 0 and ledger.activations > 0
+
+    peaks = peaks_of_a_run(executor, ledger.num_blocks, model.config.num_sampled_ids)
+    assert len(peaks) > 10
+    assert ledger.activations + ledger.masks >= max(peaks) > 0.5 * (ledger.activations + ledger.masks)
+
+
+def peaks_of_a_run(executor: ModelExecutor, num_blocks: int, num_ids: int) -> list[int]:
+    """Bytes at the peak of every step of a run of requests of all lengths, with all that sampling can do."""
+    config = SchedulerConfig(SMALL.max_num_seqs, SMALL.max_num_batched_tokens, SMALL.max_model_len)
+    scheduler = PagedScheduler(config, BlockManager(num_blocks, SMALL.block_size))
+    draw = random.Random(3)
+    for index in range(8):
+        length = draw.choice([47, 40, 33, 20])
+        params = SamplingParams(
+            temperature=1, top_k=50, top_p=0.9, min_p=0.01, seed=index, logprobs=20, max_tokens=min(48 - length, 10)
+        )
+        scheduler.add_request(Request(f"req {index}", random_token_ids(length, num_ids, index), params))
+    peaks = []
+    while scheduler.has_unfinished_requests():
+        plan = scheduler.schedule()
+        with PeakMemory() as memory:
+            output = executor.execute_model(plan)
+        scheduler.update(plan, output)
+        peaks.append(memory.peak_bytes)
+    return peaks
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def test_available_memory_is_the_kernels_number():
+    assert 0 < available_memory() < 2**46
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_ledger, "CGROUP", tmp_path)
+    free = available_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{30 * MIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {20 * MIB}\nactive_file 7\n")
+    assert available_memory() > free / 2
+    (tmp_path / "memory.max").write_text(f"{50 * MIB}\n")
+    assert available_memory() == 40 * MIB
+
+
+def test_without_proc_the_whole_memory_counts(monkeypatch, tmp_path):
+    def no_proc(path, key):
+        raise OSError(path)
+
+    available = available_memory()
+    monkeypatch.setattr(memory_ledger, "_kernel_number", no_proc)
+    assert available_memory() > available
+    monkeypatch.delattr(memory_ledger.os, "sysconf")
+    with pytest.raises(ConfigError, match="does not tell how much memory"):
+        available_memory()

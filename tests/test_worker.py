@@ -1,0 +1,344 @@
+"""A worker in another process says what one in this process says, and neither side outlives the other."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm import SamplingParams
+from minillm.engine.block_manager import BlockManager
+from minillm.engine.model_executor import ModelExecutor
+from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import ConfigError, ModelNotFoundError, PromptError, WorkerDiedError
+from minillm.plan import BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput, TokenLogprobs
+from minillm.runtime import messages
+from minillm.runtime.worker import worst_plan
+from minillm.runtime.worker_process import _result, _Server
+from tiny_models import random_token_ids
+
+NUM_BLOCKS, BLOCK_SIZE = 14, 4  # far too few for all at once
+KIND = "qwen3"
+
+
+@pytest.fixture(scope="module")
+def in_process(checkpoint):
+    """A worker process, shared by the tests that leave it alive; at the end it goes when it is told to."""
+    executor = ModelExecutor.start(checkpoint(KIND), num_tokens=190, worker="process")
+    yield executor
+    worker = executor.workers[0]
+    assert is_there(worker.pid)
+    executor.shutdown()
+    executor.shutdown()  # no effect the second time
+    assert not is_there(worker.pid)
+    with pytest.raises(WorkerDiedError, match="ended with exit code 0; start a new engine"):
+        executor.init_cache(NUM_BLOCKS)
+
+
+def run_requests(executor: ModelExecutor, preemption_mode: str = "swap", after_step=lambda step: None):
+    """Requests of all kinds on a pool that is too small; returns their outputs, log-probabilities and the trace."""
+    executor.init_cache(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
+    scheduler = PagedScheduler(config, manager, preemption_mode=preemption_mode)
+    shared = random_token_ids(9, 190)
+    for index in range(6):
+        params = SamplingParams(temperature=index % 3, seed=index, max_tokens=20, logprobs=index % 4 or None)
+        scheduler.add_request(Request(f"req {index}", shared + random_token_ids(1 + 2 * index, 190, index), params))
+    token_ids, logprobs = {}, {}
+    while scheduler.has_unfinished_requests():
+        plan = scheduler.schedule()
+        output = executor.execute_model(plan)
+        for update in scheduler.update(plan, output):
+            token_ids.setdefault(update.request_id, []).append(update.token_id)
+        for request_id, entry in output.logprobs.items():
+            logprobs.setdefault(request_id, []).append(as_lists(entry))
+        after_step(plan.step)
+    return token_ids, logprobs, scheduler.trace
+
+
+def as_lists(value):
+    """A message's content with every tuple, range and other sequence as a list."""
+    return messages.decode(messages.encode(value))
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+NAMES = st.text(max_size=5)
+IDS = st.lists(st.integers(0, 2**31), max_size=5)
+FLOATS = st.floats(allow_nan=False)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.floats(0.5, 2),
+    top_k=st.integers(-1, 50),
+    top_p=st.floats(0.1, 1),
+    stop=st.text(min_size=1) | st.lists(st.text(min_size=1), max_size=2),
+    stop_token_ids=IDS,
+    ignore_eos=st.booleans(),
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    logprobs=st.none() | st.integers(0, 20),
+)
+PARTS = st.builds(
+    ScheduledRequest,
+    NAMES,
+    st.integers(0),
+    IDS,
+    st.booleans(),
+    st.sampled_from(["prefill", "decode", "recompute"]),
+    first_block=st.integers(0),
+    block_ids=IDS,
+    num_recomputed=st.integers(0),
+)
+PLANS = st.builds(
+    SchedulerOutput,
+    st.integers(0),
+    FLOATS,
+    scheduled=st.lists(PARTS, max_size=4),
+    new_requests=st.lists(st.builds(NewRequest, NAMES, PARAMS, st.integers(1)), max_size=2),
+    finished_ids=st.lists(NAMES, max_size=2),
+    preempted_ids=st.lists(NAMES, max_size=2),
+    block_moves=st.lists(st.builds(BlockMove, st.sampled_from(["copy", "swap_out", "swap_in"]), IDS, IDS), max_size=2),
+    num_tokens=st.integers(0),
+    row_length=st.none() | st.integers(1),
+    padding_rows=st.lists(NAMES, max_size=2),
+)
+LOGPROBS = st.builds(TokenLogprobs, st.floats(max_value=0, allow_nan=False), st.integers(1), IDS, st.lists(FLOATS))
+OUTPUTS = st.builds(
+    ModelOutput,
+    st.dictionaries(NAMES, st.integers(0, 2**31)),
+    st.integers(0),
+    st.dictionaries(NAMES, LOGPROBS, max_size=3),
+    st.dictionaries(NAMES, NAMES, max_size=2),
+)
+
+
+@given(PLANS)
+def test_a_plan_arrives_as_it_was_sent(plan):
+    assert messages.plan_from(as_lists(plan)) == plan
+
+
+@given(OUTPUTS)
+def test_a_result_arrives_as_it_was_sent(output):
+    assert messages.output_from(as_lists(output)) == output
+
+
+def test_sequences_of_every_kind_arrive_as_lists():
+    part = ScheduledRequest("\ud83e", 0, np.arange(3), True, "prefill", block_ids=range(1, 4))
+    assert messages.plan_from(as_lists(SchedulerOutput(0, 0.0, [part]))).scheduled == [
+        ScheduledRequest("\ud83e", 0, [0, 1, 2], True, "prefill", 0, [1, 2, 3], 0)
+    ]
+    assert messages.output_from(as_lists(ModelOutput({"a": np.int64(5)}, 7))) == ModelOutput({"a": 5}, 7)
+
+
+def test_what_is_not_data_is_not_sent():
+    with pytest.raises(TypeError, match="cannot be sent to a worker"):
+        messages.encode([object()])
+
+
+# --- the same results ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
+def test_a_worker_process_says_what_a_worker_in_this_process_says(in_process, checkpoint, preemption_mode):
+    inline = ModelExecutor.start(checkpoint(KIND), num_tokens=190)
+    *expected, trace = run_requests(inline, preemption_mode)
+    *there, their_trace = run_requests(in_process, preemption_mode)
+    assert there == expected
+    assert sorted(len(ids) for ids in expected[0].values()) == sorted(len(ids) for ids in there[0].values())
+    assert set(expected[1]) == {f"req {index}" for index in (1, 2, 3, 5)}
+    preempted = [preemption.mode for step in trace.steps for preemption in step.preempted]
+    assert preemption_mode in preempted  # the way that was to be tested was taken
+    assert [step.preempted for step in their_trace.steps] == [step.preempted for step in trace.steps]
+
+
+def test_two_workers_each_get_every_plan(checkpoint):
+    one, two = (ModelExecutor.start(checkpoint(KIND), num_tokens=190).workers[0] for _ in range(2))
+    both = ModelExecutor([one, two])
+    assert run_requests(both)[0] == run_requests(ModelExecutor([one]))[0]
+    both.init_cache(4, BLOCK_SIZE)
+    both.execute_model(worst_plan(3, 1, 9, BLOCK_SIZE))
+    for worker in (one, two):
+        assert worker.runner.cache.keys[:, 1:].abs().sum() > 0
+    both.shutdown()
+    assert one.runner is None and two.runner is None
+
+
+def test_a_worker_process_measures_what_a_worker_in_this_process_measures(in_process, checkpoint):
+    inline = ModelExecutor.start(checkpoint(KIND), num_tokens=190)
+    ours, theirs = (executor.profile(32, 4, 64, BLOCK_SIZE) for executor in (inline, in_process))
+    assert theirs._replace(available=0, host_available=0) == ours._replace(available=0, host_available=0)
+    assert theirs.available == theirs.host_available > 0
+
+
+def test_an_error_there_is_the_same_error_here_and_the_worker_goes_on(in_process):
+    worker = in_process.workers[0]
+    with pytest.raises(ConfigError, match="block_size 0") as raised:
+        worker.init_cache(5, 0)
+    assert "init_cache" in raised.value.__notes__[0]  # where it happened
+    with pytest.raises(RuntimeError, match=r"^KeyError in the worker process: 'nonsense'"):
+        worker._call("nonsense")
+    assert worker.init_cache(5, BLOCK_SIZE) == 5 * worker.profile(4, 1, 8, BLOCK_SIZE).bytes_per_block
+
+
+def test_errors_cross_by_name_and_only_ours():
+    with pytest.raises(PromptError, match="^too long"):
+        _result("error", "PromptError", "too long", "trace")
+    for name in ("SystemExit", "WorkerDiedError", "MASK_BYTES"):
+        with pytest.raises(RuntimeError, match=f"{name} in the worker process: why") as raised:
+            _result("error", name, "why", "trace")
+        assert type(raised.value) is RuntimeError
+
+
+def test_the_worker_computes_with_as_many_threads_as_the_engine(in_process, checkpoint):
+    assert torch.get_num_threads() == 1
+    try:
+        _Server().load(str(checkpoint(KIND)), "float32", "cpu", None, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    in_process.profile(64, 4, 64, BLOCK_SIZE)
+    tasks = Path(f"/proc/{in_process.workers[0].pid}/task")
+    if tasks.is_dir():
+        assert len(list(tasks.iterdir())) == 1
+
+
+def test_a_call_that_is_interrupted_leaves_the_next_one_its_own_answer(in_process, monkeypatch):
+    worker = in_process.workers[0]
+    monkeypatch.setattr(worker, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker.init_cache(5, BLOCK_SIZE)
+    monkeypatch.undo()
+    assert worker.init_cache(7, BLOCK_SIZE) == 7 * worker.profile(4, 1, 8, BLOCK_SIZE).bytes_per_block
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed_fails_the_waiting_call_at_once(checkpoint):
+    executor = ModelExecutor.start(checkpoint(KIND), worker="process")
+    worker = executor.workers[0]
+    killed_at = []
+
+    def kill_soon(step):
+        if step == 3:
+            os.kill(worker.pid, signal.SIGSTOP)  # so that the call is surely waiting when the kill comes
+            threading.Timer(
+                0.3, lambda: (killed_at.append(time.monotonic()), os.kill(worker.pid, signal.SIGKILL))
+            ).start()
+
+    with pytest.raises(
+        WorkerDiedError, match=r"was killed by signal 9 \(Killed.*\) during execute_model; .* new engine"
+    ):
+        run_requests(executor, after_step=kill_soon)
+    assert time.monotonic() - killed_at[0] < 5
+    assert not is_there(worker.pid)  # not even as a zombie
+    with pytest.raises(WorkerDiedError, match="was killed by signal 9 .* start a new engine"):
+        executor.init_cache(NUM_BLOCKS)
+    executor.shutdown()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_process(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **named: started.append(popen(*args, **named)) or started[0])
+    with pytest.raises(ModelNotFoundError, match="no model or folder 'nowhere'"):
+        ModelExecutor.start("nowhere", worker="process")
+    [process] = started
+    assert not is_there(process.pid)
+
+
+PARENT = """
+import os, sys
+from minillm.runtime.worker_process import ProcessWorker
+worker = ProcessWorker(sys.argv[1])
+if os.fork() == 0:  # a process that keeps the engine's end of the socket open
+    import time; time.sleep(60)
+print(worker.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_worker_ends_when_the_engine_is_killed(checkpoint):
+    command = [sys.executable, "-c", PARENT, str(checkpoint(KIND))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        worker = int(parent.stdout.readline())
+        assert is_there(worker)
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 5
+        while is_running(worker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(worker)
+        os.killpg(parent.pid, signal.SIGKILL)  # what the engine had forked
+
+
+def is_there(pid: int) -> bool:
+    """True while the process exists, and be it as a zombie that nobody has reaped."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def is_running(pid: int) -> bool:
+    """True while the process exists and is no zombie: an orphan is reaped by the system, if it gets round to that."""
+    try:
+        return is_there(pid) and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:  # gone between the two, or a system without /proc
+        return is_there(pid)
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_impossible_executors_are_refused(load):
+    with pytest.raises(ConfigError, match="0 workers"):
+        ModelExecutor([])
+    with pytest.raises(ConfigError, match="'thread' is not one of 'inline', 'process'"):
+        ModelExecutor.start("storyteller", worker="thread")
+    with pytest.raises(ConfigError, match="loads the model itself"):
+        ModelExecutor.start(load(KIND), worker="process")
+
+
+# --- the worst step --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 200), st.integers(1, 20))
+def test_the_worst_plan_uses_the_limits_up(budget, num_seqs, model_len, block_size):
+    plan = worst_plan(budget, num_seqs, model_len, block_size)
+    lengths = [len(part.token_ids) for part in plan.scheduled]
+    assert len(lengths) == len({part.request_id for part in plan.scheduled}) == min(num_seqs, budget)
+    assert lengths[0] == min(budget, model_len)
+    assert plan.num_tokens == sum(lengths) >= min(budget, num_seqs * model_len)
+    assert plan.num_tokens < budget + num_seqs
+    assert all(part.token_ids and part.start + len(part.token_ids) == model_len for part in plan.scheduled)
+    assert {len(part.block_ids) for part in plan.scheduled} == {-(-model_len // block_size)}
+
+
+def test_a_worst_plan_has_long_chunks_and_many_requests():
+    assert [len(part.token_ids) for part in worst_plan(50, 6, 20, 4).scheduled] == [20, 20, 10, 1, 1, 1]
+    assert [len(part.token_ids) for part in worst_plan(50, 2, 20, 4).scheduled] == [20, 20]
+
+
+def test_the_profile_leaves_the_model_whole(load):
+    model = load(KIND)
+    layers = model.layers
+    ModelExecutor.start(model).profile(16, 2, 32, BLOCK_SIZE)
+    assert model.layers is layers and len(layers) == 3
