@@ -1,8 +1,8 @@
 """A Trace as Chrome's trace events, to be opened in https://ui.perfetto.dev or chrome://tracing.
 
-One thread a request: its whole life as one event, and nested in it waiting and every step it took part in; one thread
-for the steps; counters above. Format: "Trace Event Format" (Duffy, Google 2016); times are microseconds from the
-trace's beginning, exact to the nanosecond.
+One thread a request: its whole life as one event, nested in it waiting and every step it took part in, and a mark where
+it was preempted; one thread for the steps; counters above, also of the blocks of a paged pool. Format: "Trace Event
+Format" (Duffy, Google 2016); times are microseconds from the trace's beginning, exact to the nanosecond.
 """
 
 import json
@@ -28,9 +28,10 @@ def chrome_trace(trace: Trace) -> dict:
     times = [record.arrival_time for record in trace.requests] + [step.start_time for step in trace.steps]
     clock = _Clock(min(times, default=0.0))
     parts = _parts_by_request(trace)
-    events = list(_step_events(trace, clock)) + list(_counters(trace, clock))
-    for thread, record in enumerate(trace.requests, start=STEPS + 1):
-        events += _request_events(thread, record, parts[record.request_id], clock)
+    threads = {record.request_id: thread for thread, record in enumerate(trace.requests, start=STEPS + 1)}
+    events = list(_step_events(trace, clock)) + list(_counters(trace, clock)) + list(_marks(trace, threads, clock))
+    for record in trace.requests:
+        events += _request_events(threads[record.request_id], record, parts[record.request_id], clock)
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))  # of two that begin together, the outer first
     return {"traceEvents": [*_names(trace), *events], "displayTimeUnit": "ms"}
 
@@ -61,6 +62,8 @@ def _label(request_id: str) -> str:
 def _step_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
     for step in trace.steps:
         more = {"tokens": step.num_tokens, "useful": step.num_useful, "score entries": step.score_entries}
+        if step.copied_blocks:
+            more["blocks copied"] = len(step.copied_blocks)
         yield _complete(STEPS, f"step {step.step}", clock(step.start_time), clock(step.end_time), more)
 
 
@@ -92,9 +95,20 @@ def _counters(trace: Trace, clock: _Clock) -> Iterator[dict]:
         running = len({part.request_id for part in step.scheduled})
         yield _counter("requests", clock(step.start_time), {"running": running, "waiting": step.num_waiting})
         yield _counter("cached tokens", clock(step.end_time), {"tokens": step.cached_tokens})
+        if step.blocks is not None:
+            blocks = {"used": step.blocks.used, "cached": step.blocks.cached, "free": step.blocks.free}
+            yield _counter("blocks", clock(step.end_time), blocks)
     if trace.steps:
         last = trace.steps[-1]
         yield _counter("requests", clock(last.end_time), {"running": 0, "waiting": last.num_waiting})
+
+
+def _marks(trace: Trace, threads: dict[str, int], clock: _Clock) -> Iterator[dict]:
+    """An instant event on the thread of every request that was preempted, where the step begins that needed room."""
+    for step in trace.steps:
+        for each in step.preempted:
+            more = {"step": step.step, "mode": each.mode, "tokens": each.num_tokens}
+            yield _instant(threads[each.request_id], f"preempted ({each.mode})", clock(step.start_time), more)
 
 
 def _parts_by_request(trace: Trace) -> dict[str, list[Part]]:
@@ -112,6 +126,12 @@ def _complete(thread: int, name: str, start: int, end: int, more: dict) -> dict:
     """A complete event from `start` to `end`, in nanoseconds."""
     times = {"ts": start / 1000, "dur": (end - start) / 1000}
     return {"ph": "X", "pid": PROCESS, "tid": thread, "cat": "minillm", "name": name, **times, "args": more}
+
+
+def _instant(thread: int, name: str, moment: int, more: dict) -> dict:
+    """A mark at a moment, in nanoseconds, no taller than its thread."""
+    place = {"ph": "i", "s": "t", "pid": PROCESS, "tid": thread, "cat": "minillm"}
+    return {**place, "name": name, "ts": moment / 1000, "args": more}
 
 
 def _counter(name: str, moment: int, values: dict[str, int]) -> dict:

@@ -1,6 +1,7 @@
 """`minillm trace FILE`: draws the trace of any run in the terminal, and on request as a figure or for Perfetto."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 MOST_REQUESTS = 40  # rows drawn unless more are asked for
@@ -30,7 +31,7 @@ def run_trace(arguments: argparse.Namespace) -> int:
     print(picture.text())
     if len(trace.requests) > len(picture.request_ids):
         print(f"the first {len(picture.request_ids)} of {len(trace.requests):,} requests; --requests N draws more")
-    print(f"\n{report(trace)}")
+    print("\n".join(["", str(report(trace)), *block_lines(trace)]))
     for path, form in ((arguments.svg, picture.svg), (arguments.png, picture.png)):
         if path is not None:
             path.write_bytes(form())
@@ -38,6 +39,33 @@ def run_trace(arguments: argparse.Namespace) -> int:
     if arguments.chrome is not None:
         print(f"wrote {save_chrome_trace(trace, arguments.chrome)}; open it in https://ui.perfetto.dev")
     return 0
+
+
+def block_lines(trace) -> list[str]:
+    """What became of a paged pool, a line each: its fullest step, its end, preemptions, copies; none if it has none."""
+    from minillm.viz.base import plural
+
+    steps = [step for step in trace.steps if step.blocks is not None]
+    preempted = [each for step in trace.steps for each in step.preempted]
+    copies = sum(len(step.copied_blocks) for step in trace.steps)
+    lines = []
+    if steps:
+        fullest, last = max(steps, key=lambda step: step.blocks.used), steps[-1].blocks
+        lines.append(
+            f"blocks        {last.total} in the pool, at most {fullest.blocks.used} used "
+            f"({fullest.blocks.used / last.total:.1%}), in step {fullest.step}; "
+            f"at the end {last.used} used, {last.cached} cached, {last.free} free"
+        )
+    if steps or preempted:
+        modes = Counter(each.mode for each in preempted)
+        again = sum(part.num_tokens for step in trace.steps for part in step.scheduled if part.why == "recompute")
+        lines.append(
+            f"preemptions   {len(preempted)}: {modes['recompute']} by recomputation ({plural(again, 'token')} "
+            f"computed again), {modes['swap']} by swapping"
+        )
+    if copies:
+        lines.append(f"copies        {plural(copies, 'shared block')} copied before being written to")
+    return lines
 
 
 def beginning(trace, num_requests: int):

@@ -4,18 +4,19 @@
     {"request": {"request_id": "a", "arrival_time": 0.0, "num_prompt_tokens": 7}}
     {"step": {"step": 0, "start_time": 0.0, "end_time": 0.2, "scheduled": [{"request_id": "a", ...}]}}
 
-The names are those of `minillm.trace`; fields at their default are left out. Times are written in full.
+The names are those of `minillm.trace`; fields at their default are left out, so a file from before a field was there
+can still be read. Times are written in full.
 """
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from minillm.errors import MiniLLMError
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace, Why
+from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace, Why
 
 FORMAT, VERSION = "minillm trace", 1
 
@@ -44,8 +45,15 @@ def _record(record) -> dict:
     for field in fields(record):
         value = getattr(record, field.name)
         if field.default is MISSING or value != field.default:
-            values[field.name] = [_record(part) for part in value] if field.name == "scheduled" else value
+            values[field.name] = _json(value)
     return values
+
+
+def _json(value):
+    """A field's value as JSON has it: a dataclass as an object, a tuple as a list."""
+    if is_dataclass(value):
+        return _record(value)
+    return [_json(each) for each in value] if isinstance(value, tuple) else value
 
 
 def load_trace(path: str | Path) -> Trace:
@@ -106,7 +114,8 @@ class _Line:
         elif kind == "step":
             step = self._read(StepEvent, values)
             self._check_order(trace, step)
-            strangers = {*step.finished, *(part.request_id for part in step.scheduled)} - known
+            named = (part.request_id for part in (*step.scheduled, *step.preempted))
+            strangers = {*step.finished, *named} - known
             if strangers:
                 raise self._error(f"requests {sorted(strangers)[:4]} have no line of their own above")
             trace.steps.append(step)
@@ -128,37 +137,80 @@ class _Line:
         missing = [field.name for field in known if field.default is MISSING and field.name not in values]
         if unknown or missing:
             raise self._error(f"a {kind.__name__} with unknown fields {sorted(unknown)}, missing {missing}")
-        read = {}
-        for name, value in values.items():
-            if name == "scheduled" and isinstance(value, list):
-                read[name] = tuple(self._read(ScheduledTokens, part) for part in value)
-                continue
-            accepts, wanted = readers[name]
-            if not accepts(value):
-                raise self._error(f"{name} is {value!r}; it must be {wanted}")
-            read[name] = tuple(value) if isinstance(value, list) else value
-        return kind(**read)
+        return kind(**{name: self._value(name, readers[name], value) for name, value in values.items()})
+
+    def _value(self, name: str, reader: "Reader | Objects", value: object):
+        """What a field of a dataclass holds, from its JSON value."""
+        if isinstance(reader, Objects):
+            if not reader.many:
+                return self._read(reader.kind, value)
+            if not isinstance(value, list):
+                raise self._error(f"{name} is {value!r}; it must be a list")
+            return tuple(self._read(reader.kind, each) for each in value)
+        accepts, wanted = reader
+        if not accepts(value):
+            raise self._error(f"{name} is {value!r}; it must be {wanted}")
+        return _frozen(value)
+
+
+def _frozen(value):
+    """JSON's lists as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+class Objects(NamedTuple):
+    """A field that holds another dataclass, or several."""
+
+    kind: type
+    many: bool = True
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
 
 
 # What each field may hold, and how an error says so.
 Reader = tuple[Callable[[object], bool], str]
+MODES = get_args(Preemption.__annotations__["mode"])
 NAME: Reader = (lambda value: isinstance(value, str), "a string")
-COUNT: Reader = (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
+COUNT: Reader = (_is_count, "a whole number, 0 or more")
+COUNTS: Reader = (_are_counts, "a list of whole numbers, 0 or more")
+PAIRS: Reader = (
+    lambda value: isinstance(value, list) and all(_are_counts(pair) and len(pair) == 2 for pair in value),
+    "a list of pairs of whole numbers, 0 or more",
+)
 TIME: Reader = (lambda value: type(value) in (int, float) and math.isfinite(value), "seconds, a finite number")
 NAMES: Reader = (lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value), "strings")
-PARTS: Reader = (lambda value: False, "a list")  # each entry is read as ScheduledTokens
 WHY: Reader = (lambda value: value in get_args(Why), f"one of {', '.join(get_args(Why))}")
-READERS: dict[type, dict[str, Reader]] = {
+MODE: Reader = (lambda value: value in MODES, f"one of {', '.join(MODES)}")
+READERS: dict[type, dict[str, Reader | Objects]] = {
     RequestRecord: {"request_id": NAME, "arrival_time": TIME, "num_prompt_tokens": COUNT},
-    ScheduledTokens: {"request_id": NAME, "start": COUNT, "num_tokens": COUNT, "why": WHY, "num_sampled": COUNT},
+    ScheduledTokens: {
+        "request_id": NAME,
+        "start": COUNT,
+        "num_tokens": COUNT,
+        "why": WHY,
+        "num_sampled": COUNT,
+        "first_block": COUNT,
+        "block_ids": COUNTS,
+    },
+    Preemption: {"request_id": NAME, "mode": MODE, "num_tokens": COUNT},
+    BlockUse: {"used": COUNT, "cached": COUNT, "free": COUNT, "null": COUNT},
     StepEvent: {
         "step": COUNT,
         "start_time": TIME,
         "end_time": TIME,
-        "scheduled": PARTS,
+        "scheduled": Objects(ScheduledTokens),
         "finished": NAMES,
         "num_waiting": COUNT,
         "score_entries": COUNT,
         "cached_tokens": COUNT,
+        "preempted": Objects(Preemption),
+        "copied_blocks": PAIRS,
+        "blocks": Objects(BlockUse, many=False),
     },
 }

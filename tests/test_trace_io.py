@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minillm import cli
 from minillm.chrome_trace import STEPS, chrome_trace, save_chrome_trace
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.trace_files import READERS, TraceFileError, load_trace, save_trace
 
 
@@ -31,11 +31,28 @@ def small_trace() -> Trace:
     return trace
 
 
+def paged_trace() -> Trace:
+    """Blocks of 2, pool of 4: "b" gives way to "a", by recomputation and by swapping; a shared block is copied."""
+    schedule = [
+        ([("a", 0, 3, "prefill", 1, 0, (1, 2)), ("b", 0, 1, "prefill", 1, 0, (3,))], (), (), BlockUse(3, 0, 0)),
+        ([("a", 3, 1, "decode", 1, 1, (3,))], (Preemption("b", "recompute", 1),), ((2, 3),), BlockUse(2, 1, 0)),
+        ([("b", 0, 1, "recompute", 0, 0, (2,))], (), (), BlockUse(3, 0, 0)),
+        ([("a", 4, 1, "decode", 1, 2, (2,))], (Preemption("b", "swap", 1),), (), BlockUse(0, 2, 1)),
+    ]
+    trace = Trace([RequestRecord("a", 0.0, 3), RequestRecord("b", 0.0, 1)])
+    for step, (parts, preempted, copied, use) in enumerate(schedule):
+        parts = tuple(ScheduledTokens(*part) for part in parts)
+        more = {"preempted": preempted, "copied_blocks": copied, "blocks": use}
+        trace.steps.append(StepEvent(step, step / 4, (step + 1) / 4, parts, ("a", "b") if step == 3 else (), **more))
+    return trace
+
+
 # --- JSON lines ---
 
 
-def test_a_trace_comes_back_as_it_was(tmp_path):
-    trace = small_trace()
+@pytest.mark.parametrize("make", [small_trace, paged_trace])
+def test_a_trace_comes_back_as_it_was(tmp_path, make):
+    trace = make()
     path = save_trace(trace, tmp_path / "run.jsonl")
     assert load_trace(path) == trace
     lines = path.read_text().splitlines()
@@ -57,13 +74,32 @@ def test_any_trace_comes_back_exactly(tmp_path_factory, data):
     trace = Trace([RequestRecord(name, data.draw(TIMES), data.draw(COUNTS)) for name in names])
     for start in sorted(data.draw(st.lists(TIMES, max_size=3))):
         why = st.sampled_from(["prefill", "decode", "recompute", "padding"])
-        part = st.builds(ScheduledTokens, st.sampled_from(names), COUNTS, COUNTS, why, COUNTS)
+        name, ids = st.sampled_from(names), st.lists(COUNTS, max_size=3).map(tuple)
+        part = st.builds(ScheduledTokens, name, COUNTS, COUNTS, why, COUNTS, COUNTS, ids)
         parts, finished = data.draw(st.lists(part, max_size=3)), data.draw(st.lists(st.sampled_from(names), max_size=2))
         end = data.draw(st.floats(start, allow_infinity=False))
         counts = [data.draw(COUNTS) for _ in range(4)]
-        trace.steps.append(StepEvent(counts[0], start, end, tuple(parts), tuple(finished), *counts[1:]))
+        gone = st.builds(Preemption, name, st.sampled_from(["recompute", "swap"]), COUNTS)
+        preempted, copied = (st.lists(each, max_size=2).map(tuple) for each in (gone, st.tuples(COUNTS, COUNTS)))
+        use = st.none() | st.builds(BlockUse, COUNTS, COUNTS, COUNTS, COUNTS)
+        paged = [data.draw(each) for each in (preempted, copied, use)]
+        trace.steps.append(StepEvent(counts[0], start, end, tuple(parts), tuple(finished), *counts[1:], *paged))
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     assert load_trace(save_trace(trace, path)) == trace
+
+
+def test_a_file_from_before_the_paged_cache_can_be_read(tmp_path):
+    lines = [
+        '{"format": "minillm trace", "version": 1}',
+        '{"request": {"request_id": "a", "arrival_time": 0.0, "num_prompt_tokens": 1}}',
+        '{"step": {"step": 0, "start_time": 0.0, "end_time": 1.0, "scheduled": [{"request_id": "a", "start": 0, '
+        '"num_tokens": 1, "why": "prefill", "num_sampled": 1}], "finished": ["a"], "cached_tokens": 1}}',
+    ]
+    (tmp_path / "old.jsonl").write_text("\n".join(lines) + "\n")
+    step = StepEvent(0, 0.0, 1.0, (ScheduledTokens("a", 0, 1, "prefill", 1),), ("a",), cached_tokens=1)
+    trace = Trace([RequestRecord("a", 0.0, 1)], [step])
+    assert load_trace(tmp_path / "old.jsonl") == trace
+    assert save_trace(trace, tmp_path / "new.jsonl").read_bytes() == (tmp_path / "old.jsonl").read_bytes()
 
 
 def test_every_field_of_a_trace_can_be_read():
@@ -112,6 +148,29 @@ def test_a_why_that_does_not_exist_is_refused(tmp_path):
         load_trace(path)
 
 
+@pytest.mark.parametrize(
+    ("there", "instead", "says"),
+    [
+        ('"block_ids": [1, 2]', '"block_ids": 1', "line 4: block_ids is 1; it must be a list of whole"),
+        ('"block_ids": [1, 2]', '"block_ids": [1, -2]', r"line 4: block_ids is \[1, -2\]"),
+        ('"copied_blocks": [[2, 3]]', '"copied_blocks": [[2]]', "line 5: copied_blocks is .* list of pairs"),
+        ('"copied_blocks": [[2, 3]]', '"copied_blocks": [2, 3]', "line 5: copied_blocks is .* list of pairs"),
+        ('"mode": "recompute"', '"mode": "drop"', "line 5: mode is 'drop'; it must be one of recompute, swap"),
+        ('[{"request_id": "b", "mode": "recompute"', '[{"request_id": "c", "mode": "recompute"', r"line 5: .*\['c'\]"),
+        ('"preempted": [', '"preempted": 1, "x": [', r"line 5: a StepEvent with unknown fields \['x'\]"),
+        ('"blocks": {"used": 2, "cached": 1, "free": 0}', '"blocks": 2', "line 5: a BlockUse must be a JSON object"),
+        ('"blocks": {"used": 2, ', '"blocks": {', r"line 5: a BlockUse .* missing \['used'\]"),
+        ('"used": 2', '"used": 2.5', "line 5: used is 2.5; it must be a whole number"),
+    ],
+)
+def test_broken_blocks_are_refused_by_their_line(tmp_path, there, instead, says):
+    path = save_trace(paged_trace(), tmp_path / "run.jsonl")
+    assert there in path.read_text()
+    path.write_text(path.read_text().replace(there, instead, 1))
+    with pytest.raises(TraceFileError, match=says):
+        load_trace(path)
+
+
 def test_missing_files_other_bytes_and_endless_times_are_refused(tmp_path):
     with pytest.raises(TraceFileError, match="No such file"):
         load_trace(tmp_path / "none.jsonl")
@@ -132,7 +191,7 @@ def nanoseconds(microseconds: float) -> int:
 
 
 def check_format(document: dict) -> None:
-    """The rules of the "Trace Event Format" for the phases M, X and C."""
+    """The rules of the "Trace Event Format" for the phases M, X, C and i."""
     assert set(document) == {"traceEvents", "displayTimeUnit"}
     open_until = defaultdict(list)  # thread -> ends of the events around the present moment, outermost first
     last = 0.0
@@ -145,6 +204,9 @@ def check_format(document: dict) -> None:
         if event["ph"] == "C":
             assert all(isinstance(value, int) and value >= 0 for value in event["args"].values())
             continue
+        if event["ph"] == "i":
+            assert event["s"] in ("g", "p", "t") and "dur" not in event
+            continue
         assert event["ph"] == "X" and event["dur"] >= 0
         start, end = nanoseconds(event["ts"]), nanoseconds(event["ts"] + event["dur"])
         around = open_until[event["tid"]]
@@ -155,6 +217,7 @@ def check_format(document: dict) -> None:
 
 
 def test_the_chrome_trace_keeps_the_formats_rules():
+    check_format(json.loads(json.dumps(chrome_trace(paged_trace()))))
     document = chrome_trace(small_trace())
     check_format(json.loads(json.dumps(document)))
     with pytest.raises(AssertionError, match="within the one around"):  # the check itself finds a broken nesting
@@ -182,6 +245,19 @@ def test_counters_follow_the_run():
     assert [(each["running"], each["waiting"]) for each in requests] == [(1, 0), (1, 1), (2, 0), (2, 0), (1, 0), (0, 0)]
     cached = [(event["ts"], event["args"]["tokens"]) for event in events if event["name"] == "cached tokens"]
     assert cached[0] == (250_000, 5) and cached[-1] == (750_000, 9)
+
+
+def test_blocks_are_counted_and_preemptions_marked():
+    events = chrome_trace(paged_trace())["traceEvents"]
+    blocks = [(event["ts"], *event["args"].values()) for event in events if event["name"] == "blocks"]
+    assert blocks == [(250_000, 3, 0, 0), (500_000, 2, 1, 0), (750_000, 3, 0, 0), (1_000_000, 0, 2, 1)]
+    marks = [(event["ts"], event["tid"], event["name"], event["args"]) for event in events if event["ph"] == "i"]
+    assert marks == [
+        (250_000, 2, "preempted (recompute)", {"step": 1, "mode": "recompute", "tokens": 1}),
+        (750_000, 2, "preempted (swap)", {"step": 3, "mode": "swap", "tokens": 1}),
+    ]
+    steps = [event["args"] for event in events if event["ph"] == "X" and event["tid"] == STEPS]
+    assert [step.get("blocks copied") for step in steps] == [None, 1, None, None]
 
 
 def test_overlapping_steps_and_odd_times_still_nest():
@@ -215,6 +291,17 @@ def test_the_command_draws_and_sums_up(capsys, tmp_path):
     assert "a    |PDDx.\nb    |  PPr" in out
     for figure in ("requests ", "2 of 2 finished", "5 steps", "22 computed, 12 useful", "TTFT", "ITL", "E2E"):
         assert figure in out
+
+
+def test_the_command_tells_of_blocks_and_preemptions(capsys, tmp_path):
+    out = run(capsys, save_trace(paged_trace(), tmp_path / "run.jsonl"))[1]
+    assert out.endswith(
+        "blocks        4 in the pool, at most 3 used (75.0%), in step 0; at the end 0 used, 2 cached, 1 free\n"
+        "preemptions   2: 1 by recomputation (1 token computed again), 1 by swapping\n"
+        "copies        1 shared block copied before being written to\n"
+    )
+    out = run(capsys, save_trace(small_trace(), tmp_path / "run.jsonl"))[1]
+    assert "blocks " not in out and "preemptions" not in out
 
 
 @pytest.mark.parametrize("unit", ["s", "slots"])

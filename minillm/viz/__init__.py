@@ -15,10 +15,13 @@ from minillm.viz.base import (
 )
 from minillm.viz.batches import BatchComposition, PaddingRectangle, PaddingSteps
 from minillm.viz.block_masks import BlockMaskSteps
+from minillm.viz.block_replay import PoolState, pool_states
+from minillm.viz.blocks import BlockTables, BlockTableSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
 from minillm.viz.grids import AttentionWeights, MaskGrid
 from minillm.viz.load import LoadCurves
 from minillm.viz.policies import PolicyTimelines
+from minillm.viz.pool import PoolUse, ReservedAgainstPaged
 from minillm.viz.recompute import RecomputeGrid
 from minillm.viz.timeline import Timeline
 
@@ -27,6 +30,8 @@ __all__ = [
     "Bars",
     "BatchComposition",
     "BlockMaskSteps",
+    "BlockTableSteps",
+    "BlockTables",
     "CacheGrowth",
     "Curves",
     "LoadCurves",
@@ -37,11 +42,15 @@ __all__ = [
     "Picture",
     "PictureError",
     "PolicyTimelines",
+    "PoolState",
+    "PoolUse",
     "RecomputeGrid",
+    "ReservedAgainstPaged",
     "Timeline",
     "binary_bytes",
     "both_bytes",
     "decimal_bytes",
+    "pool_states",
     "side_by_side",
     "stacked",
 ]

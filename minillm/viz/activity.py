@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from minillm.trace import ScheduledTokens, Trace
 from minillm.viz.base import PictureError, number
-from minillm.viz.palette import STATES
+from minillm.viz.palette import STATES, WAITING
 
 UNITS = ("s", "steps", "slots")
 MOST_COLUMNS = 100  # of a text timeline
@@ -68,6 +68,7 @@ class Activity:
         self.begin = min(trace.steps[0].start_time, *(record.arrival_time for record in trace.requests), math.inf)
         self._records = {record.request_id: record for record in trace.requests}
         self._parts = parts_by_request(trace)
+        self._preempted = preemptions_by_request(trace)
         self._finish = {request_id: index for index, step in enumerate(trace.steps) for request_id in step.finished}
         self._spans = self._find_spans()
         self._boxes: dict[str, list[Box]] = {}
@@ -86,16 +87,18 @@ class Activity:
     def states(self, request_id: str) -> list[str | None]:
         """The state of a request in each step: a key of palette.STATES, or None before it arrives."""
         arrival = self._records[request_id].arrival_time
-        parts = self._parts[request_id]
+        parts, preempted, waiting = self._parts[request_id], self._preempted.get(request_id, {}), "waiting"
         finish = self._finish.get(request_id, self.num_steps)
         states: list[str | None] = []
         for index, step in enumerate(self.trace.steps):
+            waiting = preempted.get(index, waiting)
             if index in parts:
+                waiting = "waiting"
                 states.append(next(why for why in PRECEDENCE if any(part.why == why for part in parts[index])))
             elif index > finish:
                 states.append("finished")
             else:
-                states.append("waiting" if arrival <= step.start_time else None)
+                states.append(waiting if arrival <= step.start_time else None)
         return states
 
     def boxes(self, request_id: str) -> list[Box]:
@@ -114,7 +117,7 @@ class Activity:
             padding = sum(part.num_tokens for part in parts if part.why == "padding")
             share = padding / tokens if tokens else 0.0
             box = Box(request_id, state, *self._spans[index], index, index, tokens, padding, share)
-            if state == "waiting" and boxes and boxes[-1].state == "waiting":
+            if state in WAITING and boxes and boxes[-1].state == state:
                 boxes[-1] = joined(boxes[-1], box)
             else:
                 boxes.append(box)
@@ -122,7 +125,8 @@ class Activity:
 
     def _true_to_time(self, request_id: str, boxes: list[Box]) -> list[Box]:
         """Waiting lasts from the arrival, or the end of the step before, to the start of the next step."""
-        computing = [box for box in boxes if box.state != "waiting"]
+        computing = [box for box in boxes if box.state not in WAITING]
+        states = self.states(request_id)
         stretched: list[Box] = []
         shortest = SHORTEST_WAIT * self.end()
         now = self._records[request_id].arrival_time - self.begin
@@ -130,10 +134,11 @@ class Activity:
             before = stretched[-1].last_step if stretched else None
             if box.start - now > shortest and (before is None or box.first_step > before + 1):
                 first = 0 if before is None else before + 1
-                stretched.append(Box(request_id, "waiting", now, box.start, first, box.first_step - 1))
+                kind = (states[box.first_step - 1] if box.first_step else None) or "waiting"
+                stretched.append(Box(request_id, kind, now, box.start, first, box.first_step - 1))
             stretched.append(box)
             now = box.end
-        if boxes and boxes[-1].state == "waiting":  # the trace ends while it still waits
+        if boxes and boxes[-1].state in WAITING:  # the trace ends while it still waits
             stretched.append(replace(boxes[-1], start=now))
         return stretched
 
@@ -184,14 +189,14 @@ class Activity:
                     shares[index][box.letter] += share
         finish = self._finish.get(request_id)
         finished = math.inf if finish is None else self._spans[finish][1] - 1e-6 * column
-        waiting = STATES["waiting"].letter
+        waiting = [STATES[state].letter for state in WAITING]
         line = ""
         for index, found in enumerate(shares):
-            computing = [letter for letter in found if letter != waiting]
-            if computing:
-                line += max(computing, key=found.__getitem__)
+            computing = [letter for letter in found if letter not in waiting]
+            if found:
+                line += max(computing or found, key=found.__getitem__)
             else:
-                line += waiting if found else STATES["finished"].letter if index * column >= finished else " "
+                line += STATES["finished"].letter if index * column >= finished else " "
         return line.rstrip()
 
     def boxes_of_all(self) -> list[Box]:
@@ -224,6 +229,15 @@ def parts_by_request(trace: Trace) -> dict[str, dict[int, list[ScheduledTokens]]
     for index, step in enumerate(trace.steps):
         for part in step.scheduled:
             found[part.request_id].setdefault(index, []).append(part)
+    return found
+
+
+def preemptions_by_request(trace: Trace) -> dict[str, dict[int, str]]:
+    """For each request that was preempted the index of each step it gave way to, with the state it waits in."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for index, step in enumerate(trace.steps):
+        for each in step.preempted:
+            found[each.request_id][index] = "swapped" if each.mode == "swap" else "preempted"
     return found
 
 

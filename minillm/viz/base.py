@@ -291,8 +291,11 @@ def add_letter(axes, x: float, y: float, state: State) -> None:
     letter.set_in_layout(False)
 
 
-def add_legend(axes, states: Sequence[State], y: float, extra: str = "") -> None:
-    """The states' boxes with letter and name in one line below the axes, `y` points under their lower edge."""
+def add_legend(axes, states: Sequence[State], y: float, extra: str = ""):
+    """The states' boxes with letter and name in one line below the axes, `y` points under their lower edge.
+
+    Returns the artist.
+    """
     from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea
     from matplotlib.patches import Rectangle
 
@@ -313,7 +316,7 @@ def add_legend(axes, states: Sequence[State], y: float, extra: str = "") -> None
 
     shift = ScaledTranslation(0, -y / 72, axes.get_figure().dpi_scale_trans)
     anchored.set_bbox_to_anchor((0, 0), axes.transAxes + shift)
-    axes.add_artist(anchored)
+    return axes.add_artist(anchored)
 
 
 def _text_area(text_area, label: str):

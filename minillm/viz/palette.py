@@ -34,15 +34,27 @@ class State:
     hatch: str = ""
 
 
-# What a request does in a step (timelines). The keys are the `why` of `trace.ScheduledTokens`, and two more.
+# What a request does in a step (timelines). The keys are the `why` of `trace.ScheduledTokens`, ways to wait, the end.
 STATES = {
     "waiting": State("w", "waiting", LIGHT_GREY, GREY, ".."),
+    "preempted": State("!", "preempted", YELLOW, BLACK, "\\\\"),
+    "swapped": State("s", "swapped", SKY_BLUE, BLACK, "--"),
     "prefill": State("P", "prefill", BLUE, WHITE),
     "decode": State("D", "decode", ORANGE, BLACK),
     "recompute": State("R", "recompute", VERMILLION, BLACK, "///"),
     "padding": State("x", "padding", WHITE, GREY, "xx"),
     "finished": State(".", "finished", WHITE, GREY),
 }
+
+WAITING = ("waiting", "preempted", "swapped")  # the states in which nothing is computed for a request
+
+# What a slot of a paged pool holds beside a request's token (block tables, use of the pool).
+HELD = State("#", "holds tokens", BLUE, WHITE)
+EXTERNAL = State("x", "gaps too small", VERMILLION, BLACK, "///")
+EMPTY = State(".", "empty slot of a used block", WHITE, GREY, "xx")
+CACHED = State("*", "cached", LIGHT_GREY, BLACK)
+FREE = State("-", "free", WHITE, GREY)
+OWNER_COLORS = (SKY_BLUE, ORANGE, GREEN, YELLOW, PURPLE, VERMILLION)  # of requests, beside their letters
 
 # What happens to a token in a forward pass (recomputation grids).
 NEW = State("N", "new", SKY_BLUE, BLACK)

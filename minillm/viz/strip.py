@@ -12,8 +12,9 @@ MOST_FRAMES = 6  # chosen for the static picture
 class StepStrip(Picture):
     """Frames of single steps side by side; each subclass says what a frame is.
 
-    `looks` describes each step; a step that looks different from the one before is chosen, up to six. `steps` names
-    others. Raises PictureError for a trace without steps, and for a step that is not in it.
+    `looks` describes each step, and may go on to what the last one left. A step that looks different from the one
+    before is chosen, up to six; `steps` names others. Raises PictureError for a trace without steps, and for a step
+    that is not in it.
     """
 
     def __init__(self, trace: Trace, looks: Sequence[object], steps: Sequence[int] | None, title: str | None):
@@ -21,7 +22,7 @@ class StepStrip(Picture):
             raise PictureError("the trace has no steps, so there is nothing to draw")
         self.trace = trace
         self.title = title
-        self.num_steps = len(trace.steps)
+        self.num_steps = len(looks)
         changes = [index for index, look in enumerate(looks) if index == 0 or look != looks[index - 1]]
         self.chosen = tuple(changes[:MOST_FRAMES] if steps is None else steps)
         for step in self.chosen:

@@ -20,7 +20,7 @@ from minillm.viz.base import (
     text_width,
     token_label,
 )
-from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, STATES, State
+from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, STATES, WAITING, State
 
 MOST_LINES = 3  # lines a request up to which a text timeline has a column a step
 NARROW = 0.05  # inches; steps in one state that are narrower are drawn as one box
@@ -33,7 +33,7 @@ AXES_WIDTH = 6.6  # inches
 
 
 class Timeline(Activity, Picture):
-    """One row a request: waiting, prefill, decode, recompute, padding, finished, and its TTFT and ITL.
+    """One row a request: waiting, preempted, prefill, decode, recompute, padding, finished, and its TTFT and ITL.
 
     `unit` = "s": widths are true to time; "steps": every forward pass is as wide as the next, so that the picture is
     the same on every machine; "slots": a pass is as wide as the tokens it computes, padding included. Where padding
@@ -93,7 +93,7 @@ class Timeline(Activity, Picture):
         return "\n".join(lines)
 
     def _milestones(self, request_id: str) -> list[str]:
-        computing = [box for box in self.boxes(request_id) if box.state not in ("waiting", "padding")]
+        computing = [box for box in self.boxes(request_id) if box.state not in (*WAITING, "padding")]
         arrival = self._records[request_id].arrival_time - self.begin
         ttft, itl = self.ttft(request_id), self.mean_itl(request_id)
         first = None if ttft is None else arrival + ttft
@@ -113,7 +113,9 @@ class Timeline(Activity, Picture):
         shown = ", ".join(parts[:6]) + (f" and {len(parts) - 6} more" if len(parts) > 6 else "")
         gone = f"; finished: {', '.join(map(request_label, event.finished))}" if event.finished else ""
         waiting = f"; {event.num_waiting} waiting" if event.num_waiting else ""
-        return f"step {step + 1} of {self.num_steps}: {shown or 'nothing to do'}{waiting}{gone}"
+        gave_way = ", ".join(f"{request_label(each.request_id)} ({each.mode})" for each in event.preempted)
+        preempted = f"; preempted: {gave_way}" if gave_way else ""
+        return f"step {step + 1} of {self.num_steps}: {shown or 'nothing to do'}{preempted}{waiting}{gone}"
 
     def alt(self) -> str:
         title = f"{self.title}: " if self.title else ""
@@ -210,7 +212,7 @@ class Timeline(Activity, Picture):
         hatch = STATES[key].hatch
         if self._row_height() >= LOW:
             return hatch * (2 if self._row_height() < 0.4 else 1)
-        return "" if key == "waiting" else 4 * hatch
+        return "" if key in WAITING else 4 * hatch
 
     def _drawable(self, run: Box, scale: float) -> list[Box]:
         """The single steps of a run, or the run as one box if they would be too narrow to tell apart."""
@@ -308,7 +310,7 @@ def legend_states(timelines: Sequence[Activity]) -> list[State]:
 
 def _tokens(box: Box) -> str:
     steps = box.last_step - box.first_step + 1
-    if box.state == "waiting":
+    if box.state in WAITING:
         return ""
     each = f" in {steps} steps of {1000 * box.width / steps:,.1f} ms" if steps > 1 else ""
     of_padding = f", {box.num_padding:,} of them padding" if box.partly_padding else ""
