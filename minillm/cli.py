@@ -4,6 +4,7 @@ Errors the user can put right (`MiniLLMError`) are one line on stderr and exit c
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillm import __version__
-from minillm.errors import MiniLLMError, PromptError
+from minillm.errors import MiniLLMError
 from minillm.simulation import command as simulate
 from minillm.trace_command import add_trace_arguments, run_trace
 
@@ -111,15 +112,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def encode_prompt(tokenizer, prompt: str, chat: bool) -> list[int]:
     """The ids of the prompt, with `chat` as the user's first message in the model's own chat template."""
-    import minillm
+    from minillm.text import encode, encode_chat
 
-    token_ids = minillm.encode(tokenizer, prompt)
-    if not chat:
-        return token_ids
-    if tokenizer.chat_template is None:
-        raise PromptError("this model has no chat template: it continues text; leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if chat:
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}])[1]
+    return encode(tokenizer, prompt)
 
 
 def summary(prompt_tokens: int, start: float, token_times: list[float]) -> str:
@@ -180,22 +177,20 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["batching", "simulator"])
+    parser.add_argument("what", choices=["batching", "engine", "simulator"])
     parser.add_argument("options", nargs=argparse.REMAINDER, help="see `minillm bench batching --help`")
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Hand the options on to the benchmark."""
-    if arguments.what == "batching":
-        from minillm.bench import batching as module
-    else:
-        from minillm.bench import simulator as module
-    return module.main(arguments.options)
+    return importlib.import_module(f"minillm.bench.{arguments.what}").main(arguments.options)
 
 
 COMMANDS = {
     "bench": Command(
-        "Measure the ways of batching, or how well the simulator predicts.", add_bench_arguments, run_bench
+        "Measure the ways of batching, the engine beside transformers, or how well the simulator predicts.",
+        add_bench_arguments,
+        run_bench,
     ),
     "generate": Command("Continue a text with the storyteller or another model.", add_generate_arguments, run_generate),
     "learn": Command("Prepare your copies of the chapters.", add_learn_arguments, run_learn),

@@ -1,0 +1,291 @@
+"""Who takes part in `minillm bench engine`: one workload, and the engines that generate it from one checkpoint.
+
+A contender has `settings` for the record, `generate(jobs)`, which returns the output tokens of every job in their
+order, and `close()`.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from minillm.engine.block_manager import blocks_needed
+from minillm.engine.llm import LLM
+from minillm.errors import ConfigError
+from minillm.model import Decoder
+from minillm.runtime.paged_runner import rows_computed
+from minillm.sampling_params import SamplingParams
+from minillm.trace import StepEvent
+
+BLOCK_SIZE = 16  # tokens, ours and transformers'
+STATIC_BATCH = 16  # requests in a left-padded batch
+SPARE_BLOCKS = 1.25  # of what all jobs need at once: transformers admits nobody into the last 15 % of its pool
+SEED = 7  # of the workload
+NO_EOS = -1
+PAD_TOKEN_ID = 0  # what pads are computed as; masked, so any id does
+
+
+# --- the workload ----------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One request: its prompt, and how many tokens it gets, greedy, whether eos comes or not."""
+
+    prompt: list[int]
+    num_outputs: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output."""
+        return len(self.prompt) + self.num_outputs
+
+
+def make_jobs(num_jobs: int, vocab_size: int) -> list[Job]:
+    """Prompts of random tokens. Lengths have long tails: prompts exp(N(4.0, 0.8)), outputs exp(N(3.8, 0.9)), clipped.
+
+    All lengths are drawn before the first token, so they are the same for every vocabulary.
+    """
+    rng = random.Random(SEED)
+    lengths = [(draw_length(rng, 4.0, 0.8, 8, 256), draw_length(rng, 3.8, 0.9, 4, 256)) for _ in range(num_jobs)]
+    return [Job([rng.randrange(vocab_size) for _ in range(prompt)], outputs) for prompt, outputs in lengths]
+
+
+def draw_length(rng: random.Random, mean: float, deviation: float, shortest: int, longest: int) -> int:
+    """A length in tokens whose logarithm is normal, clipped to the given range."""
+    return min(longest, max(shortest, round(rng.lognormvariate(mean, deviation))))
+
+
+def num_blocks_for(jobs: Sequence[Job]) -> int:
+    """A pool in which all jobs find room at once, for us and for transformers the same."""
+    return math.ceil(SPARE_BLOCKS * sum(blocks_needed(job.num_tokens, BLOCK_SIZE) for job in jobs))
+
+
+# --- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+SHAPE_135M = LlamaConfig(
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=49_152,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=None,
+    initializer_range=0.05,  # above the usual: logits far enough apart that rounding does not decide between tokens
+)
+
+
+def write_random_checkpoint(config: LlamaConfig, folder: Path) -> Path:
+    """A checkpoint of random weights, the same every time."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+# --- the contenders --------------------------------------------------------------------------------------------------
+
+
+class Contender(Protocol):
+    """An engine ready to generate; what it needs is loaded and allocated when it is made."""
+
+    settings: dict
+
+    def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
+        """The output tokens of every job."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class Ours:
+    """`LLM`: paged cache, continuous batching."""
+
+    def __init__(self, folder: Path, jobs: Sequence[Job], max_num_seqs: int, max_num_batched_tokens: int):
+        arguments = {
+            "block_size": BLOCK_SIZE,
+            "num_blocks": num_blocks_for(jobs),
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_model_len": max(job.num_tokens for job in jobs),
+            "enable_prefix_caching": False,  # the same prompts come again in every turn
+        }
+        self.settings = {"engine": "minillm LLM", **arguments}
+        self.llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, verbose=False, **arguments)
+        self._first_step = 0
+
+    def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
+        self._first_step = len(self.llm.trace.steps)
+        params = [SamplingParams(temperature=0.0, max_tokens=job.num_outputs, ignore_eos=True) for job in jobs]
+        results = self.llm.generate([job.prompt for job in jobs], params, use_tqdm=False)
+        return [tuple(result.outputs[0].token_ids) for result in results]
+
+    @property
+    def model(self) -> Decoder:
+        """The model it runs."""
+        return self.llm.engine.model
+
+    @property
+    def steps(self) -> list[StepEvent]:
+        """The steps of the last `generate`."""
+        return self.llm.trace.steps[self._first_step :]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.llm.shutdown()
+
+
+class StaticBatches:
+    """transformers' `generate` on left-padded batches in order of arrival: a batch ends with its longest output."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.settings = {
+            "engine": "transformers generate",
+            "batch_size": STATIC_BATCH,
+            "attention": attention_of(model),
+        }
+
+    @torch.inference_mode()
+    def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
+        outputs = []
+        for first in range(0, len(jobs), STATIC_BATCH):
+            outputs += self._generate_batch(jobs[first : first + STATIC_BATCH])
+        return outputs
+
+    def _generate_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ...]]:
+        width = max(len(job.prompt) for job in jobs)
+        pads = [width - len(job.prompt) for job in jobs]
+        token_ids = [[PAD_TOKEN_ID] * n + job.prompt for n, job in zip(pads, jobs, strict=True)]
+        mask = [[0] * n + [1] * len(job.prompt) for n, job in zip(pads, jobs, strict=True)]
+        config = greedy_config(max(job.num_outputs for job in jobs), eos_token_id=None)
+        rows = self.model.generate(
+            torch.tensor(token_ids), attention_mask=torch.tensor(mask), generation_config=config
+        )  # [B, width + longest output]
+        return (tuple(row[width : width + job.num_outputs].tolist()) for row, job in zip(rows, jobs, strict=True))
+
+    def close(self) -> None:
+        """Holds nothing but the model."""
+
+
+class ContinuousBatches:
+    """transformers' continuous batching, the manager behind `generate_batch`, which lives from turn to turn.
+
+    Straight to the manager because `generate_batch` has one output length for all. Raises ConfigError if the installed
+    transformers does not know the settings.
+    """
+
+    def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], max_requests_per_batch: int, max_batch_tokens: int):
+        arguments = {
+            "page_size": BLOCK_SIZE,
+            "num_blocks": num_blocks_for(jobs),
+            "max_batch_tokens": max_batch_tokens,
+            "max_requests_per_batch": max_requests_per_batch,
+            "allow_block_sharing": False,
+        }
+        known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+        if unknown := arguments.keys() - known:
+            raise ConfigError(
+                f"this transformers does not know {', '.join(sorted(unknown))} of its continuous batching; "
+                "install 5.17 or later, or measure with --peers none"
+            )
+        self.settings = {
+            "engine": "transformers ContinuousBatchingManager",
+            "attention": attention_of(model),
+            **arguments,
+        }
+        self.manager = model.init_continuous_batching(
+            generation_config=greedy_config(max(job.num_outputs for job in jobs), NO_EOS),
+            continuous_batching_config=ContinuousBatchingConfig(**arguments),
+        )
+        self.manager.warmup()
+        self.manager.start()
+
+    def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
+        with self.manager.pause():  # so that all are there before the first step
+            request_ids = [
+                self.manager.add_request(job.prompt, max_new_tokens=job.num_outputs, eos_token_id=NO_EOS)
+                for job in jobs
+            ]
+        results = {}
+        while len(results) < len(jobs):
+            result = self.manager.get_result(timeout=1)
+            if result is not None:
+                results[result.request_id] = result
+            elif not self.manager.is_running():
+                raise RuntimeError(f"transformers' manager stopped after {len(results)} of {len(jobs)} requests")
+        failed = [result.error for result in results.values() if result.error is not None]
+        if failed:
+            raise RuntimeError(f"transformers' manager failed {len(failed)} requests: {failed[0]}")
+        return [tuple(results[request_id].generated_tokens) for request_id in request_ids]
+
+    def close(self) -> None:
+        """End its thread."""
+        self.manager.destroy()
+
+
+def load_peer(folder: Path) -> PreTrainedModel:
+    """The checkpoint in transformers, with the attention that is fastest on a CPU; both its contenders share it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None  # else `generate` falls back on it
+    return model
+
+
+def greedy_config(max_new_tokens: int, eos_token_id: int | None) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos_token_id, pad_token_id=PAD_TOKEN_ID
+    )
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    return model.config._attn_implementation
+
+
+# --- the limit -------------------------------------------------------------------------------------------------------
+
+
+class GemmFloor:
+    """The matrix products of a run and nothing else: as many rows through the model's own weights, step by step.
+
+    Rows and weights are as the engine computes them: padded where that is faster, packed if the model is.
+    """
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self.linears = [
+            linear
+            for layer in model.layers
+            for linear in (
+                layer.self_attn.qkv_proj,
+                layer.self_attn.o_proj,
+                layer.mlp.gate_up_proj,
+                layer.mlp.down_proj,
+            )
+        ]
+
+    @torch.inference_mode()
+    def run(self, steps: Sequence[tuple[int, int]]) -> None:
+        """`steps`: (tokens through the layers, rows through the output projection) of each."""
+        computed = [[rows_computed(number, self.model.device) for number in step] for step in steps]
+        longest = max(num_tokens for num_tokens, _ in computed)
+        inputs = {width: torch.randn(longest, width) for width in {linear.in_features for linear in self.linears}}
+        for num_tokens, num_sampled in computed:
+            for linear in self.linears:
+                linear(inputs[linear.in_features][:num_tokens])
+            if num_sampled:
+                self.model.logits(inputs[self.model.config.hidden_size][:num_sampled])
+
+
+def products_of(steps: Sequence[StepEvent]) -> list[tuple[int, int]]:
+    """For `GemmFloor`: how many tokens and how many sampled rows each step of a run had."""
+    return [(step.num_tokens, sum(part.num_sampled for part in step.scheduled)) for step in steps]

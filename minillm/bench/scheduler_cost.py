@@ -1,0 +1,134 @@
+"""What a step costs besides the model: scheduler, block manager and input preparation, whatever waits.
+
+minillm bench engine --scheduler
+"""
+
+import gc
+import statistics
+from collections.abc import Callable
+from itertools import count
+
+import torch
+
+from minillm.bench.measure import TIMERS
+from minillm.engine.block_manager import BlockManager
+from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.model import Decoder
+from minillm.plan import ModelOutput, SchedulerOutput
+from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.paged_attention import PagedAttention, PagedBatch
+from minillm.runtime.paged_runner import PagedRunner
+from minillm.sampling_params import SamplingParams
+from minillm.storyteller import CHECKPOINT_DIR
+from minillm.weights import load_model
+
+RUNNING = 256
+WAITING = (0, 1_000, 10_000)
+STEPS = 64  # decode steps measured: every request takes four new blocks meanwhile
+WARM_STEPS = 8
+BLOCK_SIZE = 16
+SHORTEST_PROMPT = 48  # prompts are of 48 to 63 tokens, so that a sixteenth of the requests takes a block in a step
+PHASES = ("schedule", "prepare", "update")
+
+
+def measure(repeats: int, timer: str, running: int = RUNNING, waiting: tuple[int, ...] = WAITING) -> dict:
+    """Milliseconds a decode step on the named timer, for JSON: with each number waiting, in turns, medians over steps.
+
+    "total" is schedule + prepare + update. Beside it: "masks", what attention makes of prepared inputs, and "trace",
+    to write a step down when somebody looks at the trace; a running engine does not.
+    """
+    model = load_model(CHECKPOINT_DIR, torch.float32, skip_tokenizer_init=True).model
+    repeats_of = {number: [] for number in waiting}
+    for _ in range(repeats):
+        for number in waiting:
+            repeats_of[number].append(measure_once(model, TIMERS[timer], running, number))
+    return {
+        "running": running,
+        "steps": STEPS,
+        "timer": timer,
+        "waiting": {str(number): summary(runs) for number, runs in repeats_of.items()},
+    }
+
+
+def measure_once(model: Decoder, read: Callable[[], float], running: int, num_waiting: int) -> dict[str, float]:
+    """Milliseconds a decode step of each phase, and "trace"."""
+    scheduler, runner = decoding_engine(model, running, num_waiting)
+    steps = []
+    gc.collect()
+    for number in range(WARM_STEPS + STEPS):
+        timed = {}
+        plan, timed["schedule"] = time_of(read, scheduler.schedule)
+        batch, timed["prepare"] = time_of(read, lambda plan=plan: prepare(runner, plan))
+        _, timed["masks"] = time_of(read, lambda batch=batch: PagedAttention(runner.cache, batch, model.device))
+        output = made_up_output(plan)
+        _, timed["update"] = time_of(read, lambda plan=plan, output=output: scheduler.update(plan, output))
+        if number == WARM_STEPS - 1:
+            scheduler.trace  # noqa: B018  so that the steps so far have been written down
+        if number >= WARM_STEPS:
+            timed["total"] = sum(timed[phase] for phase in PHASES)
+            steps.append(timed)
+    _, trace = time_of(read, lambda: scheduler.trace)
+    medians = {name: statistics.median(step[name] for step in steps) * 1000 for name in steps[0]}
+    return medians | {"trace": trace / STEPS * 1000}
+
+
+def prepare(runner: PagedRunner, plan: SchedulerOutput) -> PagedBatch:
+    """What the runner does before the forward pass."""
+    runner.follow(plan)
+    batch, _ = runner.prepare(plan)
+    return batch
+
+
+def decoding_engine(model: Decoder, running: int, num_waiting: int) -> tuple[PagedScheduler, PagedRunner]:
+    """An engine in which all that can run decode, and so many wait; nothing was computed by a model."""
+    most_tokens = SHORTEST_PROMPT + BLOCK_SIZE + 1 + WARM_STEPS + STEPS
+    num_blocks = 2 + (running + 1) * (most_tokens // BLOCK_SIZE + 1)
+    config = SchedulerConfig(running, max_num_batched_tokens=running * 64, max_model_len=2 * most_tokens)
+    scheduler = PagedScheduler(config, BlockManager(num_blocks, BLOCK_SIZE))
+    runner = PagedRunner(model, CacheEngine(model.config, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")))
+    for request in made_up_requests(running + num_waiting, most_tokens):
+        scheduler.add_request(request)
+    plan = scheduler.schedule()
+    prepare(runner, plan)
+    scheduler.update(plan, made_up_output(plan))
+    return scheduler, runner
+
+
+def made_up_requests(number: int, max_tokens: int):
+    """Requests whose blocks fill up at different times, each with a prompt of its own."""
+    tokens = count()
+    for i in range(number):
+        prompt = [next(tokens) % 1900 for _ in range(SHORTEST_PROMPT + i % BLOCK_SIZE)]
+        yield Request(f"req {i}", prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+def made_up_output(plan: SchedulerOutput) -> ModelOutput:
+    """What an executor might say: the same token for everybody."""
+    return ModelOutput({part.request_id: 7 for part in plan.scheduled if part.samples}, 0)
+
+
+def time_of(read: Callable[[], float], work: Callable[[], object]) -> tuple[object, float]:
+    """What `work` returned, and the seconds it took."""
+    began = read()
+    result = work()
+    return result, read() - began
+
+
+def summary(runs: list[dict[str, float]]) -> dict:
+    """Medians over the repeats, and the repeats of the total."""
+    medians = {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
+    return medians | {"repeats": [run["total"] for run in runs]}
+
+
+def table(result: dict) -> str:
+    """The record for people."""
+    columns = (*PHASES, "total", "masks", "trace")
+    lines = [
+        f"Milliseconds a decode step of {result['running']} requests, without the model; total: the first three",
+        f"{'waiting':>10}" + "".join(f"{name:>10}" for name in columns),
+    ]
+    for number, row in result["waiting"].items():
+        lines.append(f"{number:>10}" + "".join(f"{row[name]:>10.3f}" for name in columns))
+    return "\n".join(lines)
