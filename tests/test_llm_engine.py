@@ -238,6 +238,18 @@ def test_a_row_of_nan_ends_that_request_alone(checkpoint):
         assert_idle(engine)
 
 
+def test_nan_in_the_first_chunk_of_a_prompt_is_noticed_there_and_not_shared(checkpoint):
+    engine = make_engine(checkpoint("llama"), max_num_batched_tokens=12, max_num_seqs=2)
+    with torch.no_grad():
+        engine.model.embed_tokens.weight[7] = torch.nan
+    prompt = [7, *([3] * 24)]
+    engine.add_request("bad", prompt, TEN)
+    (failed,) = engine.step()  # the first 12 of 25 tokens
+    assert failed.finished and failed.outputs[0].finish_reason == "error"
+    assert engine.scheduler.block_manager.usage.cached == 0
+    assert_idle(engine)
+
+
 def test_when_the_worker_dies_every_request_fails_and_none_is_taken(checkpoint, monkeypatch):
     engine = make_engine(checkpoint("llama"))
     engine.add_request("a", PROMPT, TEN)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from minillm.engine.request import Request

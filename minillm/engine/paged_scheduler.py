@@ -80,7 +80,10 @@ class PagedScheduler(Scheduler):
             )
 
     def end_request(self, request_id: str, finish_reason: str, stop_reason: int | str | None = None) -> bool:
-        """End a request from outside; "abort" ends the other outputs of its prompt as well, if they have not ended."""
+        """End a request from outside; "abort" ends the other outputs of its prompt as well.
+
+        Once it has ended itself, its other outputs are requests like any other and are ended by their own ids.
+        """
         request = self._requests.get(request_id)
         ended = super().end_request(request_id, finish_reason, stop_reason)
         if ended:
@@ -251,6 +254,7 @@ class PagedScheduler(Scheduler):
             return False
         request = max(others, key=self.waiting.order)
         del self._forked[request.request_id]
+        request.num_computed_tokens = 0  # what it shared was not computed for it
         self._start_over(request)
         return True
 

@@ -14,15 +14,16 @@ from minillm.runtime.kernels import reference
 class Chunk(NamedTuple):
     """Several new tokens of one request: its prompt, a part of it, or what is computed again."""
 
+    request_id: str
     first: int  # its first row among the step's tokens
     start: int  # position of that token; as many are cached before it
     end: int  # position after its last token
     table: np.ndarray  # its block table
 
     @property
-    def rows(self) -> slice:
-        """Its rows among the step's tokens."""
-        return slice(self.first, self.first + self.end - self.start)
+    def end_row(self) -> int:
+        """The row after its last one."""
+        return self.first + self.end - self.start
 
 
 class Call(NamedTuple):
@@ -66,7 +67,7 @@ class PagedAttention:
         for chunk in batch.chunks:
             table = torch.from_numpy(chunk.table[: -(-chunk.end // cache.block_size)]).to(device)
             masks = self._masks(torch.arange(chunk.start, chunk.end, device=device), len(table))
-            self._add(reference.prefill, chunk.rows, table, masks)
+            self._add(reference.prefill, slice(chunk.first, chunk.end_row), table, masks)
 
     def _add_decodes(self, batch: PagedBatch, device: torch.device) -> None:
         """One call for each group of neighbours in length; what groups share is made once and sliced."""

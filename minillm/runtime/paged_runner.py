@@ -49,12 +49,18 @@ class PagedRunner:
             self._on_device(np.pad(row, (0, num_pads))) for row in (batch.token_ids, batch.positions)
         )
         hidden = self.model(token_ids, positions, attend)  # [T, hidden]
+        failed = {}
+        unfinished = [chunk for chunk in batch.chunks if chunk.request_id not in samplers]
+        if unfinished:
+            newest = hidden[[chunk.end_row - 1 for chunk in unfinished]]
+            failed = self._not_finite([chunk.request_id for chunk in unfinished], newest.abs())
         if not samplers:
-            return ModelOutput({}, attend.score_entries)
+            return ModelOutput({}, attend.score_entries, failed=failed)
         rows = list(samplers.values())
         num_pads = rows_computed(len(rows), self.model.device) - len(rows)
         logits = self.model.logits(hidden[rows + rows[:1] * num_pads])[: len(rows)]  # [R, ids]
-        return self._sample(list(samplers), logits, attend.score_entries)
+        failed |= self._not_finite(list(samplers), logits)
+        return self._sample(list(samplers), logits, failed)._replace(score_entries=attend.score_entries)
 
     def follow(self, plan: SchedulerOutput) -> None:
         """Do what the plan says of requests and blocks before anything is computed."""
@@ -114,14 +120,14 @@ class PagedRunner:
         row = len(batch.tables)
         for part in parts:
             table = cache.block_tables[cache.rows[part.request_id]]
-            chunk = Chunk(row, part.start, part.start + len(part.token_ids), table)
+            chunk = Chunk(part.request_id, row, part.start, part.start + len(part.token_ids), table)
             new = np.arange(chunk.start, chunk.end)
             block_numbers, offsets = np.divmod(new, cache.block_size)
             chunks.append(chunk)
             token_ids.append(np.array(part.token_ids, dtype=np.int64))
             positions.append(new)
             slots.append(table[block_numbers] * cache.block_size + offsets)
-            row = chunk.rows.stop
+            row = chunk.end_row
             if part.samples:
                 samplers[part.request_id] = row - 1
         whole = (np.concatenate(each) for each in (token_ids, positions, slots))
@@ -130,29 +136,36 @@ class PagedRunner:
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.model.device)
 
-    def _sample(self, request_ids: list[str], logits: Tensor, score_entries: int) -> ModelOutput:
-        """New tokens for the rows that are finite, and what went wrong for the others."""
-        failed = {}
-        finite = logits.amax(-1).isfinite()  # [R]; NaN is the largest of all, minus infinity alone is never left
-        if not finite.all():
-            rows = finite.tolist()
-            failed = {
-                request_id: f"the logits of request {request_id!r} are not finite; its cache was discarded"
-                for request_id, good in zip(request_ids, rows, strict=True)
-                if not good
-            }
-            for request_id in failed:
-                self.cache.scrub(request_id)
-            request_ids = [request_id for request_id, good in zip(request_ids, rows, strict=True) if good]
-            logits = logits[finite]
+    def _not_finite(self, request_ids: list[str], values: Tensor) -> dict[str, str]:
+        """The requests whose row of [R, ...] values is not finite, and how to say so; their cache is made finite.
+
+        Before its last chunk a request has no logits, but whatever is not finite in its cache has reached the hidden
+        state of its newest token: nothing of it gets into the prefix cache.
+        """
+        finite = values.amax(-1).isfinite()  # [R]; for amax NaN is the largest of all
+        if finite.all():
+            return {}
+        failed = [request_id for request_id, good in zip(request_ids, finite.tolist(), strict=True) if not good]
+        for request_id in failed:
+            self.cache.scrub(request_id)
+        return {
+            request_id: f"what the model computed for request {request_id!r} is not finite; its cache was discarded"
+            for request_id in failed
+        }
+
+    def _sample(self, request_ids: list[str], logits: Tensor, failed: dict[str, str]) -> ModelOutput:
+        """New tokens for the requests that have not failed, each from its row of logits."""
+        if failed:
+            rows = [row for row, request_id in enumerate(request_ids) if request_id not in failed]
+            request_ids, logits = [request_ids[row] for row in rows], logits[rows]
         if not request_ids:
-            return ModelOutput({}, score_entries, failed=failed)
+            return ModelOutput({}, 0, failed=failed)
         params, generators = zip(*[self.params[request_id] for request_id in request_ids], strict=True)
         token_ids = sample(logits, params, generators)
         asked = token_logprobs(logits, params, token_ids)
         return ModelOutput(
             dict(zip(request_ids, token_ids.tolist(), strict=True)),
-            score_entries,
+            0,
             logprobs={request_ids[row]: each for row, each in asked.items()},
             failed=failed,
         )

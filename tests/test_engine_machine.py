@@ -1,0 +1,735 @@
+"""Scheduler and block manager under whatever may happen, with a fake model as oracle (hypothesis state machine).
+
+The fake executor keeps in every slot of its pool what was written there and follows tables and moves of the plans as a
+real one does. It says the next token from what it reads back through the block table, so that a wrong block or stale
+content ends in a wrong token. Each planted bug must make the machine fail.
+"""
+
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from minillm.engine import block_manager
+from minillm.engine.block_manager import BlockManager, blocks_needed
+from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
+from minillm.engine.queue import POLICIES
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import PromptError
+from minillm.plan import BlockMove, ModelOutput
+from minillm.sampling_params import SamplingParams, finish_reason
+from minillm.simulation.clock import VirtualClock
+
+VOCABULARY = 3
+BAD = -1  # the history of a slot that holds NaN
+
+HASHES = {
+    "SHA-256": block_manager.hash_block,
+    "constant": lambda parent, token_ids: b"",
+    "without parent": lambda parent, token_ids: bytes(token_ids),
+}
+
+
+# --- the fake model --------------------------------------------------------------------------------------------------
+
+
+def history_after(history, token_id):
+    """Stands for what attention reads: it depends on all tokens so far and on their order."""
+    return zlib.crc32(bytes([token_id]), history)
+
+
+def next_token(history, seed):
+    return zlib.crc32(bytes([seed]), history) % VOCABULARY
+
+
+def alone(request):
+    """What the fake model says to a request that has the machine to itself: (output, finish reason)."""
+    history, output, reason = 0, [], None
+    for token_id in request.prompt_token_ids:
+        history = history_after(history, token_id)
+    while reason is None:
+        output.append(next_token(history, request.params.seed))
+        history = history_after(history, output[-1])
+        reason, _ = finish_reason(output, request.params, request.eos_token_ids)
+    return output, reason
+
+
+class StepFailed(Exception):
+    """The executor broke down in the middle of a plan."""
+
+
+class FakeExecutor:
+    """A pool whose slots hold (token id, position, history), filled and read through the plans' block tables only."""
+
+    def __init__(self, num_blocks, block_size, num_host_blocks):
+        self.block_size = block_size
+        self.pool = [[None] * block_size for _ in range(num_blocks)]
+        self.host = [[None] * block_size for _ in range(num_host_blocks)]
+        self.params, self.tables = {}, {}
+        self.fail_after = None  # operations that are carried out before the next plan fails
+        self.bad_id = None  # the request that gets NaN
+
+    def execute_model(self, plan):
+        """Write everything first, then read, as a kernel over the whole batch does."""
+        self._operation()
+        for request_id in plan.preempted_ids:
+            self.tables.pop(request_id, None)
+        for request_id in plan.finished_ids:
+            self.tables.pop(request_id, None)
+            self.params.pop(request_id, None)
+        for new in plan.new_requests:
+            assert new.request_id not in self.tables, f"{new.request_id} is new but has a table"
+            self.params[new.request_id] = new.params
+        for move in plan.block_moves:
+            self._operation()
+            self._move(move)
+        for part in plan.scheduled:
+            self._operation()
+            self._write(part)
+        histories = {part.request_id: self._read(part) for part in plan.scheduled}
+        self._operation(last=True)
+        sampling = [part.request_id for part in plan.scheduled if part.samples]
+        failed = {request_id: "NaN" for request_id in sampling if request_id == self.bad_id}
+        tokens = {i: next_token(histories[i], self.params[i].seed) for i in sampling if i not in failed}
+        return ModelOutput(tokens, 0, failed=failed)
+
+    def _operation(self, last=False):
+        if self.fail_after is None:
+            return
+        if last or self.fail_after == 0:
+            self.fail_after = None
+            raise StepFailed
+        self.fail_after -= 1
+
+    def _move(self, move):
+        source = self.host if move.kind == "swap_in" else self.pool
+        target = self.host if move.kind == "swap_out" else self.pool
+        assert len(set(move.targets)) == len(move.sources)
+        for a, b in zip(move.sources, move.targets, strict=True):
+            target[b] = list(source[a])
+
+    def _write(self, part):
+        table = self.tables.setdefault(part.request_id, [])
+        if part.block_ids:
+            assert part.first_block <= len(table), f"{part} leaves a hole in the table {table}"
+            table[part.first_block :] = part.block_ids
+        bad = part.request_id == self.bad_id
+        for position, token_id in enumerate(part.token_ids, part.start):
+            before = self._slot(part.request_id, position - 1)[2] if position else 0
+            block, offset = table[position // self.block_size], position % self.block_size
+            assert block != block_manager.NULL_BLOCK
+            self.pool[block][offset] = (token_id, position, BAD if bad else history_after(before, token_id))
+
+    def _read(self, part):
+        """The history at the end of the part, every slot before it checked."""
+        history = 0
+        for position in range(part.start + len(part.token_ids)):
+            token_id, written_at, written = self._slot(part.request_id, position)
+            if written == BAD and part.request_id == self.bad_id:
+                return BAD
+            history = history_after(history, token_id)
+            assert (written_at, written) == (position, history), f"{part.request_id} reads a slot of another history"
+        return history
+
+    def _slot(self, request_id, position):
+        block = self.tables[request_id][position // self.block_size]
+        slot = self.pool[block][position % self.block_size]
+        assert slot is not None, f"{request_id} reads position {position} from block {block}, never written"
+        return slot
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Expectation:
+    """A request that has not ended, what it must say, and what it has said."""
+
+    request: Request
+    output: list[int]
+    finish_reason: str
+    said: list[int] = field(default_factory=list)
+    place: int | None = None  # in the queue, as soon as it has one
+
+
+token_ids = st.integers(0, VOCABULARY - 1)
+MAX_MODEL_LEN = 24
+NAMES = "abcdef"
+choices = st.integers(0, 11)  # of one among those there are
+
+
+busy = precondition(lambda machine: machine.expected)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, run, share, give way, fail and are aborted, in any order; the invariants of the engine hold."""
+
+    manager_class = BlockManager
+    scheduler_class = PagedScheduler
+    policy = "priority"  # the one that lets the first of the queue be the last admitted
+    preemption_mode = "recompute"
+    seen = Counter()  # what has happened in all runs
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        num_blocks=st.sampled_from([4, 4, 5, 5, 6, 7, 8, 10, 12]),
+        num_host_blocks=st.sampled_from([12, 3, 0]),
+        caching=st.booleans(),
+        hashing=st.sampled_from(list(HASHES)),
+        max_num_seqs=st.sampled_from([4, 3, 2, 6, 1]),
+        budget=st.sampled_from([0, 1, 3, 12]),
+        chunked=st.sampled_from([True, True, False]),
+        watermark=st.sampled_from([0, 0.01, 0.2]),
+    )
+    def begin(
+        self,
+        block_size,
+        num_blocks,
+        num_host_blocks,
+        caching,
+        hashing,
+        max_num_seqs,
+        budget,
+        chunked,
+        watermark,
+    ):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(block_manager, "hash_block", HASHES[hashing])
+        self.clock = VirtualClock()
+        self.manager = self.manager_class(
+            num_blocks, block_size, num_host_blocks=num_host_blocks, enable_prefix_caching=caching
+        )
+        self.config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + budget + (0 if chunked else MAX_MODEL_LEN),
+            max_model_len=MAX_MODEL_LEN,
+            scheduling_policy=self.policy,
+            enable_chunked_prefill=chunked,
+        )
+        self.scheduler = self.scheduler_class(
+            self.config, self.manager, self.clock, preemption_mode=self.preemption_mode, watermark=watermark
+        )
+        self.executor = FakeExecutor(num_blocks, block_size, num_host_blocks)
+        self.expected = {}
+        self.longest = min(MAX_MODEL_LEN, (num_blocks - 1) * block_size + 1)  # the last token is never fed back
+        self.texts = [[0] * 16, [0, 1] * 8]  # what prompts may begin with
+
+    # --- what may happen ---
+
+    @rule(
+        count=st.integers(1, 4),
+        text=choices,
+        shared=st.sampled_from([0, 2, 4, 8, 16]),
+        own=st.lists(token_ids, max_size=4),
+        max_tokens=st.sampled_from([1, 2, 5, 10, 15, 20]),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        seed=st.integers(0, 3),
+        priorities=st.lists(st.integers(-1, 1), min_size=4, max_size=4),
+        pause=st.sampled_from([0, 0.25, 2]),
+        salt=st.sampled_from(["", "", "salt"]),
+        ending=st.sampled_from([(), (), (), (), (2,)]),
+    )
+    def add(self, count, text, shared, own, max_tokens, n, seed, priorities, pause, salt, ending):
+        """Some requests for the same prompt, at intervals; ids are used again once they are free."""
+        prompt = (picked(self.texts, text)[:shared] + own or [0])[: self.longest - 1]
+        max_tokens = min(max_tokens, self.longest - len(prompt))
+        self.texts.append(prompt)
+        for i in range(count):
+            params = SamplingParams(1.0, max_tokens=max_tokens, n=n, seed=seed + i, stop_token_ids=ending)
+            name = min(set(NAMES) - {known.split(".")[0] for known in self.expected}, default=None)
+            if name is None:
+                return
+            request = Request(name, prompt, params, arrival_time=self.clock(), priority=priorities[i], cache_salt=salt)
+            self.scheduler.add_request(request)
+            self.clock.advance(pause)
+            assert len(request.children) == n - 1
+            for each in (request, *request.children):
+                self.expected[each.request_id] = Expectation(each, *alone(each))
+        self.refuse_what_cannot_be()
+
+    @rule(count=st.sampled_from([1, 2, 4, 8]))
+    def steps(self, count):
+        for _ in range(count):
+            if self.expected:
+                self.step()
+
+    @busy
+    @rule(
+        which=choices,
+        trouble=st.sampled_from(["failure", "failure", "NaN", "abort", "stop"]),
+        when=st.sampled_from(["now", "something moves", "somebody gives way"]),
+    )
+    def step_with_trouble(self, which, trouble, when):
+        plan = self.schedule()
+        while when != "now" and not (plan.preempted_ids if when == "somebody gives way" else plan.block_moves):
+            self.compute(plan)
+            if not self.expected:
+                return
+            plan = self.schedule()
+        if trouble == "failure":
+            self.fail(plan, which // 2)
+        elif trouble == "NaN":
+            self.compute_a_nan(plan, which)
+        else:
+            output = self.executor.execute_model(plan)
+            self.end(which, trouble)
+            self.take_in(plan, output)
+
+    @busy
+    @rule(which=choices, what=st.sampled_from(["abort", "stop", "reset"]))
+    def something_between_two_steps(self, which, what):
+        if what == "reset":
+            self.reset_prefix_cache()
+        else:
+            self.end(which, what)
+
+    # --- the parts of what may happen ---
+
+    def end(self, which, how):
+        (self.abort if how == "abort" else self.stop)(which)
+
+    def reset_prefix_cache(self):
+        cached = self.manager.usage.cached
+        assert self.scheduler.reset_prefix_cache() == cached
+        assert self.manager.usage.cached == 0
+        self.seen["reset"] += self.manager.enable_prefix_caching
+
+    def refuse_what_cannot_be(self):
+        """An id in use, or more tokens than the pool will ever hold: refused, and nothing changes."""
+        too_long = Request("too long", [0] * self.longest, SamplingParams(max_tokens=1))
+        with pytest.raises(PromptError, match=rf"{self.longest + 1} tokens.* {MAX_MODEL_LEN};|pool has \d+ of"):
+            self.scheduler.add_request(too_long)
+        with pytest.raises(PromptError, match="in use"):
+            self.scheduler.add_request(Request(min(self.expected), [0], SamplingParams(max_tokens=1)))
+
+    def abort(self, which):
+        request_id = picked(list(self.expected), which)
+        request = self.expected[request_id].request
+        assert self.scheduler.abort_request(request_id)
+        assert not self.scheduler.abort_request(request_id)
+        for each in (request, *request.children):
+            if self.expected.pop(each.request_id, None):
+                assert each.finish_reason == "abort"
+                self.seen["abort"] += 1
+                self.assert_gone(each)
+
+    def stop(self, which):
+        """As for a stop string: the text shows that the request has ended."""
+        request_id = picked([name for name, expected in self.expected.items() if expected.said], which)
+        if request_id is None:
+            return
+        request = self.expected.pop(request_id).request
+        assert self.scheduler.end_request(request_id, "stop", "text")
+        assert not self.scheduler.end_request(request_id, "stop", "text")
+        assert (request.finish_reason, request.stop_reason) == ("stop", "text")
+        self.assert_gone(request)
+
+    def compute_a_nan(self, plan, which):
+        """One request fails; the blocks that it alone had are shared with nobody, were they computed now or before."""
+        bad_id = picked([part.request_id for part in plan.scheduled if part.samples], which)
+        self.executor.bad_id = bad_id
+        output = self.executor.execute_model(plan)
+        self.executor.bad_id = None
+        if bad_id is None:
+            return self.take_in(plan, output)
+        bad, holders = self.expected[bad_id].request, self.holders()
+        its_own = {block for block in self.manager.table(bad) if holders[block] == 1}
+        self.take_in(plan, output)
+        same = Request("same", [*bad.token_ids(0, bad.num_tokens), 0], bad.params, cache_salt=bad.cache_salt)
+        self.manager.allocate(same)
+        assert not its_own & set(self.manager.table(same))
+        self.manager.free(same)
+
+    def fail(self, plan, operations):
+        self.executor.fail_after = operations
+        with pytest.raises(StepFailed):
+            self.executor.execute_model(plan)
+        self.scheduler.retract(plan)
+        self.seen["failed step"] += 1
+        assert not {part.request_id for part in plan.scheduled} & set(self.scheduler.running)
+
+    def step(self):
+        self.compute(self.schedule())
+
+    def compute(self, plan):
+        output = self.executor.execute_model(plan)
+        self.check_tables(plan)
+        self.take_in(plan, output)
+
+    def schedule(self):
+        ran_before = set(self.scheduler.running)
+        plan = self.scheduler.schedule()
+        self.check_limits(plan)
+        self.check_order(ran_before)
+        self.check_parts(plan)
+        self.note(plan)
+        return plan
+
+    def note(self, plan):
+        new_ids = {new.request_id for new in plan.new_requests if "." not in new.request_id}  # no forks
+        self.seen["prefix hit"] += sum(part.start > 0 for part in plan.scheduled if part.request_id in new_ids)
+        self.seen["chunk"] += sum(not part.samples for part in plan.scheduled)
+        self.seen["gave way"] += len(plan.preempted_ids)
+        self.seen.update(move.kind for move in plan.block_moves)
+
+    def check_limits(self, plan):
+        assert plan.num_tokens == sum(len(part.token_ids) for part in plan.scheduled)
+        assert plan.num_tokens <= self.config.max_num_batched_tokens
+        assert len(self.scheduler.running) <= self.config.max_num_seqs
+        assert bool(plan.num_tokens) == bool(self.expected), "work waits and nothing is computed, or the reverse"
+
+    def check_order(self, ran_before):
+        """Whoever waits comes after all that were admitted."""
+        order = self.scheduler.waiting.order
+        admitted = [request for name, request in self.scheduler.running.items() if name not in ran_before]
+        waiting = [expected.request for name, expected in self.expected.items() if name not in self.scheduler.running]
+        orders = [order(request) for request in waiting if request.queue_number is not None]
+        assert not admitted or not orders or max(map(order, admitted)) < min(orders)
+
+    def check_parts(self, plan):
+        """Each part is what the request has to compute next, and is written into blocks of its own."""
+        holders = self.holders()
+        assert len({part.request_id for part in plan.scheduled}) == len(plan.scheduled)
+        for part in plan.scheduled:
+            request = self.scheduler.running[part.request_id]
+            end = part.start + len(part.token_ids)
+            assert part.start == request.num_computed_tokens and end <= request.num_tokens
+            assert list(part.token_ids) == list(request.token_ids(part.start, end))
+            assert part.samples == (end == request.num_tokens)
+            size = self.manager.block_size
+            written = self.manager.table(request)[part.start // size : blocks_needed(end, size)]
+            assert all(holders[block] == 1 for block in written), f"{part} writes into a shared block"
+
+    def holders(self):
+        """How many tables hold a block."""
+        tables = (self.manager.table(expected.request) for expected in self.expected.values())
+        return Counter(block for table in tables for block in table)
+
+    def check_tables(self, plan):
+        for part in plan.scheduled:
+            table = self.manager.table(self.scheduler.running[part.request_id])
+            assert self.executor.tables[part.request_id] == list(table)
+
+    def take_in(self, plan, output):
+        """Update, and hold what is said against what each request says alone."""
+        speaking = [part.request_id for part in plan.scheduled if part.samples and part.request_id in self.expected]
+        updates = self.scheduler.update(plan, output)
+        self.clock.advance(0.25)
+        assert [update.request_id for update in updates] == speaking
+        for update in updates:
+            expected = self.expected[update.request_id]
+            if update.request_id in output.failed:
+                assert (update.token_id, update.finish_reason) == (None, "error")
+                assert expected.request.stop_reason == output.failed[update.request_id]
+            else:
+                expected.said.append(update.token_id)
+                assert expected.said == expected.output[: len(expected.said)]
+                ended = len(expected.said) == len(expected.output)
+                assert update.finish_reason == (expected.finish_reason if ended else None)
+            assert expected.request.finish_reason == update.finish_reason
+            assert expected.request.output_token_ids == expected.said
+            if update.finish_reason is not None:
+                self.seen[update.finish_reason] += 1
+                self.texts.append([*expected.request.prompt_token_ids, *expected.said])
+                del self.expected[update.request_id]
+                self.assert_gone(expected.request)
+
+    def assert_gone(self, request):
+        assert not self.manager.table(request) and not self.manager.is_swapped(request)
+        assert request.request_id not in self.scheduler.running
+
+    # --- what holds at every boundary ---
+
+    @invariant()
+    def every_block_is_accounted_for(self):
+        self.manager.check()
+        assert self.manager.usage.total == self.manager.num_blocks
+
+    @invariant()
+    def tables_are_as_long_as_what_they_hold(self):
+        for request_id, expected in self.expected.items():
+            request, size = expected.request, self.manager.block_size
+            table = self.manager.table(request)
+            if request_id in self.scheduler.running:
+                assert len(table) == blocks_needed(request.num_computed_tokens, size)
+            elif table:  # forked, and waiting with its prompt
+                assert len(table) == blocks_needed(request.num_prompt_tokens, size)
+                assert request.num_computed_tokens == request.num_prompt_tokens - 1
+
+    @invariant()
+    def sharing_means_identical_tokens(self):
+        holders = {}
+        for expected in self.expected.values():
+            for i, block in enumerate(self.manager.table(expected.request)):
+                holders.setdefault(block, []).append((expected.request, i))
+        for (first, i), *others in holders.values():
+            for other, j in others:
+                assert i == j and first.cache_salt == other.cache_salt
+                end = (i + 1) * self.manager.block_size
+                if first.request_id.split(".")[0] == other.request_id.split(".")[0]:
+                    end = min(end, first.num_prompt_tokens)  # forked: the last block of the prompt, full or not
+                else:
+                    assert min(self.num_held(first), self.num_held(other)) >= end
+                assert list(first.token_ids(0, end)) == list(other.token_ids(0, end))
+
+    def num_held(self, request):
+        """Tokens whose content is in the request's blocks; a fork that waits has its whole prompt there."""
+        running = request.request_id in self.scheduler.running
+        return request.num_computed_tokens if running else request.num_prompt_tokens
+
+    @invariant()
+    def nobody_loses_a_place_in_the_queue(self):
+        for expected in self.expected.values():
+            number = expected.request.queue_number
+            assert expected.place in (None, number)
+            expected.place = number
+
+    @invariant()
+    def exactly_the_unfinished_are_known(self):
+        assert self.scheduler.has_unfinished_requests() == bool(self.expected)
+        waiting = [name for name in self.expected if name not in self.scheduler.running]
+        assert self.scheduler.num_waiting() == len(waiting)
+        assert set(self.scheduler.running) <= set(self.expected)
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        if sys.exc_info()[0] is None:
+            self.run_to_the_end()
+        self.patch.undo()
+
+    def run_to_the_end(self):
+        most = 20 + 4 * sum(expected.request.num_tokens_at_most for expected in self.expected.values())
+        for _ in range(most):
+            if not self.expected:
+                break
+            self.step()
+        assert not self.expected, f"not finished after {most} steps"
+        self.executor.execute_model(self.scheduler.schedule())
+        assert not self.executor.tables and not self.executor.params
+        self.scheduler.reset_prefix_cache()
+        self.manager.check()
+        assert self.manager.usage.free == self.manager.num_blocks - 1
+
+
+def picked(names, which):
+    return names[which % len(names)] if names else None
+
+
+def run(machine, max_examples, phases=(Phase.explicit, Phase.generate)):
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=40,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=phases,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("preemption_mode", PREEMPTION_MODES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_engine_keeps_its_promises_whatever_happens(policy, preemption_mode):
+    seen = Counter()
+    machine = type("Machine", (EngineMachine,), {"policy": policy, "preemption_mode": preemption_mode, "seen": seen})
+    run(machine, 60, phases=tuple(Phase))
+    paths = {"chunk", "prefix hit", "copy", "gave way", "failed step", "length", "stop", "error", "abort", "reset"}
+    if preemption_mode == "swap":
+        paths |= {"swap_out", "swap_in"}
+    assert paths <= set(+seen), f"the machine did not get everywhere: {seen}"
+
+
+# --- planted bugs ----------------------------------------------------------------------------------------------------
+
+
+class LosesABlock(BlockManager):
+    def _release(self, block_ids):
+        super()._release(block_ids[1:])
+
+
+class KeepsTheKeyOfAnEvictedBlock(BlockManager):
+    def _take(self):
+        if self._free:
+            return super()._take()
+        block, _ = self._cached.popitem(last=False)
+        self._num_tables[block] = 1
+        return block
+
+
+class SharesWithoutCounting(BlockManager):
+    def _begin(self, request, table):
+        before = list(self._num_tables)
+        super()._begin(request, table)
+        for block in table.block_ids:
+            self._num_tables[block] = max(before[block], 1)
+
+
+class ReleasesTwice(BlockManager):
+    def _release(self, block_ids):
+        super()._release(block_ids)
+        for block in block_ids:
+            if self._num_tables[block] > 0:
+                self._num_tables[block] -= 1
+
+
+class FreesWhatOthersHold(BlockManager):
+    def _release(self, block_ids):
+        for block in block_ids:
+            self._num_tables[block] = 1
+        super()._release(block_ids)
+
+
+class WritesIntoSharedBlocks(BlockManager):
+    def _copy(self, block_ids, shared):
+        return BlockMove("copy", (), ())
+
+
+class ForgetsToCopyTheContent(BlockManager):
+    def _copy(self, block_ids, shared):
+        super()._copy(block_ids, shared)
+        return BlockMove("copy", (), ())
+
+
+class SwapsInBackwards(BlockManager):
+    def swap_in(self, request):
+        kind, sources, targets = super().swap_in(request)
+        return BlockMove(kind, sources, targets[::-1])
+
+
+class ForgetsToSwapOut(BlockManager):
+    def swap_out(self, request):
+        move = super().swap_out(request)
+        return move and BlockMove(move.kind, (), ())
+
+
+class LosesHostBlocks(BlockManager):
+    def free(self, request, *, forget=False):
+        self._swapped.pop(request.request_id, None)
+        super().free(request, forget=forget)
+
+
+class TrustsTheHash(BlockManager):
+    def _hits(self, request):
+        for prefix in self._prefixes(request, (request.num_tokens - 1) // self.block_size):
+            if prefix.key not in self._block_of_key:
+                return
+            yield self._block_of_key[prefix.key]
+
+
+class ComparesTheLastBlockOnly(BlockManager):
+    def _hits(self, request):
+        most = (request.num_tokens - 1) // self.block_size
+        for prefix in self._prefixes(request, most)[:most]:
+            block = self._block_of_key.get(prefix.key)
+            if block is None or self._content[block].token_ids != prefix.token_ids:
+                return
+            yield block
+
+
+class IgnoresTheSalt(BlockManager):
+    def allocate(self, request):
+        request.cache_salt = ""
+        return super().allocate(request)
+
+
+class LeavesNothingToCompute(BlockManager):
+    def _cached_prefix(self, request):
+        request.num_tokens += 1
+        hits = super()._cached_prefix(request)
+        request.num_tokens -= 1
+        return hits
+
+
+class RegistersBeforeItIsComputed(BlockManager):
+    def commit(self, request):
+        computed, request.num_computed_tokens = request.num_computed_tokens, request.num_tokens
+        super().commit(request)
+        request.num_computed_tokens = computed
+
+    def grow(self, request, num_tokens):
+        growth = super().grow(request, num_tokens)
+        if growth is not None and num_tokens == request.num_tokens:
+            self.commit(request)
+        return growth
+
+
+class SharesWhatFailed(BlockManager):
+    def free(self, request, *, forget=False):
+        super().free(request)
+
+
+class TrustsMemoryAfterAFailure(PagedScheduler):
+    def retract(self, plan):
+        super().retract(replace(plan, preempted_ids=[]))
+        self._void += plan.preempted_ids
+
+
+class SendsThePreemptedToTheBackOfTheQueue(PagedScheduler):
+    def _preempt(self, plan, request):
+        request.queue_number = None
+        super()._preempt(plan, request)
+
+
+class ForgetsWhatTheWaitingHold(PagedScheduler):
+    def _forget(self, request, bad=False):
+        if request.request_id in self.running:
+            super()._forget(request, bad)
+
+
+class DecodesIntoAForkedBlock(PagedScheduler):
+    def _fork(self, parent):
+        num_writable = parent.num_writable
+        super()._fork(parent)
+        parent.num_writable = num_writable
+
+
+PLANTED_WHERE_LOST_CONTENT_IS_COMPUTED_AGAIN = [
+    LosesABlock,
+    KeepsTheKeyOfAnEvictedBlock,
+    SharesWithoutCounting,
+    ReleasesTwice,
+    FreesWhatOthersHold,
+    WritesIntoSharedBlocks,
+    ForgetsToCopyTheContent,
+    TrustsTheHash,
+    ComparesTheLastBlockOnly,
+    IgnoresTheSalt,
+    LeavesNothingToCompute,
+    RegistersBeforeItIsComputed,
+    SharesWhatFailed,
+    SendsThePreemptedToTheBackOfTheQueue,
+    ForgetsWhatTheWaitingHold,
+    DecodesIntoAForkedBlock,
+]
+PLANTED_WHERE_IT_IS_SWAPPED = [SwapsInBackwards, ForgetsToSwapOut, LosesHostBlocks, TrustsMemoryAfterAFailure]
+PLANTED = [(broken, "recompute") for broken in PLANTED_WHERE_LOST_CONTENT_IS_COMPUTED_AGAIN]
+PLANTED += [(broken, "swap") for broken in PLANTED_WHERE_IT_IS_SWAPPED]
+
+
+@pytest.mark.parametrize("broken, preemption_mode", PLANTED)
+def test_every_planted_bug_is_found(broken, preemption_mode):
+    with pytest.raises((AssertionError, LookupError)):
+        run(machine_with(broken, preemption_mode), 1000)
+
+
+def machine_with(broken, preemption_mode):
+    part = "manager_class" if issubclass(broken, BlockManager) else "scheduler_class"
+    return type("BrokenMachine", (EngineMachine,), {part: broken, "preemption_mode": preemption_mode})
