@@ -17,22 +17,26 @@ from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges
 from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_slots
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
 from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, slots_static, steps_continuous
+from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside
 
 __all__ = [
     "CheckFailed",
     "NotWrittenYet",
+    "allocate",
     "attention",
     "attention_share",
     "beside",
     "block_diagonal_mask",
+    "blocks_needed",
     "cache_append",
     "cache_mebibytes",
     "causal_mask",
     "chunk_for_memory",
     "chunk_mask",
     "chunk_ranges",
+    "eviction_order",
     "greedy_generate",
     "joining_waste",
     "kv_bytes",
@@ -44,6 +48,7 @@ __all__ = [
     "padding",
     "padding_mask",
     "prediction",
+    "prefix_hash",
     "request_metrics",
     "requests_that_fit",
     "restarting_positions",

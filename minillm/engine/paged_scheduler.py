@@ -225,9 +225,8 @@ class PagedScheduler(Scheduler):
         if whole_table:
             first_block, block_ids = 0, tuple(self.block_manager.table(request))
         token_ids = request.token_ids(start, end)
-        why = "prefill" if start < request.num_prompt_tokens else "decode"
-        again = request.num_ever_computed - start
-        num_recomputed = 0 if again <= 0 else min(again, end - start)
+        num_recomputed = max(0, min(request.num_ever_computed, end) - start)
+        why = "prefill" if start + num_recomputed < request.num_prompt_tokens else "decode"
         samples = end == request.num_tokens
         part = (request.request_id, start, token_ids, samples, why, first_block, block_ids, num_recomputed)
         plan.scheduled.append(ScheduledRequest(*part))

@@ -64,9 +64,11 @@ class PagedAttention:
         self.score_entries = self.mask_bytes = 0
         if len(batch.tables):
             self._add_decodes(batch, device)
+        group = config.num_attention_heads // config.num_key_value_heads  # query heads that share a key head
         for chunk in batch.chunks:
             table = torch.from_numpy(chunk.table[: -(-chunk.end // cache.block_size)]).to(device)
-            masks = self._masks(torch.arange(chunk.start, chunk.end, device=device), len(table))
+            positions = torch.arange(chunk.start, chunk.end, device=device).repeat(group)
+            masks = self._masks(positions[None, None], len(table))
             self._add(reference.prefill, slice(chunk.first, chunk.end_row), table, masks)
 
     def _add_decodes(self, batch: PagedBatch, device: torch.device) -> None:

@@ -44,10 +44,7 @@ class PagedRunner:
         batch, samplers = self.prepare(plan)
         attend = PagedAttention(self.cache, batch, self.model.device)
         self.mask_bytes = attend.mask_bytes
-        num_pads = rows_computed(len(batch.token_ids), self.model.device) - len(batch.token_ids)
-        token_ids, positions = (
-            self._on_device(np.pad(row, (0, num_pads))) for row in (batch.token_ids, batch.positions)
-        )
+        token_ids, positions = self._padded(batch.token_ids), self._padded(batch.positions)
         hidden = self.model(token_ids, positions, attend)  # [T, hidden]
         failed = {}
         unfinished = [chunk for chunk in batch.chunks if chunk.request_id not in samplers]
@@ -56,9 +53,8 @@ class PagedRunner:
             failed = self._not_finite([chunk.request_id for chunk in unfinished], newest.abs())
         if not samplers:
             return ModelOutput({}, attend.score_entries, failed=failed)
-        rows = list(samplers.values())
-        num_pads = rows_computed(len(rows), self.model.device) - len(rows)
-        logits = self.model.logits(hidden[rows + rows[:1] * num_pads])[: len(rows)]  # [R, ids]
+        rows = self._padded(np.fromiter(samplers.values(), np.int64, len(samplers)))
+        logits = self.model.logits(hidden.index_select(0, rows))[: len(samplers)]  # [R, ids]
         failed |= self._not_finite(list(samplers), logits)
         return self._sample(list(samplers), logits, failed)._replace(score_entries=attend.score_entries)
 
@@ -133,7 +129,11 @@ class PagedRunner:
         whole = (np.concatenate(each) for each in (token_ids, positions, slots))
         return PagedBatch(*whole, batch.tables, chunks)
 
-    def _on_device(self, values: np.ndarray) -> Tensor:
+    def _padded(self, values: np.ndarray) -> Tensor:
+        """One number a row, with zeros for the rows of padding, on the model's device."""
+        num_pads = rows_computed(len(values), self.model.device) - len(values)
+        if num_pads:
+            values = np.concatenate((values, np.zeros(num_pads, values.dtype)))
         return torch.from_numpy(values).to(self.model.device)
 
     def _not_finite(self, request_ids: list[str], values: Tensor) -> dict[str, str]:

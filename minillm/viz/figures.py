@@ -32,7 +32,18 @@ def timeline() -> Picture:
     return Timeline(result.trace, unit="steps", sampled_tokens=tokens, title=title)
 
 
-FIGURES = {"causal_mask.svg": causal_mask, "timeline.svg": timeline}
+def block_tables() -> Picture:
+    """The running example and another request in blocks of 4 tokens, in the middle of being written."""
+    from minillm.viz.block_replay import PoolState
+    from minillm.viz.blocks import BlockTables
+
+    other = ("In", " a", " house", " by", " the")
+    tables, num_tokens = {"A": [5, 2], "B": [3, 6]}, {"A": len(TOKENS), "B": len(other)}
+    state = PoolState(block_size=4, num_blocks=8, tables=tables, num_tokens=num_tokens)
+    return BlockTables(state, tokens={"A": TOKENS, "B": other}, title="Two requests in a pool of blocks")
+
+
+FIGURES = {"block_tables.svg": block_tables, "causal_mask.svg": causal_mask, "timeline.svg": timeline}
 
 
 def draw_figures(folder: Path = FOLDER) -> list[Path]:

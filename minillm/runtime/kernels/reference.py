@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillm.attention import fused_attention
 
-GROUP_BYTES = 1 << 19  # of keys and values gathered at once
+GROUP_BYTES = 1 << 20  # of keys and values gathered at once
 
 
 def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -49,11 +49,10 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, mask: Tensor
 def prefill(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, mask: Tensor) -> Tensor:
     """Several new tokens of one request, [Tq, Hq, D], look through its [W] block table, cached prefix included.
 
-    `mask` is additive, [Tq, W * block_size].
+    `mask` is additive, [1, 1, group * Tq, W * block_size], repeated for the `group` query heads that share a key head.
     """
     k, v = gather_kv(keys, values, table[None])  # [1, Hkv, W * block_size, D]
-    group = q.shape[1] // k.shape[1]
-    return fused_attention(q[None], k, v, mask.repeat(group, 1))[0]
+    return fused_attention(q[None], k, v, mask)[0]
 
 
 def additive_mask(positions: Tensor, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
