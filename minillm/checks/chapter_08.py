@@ -62,7 +62,7 @@ def allocate(function: Callable) -> None:
         _allocation([5, 2], [7, 1], 8, 4, "The blocks it has hold 8 tokens: take none, and return the table as it is."),
         _allocation([5, 2], [7, 1], 9, 4, "One more block, behind those it has. The old ones stay where they are."),
         _allocation([3], [6, 1, 8], 17, 16, "blocks_needed minus len(table) is how many to take."),
-        _allocation([], [4], 4, 4, "The last free block may be taken too."),
+        _allocation([], [4], 4, 4, "One block is missing and one is free: that is just enough."),
         _allocation([6], [], 4, 4, "No block is free, but none is needed either."),
         _allocation([5, 2], [], 9, 4, "No block is free: return None."),
         _allocation([5], [7], 12, 4, "Too few: return None, and leave table and free as they were. So count first."),
@@ -78,13 +78,13 @@ def _allocation(table: list[int], free: list[int], num_tokens: int, block_size: 
 
 
 def _on_copies(function: Callable) -> Callable:
-    """The reader's function on copies of the lists. A None that should be a table stays one, for the hint it gets."""
+    """The reader's function on copies of the lists. A None that cannot be meant stays one, for the hint it gets."""
 
     def on_copies(table: list[int], free: list[int], num_tokens: int, block_size: int) -> Allocated | None:
         given = Allocated(None, list(table), list(free))
         returned = function(given.table, given.free, num_tokens, block_size)
-        short = block_manager.blocks_needed(num_tokens, block_size) - len(table) > len(free)
-        return None if returned is None and not short else given._replace(returned=returned)
+        scarce = block_manager.blocks_needed(num_tokens, block_size) - len(table) >= len(free)
+        return None if returned is None and not scarce else given._replace(returned=returned)
 
     return on_copies
 
