@@ -178,7 +178,7 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["batching", "engine", "simulator"])
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="see `minillm bench batching --help`")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see `minillm bench batching --help`, and so on")
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

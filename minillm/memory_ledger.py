@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillm.errors import ConfigError, OutOfMemoryError
+from minillm.plan import blocks_needed
 
 CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest is left to other programs
 ROOM_FOR_PREFIXES = 2  # the pool holds at most so many times what the running requests use; the rest caches prefixes
@@ -162,7 +163,7 @@ class CacheLimits:
     @property
     def blocks_per_request(self) -> int:
         """Blocks of the longest request."""
-        return -(-self.max_model_len // self.block_size)
+        return blocks_needed(self.max_model_len, self.block_size)
 
     @property
     def least_blocks(self) -> int:

@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[: self.config.num_sampled_ids]
         if worth_packing(head):
             self.packed_head, self.lm_head = pack(head), None
-        pack_linears(self)
+        pack_linears(self.layers)  # not lm_head: `logits` reads a part of its weight if that part was too small
 
     def _apply(self, fn, recurse=True):
         """Casting or moving the model must not round the RoPE frequencies: they stay float32."""

@@ -11,6 +11,13 @@ from typing import Literal, NamedTuple
 from minillm.sampling_params import SamplingParams
 from minillm.trace import Why
 
+NULL_BLOCK = 0  # never handed out: what the padding of a rectangle of block tables points at
+
+
+def blocks_needed(num_tokens: int, block_size: int) -> int:
+    """How many blocks that many tokens take; the last one may be partly empty."""
+    return -(-num_tokens // block_size)
+
 
 class NewRequest(NamedTuple):
     """What an executor must know once about a request before its first tokens come."""

@@ -51,6 +51,12 @@ class SamplingParams:
             raise SamplingParamsError(
                 f"logprobs is {self.logprobs!r}; use a whole number from 0 to {MOST_LOGPROBS}, or None"
             )
+        if isinstance(self.stop_token_ids, str) or not all(map(_is_whole, self.stop_token_ids)):
+            raise SamplingParamsError(
+                f"stop_token_ids is {self.stop_token_ids!r}; give whole numbers, and texts in stop instead"
+            )
+        if wrong := [text for text in self.stop_strings if not isinstance(text, str)]:
+            raise SamplingParamsError(f"stop holds {wrong[0]!r}, which is no str; ids belong in stop_token_ids")
         if any(text == "" for text in self.stop_strings):
             raise SamplingParamsError("stop holds an empty string, which would end every output at once; remove it")
 

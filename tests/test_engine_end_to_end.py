@@ -248,8 +248,8 @@ def table_of_the_neighbour(monkeypatch):
     right = PagedRunner.prepare
 
     def prepare(self, plan):
-        batch, samplers = right(self, plan)
-        return batch._replace(tables=np.roll(batch.tables, 1, axis=0)), samplers
+        batch, newest_rows = right(self, plan)
+        return batch._replace(tables=np.roll(batch.tables, 1, axis=0)), newest_rows
 
     monkeypatch.setattr(PagedRunner, "prepare", prepare)
 
@@ -258,8 +258,8 @@ def written_one_slot_early(monkeypatch):
     right = PagedRunner.prepare
 
     def prepare(self, plan):
-        batch, samplers = right(self, plan)
-        return batch._replace(slots=batch.slots - 1), samplers
+        batch, newest_rows = right(self, plan)
+        return batch._replace(slots=batch.slots - 1), newest_rows
 
     monkeypatch.setattr(PagedRunner, "prepare", prepare)
 

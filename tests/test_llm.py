@@ -150,6 +150,14 @@ def test_a_bad_prompt_is_refused_before_anything_changes(llm, prompts, error, me
         assert_idle(llm)
 
 
+def test_arrays_are_refused_with_what_to_do(llm):
+    for prompts in (torch.tensor([5, 6]), [torch.tensor([5, 6])], [torch.tensor([5, 6]), torch.tensor([7, 8])]):
+        with pytest.raises(PromptError, match=r"got Tensor; an array becomes a list with \.tolist"):
+            llm.generate(prompts)
+    with pytest.raises(PromptError, match="at position 0 is no whole number"):
+        llm.stream([torch.tensor([5, 6])])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -250,6 +250,39 @@ def test_nan_in_the_first_chunk_of_a_prompt_is_noticed_there_and_not_shared(chec
     assert_idle(engine)
 
 
+def test_nan_in_a_chunk_of_one_token_is_noticed_there_and_not_shared(checkpoint):
+    """A budget of one token a step fills blocks without a chunk of several ever being computed."""
+    engine = make_engine(checkpoint("llama"), max_num_batched_tokens=1, max_num_seqs=1)
+    with torch.no_grad():
+        engine.model.embed_tokens.weight[7] = torch.nan
+    engine.add_request("bad", [3, 7, *([3] * 9)], TEN)
+    assert engine.step() == []
+    (failed,) = engine.step()  # the second of 11 tokens
+    assert failed.finished and failed.outputs[0].finish_reason == "error"
+    assert engine.scheduler.block_manager.usage.cached == 0
+    assert_idle(engine)
+
+
+def test_what_no_policy_could_sort_by_is_refused_before_the_request_arrives(checkpoint):
+    engine = make_engine(checkpoint("llama"), scheduling_policy="priority")
+    for change in (
+        {"priority": "high"},
+        {"priority": float("nan")},
+        {"arrival_time": "now"},
+        {"arrival_time": float("nan")},
+    ):
+        with pytest.raises(ConfigError, match=f"{next(iter(change))} is"):
+            engine.add_request("a", PROMPT, TEN, **change)
+        assert_idle(engine)
+
+
+def test_a_salt_without_utf8_form_disturbs_nobody(engine):
+    engine.add_request("odd", {"prompt_token_ids": PROMPT, "cache_salt": "\ud800"}, TEN)
+    engine.add_request("plain", PROMPT, TEN)
+    told = {output.request_id: output.outputs[0].token_ids for output in run(engine) if output.finished}
+    assert told["odd"] == told["plain"] and len(told["odd"]) == 10
+
+
 def test_when_the_worker_dies_every_request_fails_and_none_is_taken(checkpoint, monkeypatch):
     engine = make_engine(checkpoint("llama"))
     engine.add_request("a", PROMPT, TEN)

@@ -205,6 +205,18 @@ def test_an_empty_stop_string_is_refused():
         SamplingParams(stop=("end", ""))
 
 
+def test_a_stop_string_that_is_no_str_is_refused():
+    for stop in ([1], ["end", None]):
+        with pytest.raises(SamplingParamsError, match="is no str"):
+            SamplingParams(stop=stop)
+
+
+def test_stop_ids_that_are_no_whole_numbers_are_refused():
+    for stop in ("5", [1.5], ["5"]):
+        with pytest.raises(SamplingParamsError, match="stop_token_ids is"):
+            SamplingParams(stop_token_ids=stop)
+
+
 def test_one_stop_string_may_be_given_bare():
     assert SamplingParams(stop="end").stop_strings == ("end",)
     assert SamplingParams(stop=["end"]).stop_strings == ("end",)

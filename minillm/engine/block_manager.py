@@ -15,10 +15,8 @@ from typing import NamedTuple
 
 from minillm.engine.request import Request
 from minillm.errors import ConfigError
-from minillm.plan import BlockMove
+from minillm.plan import NULL_BLOCK, BlockMove, blocks_needed
 from minillm.trace import BlockUse
-
-NULL_BLOCK = 0  # never handed out: what the padding of a rectangle of block tables points at
 
 
 class BlockManagerError(AssertionError):
@@ -34,11 +32,6 @@ class Growth(NamedTuple):
 
 
 NO_GROWTH = Growth(0, (), ())
-
-
-def blocks_needed(num_tokens: int, block_size: int) -> int:
-    """How many blocks that many tokens take; the last one may be partly empty."""
-    return -(-num_tokens // block_size)
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -60,7 +53,8 @@ class Prefix:
         self.parent = parent
         self.salt = salt
         self.token_ids = token_ids
-        self.key = hash_block(salt.encode() if parent is None else parent.key, token_ids)
+        # surrogatepass: a str without UTF-8 form is a salt like any other, and must not stop everybody's step
+        self.key = hash_block(salt.encode("utf-8", "surrogatepass") if parent is None else parent.key, token_ids)
 
 
 def same_prefix(a: Prefix | None, b: Prefix | None) -> bool:

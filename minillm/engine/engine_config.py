@@ -26,6 +26,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # requests that begin with the same tokens share the blocks of those
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step or waits
     scheduling_policy: str = "fcfs"  # "fcfs", "priority" or "sjf" (shortest predicted job first)
+    ageing: float = 1.0  # "priority", "sjf": levels, or tokens, that a request gains with each second it waits
+    watermark: float = 0.01  # share of the pool that must be left over when another request is admitted
     preemption_mode: str = "recompute"  # when blocks run out: "recompute" their tokens later, or "swap" them out
     worker: str = "inline"  # the model runs in this process, or in a "process" of its own
     trace: bool = True  # record every step; False for an engine that runs for days
@@ -36,6 +38,10 @@ class EngineConfig:
         for name, least in (("num_blocks", 2), ("num_host_blocks", 0), ("max_model_len", 1)):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), least)
+        if not self.ageing > 0:
+            raise ConfigError(f"ageing is {self.ageing}; it must be positive, or a request could wait for ever")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark is {self.watermark}; it is a share of the pool and must lie in [0, 1)")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1]")
         _check_one_of("scheduling_policy", self.scheduling_policy, POLICIES)
@@ -72,6 +78,7 @@ class EngineConfig:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=max_model_len,
             scheduling_policy=self.scheduling_policy,
+            ageing=self.ageing,
             enable_chunked_prefill=self.enable_chunked_prefill,
         )
 

@@ -7,6 +7,7 @@ while engine.has_unfinished_requests():
         ...
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,6 +94,7 @@ class LLMEngine:
             clock=lambda: time.perf_counter() - began,
             trace=config.trace,
             preemption_mode=config.preemption_mode,
+            watermark=config.watermark,
         )
         self._states: dict[str, RequestState] = {}  # requests that have not ended, by the id of their caller
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
@@ -144,6 +146,8 @@ class LLMEngine:
             raise PromptError(f"request id {request_id!r} must be a str, got {type(request_id).__name__}")
         if not isinstance(params, SamplingParams):
             raise SamplingParamsError(f"sampling parameters must be SamplingParams, got {type(params).__name__}")
+        if not isinstance(priority, int):
+            raise ConfigError(f"priority is {priority!r}; it must be a whole number, the smallest first")
         if priority != 0 and self.config.scheduling_policy != "priority":
             raise ConfigError(
                 f"priority is {priority}, which scheduling_policy {self.config.scheduling_policy!r} does not heed; "
@@ -170,8 +174,12 @@ class LLMEngine:
         """Add a request that `prepare` has made; see `add_request`."""
         if output_kind not in OUTPUT_KINDS:
             raise ConfigError(f"output_kind {output_kind!r} is not one of {', '.join(OUTPUT_KINDS)}")
+        if arrival_time is None:
+            arrival_time = self.scheduler.clock()
+        elif not (isinstance(arrival_time, int | float) and math.isfinite(arrival_time)):
+            raise ConfigError(f"arrival_time is {arrival_time!r}; it must be a finite number of seconds")
         prompt, request = prepared
-        request.arrival_time = self.scheduler.clock() if arrival_time is None else arrival_time
+        request.arrival_time = arrival_time
         self.scheduler.add_request(request)
         state = RequestState(prompt, request, self.tokenizer, output_kind)
         self._states[request.request_id] = state

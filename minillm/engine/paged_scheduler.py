@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from minillm.engine.block_manager import BlockManager, Growth, blocks_needed
 from minillm.engine.request import Request
-from minillm.engine.scheduler import Scheduler, SchedulerConfig, _new
+from minillm.engine.scheduler import RequestUpdate, Scheduler, SchedulerConfig, _new
 from minillm.errors import ConfigError, PromptError
 from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.trace import Preemption
@@ -51,6 +51,7 @@ class PagedScheduler(Scheduler):
         self._forked: dict[str, Request] = {}  # wait with blocks of their parent's prompt
         self._void: list[str] = []  # lost their block tables since the last plan
         self._preemptions: list[Preemption] = []  # in the plan being made
+        self._untraced: list[Preemption] = []  # in plans that failed: the next event tells of them
 
     # --- arrival and end ---
 
@@ -107,6 +108,7 @@ class PagedScheduler(Scheduler):
         """
         self._left += plan.finished_ids
         self._void += plan.preempted_ids
+        self._untraced += self._preemptions
         involved = dict.fromkeys(each.request_id for each in (*plan.new_requests, *plan.scheduled))
         self._left += involved
         self._announced.difference_update(involved)
@@ -279,7 +281,7 @@ class PagedScheduler(Scheduler):
 
     # --- what a step brought ---
 
-    def update(self, plan: SchedulerOutput, output: ModelOutput):
+    def update(self, plan: SchedulerOutput, output: ModelOutput) -> list[RequestUpdate]:
         """As in `BaseScheduler`. What failed is not kept in the prefix cache, nor what was computed from it."""
         for request_id in output.failed:
             request = self.running.get(request_id)
@@ -324,9 +326,10 @@ class PagedScheduler(Scheduler):
         return super()._leave(ended)
 
     def _traced_memory(self, plan: SchedulerOutput) -> dict:
+        preempted, self._untraced = (*self._untraced, *self._preemptions), []
         copies = [move for move in plan.block_moves if move.kind == "copy"]
         return {
-            "preempted": tuple(self._preemptions),
+            "preempted": preempted,
             "copied_blocks": tuple(pair for move in copies for pair in zip(move.sources, move.targets, strict=True)),
             "blocks": self.block_manager.usage,
         }

@@ -84,4 +84,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _is_whole(value: object) -> bool:
-    return hasattr(value, "__index__")
+    try:
+        operator.index(value)  # arrays have `__index__` too, and raise unless they are a single whole number
+    except TypeError:
+        return False
+    return True

@@ -13,9 +13,7 @@ from torch import Tensor
 from minillm.config import ModelConfig
 from minillm.errors import ConfigError
 from minillm.kv_cache import kv_bytes_per_token
-from minillm.plan import BlockMove
-
-NULL_BLOCK = 0  # stands where a table has no block; its keys and values stay zero
+from minillm.plan import NULL_BLOCK, BlockMove
 
 
 class CacheEngine:
@@ -108,7 +106,9 @@ class CacheEngine:
 
     def scrub(self, request_id: str) -> None:
         """Make the request's keys and values finite: whoever gets its blocks next must not meet its NaNs."""
-        for block in self.tables.get(request_id, ()):
+        if request_id not in self.rows:
+            return
+        for block in _without_padding(self.block_tables[self.rows[request_id]]):
             for pool in (self.keys, self.values):
                 _finite(pool[:, block])
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.plan import blocks_needed
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.kernels import reference
 
@@ -66,7 +67,7 @@ class PagedAttention:
             self._add_decodes(batch, device)
         group = config.num_attention_heads // config.num_key_value_heads  # query heads that share a key head
         for chunk in batch.chunks:
-            table = torch.from_numpy(chunk.table[: -(-chunk.end // cache.block_size)]).to(device)
+            table = torch.from_numpy(chunk.table[: blocks_needed(chunk.end, cache.block_size)]).to(device)
             positions = torch.arange(chunk.start, chunk.end, device=device).repeat(group)
             masks = self._masks(positions[None, None], len(table))
             self._add(reference.prefill, slice(chunk.first, chunk.end_row), table, masks)

@@ -41,16 +41,17 @@ class PagedRunner:
         self.follow(plan)
         if not plan.scheduled:
             return ModelOutput({}, 0)
-        batch, samplers = self.prepare(plan)
+        batch, newest_rows = self.prepare(plan)
         attend = PagedAttention(self.cache, batch, self.model.device)
         self.mask_bytes = attend.mask_bytes
         token_ids, positions = self._padded(batch.token_ids), self._padded(batch.positions)
         hidden = self.model(token_ids, positions, attend)  # [T, hidden]
-        failed = {}
-        unfinished = [chunk for chunk in batch.chunks if chunk.request_id not in samplers]
+        failed, samplers = {}, newest_rows
+        unfinished = [part[0] for part in plan.scheduled if not part[3]]  # request_id, samples: once a token as well
         if unfinished:
-            newest = hidden[[chunk.end_row - 1 for chunk in unfinished]]
-            failed = self._not_finite([chunk.request_id for chunk in unfinished], newest.abs())
+            samplers = {request_id: row for request_id, row in newest_rows.items() if request_id not in unfinished}
+            newest = hidden[[newest_rows[request_id] for request_id in unfinished]]
+            failed = self._not_finite(unfinished, newest.abs())
         if not samplers:
             return ModelOutput({}, attend.score_entries, failed=failed)
         rows = self._padded(np.fromiter(samplers.values(), np.int64, len(samplers)))
@@ -74,7 +75,7 @@ class PagedRunner:
                 self.cache.write_table(part.request_id, part.first_block, part.block_ids)
 
     def prepare(self, plan: SchedulerOutput) -> tuple[PagedBatch, dict[str, int]]:
-        """The inputs of the step, and for every request that samples the row of its last token.
+        """The inputs of the step, and for every request in it the row of its newest token.
 
         Requests with one new token first, by position; then those with several. Column by column, because the lines
         that run once a request and step are what an engine waits for.
@@ -83,17 +84,17 @@ class PagedRunner:
         if plan.num_tokens > len(decodes):
             decodes = [part for part in plan.scheduled if len(part.token_ids) == 1]
             chunks = [part for part in plan.scheduled if len(part.token_ids) > 1]
-        batch, samplers = self._prepare_decodes(decodes)
+        batch, newest_rows = self._prepare_decodes(decodes)
         if chunks:
-            batch = self._with_chunks(batch, chunks, samplers)
-        return batch, samplers
+            batch = self._with_chunks(batch, chunks, newest_rows)
+        return batch, newest_rows
 
     def _prepare_decodes(self, parts: list[ScheduledRequest]) -> tuple[PagedBatch, dict[str, int]]:
         if not parts:
             nothing = np.zeros(0, dtype=np.int64)
             return PagedBatch(nothing, nothing, nothing, nothing.reshape(0, 0), []), {}
         cache, count = self.cache, len(parts)
-        request_ids, starts, token_ids, samples, *_ = zip(*parts, strict=True)
+        request_ids, starts, token_ids, *_ = zip(*parts, strict=True)
         starts = np.fromiter(starts, np.int64, count)
         order = np.argsort(starts, kind="stable")
         positions = starts[order]
@@ -103,14 +104,11 @@ class PagedRunner:
         block_numbers, offsets = np.divmod(positions, cache.block_size)
         slots = tables[np.arange(count), block_numbers] * cache.block_size + offsets
         token_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, count)[order]
-        order = order.tolist()
-        samplers = {request_ids[number]: row for row, number in enumerate(order)}
-        if not all(samples):
-            samplers = {request_ids[number]: row for row, number in enumerate(order) if samples[number]}
-        return PagedBatch(token_ids, positions, slots, tables, []), samplers
+        newest_rows = {request_ids[number]: row for row, number in enumerate(order.tolist())}
+        return PagedBatch(token_ids, positions, slots, tables, []), newest_rows
 
-    def _with_chunks(self, batch: PagedBatch, parts: list[ScheduledRequest], samplers: dict[str, int]) -> PagedBatch:
-        """The inputs with those of requests that compute several tokens behind them; completes `samplers`."""
+    def _with_chunks(self, batch: PagedBatch, parts: list[ScheduledRequest], newest_rows: dict[str, int]) -> PagedBatch:
+        """The inputs with those of requests that compute several tokens behind them; completes `newest_rows`."""
         cache = self.cache
         token_ids, positions, slots, chunks = [batch.token_ids], [batch.positions], [batch.slots], []
         row = len(batch.tables)
@@ -124,8 +122,7 @@ class PagedRunner:
             positions.append(new)
             slots.append(table[block_numbers] * cache.block_size + offsets)
             row = chunk.end_row
-            if part.samples:
-                samplers[part.request_id] = row - 1
+            newest_rows[part.request_id] = row - 1
         whole = (np.concatenate(each) for each in (token_ids, positions, slots))
         return PagedBatch(*whole, batch.tables, chunks)
 

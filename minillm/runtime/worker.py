@@ -10,7 +10,7 @@ import torch
 from minillm.memory import PeakMemory
 from minillm.memory_ledger import MemoryProfile, available_memory
 from minillm.model import Decoder
-from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput, blocks_needed
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.sampling_params import MOST_LOGPROBS, SamplingParams
@@ -112,7 +112,7 @@ def worst_plan(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: in
     budget allows and all others still one token, so that it is exceeded by less than `max_num_seqs`. All read and write
     the same blocks, 1, 2, ...: what is computed means nothing.
     """
-    table = range(1, -(-max_model_len // block_size) + 1)
+    table = range(1, blocks_needed(max_model_len, block_size) + 1)
     plan = SchedulerOutput(step=0, start_time=0.0)
     left = max_num_batched_tokens
     for index in range(min(max_num_seqs, max_num_batched_tokens)):

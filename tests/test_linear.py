@@ -1,0 +1,60 @@
+"""Packed weights: the same products but for rounding, and a model that still knows its output projection."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from minillm import CausalAttention, ModelConfig
+from minillm.linear import LEAST_PACKED, Linear, pack_linears, worth_packing
+from minillm.model import Decoder
+
+CONFIG = ModelConfig(
+    vocab_size=4000,
+    hidden_size=64,
+    intermediate_size=1600,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
+needs_onednn = pytest.mark.skipif(not worth_packing(torch.zeros(LEAST_PACKED)), reason="no oneDNN on this machine")
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_linear_is_packed_and_multiplies_the_same(bias):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Linear(500, 400, bias=bias), Linear(400, 10, bias=bias))
+    x = torch.randn(3, 500)
+    with torch.inference_mode():
+        expected = model(x)
+        pack_linears(model)
+        assert model[0].weight is None and model[0].packed is not None
+        assert model[1].packed is None  # small
+        assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_only_float32_weights_are_packed():
+    assert not worth_packing(torch.zeros(LEAST_PACKED, dtype=torch.float64))
+    assert not worth_packing(torch.zeros(LEAST_PACKED - 1))
+
+
+@needs_onednn
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_tokens", [None, 100])
+def test_a_packed_model_gives_the_same_logits_however_few_ids_its_tokenizer_has(tied, num_tokens):
+    """With 100 of 4000 ids the part of the output projection that is used is too small to pack; the whole is not."""
+    torch.manual_seed(0)
+    model = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=tied, num_tokens=num_tokens)).eval()
+    token_ids = torch.arange(7)
+    with torch.inference_mode():
+        plain = model.logits(model(token_ids, token_ids, CausalAttention(model.config)))
+        model.pack()
+        assert model.layers[0].mlp.gate_up_proj.packed is not None
+        packed = model.logits(model(token_ids, token_ids, CausalAttention(model.config)))
+    assert packed.shape == (7, num_tokens or 4000)
+    assert torch.allclose(packed, plain, atol=1e-5)

@@ -1,0 +1,82 @@
+"""The paged scheduler's own rules, on plans alone: what the trace says, and what engine arguments change.
+
+That outputs stay the same whatever happens is the state machine's business (test_engine_machine).
+"""
+
+import pytest
+
+from minillm.engine.block_manager import BlockManager
+from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import ConfigError, PromptError
+from minillm.plan import ModelOutput
+from minillm.sampling_params import SamplingParams
+
+LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
+
+
+def scheduler_of(num_blocks: int, **options) -> PagedScheduler:
+    return PagedScheduler(LIMITS, BlockManager(num_blocks, 4, enable_prefix_caching=False), **options)
+
+
+def request(name: str, num_prompt: int = 4, max_tokens: int = 12) -> Request:
+    return Request(name, [1] * num_prompt, SamplingParams(max_tokens=max_tokens))
+
+
+def step(scheduler: PagedScheduler):
+    plan = scheduler.schedule()
+    scheduler.update(plan, ModelOutput({part.request_id: 1 for part in plan.scheduled if part.samples}, 0))
+    return plan
+
+
+def test_who_gave_way_in_a_step_that_failed_is_in_the_trace_once():
+    scheduler = scheduler_of(num_blocks=5, watermark=0)  # 4 blocks of 4 tokens
+    for name in "ab":
+        scheduler.add_request(request(name))
+    while not (plan := scheduler.schedule()).preempted_ids:
+        scheduler.update(plan, ModelOutput({part.request_id: 1 for part in plan.scheduled if part.samples}, 0))
+    scheduler.retract(plan)
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    told = [each.request_id for event in scheduler.trace.steps for each in event.preempted]
+    assert plan.preempted_ids == ["b"] and told.count("b") == 1
+    scheduler.block_manager.check()
+
+
+def test_the_watermark_is_left_over_when_another_request_joins():
+    """Two requests of one block each, 4 blocks: with a quarter of the pool kept back the third has to wait."""
+    running = {}
+    for watermark in (0, 0.4):
+        scheduler = scheduler_of(num_blocks=5, watermark=watermark)
+        for name in "abc":
+            scheduler.add_request(request(name, num_prompt=3))
+        step(scheduler)
+        running[watermark] = list(scheduler.running)
+    assert running == {0: ["a", "b", "c"], 0.4: ["a", "b"]}
+
+
+def test_tokens_computed_again_are_told_apart_from_new_ones():
+    scheduler = scheduler_of(num_blocks=5, watermark=0)
+    for name in "ab":
+        scheduler.add_request(request(name))
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    parts = [part for event in scheduler.trace.steps for part in event.scheduled if part.request_id == "b"]
+    again = [part for part in parts if part.why == "recompute"]
+    new = [part for part in parts if part.why != "recompute"]
+    lost = sum(each.num_tokens for event in scheduler.trace.steps for each in event.preempted)
+    assert sum(part.num_tokens for part in again) == lost > 0
+    assert [part.why for part in new] == ["prefill", *["decode"] * 11]
+    assert sum(part.num_tokens for part in new) == 4 + 11  # the last token is never fed back
+
+
+def test_a_request_that_never_fits_is_refused_with_both_numbers():
+    with pytest.raises(PromptError, match="may need 6 blocks for 23 tokens .* the pool has 4 of 4"):
+        scheduler_of(num_blocks=5).add_request(request("a", num_prompt=12))
+
+
+@pytest.mark.parametrize("options", [{"preemption_mode": "pause"}, {"watermark": 1}, {"watermark": -0.1}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        scheduler_of(num_blocks=5, **options)
