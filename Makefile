@@ -15,7 +15,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "minillm needs Python 3.11 or newer. Name one with: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,test,triton]'
+	@test "$$(uname -sm)" = "Linux x86_64" || \
+	  echo "No Triton: there is one for Linux x86_64 only, and this is $$(uname -sm). Its kernels' tests will be skipped." >&2
 	@touch $@
 
 # Jupyter asks root, and so most containers, to say --allow-root.

@@ -47,3 +47,7 @@ class WorkerDiedError(RuntimeError):
 
 class MaskError(MiniLLMError):
     """The lengths, window or padding asked of a mask are impossible."""
+
+
+class KernelError(MiniLLMError):
+    """A kernel does not take tensors of this dtype, shape or device, or cannot run here."""

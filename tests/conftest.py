@@ -6,8 +6,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when Triton is first imported, which transformers does below
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
