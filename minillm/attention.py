@@ -50,8 +50,12 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def additive_mask(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """bool [Tq, Tk] -> 0 or -inf, [1, group * Tq, Tk], as `fused_attention` adds it to the scores."""
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return torch.cat([added] * group, dim=-2).unsqueeze(-3)
+    return torch.cat([zero_or_minus_infinity(mask, dtype)] * group, dim=-2).unsqueeze(-3)
+
+
+def zero_or_minus_infinity(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores, of the same shape."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
@@ -164,11 +168,7 @@ class SlotAttention:
 
     def mask(self, positions: Tensor, num_keys: int, window: int | None) -> Tensor:
         """[..., Tq] positions of queries (-1: a pad, sees nothing) -> additive mask against a slot's first keys."""
-        keys = torch.arange(num_keys, device=self.device)
-        mask = keys <= positions[..., None]
-        if window is not None:
-            mask &= keys > positions[..., None] - window
-        return additive_mask(mask, self.group, self.cache.keys.dtype)
+        return additive_mask(masks.visible(positions, num_keys, window), self.group, self.cache.keys.dtype)
 
 
 class PaddedAttention(SlotAttention):

@@ -34,11 +34,18 @@ def rectangular(num_queries: int, num_keys: int, *, window: int | None = None, d
         )
     if window is not None and window < 1:
         raise MaskError(f"window is {window}; a token sees at least itself, so use window >= 1 or None")
-    query_positions = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    key_positions = torch.arange(num_keys, device=device)[None, :]
-    mask = key_positions <= query_positions
+    return visible(torch.arange(num_keys - num_queries, num_keys, device=device), num_keys, window)
+
+
+def visible(positions: torch.Tensor, num_keys: int, window: int | None = None) -> torch.Tensor:
+    """Which of its own sequence's first `num_keys` tokens each query sees: [..., Tq] positions -> [..., Tq, num_keys].
+
+    Those up to itself, the last `window` of them where there is one; a query at position -1 sees nothing.
+    """
+    keys = torch.arange(num_keys, device=positions.device)
+    mask = keys <= positions[..., None]
     if window is not None:
-        mask &= key_positions > query_positions - window
+        mask &= keys > positions[..., None] - window
     return mask
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
+from minillm.attention import zero_or_minus_infinity  # noqa: E402
 from minillm.errors import KernelError  # noqa: E402
+from minillm.masks import visible  # noqa: E402
 from minillm.runtime.kernels import reference, triton_kernels  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -210,7 +212,7 @@ def test_all_tokens_at_once_equal_the_cached_prefix_and_the_rest():
 def test_the_torch_kernels_of_the_cpu_agree():
     case = paged([100, 101, 110], num_kv_heads=2)
     q = random_queries(3, case, group=2)
-    mask = reference.additive_mask((case.lengths - 1)[:, None, None], 7 * 16, None, torch.float32)
+    mask = zero_or_minus_infinity(visible((case.lengths - 1)[:, None, None], 7 * 16), torch.float32)
     finite = case.keys.nan_to_num(0), case.values.nan_to_num(0)  # as the CPU's pool is
     expected = reference.decode(q, *finite, case.tables[:, :7], mask)
     out = triton_kernels.decode(q, case.keys, case.values, case.tables, case.lengths)

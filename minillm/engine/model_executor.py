@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from minillm.engine.engine_config import WORKERS
 from minillm.errors import ConfigError
 from minillm.memory_ledger import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
 from minillm.model import Decoder
@@ -54,8 +55,8 @@ class ModelExecutor:
         `model` is a loaded Decoder (inline only: dtype, device and num_tokens are its own) or what `load_model` takes;
         `num_tokens` is how many ids the tokenizer has. Raises ConfigError and what `load_model` raises.
         """
-        if worker not in ("inline", "process"):
-            raise ConfigError(f"worker {worker!r} is not one of 'inline', 'process'")
+        if worker not in WORKERS:
+            raise ConfigError(f"worker {worker!r} is not one of {', '.join(map(repr, WORKERS))}")
         if isinstance(model, Decoder):
             if worker == "process":
                 raise ConfigError("a worker process loads the model itself; give its name or folder, not a Decoder")

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.attention import zero_or_minus_infinity
+from minillm.masks import visible
 from minillm.plan import blocks_needed
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.kernels import reference
@@ -86,7 +88,9 @@ class PagedAttention:
 
     def _masks(self, positions: Tensor, num_blocks: int) -> dict[int | None, Tensor]:
         num_keys, dtype = num_blocks * self.cache.block_size, self.cache.keys.dtype
-        masks = {window: reference.additive_mask(positions, num_keys, window, dtype) for window in {*self.windows}}
+        masks = {
+            window: zero_or_minus_infinity(visible(positions, num_keys, window), dtype) for window in {*self.windows}
+        }
         self.mask_bytes += sum(mask.nbytes for mask in masks.values())
         return masks
 

@@ -8,11 +8,9 @@ Measured on the CPU: many requests of one length in a single call are fastest as
 second-level cache. Hence `groups_of`: neighbours in length together, GROUP_BYTES at most.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,15 +51,6 @@ def prefill(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, mask: Tensor
     """
     k, v = gather_kv(keys, values, table[None])  # [1, Hkv, W * block_size, D]
     return fused_attention(q[None], k, v, mask)[0]
-
-
-def additive_mask(positions: Tensor, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[..., Tq] positions of queries -> [..., Tq, num_keys]: 0 for what each may see of its own request, else -inf."""
-    keys = torch.arange(num_keys, device=positions.device)
-    visible = keys <= positions[..., None]
-    if window is not None:
-        visible &= keys > positions[..., None] - window
-    return torch.zeros(visible.shape, dtype=dtype, device=positions.device).masked_fill_(~visible, -math.inf)
 
 
 class Group(NamedTuple):
