@@ -72,7 +72,7 @@ class PagedAttention:
             table = torch.from_numpy(chunk.table[: blocks_needed(chunk.end, cache.block_size)]).to(device)
             positions = torch.arange(chunk.start, chunk.end, device=device).repeat(group)
             masks = self._masks(positions[None, None], len(table))
-            self._add(reference.prefill, slice(chunk.first, chunk.end_row), table, masks)
+            self._add(reference.prefill_masked, slice(chunk.first, chunk.end_row), table, masks)
 
     def _add_decodes(self, batch: PagedBatch, device: torch.device) -> None:
         """One call for each group of neighbours in length; what groups share is made once and sliced."""
@@ -84,7 +84,7 @@ class PagedAttention:
         for first, end, width in reference.groups_of(widths, block_bytes):
             rows, num_keys = slice(first, end), width * self.cache.block_size
             own_masks = {window: mask[rows, ..., :num_keys] for window, mask in masks.items()}
-            self._add(reference.decode, rows, tables[rows, :width].contiguous(), own_masks)
+            self._add(reference.decode_masked, rows, tables[rows, :width].contiguous(), own_masks)
 
     def _masks(self, positions: Tensor, num_blocks: int) -> dict[int | None, Tensor]:
         num_keys, dtype = num_blocks * self.cache.block_size, self.cache.keys.dtype
@@ -102,7 +102,7 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values, window = self.cache.keys[layer], self.cache.values[layer], self.windows[layer]
         num_tokens = len(self.slots)  # rows behind them are padding: not stored, and nobody asks what they see
-        reference.store_kv(keys, values, self.slots, k[:num_tokens], v[:num_tokens])
+        reference.write_slots(keys, values, self.slots, k[:num_tokens], v[:num_tokens])
         if len(self.calls) == 1 and num_tokens == len(q):
             kernel, _, tables, masks = self.calls[0]
             return kernel(q, keys, values, tables, masks[window])

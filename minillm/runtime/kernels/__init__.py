@@ -1,4 +1,5 @@
-"""Kernels that read and write the paged cache: writing by slot, and attention through block tables.
+"""Kernels: writing the paged cache by slot, attention through block tables, and the small operations around them.
 
-May import torch, Triton (triton_kernels.py alone) and nothing else of minillm but `config`, `attention` and `errors`.
+May import torch, Triton (triton_*.py and flash.py alone) and of minillm what a layer is made of: `config`, `model`,
+`attention`, `masks`, `sampling_params` and `errors`. `dispatch` picks among them.
 """

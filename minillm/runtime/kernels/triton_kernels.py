@@ -18,11 +18,13 @@ rows of D loaded, for a request of n tokens in the cache, q of them new, Hq quer
 A table entry is one number more a key and tile. What is masked is not loaded, and a row that sees nothing is zeros:
 NaN in blocks, block ends or table entries that are not a request's own never reach its output.
 
-Taken: see DTYPES, HEAD_SIZES, BLOCK_SIZES and MAX_GROUP; anything else is a `KernelError` before a kernel starts.
-Without a GPU set TRITON_INTERPRET=1 before Triton is first imported. The sizes of tiles are reasoned, not yet measured.
+Taken: see LIMITS; anything else is a `KernelError` before a kernel starts. Without a GPU set TRITON_INTERPRET=1 before
+Triton is first imported. The sizes of tiles are reasoned, not yet measured.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,15 +32,31 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.errors import KernelError
+from minillm.runtime.kernels.checks import Limits, check_decode, check_prefill, check_store, output_for
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # bfloat16 on a GPU only: the interpreter multiplies it wrongly
 HEAD_SIZES = (16, 32, 64, 128)  # powers of two, because a tile's sides are; 16 is the least a tensor core multiplies
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_GROUP = 16  # query heads that share a key head
 
+LEAST_SIDE = 16  # of a tile that a tensor core multiplies
 TILE_ROWS = 64  # of a prefill tile: queries x heads of a group
 DECODE_ROWS = 16  # of a decode tile: the heads of a group; what is over multiplies zeros, since a tensor core needs 16
 TILE_KEYS = 64  # keys looked at together, from 64 / block_size blocks or from a part of one
+
+
+class Launch(NamedTuple):
+    """How an attention kernel is compiled: what changes its speed and not its result."""
+
+    rows: int  # of a tile: queries x heads of a group; at least 16, and at least the group
+    keys: int  # of a tile
+    num_warps: int  # that share a program's work, 32 threads each
+    num_stages: int  # tiles under way at once: the loads of the next ones run while one is computed
+
+
+# Compiled for an H200 (Triton 3.6, bfloat16, D = 128) this takes 128 registers a thread and 39 KiB of shared memory:
+# four programs at once on a processor, each with the 32 KiB of its next tile under way. One of three stages goes to
+# looking up the table, so 4 give the same code as 3, and 5 load two tiles ahead.
+DECODE_LAUNCH = Launch(DECODE_ROWS, TILE_KEYS, num_warps=4, num_stages=3)
 MAX_SPLITS = 32
 CPU_PROCESSORS = 8  # as if the interpreter had as many: enough to have splits to test
 
@@ -53,14 +71,7 @@ def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) 
     block tables) stay inside the pool is the caller's to know: looking would mean waiting for the GPU.
     Raises KernelError for what this kernel does not take.
     """
-    _check_pool(keys, values)
-    _check_rows("k", k, keys)
-    _check_rows("v", v, keys)
-    _check_integers("slots", slots, (len(k),), keys)
-    if k.shape != v.shape or k.shape[1] != keys.shape[2]:
-        raise KernelError(
-            f"k {list(k.shape)} and v {list(v.shape)} do not fit a pool of {keys.shape[2]} heads; pass [T, Hkv, D] each"
-        )
+    check_store(keys, values, slots, k, v, LIMITS)
     row_size = keys.shape[2] * keys.shape[3]
     if len(k):
         _store_kernel[(len(k),)](
@@ -77,22 +88,25 @@ def decode(
     window: int | None = None,
     *,
     num_splits: int | None = None,
+    launch: Launch = DECODE_LAUNCH,
     out: Tensor | None = None,
 ) -> Tensor:
     """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
 
     `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
     many are seen. `num_splits` programs share the keys of a request and a key head; without one it follows from shapes
-    alone, never from `lengths`, so that a captured CUDA graph holds for all lengths. `out` is written if given.
+    alone, never from `lengths`, so that a captured CUDA graph holds for all lengths. `launch` changes the speed alone.
+    `out` is written if given.
     Raises KernelError for what this kernel does not take.
     """
-    group = _check_attention(q, keys, values, tables, window)
-    _check_integers("lengths", lengths, (len(q),), keys)
-    _check_integers("tables", tables, (len(q), tables.shape[-1]), keys)
-    out = _output(q, out)
+    group = check_decode(q, keys, values, tables, lengths, window, LIMITS)
+    _check_launch(launch, group)
+    out = output_for(q, out)
     num_requests, num_heads, head_size = q.shape
     block_size, num_kv_heads = keys.shape[1:3]
-    splits = num_splits or splits_for(num_requests * num_kv_heads, tables.shape[1] * block_size, _processors(q))
+    splits = num_splits or splits_for(
+        num_requests * num_kv_heads, tables.shape[1] * block_size, processors(q.device), launch.keys
+    )
     if not 1 <= splits <= MAX_SPLITS:
         raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
     if num_requests == 0:
@@ -104,7 +118,8 @@ def decode(
     _decode_kernel[(num_requests, num_kv_heads, splits)](
         q, keys, values, tables, lengths, parts, logs, q.stride(0), tables.stride(0), _scale(head_size),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_size, BLOCK_SIZE=block_size, WINDOW=window or 0,
-        NUM_SPLITS=splits, ROWS=DECODE_ROWS, KEYS=TILE_KEYS, PRECISION=_precision(q), num_warps=4, num_stages=3,
+        NUM_SPLITS=splits, ROWS=launch.rows, KEYS=launch.keys, PRECISION=_precision(q),
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_requests * num_heads,)](
@@ -123,6 +138,7 @@ def prefill(
     max_queries: int,
     window: int | None = None,
     *,
+    launch: Launch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
@@ -133,40 +149,39 @@ def prefill(
     padding rows to a last request of length 0, because rows of no request are not written. `out` is written if given.
     Raises KernelError for what this kernel does not take.
     """
-    group = _check_attention(q, keys, values, tables, window)
-    num_requests = len(tables)
-    _check_integers("tables", tables, (num_requests, tables.shape[-1]), keys)
-    _check_integers("query_starts", query_starts, (num_requests + 1,), keys)
-    _check_integers("lengths", lengths, (num_requests,), keys)
-    if max_queries < 0:
-        raise KernelError(f"max_queries {max_queries}: pass the most new tokens a request has, 0 or more")
-    out = _output(q, out)
+    group = check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
+    launch = launch or prefill_launch(q.dtype)
+    _check_launch(launch, group)
+    out = output_for(q, out)
     block_size, num_kv_heads, head_size = keys.shape[1:]
-    rows, tile_keys = _prefill_tile(q)
-    num_tiles = triton.cdiv(max_queries, rows // group)
+    num_tiles, num_requests = triton.cdiv(max_queries, launch.rows // group), len(tables)
     if num_tiles and num_requests:
         _prefill_kernel[(num_tiles, num_kv_heads, num_requests)](
             q, keys, values, tables, query_starts, lengths, out, q.stride(0), tables.stride(0), _scale(head_size),
             NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_size, BLOCK_SIZE=block_size, WINDOW=window or 0,
-            ROWS=rows, KEYS=tile_keys, PRECISION=_precision(q), num_warps=4, num_stages=2,
+            ROWS=launch.rows, KEYS=launch.keys, PRECISION=_precision(q),
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
     return out
 
 
-def splits_for(num_programs: int, max_keys: int, processors: int) -> int:
+def splits_for(num_programs: int, max_keys: int, processors: int, tile_keys: int = TILE_KEYS) -> int:
     """Into how many parts to split each request's keys, so that two programs a processor have work.
 
     `num_programs` there would be without splitting; a split is not worth less than a tile of keys. Powers of two, so
     that few versions of the kernel are compiled.
     """
-    wanted = min(2 * processors // max(1, num_programs), max_keys // TILE_KEYS, MAX_SPLITS)
+    wanted = min(2 * processors // max(1, num_programs), max_keys // tile_keys, MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
 # --- kernels ---
+#
+# Triton compiles a kernel anew for numbers that are 1 or multiples of 16, and addresses that are multiples of 16. For
+# what differs from step to step, block tables and the like, that is switched off: nobody waits for a compiler later.
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _store_kernel(keys, values, slots, k, v, k_stride, v_stride, row_size, COLUMNS: tl.constexpr):
     """One token a program: its Hkv * D numbers lie together in k, in v and in the pool, so neighbours are read and
     written together.
@@ -207,7 +222,7 @@ def _softmax_step(scores, v, best, total, acc, PRECISION: tl.constexpr):
     return new_best, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def _decode_kernel(
     q, keys, values, tables, lengths, parts, logs, q_stride, table_stride, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
@@ -279,7 +294,7 @@ def _combine_kernel(parts, logs, out, D: tl.constexpr, NUM_SPLITS: tl.constexpr,
     tl.store(out + row * D + column, mean.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "query_starts", "lengths"])
 def _prefill_kernel(
     q, keys, values, tables, query_starts, lengths, out, q_stride, table_stride, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
@@ -353,98 +368,34 @@ def _prefill_kernel(
 # True where the kernels run on the CPU, in Triton's interpreter. What was decorated says so for certain.
 INTERPRETED = not isinstance(_store_kernel, triton.runtime.JITFunction)
 
-
-# --- what is taken ---
-
-
-def _check_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, window: int | None) -> int:
-    """Query heads that share a key head."""
-    _check_pool(keys, values)
-    _check_rows("q", q, keys)
-    num_heads, num_kv_heads = q.shape[1], keys.shape[2]
-    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
-        raise KernelError(
-            f"{num_heads} query heads over {num_kv_heads} key heads: the Triton kernels take 1 to {MAX_GROUP} whole "
-            "query heads a key head; use kernels/reference.py"
-        )
-    if tables.ndim != 2:
-        raise KernelError(f"tables of shape {list(tables.shape)}: pass [B, W]")
-    if window is not None and window < 1:
-        raise KernelError(f"window {window}: pass 1 key or more, or None for all")
-    return num_heads // num_kv_heads
-
-
-def _check_pool(keys: Tensor, values: Tensor) -> None:
-    if keys.ndim != 4 or keys.shape != values.shape or not (keys.is_contiguous() and values.is_contiguous()):
-        raise KernelError(
-            f"pools of keys {list(keys.shape)} and values {list(values.shape)}: pass one layer each, contiguous, "
-            "[num_blocks, block_size, Hkv, D]"
-        )
-    _check_device(keys)
-    block_size, head_size = keys.shape[1], keys.shape[3]
-    if block_size not in BLOCK_SIZES:
-        raise KernelError(f"block_size {block_size}: the Triton kernels take {_listed(BLOCK_SIZES)}")
-    if head_size not in HEAD_SIZES:
-        raise KernelError(f"head size {head_size}: the Triton kernels take {_listed(HEAD_SIZES)}")
-    if keys.dtype != values.dtype or keys.dtype not in DTYPES:
-        raise KernelError(f"keys {keys.dtype}, values {values.dtype}: the Triton kernels take one of {_listed(DTYPES)}")
-
-
-def _check_device(keys: Tensor) -> None:
-    if INTERPRETED and keys.device.type != "cpu":
-        raise KernelError(f"{keys.device}: Triton's interpreter is on; unset TRITON_INTERPRET to compile for the GPU")
-    if not INTERPRETED and keys.device.type != "cuda":
-        raise KernelError(
-            f"{keys.device}: Triton compiles for CUDA devices; set TRITON_INTERPRET=1 before Python starts to run its "
-            "kernels on the CPU, or use kernels/reference.py"
-        )
-    if INTERPRETED and keys.dtype == torch.bfloat16:
-        raise KernelError("torch.bfloat16: Triton's interpreter multiplies it wrongly; use float32 or float16")
-
-
-def _check_rows(name: str, x: Tensor, keys: Tensor) -> None:
-    """[T, H, D] of the pool's dtype and device; tokens may lie apart (a slice of fused QKV), heads may not."""
-    head_size = keys.shape[3]
-    together = x.ndim == 3 and x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_size)
-    if not together or x.shape[2] != head_size:
-        raise KernelError(
-            f"{name} of shape {list(x.shape)}, strides {list(x.stride())}: pass [T, heads, {head_size}] whose heads "
-            "are neighbours in memory"
-        )
-    if x.dtype != keys.dtype or x.device != keys.device:
-        raise KernelError(
-            f"{name} is {x.dtype} on {x.device}, the pool {keys.dtype} on {keys.device}; they must be the same"
-        )
-
-
-def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], keys: Tensor) -> None:
-    if x.shape != shape or x.dtype not in (torch.int32, torch.int64) or x.device != keys.device or _is_strided(x):
-        raise KernelError(
-            f"{name}: {x.dtype} of shape {list(x.shape)}, strides {list(x.stride())}, on {x.device}; pass int32 or "
-            f"int64 of shape {list(shape)}, stride 1, on {keys.device}"
-        )
-
-
-def _is_strided(x: Tensor) -> bool:
-    return x.shape[-1] > 1 and x.stride(-1) != 1
-
-
-def _output(q: Tensor, out: Tensor | None) -> Tensor:
-    if out is None:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
-        raise KernelError(
-            f"out: {out.dtype} of shape {list(out.shape)} on {out.device}; pass a contiguous {q.dtype} of shape "
-            f"{list(q.shape)} on {q.device}"
-        )
-    return out
-
-
-def _listed(values: tuple) -> str:
-    return ", ".join(map(str, values))
+LIMITS = Limits(
+    kernels="the kernels in Triton's interpreter" if INTERPRETED else "the Triton kernels",
+    instead="unset TRITON_INTERPRET to compile them for a GPU"
+    if INTERPRETED
+    else "use the reference, or on the CPU set TRITON_INTERPRET=1 before Python starts",
+    devices=("cpu",) if INTERPRETED else ("cuda",),
+    # The interpreter multiplies bfloat16 wrongly.
+    dtypes=(torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16),
+    head_sizes=HEAD_SIZES,
+    block_sizes=BLOCK_SIZES,
+    groups=range(1, MAX_GROUP + 1),
+)
 
 
 # --- launch parameters ---
+
+
+def _check_launch(launch: Launch, group: int) -> None:
+    if (
+        launch.rows < max(LEAST_SIDE, group)
+        or launch.keys < LEAST_SIDE
+        or launch.num_warps < 1
+        or launch.num_stages < 1
+    ):
+        raise KernelError(
+            f"{launch}: rows must be at least {LEAST_SIDE} and the group, here {group}; keys at least {LEAST_SIDE}; "
+            "num_warps and num_stages at least 1"
+        )
 
 
 def _scale(head_size: int) -> float:
@@ -457,12 +408,15 @@ def _precision(q: Tensor) -> str:
     return "ieee" if q.dtype == torch.float32 else "tf32"
 
 
-def _prefill_tile(q: Tensor) -> tuple[int, int]:
-    """Rows and keys. float32 is multiplied without tensor cores; a tile of whole sides would not fit the registers."""
-    return (TILE_ROWS // 2, TILE_KEYS // 2) if q.dtype == torch.float32 else (TILE_ROWS, TILE_KEYS)
+def prefill_launch(dtype: torch.dtype) -> Launch:
+    """float32 is multiplied without tensor cores; a tile of whole sides would not fit the registers."""
+    if dtype == torch.float32:
+        return Launch(TILE_ROWS // 2, TILE_KEYS // 2, num_warps=4, num_stages=2)
+    return Launch(TILE_ROWS, TILE_KEYS, num_warps=4, num_stages=2)
 
 
-def _processors(q: Tensor) -> int:
-    if q.device.type == "cpu":
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type == "cpu":
         return CPU_PROCESSORS
-    return torch.cuda.get_device_properties(q.device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count

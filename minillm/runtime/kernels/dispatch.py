@@ -1,0 +1,91 @@
+"""Which kernels a worker uses: four backends behind one signature, picked by device, dtype and shape.
+
+    store_kv(keys, values, slots, k, v) -> None
+    decode(q, keys, values, tables, lengths, window=None, *, out=None) -> Tensor
+    prefill(q, keys, values, tables, query_starts, lengths, max_queries, window=None, *, out=None) -> Tensor
+
+A backend is a module with these three functions and its `LIMITS`; it is imported when it is asked for. None of them
+waits for the GPU, and their grids follow from shapes alone, so that CUDA graphs can be captured with them.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from minillm.config import ModelConfig
+from minillm.errors import KernelError
+from minillm.runtime.kernels.checks import Limits
+
+BACKEND_NAMES = ("auto", "reference", "cuda", "triton", "flash")
+FASTEST_FIRST = ("triton", "flash", "cuda", "reference")  # on a GPU
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels a worker calls."""
+
+    name: str
+    limits: Limits
+    store_kv: Callable[..., None]
+    decode: Callable[..., Tensor]
+    prefill: Callable[..., Tensor]
+    capturable: bool  # a CUDA graph may be made of them
+    why: str  # one line: what was picked, and why what would be faster was not
+
+
+def choose(
+    wanted: str, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, block_size: int
+) -> Backend:
+    """The backend of this name, or for "auto" the fastest that takes this model, dtype, device and block size.
+
+    Raises KernelError if there is no backend of that name, or it does not take one of them: the message says which.
+    """
+    if wanted not in BACKEND_NAMES:
+        raise KernelError(f"attention_backend {wanted!r} is not one of {', '.join(BACKEND_NAMES)}")
+    shape = _shape(config, dtype, device, block_size)
+    if wanted != "auto":
+        found = _backend(wanted, shape)
+        if isinstance(found, str):
+            raise KernelError(f"attention_backend {wanted!r}: {found}")
+        return replace(found, why=f"{wanted}: asked for")
+    return _fastest(shape)
+
+
+def _shape(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, block_size: int) -> tuple:
+    """What `Limits.refusal` asks of."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    return torch.device(device).type, dtype, config.head_dim, block_size, group
+
+
+def _fastest(shape: tuple) -> Backend:
+    if shape[0] == "cpu":
+        return replace(_backend("reference", shape), why="reference: what a CPU computes fastest")
+    refusals = []
+    for name in FASTEST_FIRST:
+        found = _backend(name, shape)
+        if isinstance(found, Backend):
+            return replace(found, why="; ".join([f"{name}: the fastest that will do", *refusals]))
+        refusals.append(f"not {name} ({found})")
+    raise KernelError(f"no attention backend will do: {'; '.join(refusals)}")
+
+
+def _backend(name: str, shape: tuple) -> Backend | str:
+    """The backend, or why it cannot be used."""
+    try:
+        module = importlib.import_module(f"minillm.runtime.kernels.{_MODULES.get(name, name)}")
+    except ImportError as error:
+        return f"it cannot be imported here ({error}); use another backend"
+    refusal = module.LIMITS.refusal(*shape)
+    return refusal or _of_module(name, module)
+
+
+_MODULES = {"triton": "triton_kernels"}
+
+
+def _of_module(name: str, module: ModuleType) -> Backend:
+    capturable = getattr(module, "CAPTURABLE", True)
+    return Backend(name, module.LIMITS, module.store_kv, module.decode, module.prefill, capturable, why="")

@@ -1,0 +1,422 @@
+"""The small operations beside what `model.py` computes, fused beside not fused, and the forward pass made of them."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections import Counter as Multiset
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minillm.config import ModelConfig, RopeConfig
+from minillm.errors import KernelError
+from minillm.model import Decoder, rope_frequencies, rope_rotation, rotate
+from minillm.runtime import fused_decoder
+from minillm.runtime.fused_decoder import fused_forward
+from minillm.runtime.kernel_attention import KernelAttention
+from minillm.runtime.kernels import dispatch, ops
+from test_kernel_attention import cache_of, step_of
+from tiny_models import KINDS, LADDER_TOLERANCE, difference, random_token_ids
+
+pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
+
+from minillm.runtime.kernels import triton_ops  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+# Relative to values near 1: some roundings, of which torch makes one after each operation.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def assert_near(ours: Tensor, expected: Tensor) -> None:
+    assert ours.dtype == expected.dtype
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- add_rms_norm, silu_mul ---
+
+
+def check_add_rms_norm(fused, dtype: torch.dtype, num_tokens: int = 3, size: int = 100) -> None:
+    x, residual = random(num_tokens, size, dtype=dtype), random(num_tokens, size, dtype=dtype, seed=1)
+    residual[0] *= 1e-3  # small enough for eps to count
+    x[0] *= 1e-3
+    weight, eps = random(size, dtype=dtype, seed=2), 1e-5
+    total = residual + x
+    out = fused.add_rms_norm(x, residual, weight, eps)
+    assert torch.equal(residual, total)
+    assert_near(out, F.rms_norm(total, (size,), weight, eps))
+
+
+def check_silu_mul(fused, dtype: torch.dtype, num_tokens: int = 3, size: int = 1100) -> None:
+    gate_up = 3 * random(num_tokens, 2 * size, dtype=dtype)
+    gate_up[0, :2] = torch.tensor([-100.0, 100.0])
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert_near(fused.silu_mul(gate_up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 100, 4096])
+def test_add_rms_norm(size, dtype):
+    for num_tokens in (0, 1, 5):
+        check_add_rms_norm(ops, dtype, max(1, num_tokens), size)
+        if num_tokens:
+            check_add_rms_norm(triton_ops, dtype, num_tokens, size)
+    nothing = torch.zeros(0, size, dtype=dtype, device=DEVICE)
+    assert triton_ops.add_rms_norm(nothing, nothing.clone(), random(size, dtype=dtype), 1e-5).shape == (0, size)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # in numpy: exp(100)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 96, 1024, 1100])
+def test_silu_mul(size, dtype):
+    check_silu_mul(ops, dtype, 4, max(2, size))
+    check_silu_mul(triton_ops, dtype, 4, max(2, size))
+    assert triton_ops.silu_mul(torch.zeros(0, 2 * size, dtype=dtype, device=DEVICE)).shape == (0, size)
+
+
+# --- norm_rotate_store ---
+
+
+def check_norm_rotate_store(fused, dtype: torch.dtype, head_size: int = 32, heads=(6, 3), normed=True) -> None:
+    num_heads, num_kv_heads = heads
+    qkv = random(5, (num_heads + 2 * num_kv_heads) * head_size, dtype=dtype)
+    qkv[1] *= 1e-3  # small enough for eps to count
+    weights = [1 + random(head_size, dtype=dtype, seed=seed) if normed else None for seed in (1, 2)]
+    positions = torch.tensor([0, 7, 100, 3, 1], device=DEVICE)
+    rotation = rope_rotation(rope_frequencies(RopeConfig(), head_size).to(DEVICE), positions, dtype)
+    slots = integers(20, -1, 33, 47, 16)
+    # The layer in the middle of three: what is written beside it shows.
+    pool = torch.full((2, 3, 3, 16, num_kv_heads, head_size), math.nan, dtype=dtype, device=DEVICE)
+    pools = pool[:, 1]
+    q = fused.norm_rotate_store(qkv, *heads, *weights, 1e-5, rotation, slots, *pools)
+
+    parts = qkv.unflatten(-1, (-1, head_size)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    expected = list(parts)
+    for i, weight in enumerate(weights):
+        if weight is not None:
+            expected[i] = F.rms_norm(expected[i], (head_size,), weight, 1e-5)
+        expected[i] = rotate(expected[i], rotation)
+    assert_near(q, expected[0])
+    stored = slots >= 0
+    for own, new in zip(pools, expected[1:], strict=True):
+        flat = own.flatten(0, 1)
+        assert_near(flat[slots[stored]], new[stored])
+        flat[slots[stored]] = math.nan
+    assert pool.isnan().all()  # nothing is written beside the slots
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(1, 1), (6, 3), (5, 1)])
+@pytest.mark.parametrize("head_size", [16, 64, 128])
+def test_norm_rotate_store(head_size, heads, dtype):
+    for normed in (True, False):
+        check_norm_rotate_store(ops, dtype, head_size, heads, normed)
+        check_norm_rotate_store(triton_ops, dtype, head_size, heads, normed)
+
+
+def test_in_float64_the_operations_are_the_model_s_bit_for_bit():
+    residual, x, weight = (random(7, 64, dtype=torch.float64, seed=seed) for seed in (0, 1, 2))
+    hidden = residual + x
+    out = ops.add_rms_norm(x, residual, weight[0], 1e-5)
+    assert torch.equal(residual, hidden) and torch.equal(out, F.rms_norm(hidden, (64,), weight[0], 1e-5))
+    gate, up = x.chunk(2, dim=-1)
+    assert torch.equal(ops.silu_mul(x), F.silu(gate) * up)
+
+
+# --- the whole decoder ---
+
+
+def both_forwards(model, fused, backend_name: str) -> tuple[Tensor, Tensor]:
+    """Hidden states of a mixed step with random blocks before it: the model's own, and fused, on equal caches."""
+    batch, inputs = step_of([1, 17, 30], [(0, 3), (33, 36)])
+    config = model.config
+    backend = dispatch.choose(backend_name, config, model.dtype, DEVICE, 16)
+    hidden = []
+    for forward in (
+        lambda *arguments: model(*arguments),
+        lambda *arguments: fused_forward(model, *arguments, fused),
+    ):
+        cache = cache_of(config, model.dtype, 20)
+        token_ids = torch.tensor(random_token_ids(len(batch.positions)), device=DEVICE)
+        attend = KernelAttention(cache, inputs, backend)
+        hidden.append(forward(token_ids, torch.from_numpy(batch.positions).to(DEVICE), attend))
+        hidden.append(cache.keys)
+    ours, own_keys, theirs, their_keys = hidden
+    torch.testing.assert_close(own_keys, their_keys, rtol=1e-4, atol=1e-4)
+    return model.logits(ours), model.logits(theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_the_fused_forward_is_the_model_s(kind, load):
+    plain, fused = both_forwards(load(kind, torch.float64).to(DEVICE), ops, "reference")
+    assert difference(fused, plain) < LADDER_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS if GPU else ["mistral-window", "qwen3"])
+@torch.inference_mode()
+def test_the_fused_forward_in_triton_is_the_model_s(kind, load):
+    plain, fused = both_forwards(load(kind).to(DEVICE), triton_ops, "triton")
+    assert difference(fused, plain) < 1e-5
+
+
+# --- how many kernels ---
+
+VIEWS = [
+    "view",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "transpose",
+    "t",
+    "slice",
+    "detach",
+]
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations that compute: whatever is not a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class NoAttention:
+    """Stands where attention is, and computes nothing."""
+
+    slots = None
+
+    def __init__(self, config: ModelConfig):
+        self.cache = SimpleNamespace(config=config)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q
+
+    def pool(self, layer: int) -> tuple[None, None]:
+        return None, None
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        return q
+
+
+def one_kernel_each(count: Counter) -> SimpleNamespace:
+    """In place of `triton_ops`: each operation counts as one kernel, and computes nothing."""
+
+    def named(name: str, result):
+        def operation(*arguments):
+            count.names.append(name)
+            return result(*arguments)
+
+        return operation
+
+    return SimpleNamespace(
+        add_rms_norm=named("add_rms_norm", lambda x, *others: x),
+        silu_mul=named("silu_mul", lambda gate_up: gate_up.chunk(2, dim=-1)[0]),
+        norm_rotate_store=named(
+            "norm_rotate_store", lambda qkv, heads, *others: qkv.unflatten(-1, (-1, 16))[:, :heads]
+        ),
+    )
+
+
+@torch.inference_mode()
+def kernels_of_a_layer(qk_norm: bool, fused: bool) -> list[str]:
+    """What a second layer adds, attention and (where they are kernels of their own) its stores left out."""
+    names = []
+    for layers in (1, 2):
+        model = Decoder(ModelConfig(50, 64, 96, layers, 4, 2, 16, 512, qk_norm=qk_norm))
+        token_ids = torch.arange(5)
+        with Counter() as count:
+            if fused:
+                fused_forward(model, token_ids, token_ids, NoAttention(model.config), one_kernel_each(count))
+            else:
+                model(token_ids, token_ids, NoAttention(model.config))
+        names.append(Multiset(count.names))
+    return list((names[1] - names[0]).elements())
+
+
+def test_a_layer_is_as_many_kernels_as_the_docstring_says():
+    assert "a layer is 20 kernels with qk-norm and 18 without; here it is 9" in " ".join(fused_decoder.__doc__.split())
+    store, attend = 1, 1
+    assert len(kernels_of_a_layer(qk_norm=True, fused=False)) + store + attend == 20
+    assert len(kernels_of_a_layer(qk_norm=False, fused=False)) + store + attend == 18
+    for qk_norm in (True, False):
+        assert len(kernels_of_a_layer(qk_norm, fused=True)) + attend == 9
+
+
+# --- compiled, with or without a GPU ---
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from minillm.runtime.kernels import triton_ops
+
+floats = ["x", "residual", "weight", "out", "qkv", "q_weight", "k_weight", "cosines", "sines", "q", "keys", "values"]
+types = dict.fromkeys([*floats, "gate_up"], "*bf16")
+types |= {"slots": "*i64", "eps": "fp32", "size": "i32"}
+constants = dict(NUM_HEADS=16, NUM_KV_HEADS=8, HALF=64, NORMED=True)
+for name, columns, warps in (("add_rms_norm", 4096, 8), ("norm_rotate_store", 0, 1), ("silu_mul", 1024, 4)):
+    kernel = getattr(triton_ops, f"_{name}_kernel")
+    constants["COLUMNS"] = columns
+    own = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names)
+               if argument not in own and argument != "eps"}
+    source = ASTSource(kernel, signature, own, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
+    ptx = compiled.asm["ptx"]
+    print(name, compiled.metadata.shared, "ld.global.v" in ptx, "st.local" in ptx)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
+    """Triton's compiler needs no GPU: neighbours are loaded together, nothing is spilled, little memory is shared."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()}
+    assert list(rows) == ["add_rms_norm", "norm_rotate_store", "silu_mul"]
+    assert rows["add_rms_norm"][1] == rows["silu_mul"][1] == "True"
+    assert all(spills == "False" and int(shared) <= 1024 for shared, _, spills in rows.values())
+
+
+# --- what is refused ---
+
+
+def norm_rotate_store_of(**changes):
+    keys = torch.zeros(3, 16, 2, 32, device=DEVICE)
+    arguments = {
+        "qkv": torch.zeros(1, 8 * 32, device=DEVICE),
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "q_weight": None,
+        "k_weight": None,
+        "eps": 1e-5,
+        "rotation": tuple(torch.zeros(2, 1, 1, 32, device=DEVICE)),
+        "slots": integers(3),
+        "keys": keys,
+        "values": keys.clone(),
+    }
+    return triton_ops.norm_rotate_store(**(arguments | changes))
+
+
+REFUSED = {
+    "x is torch.float64.*take torch.float32, torch.float16": lambda: triton_ops.add_rms_norm(
+        *(torch.zeros(1, 8, dtype=torch.float64, device=DEVICE) for _ in "xr"), torch.zeros(8, device=DEVICE), 1e-5
+    ),
+    r"residual.*\[1, 8\].*\[1, 9\]": lambda: triton_ops.add_rms_norm(random(1, 9), random(1, 8), random(9), 1e-5),
+    r"weight.*\[8\].*\[9\]": lambda: triton_ops.add_rms_norm(random(1, 9), random(1, 9), random(8), 1e-5),
+    "hidden size 20000.*up to 16384": lambda: triton_ops.add_rms_norm(
+        random(1, 20000), random(1, 20000), random(20000), 1e-5
+    ),
+    "gate_up has 7 columns": lambda: triton_ops.silu_mul(random(1, 7)),
+    "gate_up of shape": lambda: triton_ops.silu_mul(random(4, 6).T),
+    "1 key heads for a pool of 2": lambda: norm_rotate_store_of(num_kv_heads=1, num_heads=6),
+    "one of q_weight and k_weight is None": lambda: norm_rotate_store_of(q_weight=random(32)),
+    r"k_weight.*\[16\].*\[32\]": lambda: norm_rotate_store_of(q_weight=random(32), k_weight=random(16)),
+    "cosines.*float16": lambda: norm_rotate_store_of(rotation=tuple(torch.zeros(2, 1, 1, 32, device=DEVICE).half())),
+    r"slots.*\[2\].*\[1\]": lambda: norm_rotate_store_of(slots=integers(1, 2)),
+    r"qkv.*\[1, 256\].*\[1, 320\]": lambda: norm_rotate_store_of(num_heads=6),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_operations_do_not_take_is_refused_by_name(message):
+    with pytest.raises(KernelError, match=message):
+        REFUSED[message]()
+
+
+# --- bugs planted in the source ---
+
+
+def with_bug(right: str, wrong: str, folder: Path):
+    """The module with one of its expressions, found once, replaced."""
+    source = Path(triton_ops.__file__).read_text()
+    assert source.count(right) == 1
+    path = folder / "broken_ops.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("broken_ops", path)
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    return broken
+
+
+def small_add_rms_norm(fused):
+    check_add_rms_norm(fused, torch.float32)
+
+
+def small_silu_mul(fused):
+    check_silu_mul(fused, torch.float32)
+
+
+def small_norm_rotate_store(fused):
+    check_norm_rotate_store(fused, torch.float32)
+
+
+BUGS = {
+    "residual is not updated": ("tl.store(residual + row + column, total, mask=real)", "pass", small_add_rms_norm),
+    "norm without eps": ("/ size + eps)", "/ size)", small_add_rms_norm),
+    "mean over the padded row": ("axis=0) / size + eps", "axis=0) / COLUMNS + eps", small_add_rms_norm),
+    "norm of what was there": ("+ added\n", "+ 0.0 * added\n", small_add_rms_norm),
+    "up is gate": ("source + size, mask", "source, mask", small_silu_mul),
+    "silu without its sign": ("tl.exp(-gate)", "tl.exp(gate)", small_silu_mul),
+    "head norm without eps": ("/ D + eps)", "/ D)", small_norm_rotate_store),
+    "head norm of one half": ("+ tl.sum(second * second, axis=0)", "", small_norm_rotate_store),
+    "k is normalised as q": ("weight = k_weight + column", "weight = q_weight + column", small_norm_rotate_store),
+    "turned the wrong way": ("+ second * tl.load(sines", "- second * tl.load(sines", small_norm_rotate_store),
+    "both halves by the first's table": ("angle += HALF", "angle += 0", small_norm_rotate_store),
+    "key's head is counted from 0": (
+        "keys + (slot * NUM_KV_HEADS + head - NUM_HEADS) * D",
+        "keys + (slot * NUM_KV_HEADS + head) * D",
+        small_norm_rotate_store,
+    ),
+    "value's head is counted from q": (
+        "head - NUM_HEADS - NUM_KV_HEADS) * D",
+        "head - NUM_HEADS) * D",
+        small_norm_rotate_store,
+    ),
+    "padding is stored": ("elif slot >= 0:", "else:", small_norm_rotate_store),
+}
+
+
+@pytest.mark.skipif(GPU, reason="planted bugs may write outside the pool; the interpreter shows them as well")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found(name, tmp_path):
+    right, wrong, check = BUGS[name]
+    with pytest.raises(AssertionError):
+        check(with_bug(right, wrong, tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("check", dict.fromkeys(bug[-1] for bug in BUGS.values()))
+def test_without_the_bug_the_same_check_passes(check):
+    check(triton_ops)

@@ -1,0 +1,292 @@
+"""Sampling in one pass: torch and Triton draw the same tokens, they fall as the softmax says, and greedy is argmax."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm.errors import KernelError
+from minillm.runtime.kernels import ops
+
+pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
+
+from minillm.runtime.kernels import triton_sampling  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+# --- tokens ---
+
+
+def sampling_case(num_rows: int, num_ids: int, dtype=torch.float32, seed: int = 0) -> list[Tensor]:
+    """Logits, temperatures (every third row greedy), seeds over all 64 bits, numbers of draws."""
+    temperatures = torch.tensor([0.0, 0.6, 1.0, 1e-6, 2.0, 0.8])[torch.arange(num_rows) % 6].to(DEVICE)
+    seeds = torch.arange(num_rows, device=DEVICE) * 0x1234_5678_9ABC_DEF - 2**62
+    draws = torch.arange(num_rows, device=DEVICE) * (2**31 - 1)
+    return [3 * random(num_rows, num_ids, dtype=dtype, seed=seed), temperatures, seeds, draws]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_ids", [1, 199, 2047, 2048, 2049, 4500])
+def test_fused_sampling_draws_the_same_tokens(num_ids, dtype):
+    case = sampling_case(12, num_ids, dtype)
+    assert triton_sampling.sample_rows(*case).tolist() == ops.sample_rows(*case).tolist()
+
+
+def test_few_rows_are_cut_into_parts_and_many_are_not():
+    assert triton_sampling.sample_parts(256, 151_936, 132) == (4, 19)
+    assert triton_sampling.sample_parts(1, 151_936, 132) == (38, 2)
+    assert triton_sampling.sample_parts(4096, 151_936, 132) == (1, 75)
+    assert triton_sampling.sample_parts(1, 199, 132) == (1, 1)
+    for num_rows in (1, 3, 64, 256):
+        parts, tiles = triton_sampling.sample_parts(num_rows, 100_000, 132)
+        assert (parts - 1) * tiles < math.ceil(100_000 / 2048) <= parts * tiles  # no part is empty, none is missing
+
+
+@pytest.mark.parametrize("sampler", [ops, triton_sampling])
+def test_greedy_rows_are_argmax_and_of_equal_logits_the_first(sampler):
+    logits, temperatures, *numbers = sampling_case(6, 2500, torch.float16)
+    logits[0, [2499, 2100, 700]] = logits[0].max() + 1
+    logits[3] = 2.0
+    ids = sampler.sample_rows(logits, temperatures, *numbers)
+    assert ids.dtype == torch.int64 and ids.shape == (6,)
+    assert ids[[0, 3]].tolist() == [700, 0] == logits.argmax(-1)[[0, 3]].tolist()
+    everything = sampler.sample_rows(logits, torch.zeros_like(temperatures), *numbers)
+    assert torch.equal(everything, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("sampler", [ops, triton_sampling])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("place", [0, 1300, 2499])
+def test_rows_that_are_not_finite_are_minus_one_and_alone(sampler, temperature, place):
+    logits, temperatures, *numbers = sampling_case(5, 2500)
+    temperatures.fill_(temperature)
+    expected = sampler.sample_rows(logits, temperatures, *numbers)
+    logits[1, place], logits[3, place] = math.nan, math.inf
+    logits[4, 1:] = -math.inf
+    ids = sampler.sample_rows(logits, temperatures, *numbers)
+    assert ids.tolist() == [expected[0], -1, expected[2], -1, 0]
+    logits[4] = -math.inf
+    assert sampler.sample_rows(logits, temperatures, *numbers)[4] == 0
+
+
+@pytest.mark.parametrize("sampler", [ops, triton_sampling])
+def test_a_row_s_token_depends_on_nothing_but_its_own(sampler):
+    logits, temperatures, seeds, draws = case = sampling_case(7, 2100)
+    together = sampler.sample_rows(*case)
+    alone = [sampler.sample_rows(*(x[row : row + 1] for x in case)) for row in range(7)]
+    assert torch.equal(together, torch.cat(alone))
+    order = torch.tensor([3, 6, 0, 1, 5, 2, 4], device=DEVICE)
+    assert torch.equal(together[order], sampler.sample_rows(*(x[order] for x in case)))
+
+
+# --- the noise ---
+
+
+def test_philox_gives_the_published_numbers():
+    """Known answers of Philox4x32-10 from Random123 (Salmon et al. 2011), where counter word 1 is 0 or all are."""
+    zeros = ops.philox(integers(0), integers(0), integers(0))
+    assert [int(word) for word in zeros] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def draws_of(sampler, logits: Tensor, temperature: float, seeds: Tensor, draws: Tensor) -> Tensor:
+    rows = max(len(seeds), len(draws))
+    temperatures = torch.full((rows,), temperature, device=DEVICE)
+    return sampler.sample_rows(logits.repeat(rows, 1), temperatures, seeds.expand(rows), draws.expand(rows))
+
+
+def chi_square(ids: Tensor, probabilities: Tensor) -> float:
+    """Sum of (found - expected)^2 / expected, as a number of its standard deviations above its mean."""
+    counts = torch.bincount(ids.cpu(), minlength=len(probabilities)).double()
+    expected = probabilities.double().cpu() * len(ids)
+    assert expected.min() > 5
+    freedom = len(probabilities) - 1
+    return ((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)).item()
+
+
+def check_distribution(sampler, num_draws: int) -> None:
+    """17 tokens, of whose noise each of the four words makes some."""
+    possible = torch.arange(17, device=DEVICE) * 120
+    logits = torch.full((2048,), -math.inf, device=DEVICE).index_copy_(0, possible, random(17))
+    many, one, temperature = torch.arange(num_draws, device=DEVICE), integers(5), 0.9
+    probabilities = (logits[possible] / temperature).softmax(-1)
+    for seeds, draws in ((many, one), (one, many), (one, many + 2**32)):
+        ids = draws_of(sampler, logits, temperature, seeds, draws)
+        assert ids.remainder(120).eq(0).all()
+        assert abs(chi_square(ids // 120, probabilities)) < 4
+
+
+def test_tokens_fall_as_the_softmax_says_over_seeds_and_over_draws():
+    check_distribution(ops, num_draws=1500)
+
+
+def check_noise(sampler) -> None:
+    """Gumbel: mean 0.5772, variance pi^2 / 6; of 4 words of one count, of neighbours, of rows, no two go together."""
+    noise = sampler.gumbel_noise(torch.arange(20), torch.zeros(20, dtype=torch.int64), 8192).double()
+    assert abs(noise.mean() - 0.5772157) < 0.01 and abs(noise.var() - math.pi**2 / 6) < 0.02
+    quarters = noise.unflatten(1, (-1, 4, ops.NOISE_STRIDE)).transpose(0, 2).flatten(1)  # one for each of 4 words
+    rows = torch.cat([quarters[0][None], quarters[1:], quarters[0].roll(1)[None]])
+    assert (torch.corrcoef(rows) - torch.eye(5)).abs().max() < 0.03
+    assert (torch.corrcoef(noise) - torch.eye(20)).abs().max() < 0.06
+    assert len(noise.flatten().unique()) > 0.98 * noise.numel()
+
+
+def test_the_noise_of_all_tokens_is_alike_and_independent():
+    check_noise(ops)
+
+
+def test_the_largest_and_the_smallest_of_all_bits_make_finite_noise():
+    bits = iter([0, 0xFFFFFFFF, 1, 0x80000000])
+    words = tuple(torch.full((1, ops.NOISE_STRIDE), next(bits)) for _ in range(4))
+    original, ops.philox = ops.philox, lambda *arguments: words
+    try:
+        noise = ops.gumbel_noise(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 2048)
+    finally:
+        ops.philox = original
+    assert noise.isfinite().all() and noise.max() > 22 and noise.min() > -3
+
+
+# --- compiled, with or without a GPU ---
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from minillm.runtime.kernels import triton_sampling
+
+types = {"logits": "*bf16", "temperatures": "*fp32", "seeds": "*i64", "draws": "*i64", "token_ids": "*i64"}
+types |= {"best": "*i32", "scores": "*fp32", "num_ids": "i32", "tiles_a_part": "i32"}
+constants = dict(STRIDE=triton_sampling.NOISE_STRIDE, ROUNDS=10, GREEDY=1e-5, NUM_PARTS=3, PARTS=4)
+for name, warps in (("sample", 4), ("pick", 1)):
+    kernel = getattr(triton_sampling, f"_{name}_kernel")
+    own = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in ("logits", "num_ids")
+               if argument in kernel.arg_names}
+    source = ASTSource(kernel, signature, own, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
+    ptx = compiled.asm["ptx"]
+    print(name, compiled.metadata.shared, "ld.global.v" in ptx, "st.local" in ptx)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
+    """Triton's compiler needs no GPU: neighbours are loaded together, nothing is spilled, little memory is shared."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()}
+    assert list(rows) == ["sample", "pick"] and rows["sample"][1] == "True"
+    assert all(spills == "False" and int(shared) <= 4096 for shared, _, spills in rows.values())
+
+
+# --- what is refused ---
+
+
+def sample_of(**changes):
+    logits, temperatures, seeds, draws = sampling_case(2, 50)
+    arguments = {"logits": logits, "temperatures": temperatures, "seeds": seeds, "draws": draws}
+    return triton_sampling.sample_rows(**(arguments | changes))
+
+
+REFUSED = {
+    "temperatures: torch.float64": lambda: sample_of(temperatures=torch.zeros(2, dtype=torch.float64, device=DEVICE)),
+    "seeds: torch.int32": lambda: sample_of(seeds=integers(1, 2).int()),
+    r"draws.*\[1\].*\[2\]": lambda: sample_of(draws=integers(1)),
+    "logits of 0 ids": lambda: sample_of(logits=torch.zeros(2, 0, device=DEVICE)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_sampling_does_not_take_is_refused_by_name(message):
+    with pytest.raises(KernelError, match=message):
+        REFUSED[message]()
+
+
+# --- bugs planted in the source ---
+
+
+def with_bug(right: str, wrong: str, folder: Path, module=triton_sampling):
+    """The module with one of its expressions, found once, replaced."""
+    source = Path(module.__file__).read_text()
+    assert source.count(right) == 1
+    path = folder / "broken_sampling.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("broken_sampling", path)
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    return broken
+
+
+def same_tokens(fused):
+    case = sampling_case(6, 4096)
+    assert fused.sample_rows(*case).tolist() == ops.sample_rows(*case).tolist()
+
+
+def same_tokens_at_the_end(fused):
+    """The likeliest token is the last one, behind all whole tiles."""
+    case = sampling_case(4, 2500)
+    case[0][:, -1] = 50
+    assert fused.sample_rows(*case).tolist() == [2499] * 4
+
+
+def minus_one(fused):
+    test_rows_that_are_not_finite_are_minus_one_and_alone(fused, 1.0, 1300)
+
+
+def first_of_equals(fused):
+    test_greedy_rows_are_argmax_and_of_equal_logits_the_first(fused)
+
+
+BUGS = {
+    "rows share their noise": ("seed = tl.load(seeds + row)", "seed = tl.load(seeds)", same_tokens),
+    "draws share their noise": ("draw = tl.load(draws + row)", "draw = tl.load(draws)", same_tokens),
+    "half of the draw's number": ("zero + low, zero + high", "zero + low, zero", same_tokens),
+    "tiles share their noise": ("(tile * STRIDE + lane).to", "lane.to", same_tokens),
+    "one word for two quarters": ("_gumbel(n2)", "_gumbel(n1)", same_tokens),
+    "noise is scaled too": ("logit / temperature + noise", "(logit + noise) / temperature", same_tokens),
+    "7 rounds": ("ROUNDS=PHILOX_ROUNDS", "ROUNDS=7", same_tokens),
+    "the last tile is left out": ("tl.cdiv(num_ids, 4 * STRIDE))", "num_ids // (4 * STRIDE))", same_tokens_at_the_end),
+    "parts lie over each other": ("first_tile = part * tiles_a_part", "first_tile = 0 * part", same_tokens_at_the_end),
+    "NaN is passed over": ("(new > score) | (new != new)", "new > score", minus_one),
+    "infinity is a score": ('logit < float("inf"), logit', 'logit <= float("inf"), logit', minus_one),
+    "NaN of one part is passed over": ("tl.where(broken, -1, chosen)", "chosen", minus_one),
+    "of equals the last": ("(new > score) |", "(new >= score) |", first_of_equals),
+}
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter shows planted bugs as well")
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found(name, tmp_path):
+    right, wrong, check = BUGS[name]
+    with pytest.raises(AssertionError):
+        check(with_bug(right, wrong, tmp_path))
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(bug[-1] for bug in BUGS.values()))
+def test_without_the_bug_the_same_check_passes(check):
+    check(triton_sampling)
+
+
+def test_a_bug_planted_in_the_noise_is_found(tmp_path):
+    for right, wrong in (("-torch.log(1 - u))", "1 - u)"), ("return c0, c1, c2, c3", "return c0, c0, c2, c3")):
+        broken = with_bug(right, wrong, tmp_path, ops)
+        with pytest.raises(AssertionError):
+            check_distribution(broken, num_draws=1500)
+            check_noise(broken)
