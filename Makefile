@@ -16,6 +16,8 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "minillm needs Python 3.11 or newer. Name one with: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,test,triton]'
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  $(BIN)/python -m pip install --constraint constraints.txt --editable '.[compiler]'
 	@test "$$(uname -sm)" = "Linux x86_64" || \
 	  echo "No Triton: there is one for Linux x86_64 only, and this is $$(uname -sm). Its kernels' tests will be skipped." >&2
 	@touch $@
