@@ -1,7 +1,8 @@
 """A Trace as Chrome's trace events, to be opened in https://ui.perfetto.dev or chrome://tracing.
 
 One thread a request: its whole life as one event, nested in it waiting and every step it took part in, and a mark where
-it was preempted; one thread for the steps; counters above, also of the blocks of a paged pool. Format: "Trace Event
+it was preempted; one thread for the steps and, where the trace tells, one each for the host, which plans and launches
+them, and the device, which computes them; counters above, also of the blocks of a paged pool. Format: "Trace Event
 Format" (Duffy, Google 2016); times are microseconds from the trace's beginning, exact to the nanosecond.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 PROCESS = 1
-STEPS = 0  # the thread of the steps; requests follow in order of arrival
+STEPS, HOST, DEVICE = 0, 1, 2  # threads; the requests follow in order of arrival
 Part = tuple[StepEvent, list[ScheduledTokens]]  # a step, and what it computed for one request
 
 
@@ -28,8 +29,9 @@ def chrome_trace(trace: Trace) -> dict:
     times = [record.arrival_time for record in trace.requests] + [step.start_time for step in trace.steps]
     clock = _Clock(min(times, default=0.0))
     parts = _parts_by_request(trace)
-    threads = {record.request_id: thread for thread, record in enumerate(trace.requests, start=STEPS + 1)}
+    threads = {record.request_id: thread for thread, record in enumerate(trace.requests, start=DEVICE + 1)}
     events = list(_step_events(trace, clock)) + list(_counters(trace, clock)) + list(_marks(trace, threads, clock))
+    events += [*_host_events(trace, clock), *_device_events(trace, clock)]
     for record in trace.requests:
         events += _request_events(threads[record.request_id], record, parts[record.request_id], clock)
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))  # of two that begin together, the outer first
@@ -49,7 +51,13 @@ class _Clock:
 def _names(trace: Trace) -> Iterator[dict]:
     """Metadata: what the process and the threads are called, and in which order they stand."""
     yield {"ph": "M", "pid": PROCESS, "tid": STEPS, "name": "process_name", "args": {"name": "minillm"}}
-    for thread, name in enumerate(["steps", *(_label(record.request_id) for record in trace.requests)]):
+    names = {STEPS: "steps"}
+    if any(step.launched is not None for step in trace.steps):
+        names[HOST] = "host"
+    if any(step.device is not None for step in trace.steps):
+        names[DEVICE] = "device"
+    names |= {thread: _label(record.request_id) for thread, record in enumerate(trace.requests, start=DEVICE + 1)}
+    for thread, name in names.items():
         place = {"ph": "M", "pid": PROCESS, "tid": thread}
         yield {**place, "name": "thread_name", "args": {"name": name}}
         yield {**place, "name": "thread_sort_index", "args": {"sort_index": thread}}
@@ -65,6 +73,25 @@ def _step_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
         if step.copied_blocks:
             more["blocks copied"] = len(step.copied_blocks)
         yield _complete(STEPS, f"step {step.step}", clock(step.start_time), clock(step.end_time), more)
+
+
+def _host_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
+    """From the moment the host began to plan a step until it had launched it."""
+    for step in trace.steps:
+        if step.launched is not None:
+            begin = clock(step.start_time if step.planned is None else step.planned)
+            yield _complete(HOST, f"launch step {step.step}", begin, max(begin, clock(step.launched)), {})
+
+
+def _device_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
+    """What the device does, one step after the other; its clock may be a little off the host's."""
+    now = 0
+    for step in trace.steps:
+        if step.device is not None:
+            begin, end = map(clock, step.device)
+            begin = max(now, begin)
+            now = max(begin, end)
+            yield _complete(DEVICE, f"step {step.step}", begin, now, {"tokens": step.num_tokens})
 
 
 def _request_events(thread: int, record: RequestRecord, parts: list[Part], clock: _Clock) -> Iterator[dict]:

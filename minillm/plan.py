@@ -6,17 +6,32 @@ Layer 2 writes plans and layer 3 carries them out; both import this, and neither
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from minillm.sampling_params import SamplingParams
 from minillm.trace import Why
 
 NULL_BLOCK = 0  # never handed out: what the padding of a rectangle of block tables points at
+PENDING = -1  # in place of a token id: what the request's last step sampled, which only the executor may know yet
+ATTENTION_BACKENDS = ("auto", "reference", "cuda", "triton", "flash")
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:
     """How many blocks that many tokens take; the last one may be partly empty."""
     return -(-num_tokens // block_size)
+
+
+class RunnerOptions(NamedTuple):
+    """How a worker is to compute: what the engine's configuration says of kernels and graphs."""
+
+    attention_backend: str = "auto"  # "reference", "cuda", "triton" or "flash"; "auto": the fastest that will do
+    enforce_eager: bool = False  # True: no CUDA graphs, every kernel is launched from Python
+    fused_ops: bool = True  # on a GPU, neighbouring small operations run as one kernel
+    max_num_seqs: int = 64  # requests of a step, at most: how large graphs and buffers are made
+    max_model_len: int = 2048  # tokens of a request, at most
+
+
+DEFAULT_OPTIONS = RunnerOptions()
 
 
 class NewRequest(NamedTuple):
@@ -80,6 +95,7 @@ class SchedulerOutput:
     num_tokens: int = 0  # tokens to compute, without padding
     row_length: int | None = None  # padded batching: every row is padded to this many tokens
     padding_rows: list[str] = field(default_factory=list)  # padded batching: ended requests that still take a row
+    launched: float | None = None  # on the scheduler's clock, noted by whoever launched it; for the trace
 
     @property
     def num_slots(self) -> int:
@@ -96,3 +112,21 @@ class ModelOutput(NamedTuple):
     score_entries: int  # query-key pairs scored, in one head of one layer
     logprobs: Mapping[str, TokenLogprobs] = MappingProxyType({})  # of requests that ask for them
     failed: Mapping[str, str] = MappingProxyType({})  # requests that sample but got no token, and why
+    device_times: tuple[float, float] | None = None  # when the device began and ended the step, on time.perf_counter
+
+
+class PendingOutput(Protocol):
+    """A step that has been launched; the device may still be computing it."""
+
+    def result(self) -> ModelOutput:
+        """Wait for the step and read what came of it. Raises what the step raised. The same every time."""
+
+
+class FinishedOutput(NamedTuple):
+    """A step that was computed while it was launched."""
+
+    output: ModelOutput
+
+    def result(self) -> ModelOutput:
+        """What came of it."""
+        return self.output

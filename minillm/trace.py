@@ -66,7 +66,11 @@ class BlockUse:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One forward pass: who took part with how many tokens, and what was left waiting."""
+    """One forward pass: who took part with how many tokens, and what was left waiting.
+
+    Where the next step is launched before this one's tokens are read, it starts, as told here, when they have been:
+    from `start_time` to `end_time` no two steps overlap. What host and device do meanwhile is in the last three fields.
+    """
 
     step: int
     start_time: float  # seconds
@@ -78,7 +82,10 @@ class StepEvent:
     cached_tokens: int = 0  # tokens whose keys and values are held after the step, each request counting its own
     preempted: tuple[Preemption, ...] = ()  # before the step
     copied_blocks: tuple[tuple[int, int], ...] = ()  # copy-on-write before the step: (from, to)
-    blocks: BlockUse | None = None  # paged cache: after the step
+    blocks: BlockUse | None = None  # paged cache: after the step; with asynchronous scheduling the next has its blocks
+    planned: float | None = None  # seconds, when the host began to plan the step, if that was before `start_time`
+    launched: float | None = None  # seconds, when the host had launched the step
+    device: tuple[float, float] | None = None  # seconds, when the device began and ended the step
 
     @property
     def num_tokens(self) -> int:

@@ -184,6 +184,10 @@ PAIRS: Reader = (
     "a list of pairs of whole numbers, 0 or more",
 )
 TIME: Reader = (lambda value: type(value) in (int, float) and math.isfinite(value), "seconds, a finite number")
+SPAN: Reader = (
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(TIME[0], value)) and value[0] <= value[1],
+    "two moments in seconds, the second not before the first",
+)
 NAMES: Reader = (lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value), "strings")
 WHY: Reader = (lambda value: value in get_args(Why), f"one of {', '.join(get_args(Why))}")
 MODE: Reader = (lambda value: value in MODES, f"one of {', '.join(MODES)}")
@@ -212,5 +216,8 @@ READERS: dict[type, dict[str, Reader | Objects]] = {
         "preempted": Objects(Preemption),
         "copied_blocks": PAIRS,
         "blocks": Objects(BlockUse, many=False),
+        "planned": TIME,
+        "launched": TIME,
+        "device": SPAN,
     },
 }

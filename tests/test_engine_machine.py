@@ -7,8 +7,9 @@ content ends in a wrong token. Each planted bug must make the machine fail.
 
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -29,7 +30,7 @@ from minillm.engine.queue import POLICIES
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import PromptError
-from minillm.plan import BlockMove, ModelOutput
+from minillm.plan import PENDING, BlockMove, ModelOutput, SchedulerOutput
 from minillm.sampling_params import SamplingParams, finish_reason
 from minillm.simulation.clock import VirtualClock
 
@@ -81,30 +82,46 @@ class FakeExecutor:
         self.params, self.tables = {}, {}
         self.fail_after = None  # operations that are carried out before the next plan fails
         self.bad_id = None  # the request that gets NaN
+        self.last = ModelOutput({}, 0)
 
     def execute_model(self, plan):
         """Write everything first, then read, as a kernel over the whole batch does."""
         self._operation()
-        for request_id in plan.preempted_ids:
+        self._follow(plan)
+        for move in plan.block_moves:
+            self._operation()
+            self._move(move)
+        bad_ids = self._bad_ids(plan)
+        for part in plan.scheduled:
+            self._operation()
+            self._write(part, part.request_id in bad_ids)
+        histories = {part.request_id: self._read(part, part.request_id in bad_ids) for part in plan.scheduled}
+        self._operation(last=True)
+        sampling = [part.request_id for part in plan.scheduled if part.samples]
+        failed = {request_id: "NaN" for request_id in sampling if request_id in bad_ids}
+        tokens = {i: next_token(histories[i], self.params[i].seed) for i in sampling if i not in failed}
+        self.last = ModelOutput(tokens, 0, failed=failed)
+        return self.last
+
+    def _follow(self, plan):
+        """Everything the plan says of requests and tables, before anything that can fail."""
+        for request_id in (*plan.preempted_ids, *plan.finished_ids):
             self.tables.pop(request_id, None)
         for request_id in plan.finished_ids:
-            self.tables.pop(request_id, None)
             self.params.pop(request_id, None)
         for new in plan.new_requests:
             assert new.request_id not in self.tables, f"{new.request_id} is new but has a table"
             self.params[new.request_id] = new.params
-        for move in plan.block_moves:
-            self._operation()
-            self._move(move)
         for part in plan.scheduled:
-            self._operation()
-            self._write(part)
-        histories = {part.request_id: self._read(part) for part in plan.scheduled}
-        self._operation(last=True)
-        sampling = [part.request_id for part in plan.scheduled if part.samples]
-        failed = {request_id: "NaN" for request_id in sampling if request_id == self.bad_id}
-        tokens = {i: next_token(histories[i], self.params[i].seed) for i in sampling if i not in failed}
-        return ModelOutput(tokens, 0, failed=failed)
+            table = self.tables.setdefault(part.request_id, [])
+            if part.block_ids:
+                assert part.first_block <= len(table), f"{part} leaves a hole in the table {table}"
+                table[part.first_block :] = part.block_ids
+
+    def _bad_ids(self, plan):
+        """Whose keys and values are NaN now: who is to fail, and who failed in the last step and goes on from there."""
+        going_on = {part.request_id for part in plan.scheduled if PENDING in part.token_ids}
+        return {self.bad_id} | (going_on & set(self.last.failed))
 
     def _operation(self, last=False):
         if self.fail_after is None:
@@ -121,24 +138,22 @@ class FakeExecutor:
         for a, b in zip(move.sources, move.targets, strict=True):
             target[b] = list(source[a])
 
-    def _write(self, part):
-        table = self.tables.setdefault(part.request_id, [])
-        if part.block_ids:
-            assert part.first_block <= len(table), f"{part} leaves a hole in the table {table}"
-            table[part.first_block :] = part.block_ids
-        bad = part.request_id == self.bad_id
+    def _write(self, part, bad):
+        table = self.tables[part.request_id]
         for position, token_id in enumerate(part.token_ids, part.start):
+            if token_id == PENDING:
+                token_id = 0 if bad else self.last.token_ids[part.request_id]
             before = self._slot(part.request_id, position - 1)[2] if position else 0
             block, offset = table[position // self.block_size], position % self.block_size
             assert block != block_manager.NULL_BLOCK
             self.pool[block][offset] = (token_id, position, BAD if bad else history_after(before, token_id))
 
-    def _read(self, part):
+    def _read(self, part, bad):
         """The history at the end of the part, every slot before it checked."""
         history = 0
         for position in range(part.start + len(part.token_ids)):
             token_id, written_at, written = self._slot(part.request_id, position)
-            if written == BAD and part.request_id == self.bad_id:
+            if written == BAD and bad:
                 return BAD
             history = history_after(history, token_id)
             assert (written_at, written) == (position, history), f"{part.request_id} reads a slot of another history"
@@ -165,6 +180,14 @@ class Expectation:
     place: int | None = None  # in the queue, as soon as it has one
 
 
+class Launched(NamedTuple):
+    """A step that the executor has carried out, but whose results nobody has read."""
+
+    plan: SchedulerOutput
+    output: ModelOutput
+    requests: list[Request]
+
+
 token_ids = st.integers(0, VOCABULARY - 1)
 MAX_MODEL_LEN = 24
 NAMES = "abcdef"
@@ -179,6 +202,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     manager_class = BlockManager
     scheduler_class = PagedScheduler
+    executor_class = FakeExecutor
     policy = "priority"  # the one that lets the first of the queue be the last admitted
     preemption_mode = "recompute"
     seen = Counter()  # what has happened in all runs
@@ -222,8 +246,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.scheduler = self.scheduler_class(
             self.config, self.manager, self.clock, preemption_mode=self.preemption_mode, watermark=watermark
         )
-        self.executor = FakeExecutor(num_blocks, block_size, num_host_blocks)
+        self.executor = self.executor_class(num_blocks, block_size, num_host_blocks)
         self.expected = {}
+        self.launched = deque()
         self.longest = min(MAX_MODEL_LEN, (num_blocks - 1) * block_size + 1)  # the last token is never fed back
         self.texts = [[0] * 16, [0, 1] * 8]  # what prompts may begin with
 
@@ -280,13 +305,11 @@ class EngineMachine(RuleBasedStateMachine):
                 return
             plan = self.schedule()
         if trouble == "failure":
-            self.fail(plan, which // 2)
+            self.fail(plan, which)
         elif trouble == "NaN":
             self.compute_a_nan(plan, which)
         else:
-            output = self.executor.execute_model(plan)
-            self.end(which, trouble)
-            self.take_in(plan, output)
+            self.compute(plan, meanwhile=lambda: self.end(which, trouble))
 
     @busy
     @rule(which=choices, what=st.sampled_from(["abort", "stop", "reset"]))
@@ -340,21 +363,23 @@ class EngineMachine(RuleBasedStateMachine):
     def compute_a_nan(self, plan, which):
         """One request fails; the blocks that it alone had are shared with nobody, were they computed now or before."""
         bad_id = picked([part.request_id for part in plan.scheduled if part.samples], which)
-        self.executor.bad_id = bad_id
-        output = self.executor.execute_model(plan)
-        self.executor.bad_id = None
         if bad_id is None:
-            return self.take_in(plan, output)
-        bad, holders = self.expected[bad_id].request, self.holders()
+            return self.compute(plan)
+        bad = self.expected[bad_id].request
+        self.executor.bad_id = bad_id
+        self.launch(plan)
+        self.executor.bad_id = None
+        self.go_on_to(plan)
+        holders = self.holders()
         its_own = {block for block in self.manager.table(bad) if holders[block] == 1}
-        self.take_in(plan, output)
+        self.read()
         same = Request("same", [*bad.token_ids(0, bad.num_tokens), 0], bad.params, cache_salt=bad.cache_salt)
         self.manager.allocate(same)
         assert not its_own & set(self.manager.table(same))
         self.manager.free(same)
 
-    def fail(self, plan, operations):
-        self.executor.fail_after = operations
+    def fail(self, plan, which):
+        self.executor.fail_after = which // 2
         with pytest.raises(StepFailed):
             self.executor.execute_model(plan)
         self.scheduler.retract(plan)
@@ -364,10 +389,21 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self):
         self.compute(self.schedule())
 
-    def compute(self, plan):
-        output = self.executor.execute_model(plan)
+    def compute(self, plan, meanwhile=lambda: None):
+        self.launch(plan)
+        meanwhile()
+        self.read()
+
+    def launch(self, plan):
+        requests = [self.scheduler.running[part.request_id] for part in plan.scheduled]
+        self.launched.append(Launched(plan, self.executor.execute_model(plan), requests))
         self.check_tables(plan)
-        self.take_in(plan, output)
+
+    def go_on_to(self, plan):
+        """Until the plan is the next one to be read."""
+
+    def read(self):
+        self.take_in(self.launched.popleft())
 
     def schedule(self):
         ran_before = set(self.scheduler.running)
@@ -423,9 +459,11 @@ class EngineMachine(RuleBasedStateMachine):
             table = self.manager.table(self.scheduler.running[part.request_id])
             assert self.executor.tables[part.request_id] == list(table)
 
-    def take_in(self, plan, output):
+    def take_in(self, launched):
         """Update, and hold what is said against what each request says alone."""
-        speaking = [part.request_id for part in plan.scheduled if part.samples and part.request_id in self.expected]
+        plan, output, requests = launched
+        parts = zip(plan.scheduled, requests, strict=True)
+        speaking = [part.request_id for part, request in parts if part.samples and request.finish_reason is None]
         updates = self.scheduler.update(plan, output)
         self.clock.advance(0.25)
         assert [update.request_id for update in updates] == speaking
@@ -518,6 +556,8 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             self.step()
         assert not self.expected, f"not finished after {most} steps"
+        while self.launched:
+            self.read()
         self.executor.execute_model(self.scheduler.schedule())
         assert not self.executor.tables and not self.executor.params
         self.scheduler.reset_prefix_cache()
@@ -659,10 +699,8 @@ class LeavesNothingToCompute(BlockManager):
 
 
 class RegistersBeforeItIsComputed(BlockManager):
-    def commit(self, request):
-        computed, request.num_computed_tokens = request.num_computed_tokens, request.num_tokens
-        super().commit(request)
-        request.num_computed_tokens = computed
+    def commit(self, request, num_computed_tokens=None):
+        super().commit(request, request.num_tokens)
 
     def grow(self, request, num_tokens):
         growth = super().grow(request, num_tokens)

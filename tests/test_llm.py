@@ -206,9 +206,9 @@ def test_engine_arguments_are_checked_before_the_weights_are_read(arguments, mes
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_if_a_step_fails_the_requests_end_and_the_next_call_is_right(llm, monkeypatch, error, fails_at):
-    right, calls = llm.engine.executor.execute_model, []
+    right, calls = llm.engine.executor.launch, []
 
-    def execute_model(plan):
+    def launch(plan):
         calls.append(plan)
         if len(calls) > fails_at:
             raise error
@@ -216,7 +216,7 @@ def test_if_a_step_fails_the_requests_end_and_the_next_call_is_right(llm, monkey
 
     params = SamplingParams(max_tokens=10)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.executor, "execute_model", execute_model)
+        patch.setattr(llm.engine.executor, "launch", launch)
         with pytest.raises(type(error)):
             llm.generate([ONCE, "The fox"], params, **QUIET)
     assert len(calls) == fails_at + 1
@@ -463,7 +463,8 @@ def test_where_the_memory_goes_is_printed_at_start_or_not(checkpoint, capsys):
     for verbose in (False, True):
         llm = LLM(checkpoint("llama"), num_blocks=40, skip_tokenizer_init=True, verbose=verbose)
         captured = capsys.readouterr()
-        assert captured.out == "" and captured.err == (f"{llm.engine.ledger}\n" if verbose else "")
+        told = f"{llm.engine.ledger}\nkernels: {llm.engine.executor.why}\n"
+        assert captured.out == "" and captured.err == (told if verbose else "")
 
 
 def test_after_shutdown_everything_is_refused(checkpoint):

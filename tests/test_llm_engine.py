@@ -192,9 +192,9 @@ def test_priorities_and_arrival_times_reach_the_scheduler(checkpoint):
 @pytest.mark.parametrize("fails_at", range(6))
 def test_a_failed_step_is_as_if_it_had_not_been(checkpoint, monkeypatch, caching, carried_out, fails_at):
     engine = make_engine(checkpoint("llama"), enable_prefix_caching=caching)
-    right, calls = engine.executor.execute_model, []
+    right, calls = engine.executor.launch, []
 
-    def execute_model(plan):
+    def launch(plan):
         calls.append(plan)
         if len(calls) == fails_at + 1:
             if carried_out:
@@ -202,7 +202,7 @@ def test_a_failed_step_is_as_if_it_had_not_been(checkpoint, monkeypatch, caching
             raise RuntimeError("lost")
         return right(plan)
 
-    monkeypatch.setattr(engine.executor, "execute_model", execute_model)
+    monkeypatch.setattr(engine.executor, "launch", launch)
     params = [TEN, SamplingParams(temperature=1.0, seed=4, max_tokens=6, ignore_eos=True)]
     prompts, outputs = [random_token_ids(20), random_token_ids(7, seed=3)], []
     for name, prompt, each in zip("ab", prompts, params, strict=True):
@@ -292,7 +292,7 @@ def test_when_the_worker_dies_every_request_fails_and_none_is_taken(checkpoint, 
     def die(plan):
         raise WorkerDiedError("the worker process 7 was killed")
 
-    monkeypatch.setattr(engine.executor, "execute_model", die)
+    monkeypatch.setattr(engine.executor, "launch", die)
     for call in (engine.step, engine.step, lambda: engine.add_request("c", PROMPT, TEN)):
         with pytest.raises(WorkerDiedError, match="process 7 was killed"):
             call()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import cli
-from minillm.chrome_trace import STEPS, chrome_trace, save_chrome_trace
+from minillm.chrome_trace import DEVICE, HOST, STEPS, chrome_trace, save_chrome_trace
 from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.trace_files import READERS, TraceFileError, load_trace, save_trace
 
@@ -50,9 +50,9 @@ def paged_trace() -> Trace:
 # --- JSON lines ---
 
 
-@pytest.mark.parametrize("make", [small_trace, paged_trace])
+@pytest.mark.parametrize("make", ["small_trace", "paged_trace", "overlapped_trace"])
 def test_a_trace_comes_back_as_it_was(tmp_path, make):
-    trace = make()
+    trace = globals()[make]()
     path = save_trace(trace, tmp_path / "run.jsonl")
     assert load_trace(path) == trace
     lines = path.read_text().splitlines()
@@ -82,7 +82,8 @@ def test_any_trace_comes_back_exactly(tmp_path_factory, data):
         gone = st.builds(Preemption, name, st.sampled_from(["recompute", "swap"]), COUNTS)
         preempted, copied = (st.lists(each, max_size=2).map(tuple) for each in (gone, st.tuples(COUNTS, COUNTS)))
         use = st.none() | st.builds(BlockUse, COUNTS, COUNTS, COUNTS, COUNTS)
-        paged = [data.draw(each) for each in (preempted, copied, use)]
+        spans = st.none() | st.tuples(TIMES, TIMES).map(sorted).map(tuple)
+        paged = [data.draw(each) for each in (preempted, copied, use, st.none() | TIMES, st.none() | TIMES, spans)]
         trace.steps.append(StepEvent(counts[0], start, end, tuple(parts), tuple(finished), *counts[1:], *paged))
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     assert load_trace(save_trace(trace, path)) == trace
@@ -161,6 +162,9 @@ def test_a_why_that_does_not_exist_is_refused(tmp_path):
         ('"blocks": {"used": 2, "cached": 1, "free": 0}', '"blocks": 2', "line 5: a BlockUse must be a JSON object"),
         ('"blocks": {"used": 2, ', '"blocks": {', r"line 5: a BlockUse .* missing \['used'\]"),
         ('"used": 2', '"used": 2.5', "line 5: used is 2.5; it must be a whole number"),
+        ('"blocks": {', '"device": [2.0, 1.0], "blocks": {', "line 4: device is .* two moments in seconds, the second"),
+        ('"blocks": {', '"device": [1.0], "blocks": {', "line 4: device is .* two moments in seconds"),
+        ('"blocks": {', '"launched": "now", "blocks": {', "line 4: launched is 'now'; it must be seconds"),
     ],
 )
 def test_broken_blocks_are_refused_by_their_line(tmp_path, there, instead, says):
@@ -229,14 +233,14 @@ def test_the_chrome_trace_keeps_the_formats_rules():
 def test_a_thread_a_request_with_its_life_and_what_it_did_in_it():
     events = chrome_trace(small_trace())["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert names == {STEPS: "steps", 1: "a", 2: "b"}
-    life, *inner = [event for event in events if event["ph"] == "X" and event["tid"] == 2]
+    assert names == {STEPS: "steps", 3: "a", 4: "b"}
+    life, *inner = [event for event in events if event["ph"] == "X" and event["tid"] == 4]
     assert (life["name"], life["ts"], life["dur"]) == ("b", 270_000, 480_000)  # from 0.72 to 1.2 s; 0.45 s is 0
     assert [event["name"] for event in inner] == ["waiting", "prefill", "waiting", "prefill", "recompute"]
     assert (inner[0]["ts"], inner[0]["dur"]) == (270_000, 80_000)
     tokens = [(each["args"]["tokens"], each["args"]["padding"]) for each in inner if each["args"]]
     assert tokens == [(3, 0), (2, 0), (6, 3)]
-    assert [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 1][-1] == "padding"
+    assert [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 3][-1] == "padding"
 
 
 def test_counters_follow_the_run():
@@ -253,8 +257,8 @@ def test_blocks_are_counted_and_preemptions_marked():
     assert blocks == [(250_000, 3, 0, 0), (500_000, 2, 1, 0), (750_000, 3, 0, 0), (1_000_000, 0, 2, 1)]
     marks = [(event["ts"], event["tid"], event["name"], event["args"]) for event in events if event["ph"] == "i"]
     assert marks == [
-        (250_000, 2, "preempted (recompute)", {"step": 1, "mode": "recompute", "tokens": 1}),
-        (750_000, 2, "preempted (swap)", {"step": 3, "mode": "swap", "tokens": 1}),
+        (250_000, 4, "preempted (recompute)", {"step": 1, "mode": "recompute", "tokens": 1}),
+        (750_000, 4, "preempted (swap)", {"step": 3, "mode": "swap", "tokens": 1}),
     ]
     steps = [event["args"] for event in events if event["ph"] == "X" and event["tid"] == STEPS]
     assert [step.get("blocks copied") for step in steps] == [None, 1, None, None]
@@ -269,6 +273,35 @@ def test_overlapping_steps_and_odd_times_still_nest():
     document = chrome_trace(trace)
     document["traceEvents"] = [event for event in document["traceEvents"] if event["tid"] != STEPS]
     check_format(document)
+
+
+def overlapped_trace() -> Trace:
+    """Of one request: each step is planned and launched while the device computes the one before."""
+    trace = Trace([RequestRecord("a", 0.0, 3)])
+    times = [(0.0, None, 0.125, (0.125, 0.5), 0.625), (0.625, 0.125, 0.25, (0.5, 1.0), 1.125)]
+    times += [(1.125, 0.625, 0.75, (0.9375, 1.5), 1.625)]  # the device's clock is a little off
+    for step, (start, planned, launched, device, end) in enumerate(times):
+        parts = (ScheduledTokens("a", 3 + step if step else 0, 1 if step else 3, "decode" if step else "prefill", 1),)
+        more = {"planned": planned, "launched": launched, "device": device}
+        trace.steps.append(StepEvent(step, start, end, parts, ("a",) if step == 2 else (), **more))
+    return trace
+
+
+def test_host_and_device_have_threads_of_their_own_where_the_trace_tells():
+    document = chrome_trace(overlapped_trace())
+    check_format(json.loads(json.dumps(document)))
+    names = {event["tid"]: event["args"]["name"] for event in document["traceEvents"] if event["name"] == "thread_name"}
+    assert names == {STEPS: "steps", HOST: "host", DEVICE: "device", 3: "a"}
+    spans = {
+        thread: [
+            (event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+            for event in document["traceEvents"]
+            if event["ph"] == "X" and event["tid"] == thread
+        ]
+        for thread in (HOST, DEVICE)
+    }
+    assert spans[HOST] == [("launch step 0", 0, 0.125), ("launch step 1", 0.125, 0.25), ("launch step 2", 0.625, 0.75)]
+    assert spans[DEVICE] == [("step 0", 0.125, 0.5), ("step 1", 0.5, 1.0), ("step 2", 1.0, 1.5)]
 
 
 def test_an_empty_trace_is_an_empty_document(tmp_path):

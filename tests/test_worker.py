@@ -21,7 +21,15 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, ModelNotFoundError, PromptError, WorkerDiedError
-from minillm.plan import BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput, TokenLogprobs
+from minillm.plan import (
+    PENDING,
+    BlockMove,
+    ModelOutput,
+    NewRequest,
+    ScheduledRequest,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 from minillm.runtime import messages
 from minillm.runtime.worker import worst_plan
 from minillm.runtime.worker_process import _result, _Server
@@ -119,6 +127,7 @@ OUTPUTS = st.builds(
     st.integers(0),
     st.dictionaries(NAMES, LOGPROBS, max_size=3),
     st.dictionaries(NAMES, NAMES, max_size=2),
+    st.none() | st.tuples(FLOATS, FLOATS),
 )
 
 
@@ -202,7 +211,7 @@ def test_errors_cross_by_name_and_only_ours():
 def test_the_worker_computes_with_as_many_threads_as_the_engine(in_process, checkpoint):
     assert torch.get_num_threads() == 1
     try:
-        _Server().load(str(checkpoint(KIND)), "float32", "cpu", None, 2)
+        _Server().load(str(checkpoint(KIND)), "float32", "cpu", None, [], 2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -219,6 +228,40 @@ def test_a_call_that_is_interrupted_leaves_the_next_one_its_own_answer(in_proces
         worker.init_cache(5, BLOCK_SIZE)
     monkeypatch.undo()
     assert worker.init_cache(7, BLOCK_SIZE) == 7 * worker.profile(4, 1, 8, BLOCK_SIZE).bytes_per_block
+
+
+def test_answers_go_to_their_calls_whoever_waits_first_and_whoever_never_does(in_process, checkpoint):
+    inline = ModelExecutor.start(checkpoint(KIND), num_tokens=190)
+    plans = [one_token_plan("a", [7]), one_token_plan("a", [PENDING], 1), one_token_plan("b", [9])]
+    for executor in (inline, in_process):
+        executor.init_cache(NUM_BLOCKS, BLOCK_SIZE)
+    expected = [inline.execute_model(plan).token_ids for plan in plans]
+    first, second = (in_process.launch(plan) for plan in plans[:2])
+    assert second.result().token_ids == expected[1]
+    assert first.result().token_ids == first.result().token_ids == expected[0]
+    in_process.launch(plans[0])  # nobody reads it, nor the next one
+    in_process.launch(plans[1])
+    assert in_process.launch(plans[2]).result().token_ids == expected[2]
+
+
+def one_token_plan(name: str, token_ids: list[int], start: int = 0) -> SchedulerOutput:
+    """A step for one greedy request, with the first block that there is."""
+    plan = SchedulerOutput(start, 0.0, num_tokens=1)
+    if start == 0:
+        plan.new_requests.append(NewRequest(name, SamplingParams(), 10))
+    plan.scheduled.append(ScheduledRequest(name, start, token_ids, True, "decode", block_ids=() if start else (1,)))
+    return plan
+
+
+def test_calls_and_answers_too_large_for_the_socket_never_block_each_other(in_process):
+    """The answer quotes the call, so that both are larger than what the socket holds unread."""
+    worker = in_process.workers[0]
+    watch = threading.Timer(20, worker.shutdown)
+    watch.start()
+    nonsense = "nonsense" * 200_000
+    answers = [worker._send(nonsense) for _ in range(3)]
+    watch.cancel()
+    assert all(nonsense in worker._wait(answer)[2] for answer in answers)
 
 
 def interrupted():

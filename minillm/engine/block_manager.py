@@ -153,13 +153,16 @@ class BlockManager:
             return NO_GROWTH
         return Growth(first_changed, block_ids[first_changed:], moves)
 
-    def commit(self, request: Request) -> None:
-        """Register the blocks that `request.num_computed_tokens` has filled, so that later requests can share them.
+    def commit(self, request: Request, num_computed_tokens: int | None = None) -> None:
+        """Register the blocks that the request's computed tokens fill, so that later requests can share them.
 
+        `num_computed_tokens` says how many have surely been computed, where the request's own number is ahead of that.
         If the same content is registered already, that block stays the one that is shared.
         """
         table = self._tables[request.request_id]
-        full = request.num_computed_tokens // self.block_size
+        if num_computed_tokens is None:
+            num_computed_tokens = request.num_computed_tokens
+        full = num_computed_tokens // self.block_size
         if full <= table.num_registered or not table.registers:
             return
         prefixes = self._prefixes(request, full)

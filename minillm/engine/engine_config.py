@@ -8,6 +8,7 @@ from minillm.engine.queue import POLICIES
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError
 from minillm.memory_ledger import CacheLimits
+from minillm.plan import ATTENTION_BACKENDS, RunnerOptions
 
 WORKERS = ("inline", "process")
 
@@ -30,6 +31,10 @@ class EngineConfig:
     watermark: float = 0.01  # share of the pool that must be left over when another request is admitted
     preemption_mode: str = "recompute"  # when blocks run out: "recompute" their tokens later, or "swap" them out
     worker: str = "inline"  # the model runs in this process, or in a "process" of its own
+    async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None = where that helps
+    attention_backend: str = "auto"  # "reference", "cuda", "triton" or "flash"; "auto" = the fastest that will do
+    enforce_eager: bool = False  # on a GPU: no CUDA graphs, every kernel is launched from Python
+    fused_ops: bool = True  # on a GPU: neighbouring small operations run as one kernel
     trace: bool = True  # record every step; False for an engine that runs for days
 
     def __post_init__(self):
@@ -47,6 +52,10 @@ class EngineConfig:
         _check_one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         _check_one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         _check_one_of("worker", self.worker, WORKERS)
+        _check_one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_one_of("async_scheduling", self.async_scheduling, (None, True, False))
+        _check_one_of("enforce_eager", self.enforce_eager, (True, False))
+        _check_one_of("fused_ops", self.fused_ops, (True, False))
         self.scheduler_config(self.max_model_len or 1)  # the limits of a step must not contradict each other
 
     @classmethod
@@ -82,6 +91,16 @@ class EngineConfig:
             enable_chunked_prefill=self.enable_chunked_prefill,
         )
 
+    def runner_options(self, max_model_len: int) -> RunnerOptions:
+        """How the worker is to compute."""
+        return RunnerOptions(
+            attention_backend=self.attention_backend,
+            enforce_eager=self.enforce_eager,
+            fused_ops=self.fused_ops,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+
     def cache_limits(self, max_model_len: int) -> CacheLimits:
         """What decides how large the pool is. Raises ConfigError for a pool smaller than one request of that length."""
         num_host_blocks = self.num_host_blocks
@@ -103,6 +122,6 @@ def _check_whole(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {least}")
 
 
-def _check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} {value!r} is not one of {', '.join(known)}")
+def _check_one_of(name: str, value: object, known: tuple) -> None:
+    if value not in known or type(value) not in set(map(type, known)):  # 1 equals True and is not meant
+        raise ConfigError(f"{name} {value!r} is not one of {', '.join(map(str, known))}")

@@ -18,6 +18,7 @@ from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_pro
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, PromptError, SamplingParamsError
 from minillm.generation import check_request
+from minillm.model import Decoder
 from minillm.pooling import mean_hidden_state
 from minillm.sampling_params import SamplingParams
 from minillm.text import encode_chat
@@ -41,7 +42,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = "storyteller",
+        model: str | Path | Decoder = "storyteller",
         *,
         dtype: torch.dtype | str = "float32",
         device: torch.device | str = "cpu",
@@ -51,8 +52,10 @@ class LLM:
     ):
         """Load a model and reserve its cache; see `load_model`, and `EngineConfig` for the engine arguments.
 
-        `verbose` prints to stderr where the memory goes. Same errors as `LLMEngine`; ConfigError for an engine argument
-        that does not exist.
+        A Decoder that has been made already keeps its dtype and device; its prompts are token ids.
+
+        `verbose` prints to stderr where the memory goes and which kernels compute. Same errors as `LLMEngine`;
+        ConfigError for an engine argument that does not exist.
         """
         config = EngineConfig.from_arguments(**engine_arguments)
         self.engine = LLMEngine(
@@ -61,7 +64,7 @@ class LLM:
         self._numbers = count()
         self._takers: dict[str, Callable[[RequestOutput], None]] = {}  # who wants the outputs of a request
         if verbose:
-            print(self.engine.ledger, file=sys.stderr)
+            print(f"{self.engine.ledger}\nkernels: {self.engine.executor.why}", file=sys.stderr)
 
     @property
     def trace(self) -> Trace | None:

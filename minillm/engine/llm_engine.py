@@ -9,11 +9,14 @@ while engine.has_unfinished_requests():
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from minillm.engine.async_scheduler import AsyncScheduler
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.model_executor import ModelExecutor
@@ -25,7 +28,7 @@ from minillm.engine.scheduler import RequestUpdate
 from minillm.errors import ConfigError, PromptError, SamplingParamsError, WorkerDiedError
 from minillm.generation import check_request
 from minillm.model import Decoder
-from minillm.plan import ModelOutput, SchedulerOutput, TokenLogprobs
+from minillm.plan import ModelOutput, PendingOutput, SchedulerOutput, TokenLogprobs
 from minillm.sampling_params import SamplingParams
 from minillm.trace import Trace
 from minillm.weights import (
@@ -47,7 +50,7 @@ class LLMEngine:
 
     def __init__(
         self,
-        model: str | Path = "storyteller",
+        model: str | Path | Decoder = "storyteller",
         *,
         dtype: torch.dtype | str = "float32",
         device: torch.device | str = "cpu",
@@ -56,24 +59,28 @@ class LLMEngine:
     ):
         """Load the model (see `load_model` for its name, `dtype`, `device`) and reserve the pool.
 
-        With `skip_tokenizer_init` prompts are token ids and outputs have no text. Raises the errors of `load_model`,
-        ConfigError for arguments that contradict each other or the model, OutOfMemoryError if it does not fit.
+        With `skip_tokenizer_init` prompts are token ids and outputs have no text. So it is with a Decoder that has been
+        made already: it computes here ("inline"), in its own dtype and on its own device. Raises the errors of
+        `load_model`, ConfigError for arguments that contradict each other or the model, OutOfMemoryError if it does not
+        fit.
         """
         self.config = config = config or EngineConfig()
-        folder = find_checkpoint(model)
-        self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
-        self.model_config = with_ids_of(self.tokenizer, read_config(folder))
+        given = isinstance(model, Decoder)
+        source = model if given else find_checkpoint(model)
+        self.tokenizer = None if given or skip_tokenizer_init else load_tokenizer(source)
+        self.model_config = model.config if given else with_ids_of(self.tokenizer, read_config(source))
         self.max_model_len = config.model_len(self.model_config.max_position_embeddings)
         limits, cache_limits = config.scheduler_config(self.max_model_len), config.cache_limits(self.max_model_len)
-        self.model: Decoder | None = None  # None if it is in another process
-        if config.worker == "inline":
-            self.model = load_decoder(folder, self.model_config, as_dtype(dtype), as_device(device))
-            self.model.pack()
+        if config.worker == "inline" and not given:
+            source = load_decoder(source, self.model_config, as_dtype(dtype), as_device(device))
+            source.pack()
+        self.model = source if isinstance(source, Decoder) else None  # None if it is in another process
         self.executor = ModelExecutor.start(
-            folder if self.model is None else self.model,
+            source,
             dtype=str(dtype),
             device=str(device),
             num_tokens=self.model_config.num_tokens,
+            options=config.runner_options(self.max_model_len),
             worker=config.worker,
         )
         try:
@@ -87,8 +94,10 @@ class LLMEngine:
             num_host_blocks=self.ledger.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        began = time.perf_counter()
-        self.scheduler = PagedScheduler(
+        self._began = began = time.perf_counter()
+        self._is_async = runs_ahead(config, device if self.model is None else self.model.device)
+        make_scheduler = AsyncScheduler if self._is_async else PagedScheduler
+        self.scheduler = make_scheduler(
             limits,
             block_manager,
             clock=lambda: time.perf_counter() - began,
@@ -96,6 +105,7 @@ class LLMEngine:
             preemption_mode=config.preemption_mode,
             watermark=config.watermark,
         )
+        self._launched: deque[tuple[SchedulerOutput, PendingOutput]] = deque()  # steps whose tokens are not read yet
         self._states: dict[str, RequestState] = {}  # requests that have not ended, by the id of their caller
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
         self._silent: set[str] = set()  # of the scheduler's ids: nothing to do before they end
@@ -207,21 +217,49 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step; what it brought for requests that got a token or ended, as their `output_kind` says.
 
-        If the model raises, no request has advanced and all go on with the next step, computing again what they need.
-        Raises WorkerDiedError if the worker has ended: then every request has failed.
+        With asynchronous scheduling the next step is launched before this one is waited for. If the model raises, no
+        request has advanced and all go on with the next step, computing again what they need. Raises WorkerDiedError if
+        the worker has ended: then every request has failed.
         """
         self.check_alive()
-        if not self.scheduler.has_unfinished_requests():
+        most_unread = 2 if self._is_async else 1
+        while len(self._launched) < most_unread and self._launch_next():
+            pass
+        if not self._launched:
             return []
-        plan = self.scheduler.schedule()
-        output = self._execute(plan)
-        updates = self.scheduler.update(plan, output)
+        plan, pending = self._launched[0]
+        with self._retracting(plan):
+            output = self._by_own_clock(pending.result())
+            updates = self.scheduler.update(plan, output)
+            self._launched.popleft()
         return self._outputs(self._changed(updates, output.logprobs))
 
-    def _execute(self, plan: SchedulerOutput) -> ModelOutput:
+    def _launch_next(self) -> bool:
+        """Plan a step and launch it; False if there is nothing to compute before the last one has been read."""
+        if not self.scheduler.has_unfinished_requests():
+            return False
+        plan = self.scheduler.schedule()
+        if not plan.scheduled:
+            return False
+        with self._retracting(plan):
+            self._launched.append((plan, self.executor.launch(plan)))
+        plan.launched = self.scheduler.clock()
+        return True
+
+    def _by_own_clock(self, output: ModelOutput) -> ModelOutput:
+        """The output with the device's times, which are those of time.perf_counter, on the engine's clock."""
+        if output.device_times is None:
+            return output
+        begin, end = output.device_times
+        return output._replace(device_times=(begin - self._began, end - self._began))
+
+    @contextmanager
+    def _retracting(self, plan: SchedulerOutput) -> Iterator[None]:
+        """If this fails, Ctrl-C included, the step has not happened, nor has any that was launched after it."""
         try:
-            return self.executor.execute_model(plan)
-        except BaseException as error:  # Ctrl-C as well: the step has not happened
+            yield
+        except BaseException as error:
+            self._launched.clear()
             self.scheduler.retract(plan)
             if isinstance(error, WorkerDiedError):
                 self._end_all(error)
@@ -268,6 +306,7 @@ class LLMEngine:
 
     def _end_all(self, error: WorkerDiedError) -> None:
         self._dead = error
+        self._launched.clear()
         for request_id in self._completions:
             self.scheduler.end_request(request_id, "error", str(error))
         self._states.clear()
@@ -278,3 +317,14 @@ class LLMEngine:
         """Raises WorkerDiedError if nothing can be computed any more, after `shutdown` or the worker's end."""
         if self._dead is not None:
             raise WorkerDiedError(str(self._dead))
+
+
+def runs_ahead(config: EngineConfig, device: torch.device | str) -> bool:
+    """Whether steps are launched before the tokens of the last one are read.
+
+    By default where something computes while this thread goes on. With a worker process on two cores, 64 requests to
+    the storyteller are done about 1.1 times as fast (medians of 8 to 12 runs in turns on a busy machine: 1.05 to 1.12).
+    """
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return config.worker == "process" or torch.device(device).type == "cuda"

@@ -1,6 +1,7 @@
-"""One or more workers behind three calls: `profile`, `reserve` and `execute_model`."""
+"""One or more workers behind three calls: `profile`, `reserve` and `launch`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -8,7 +9,7 @@ from minillm.engine.engine_config import WORKERS
 from minillm.errors import ConfigError
 from minillm.memory_ledger import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
 from minillm.model import Decoder
-from minillm.plan import ModelOutput, SchedulerOutput
+from minillm.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, RunnerOptions, SchedulerOutput
 from minillm.runtime.worker import Worker
 from minillm.runtime.worker_process import ProcessWorker
 
@@ -22,9 +23,23 @@ class AnyWorker(Protocol):
 
     def init_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> int: ...
 
-    def execute_model(self, plan: SchedulerOutput) -> ModelOutput: ...
+    @property
+    def why(self) -> str: ...
+
+    def launch(self, plan: SchedulerOutput) -> PendingOutput: ...
 
     def shutdown(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class OutputOfAll:
+    """A step that several workers compute."""
+
+    parts: Sequence[PendingOutput]  # one a worker
+
+    def result(self) -> ModelOutput:
+        """Wait for all of them; what the first one says."""
+        return [part.result() for part in self.parts][0]
 
 
 class ModelExecutor:
@@ -48,21 +63,23 @@ class ModelExecutor:
         dtype: str = "float32",
         device: str = "cpu",
         num_tokens: int | None = None,
+        options: RunnerOptions = DEFAULT_OPTIONS,
         worker: str = "inline",
     ) -> "ModelExecutor":
         """An executor with one worker: "inline", in this process, or a "process" of its own.
 
         `model` is a loaded Decoder (inline only: dtype, device and num_tokens are its own) or what `load_model` takes;
-        `num_tokens` is how many ids the tokenizer has. Raises ConfigError and what `load_model` raises.
+        `num_tokens` is how many ids the tokenizer has; `options` say how steps are computed. Raises ConfigError and
+        what `load_model` raises.
         """
         if worker not in WORKERS:
             raise ConfigError(f"worker {worker!r} is not one of {', '.join(map(repr, WORKERS))}")
         if isinstance(model, Decoder):
             if worker == "process":
                 raise ConfigError("a worker process loads the model itself; give its name or folder, not a Decoder")
-            return cls([Worker(model)])
+            return cls([Worker(model, options)])
         make = Worker.load if worker == "inline" else ProcessWorker
-        return cls([make(model, dtype=dtype, device=device, num_tokens=num_tokens)])
+        return cls([make(model, dtype=dtype, device=device, num_tokens=num_tokens, options=options)])
 
     def profile(
         self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
@@ -88,9 +105,24 @@ class ModelExecutor:
         for worker in self.workers:
             worker.init_cache(num_blocks, block_size, num_host_blocks)
 
+    @property
+    def why(self) -> str:
+        """One line, from `init_cache` on: which kernels were picked and why."""
+        return self.workers[0].why
+
+    def launch(self, plan: SchedulerOutput) -> PendingOutput:
+        """Let every worker begin the plan. Raises WorkerDiedError, here or from the result, if one of them has ended.
+
+        Plans are carried out, and their results to be read, in the order of their launch. When a plan is launched, at
+        most one launched before it may be unread, unless they are given up: nobody reads the results of steps that are
+        retracted.
+        """
+        pending = [worker.launch(plan) for worker in self.workers]
+        return pending[0] if len(pending) == 1 else OutputOfAll(pending)
+
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
-        """Carry out a plan on every worker. Raises WorkerDiedError if one of them has ended."""
-        return [worker.execute_model(plan) for worker in self.workers][0]
+        """Carry out a plan on every worker and wait for what comes of it."""
+        return self.launch(plan).result()
 
     def shutdown(self) -> None:
         """End all workers and give their memory back. No effect the second time."""

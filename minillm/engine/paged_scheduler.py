@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from minillm.engine.block_manager import BlockManager, Growth, blocks_needed
-from minillm.engine.request import Request
+from minillm.engine.request import PENDING_IDS, Request
 from minillm.engine.scheduler import RequestUpdate, Scheduler, SchedulerConfig, _new
 from minillm.errors import ConfigError, PromptError
 from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
@@ -162,8 +162,9 @@ class PagedScheduler(Scheduler):
         others, parts = [], plan.scheduled
         for request in self.running.values():
             start = request.num_computed_tokens
-            if request.num_tokens - start == 1 and request.num_prompt_tokens <= start < request.num_writable:
-                token_ids = request.output_token_ids[-1:]
+            num_prompt_tokens = request.num_prompt_tokens
+            if request.num_tokens - start == 1 and num_prompt_tokens <= start < request.num_writable:
+                token_ids = request.output_token_ids[start - num_prompt_tokens :] or PENDING_IDS
                 parts.append(_new(ScheduledRequest, (request.request_id, start, token_ids, True, "decode", 0, (), 0)))
             else:
                 others.append(request)
@@ -196,7 +197,7 @@ class PagedScheduler(Scheduler):
             num_sampled = len(request.output_token_ids)
             new = NewRequest(request.request_id, request.params, request.num_tokens_at_most, num_sampled)
             plan.new_requests.append(new)
-        self._set_milestone(request)
+        self._set_milestone(request, request.num_computed_tokens)
         self.running[self.waiting.pop().request_id] = request
         return True
 
@@ -290,18 +291,18 @@ class PagedScheduler(Scheduler):
                 self._forget(request, bad=True)
         return super().update(plan, output)
 
-    def _set_milestone(self, request: Request) -> None:
+    def _set_milestone(self, request: Request, num_computed_tokens: int) -> None:
         """The next block filled, or the end of a prompt that other outputs wait for."""
         block_size = self.block_manager.block_size
-        request.milestone = (request.num_computed_tokens // block_size + 1) * block_size
-        if request.children and request.num_computed_tokens < request.num_prompt_tokens:
+        request.milestone = (num_computed_tokens // block_size + 1) * block_size
+        if request.children and num_computed_tokens < request.num_prompt_tokens:
             request.milestone = min(request.milestone, request.num_prompt_tokens)
 
-    def _pass_milestone(self, request: Request) -> None:
-        self.block_manager.commit(request)
-        if request.children and request.num_computed_tokens >= request.num_prompt_tokens:
+    def _pass_milestone(self, request: Request, num_computed_tokens: int) -> None:
+        self.block_manager.commit(request, num_computed_tokens)
+        if request.children and num_computed_tokens >= request.num_prompt_tokens:
             self._fork(request)
-        self._set_milestone(request)
+        self._set_milestone(request, num_computed_tokens)
 
     def _fork(self, parent: Request) -> None:
         """The prompt has been computed: its other outputs share its blocks, and compute its last token once more."""

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Sequence
 
 from minillm.errors import PromptError
+from minillm.plan import PENDING
 from minillm.sampling_params import SamplingParams, finish_reason
 
 FAR = sys.maxsize  # a milestone that is never reached
+PENDING_IDS = (PENDING,)  # the newest token while only the executor knows it
 
 
 class Request:
@@ -16,6 +18,10 @@ class Request:
     `num_computed_tokens` of them; the rest, `num_tokens - num_computed_tokens`, is what is still to compute. Right
     after sampling that is 1 (the newest token), during a prefill it is the rest of the prompt: prefill, a chunk of it
     and decode are all "compute the next n tokens".
+
+    With asynchronous scheduling, `num_computed_tokens` and `num_tokens` run ahead of what has been read: tokens that a
+    launched step computes count as computed, and the one it will sample counts in `num_tokens`, unless it is the last
+    possible one, which is never computed. `output_token_ids` holds known tokens only.
     """
 
     __slots__ = (
@@ -91,12 +97,15 @@ class Request:
         self._ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
 
     def token_ids(self, start: int, end: int) -> Sequence[int]:
-        """The ids at positions start..end-1, from the prompt, the output, or across both."""
+        """The ids at positions start..end-1, from the prompt, the output, or across both.
+
+        (PENDING,) for the position behind the last known token.
+        """
         n = self.num_prompt_tokens
         if end <= n:
             return self.prompt_token_ids[start:end]
         if start >= n:
-            return self.output_token_ids[start - n : end - n]
+            return self.output_token_ids[start - n : end - n] or PENDING_IDS
         return [*self.prompt_token_ids[start:], *self.output_token_ids[: end - n]]
 
     def append(self, token_id: int) -> bool:
@@ -105,6 +114,23 @@ class Request:
         self.num_tokens += 1
         if self.num_tokens < self.num_tokens_at_most and token_id not in self._ending_ids:
             return False
+        return self._end()
+
+    def fill_in(self, token_id: int) -> bool:
+        """As `append`, for a token that `num_tokens` counts already, maybe with the one after it."""
+        self.output_token_ids.append(token_id)
+        num_known = self.num_known_tokens
+        if num_known < self.num_tokens_at_most and token_id not in self._ending_ids:
+            return False
+        self.num_tokens = num_known
+        return self._end()
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and output, the newest token that has been read included."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    def _end(self) -> bool:
         self.finish_reason, self.stop_reason = finish_reason(self.output_token_ids, self.params, self.eos_token_ids)
         return self.finish_reason is not None
 

@@ -10,8 +10,9 @@ and a worker in another process:
 """
 
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -74,6 +75,7 @@ class BaseScheduler:
         self._left_by_abort: list[str] = []  # left with a result since the last update, freed by an abort
         self._left: list[str] = []  # have left the batch since the last plan
         self._step = 0
+        self._last_end = -math.inf  # when the last step that the trace knows ended
 
     @property
     def trace(self) -> Trace | None:
@@ -130,12 +132,11 @@ class BaseScheduler:
         if request is None:
             return False
         request.finish_reason, request.stop_reason = finish_reason, stop_reason
-        if request_id in self.running:
-            left = self._leave([request_id])
-            if finish_reason == "abort":
-                self._left_by_abort += left
-            else:
-                self._trace_late_end(left)
+        left = self._leave([request_id]) if request_id in self.running else []
+        if finish_reason == "abort":
+            self._left_by_abort += left
+        elif left or finish_reason == "stop":  # it may have given way after the step that computed its last token
+            self._trace_late_end([request_id])
         return True
 
     def schedule(self) -> SchedulerOutput:
@@ -162,7 +163,7 @@ class BaseScheduler:
             num_computed_tokens = start + len(token_ids)
             request.num_computed_tokens = num_computed_tokens
             if num_computed_tokens >= request.milestone:
-                self._pass_milestone(request)
+                self._pass_milestone(request, num_computed_tokens)
             if samples:
                 token_id = token_of[request_id]
                 if request.append(token_id):
@@ -173,7 +174,7 @@ class BaseScheduler:
         self.just_left = self._left_by_abort + (self._leave(ended) if ended else [])
         self._left_by_abort = []
         if self._trace is not None:
-            self._note_step(plan, output.score_entries)
+            self._note_step(plan, output)
         return updates
 
     # --- the parts of a step ---
@@ -197,8 +198,8 @@ class BaseScheduler:
         plan.num_tokens += end - start
         return end - start
 
-    def _pass_milestone(self, request: Request) -> None:
-        """`request.milestone` tokens have been computed; only schedulers that set milestones get here."""
+    def _pass_milestone(self, request: Request, num_computed_tokens: int) -> None:
+        """At least `request.milestone` tokens have been computed; only schedulers that set milestones get here."""
         raise NotImplementedError
 
     def _next_waiting(self) -> Request | None:
@@ -223,20 +224,29 @@ class BaseScheduler:
         self._left += ended
         return [request.request_id for request in left if request.finish_reason != "abort"]
 
-    def _note_step(self, plan: SchedulerOutput, score_entries: int) -> None:
-        """Keep what the trace will say of the step; whoever looks at the trace has it written."""
+    def _note_step(self, plan: SchedulerOutput, output: ModelOutput, discarded: Collection[str] = ()) -> None:
+        """Keep what the trace will say of the step; whoever looks at the trace has it written.
+
+        Steps in the trace do not overlap: one that was planned before the last one's end starts there. Nothing came of
+        the parts of `discarded` requests.
+        """
+        start, end = max(plan.start_time, self._last_end), self.clock()
+        self._last_end = end
         event = functools.partial(
             StepEvent,
             step=plan.step,
-            start_time=plan.start_time,
-            end_time=self.clock(),
+            start_time=start,
+            end_time=end,
             finished=tuple(self.just_left),
             num_waiting=self.num_waiting(),
-            score_entries=score_entries,
+            score_entries=output.score_entries,
             cached_tokens=sum([request.num_computed_tokens for request in self.running.values()]),
+            planned=None if start == plan.start_time else plan.start_time,
+            launched=plan.launched,
+            device=output.device_times,
             **self._traced_memory(plan),
         )
-        self._unwritten.append(lambda: event(scheduled=tuple(traced_parts(plan))))
+        self._unwritten.append(lambda: event(scheduled=tuple(traced_parts(plan, discarded))))
 
     def _traced_memory(self, plan: SchedulerOutput) -> dict:
         """Further fields of the step's event."""
@@ -249,10 +259,16 @@ class BaseScheduler:
             self.trace.steps[-1] = replace(last, finished=(*last.finished, *request_ids))
 
 
-def traced_parts(plan: SchedulerOutput) -> Iterator[ScheduledTokens]:
-    """What a plan computes, padding and what had been computed before included, as the trace records it."""
+def traced_parts(plan: SchedulerOutput, discarded: Collection[str] = ()) -> Iterator[ScheduledTokens]:
+    """What a plan computes, padding and what had been computed before included, as the trace records it.
+
+    What was computed for requests that had ended by then, `discarded`, was like padding: for nothing.
+    """
     for part in plan.scheduled:
         request_id, start, num_tokens, again = part.request_id, part.start, len(part.token_ids), part.num_recomputed
+        if request_id in discarded:
+            yield ScheduledTokens(request_id, start, num_tokens, "padding")
+            continue
         sampled, table = int(part.samples), (part.first_block, tuple(part.block_ids))
         if 0 < again < num_tokens:
             yield ScheduledTokens(request_id, start, again, "recompute", 0, *table)

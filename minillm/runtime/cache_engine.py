@@ -13,14 +13,16 @@ from torch import Tensor
 from minillm.config import ModelConfig
 from minillm.errors import ConfigError
 from minillm.kv_cache import kv_bytes_per_token
-from minillm.plan import NULL_BLOCK, BlockMove
+from minillm.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput
 
 
 class CacheEngine:
     """Pools of keys and values, [L, num_blocks, block_size, Hkv, D] each, and as many host blocks as asked for.
 
-    Everything starts as zeros. `tables` is the look-up from request to row; row r of `block_tables` lists the request's
-    blocks in the order of its tokens, null blocks behind them.
+    Host blocks are [num_host_blocks, L, block_size, Hkv, D]: a whole block is one piece of memory, so that it crosses
+    in one copy. Beside a GPU they are pinned: nobody waits for that copy. Everything starts as zeros. `tables` is the
+    look-up from request to row; row r of `block_tables` lists the request's blocks in the order of its tokens, null
+    blocks behind them.
     """
 
     def __init__(
@@ -44,9 +46,9 @@ class CacheEngine:
         shape = (config.num_hidden_layers, num_blocks, *block)
         self.keys = zeros(shape, dtype, device)
         self.values = zeros(shape, dtype, device)
-        host_shape = (config.num_hidden_layers, num_host_blocks, *block)
-        self.host_keys = zeros(host_shape, dtype, "cpu")
-        self.host_values = zeros(host_shape, dtype, "cpu")
+        host_shape = (num_host_blocks, config.num_hidden_layers, *block)
+        self.host_keys = host_zeros(host_shape, dtype, device)
+        self.host_values = host_zeros(host_shape, dtype, device)
         self.rows: dict[str, int] = {}  # request id -> row of block_tables
         self.block_tables = np.zeros((16, 16), dtype=np.int64)
         self._free_rows = list(range(16))[::-1]
@@ -67,6 +69,15 @@ class CacheEngine:
         return {request_id: _without_padding(self.block_tables[row]) for request_id, row in self.rows.items()}
 
     # --- block tables ---
+
+    def follow(self, plan: SchedulerOutput) -> list[ScheduledRequest]:
+        """What the plan says of block tables, its moves aside. Returns the parts that brought new blocks."""
+        for request_id in (*plan.finished_ids, *plan.preempted_ids):
+            self.drop_table(request_id)
+        changed = [part for part in plan.scheduled if part[6]]  # block_ids, by number: this runs once a token
+        for part in changed:
+            self.write_table(part.request_id, part.first_block, part.block_ids)
+        return changed
 
     def write_table(self, request_id: str, first_block: int, block_ids: Sequence[int]) -> None:
         """table[first_block:] = block_ids; a request that has no table begins one."""
@@ -96,13 +107,19 @@ class CacheEngine:
     # --- whole blocks ---
 
     def move(self, move: BlockMove) -> None:
-        """Copy whole blocks, in all layers."""
-        sources, targets = list(move.sources), list(move.targets)
-        pool, host = (self.keys, self.values), (self.host_keys, self.host_values)
-        source_pools = host if move.kind == "swap_in" else pool
-        target_pools = host if move.kind == "swap_out" else pool
-        for source, target in zip(source_pools, target_pools, strict=True):
-            target[:, targets] = source[:, sources].to(target.device)
+        """Copy whole blocks, in all layers. On a GPU in the order of its stream: nobody waits for it here."""
+        for pool, host in ((self.keys, self.host_keys), (self.values, self.host_values)):
+            if move.kind == "swap_in":
+                blocks = torch.empty((len(move.sources), *host.shape[1:]), dtype=pool.dtype, device=pool.device)
+                for block, source in zip(blocks, move.sources, strict=True):
+                    block.copy_(host[source], non_blocking=True)
+            else:
+                blocks = pool.index_select(1, to_device(move.sources, pool.device)).transpose(0, 1)  # [n, L, ...]
+            if move.kind == "swap_out":
+                for block, target in zip(blocks.contiguous(), move.targets, strict=True):
+                    host[target].copy_(block, non_blocking=True)
+            else:
+                pool.index_copy_(1, to_device(move.targets, pool.device), blocks.transpose(0, 1))
 
     def scrub(self, request_id: str) -> None:
         """Make the request's keys and values finite: whoever gets its blocks next must not meet its NaNs."""
@@ -111,6 +128,19 @@ class CacheEngine:
         for block in _without_padding(self.block_tables[self.rows[request_id]]):
             for pool in (self.keys, self.values):
                 _finite(pool[:, block])
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """[n] int64 on the device. A GPU gets them from pinned memory, in its stream: nobody waits for it here."""
+    host = torch.tensor(list(numbers), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros in the machine's own memory, pinned if `device` is a GPU that reads and writes them."""
+    if torch.device(device).type == "cuda" and 0 not in shape:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    return zeros(shape, dtype, "cpu")
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -48,4 +48,5 @@ def output_from(fields: Sequence[Any]) -> ModelOutput:
     """The result that was encoded, sequences in it as lists. TypeError for a list that is not one."""
     output = ModelOutput(*fields)
     logprobs = {request_id: TokenLogprobs(*entry) for request_id, entry in output.logprobs.items()}
-    return output._replace(logprobs=logprobs)
+    times = output.device_times
+    return output._replace(logprobs=logprobs, device_times=None if times is None else tuple(times))

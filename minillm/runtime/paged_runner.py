@@ -1,5 +1,7 @@
 """Carries out plans on a paged cache: follows the block tables, prepares the inputs, one forward pass, new tokens."""
 
+import time
+from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minillm.model import Decoder
-from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.plan import PENDING, ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
 from minillm.sampling import make_generator, sample, token_logprobs
@@ -23,13 +25,15 @@ def rows_computed(num_rows: int, device: torch.device) -> int:
 class PagedRunner:
     """Runs the plans of a `PagedScheduler` on a model.
 
-    It remembers of a request what plans do not repeat: its block table, its sampling parameters and its generator.
+    It remembers of a request what plans do not repeat: its block table, its sampling parameters and its generator; and
+    of the last step what was sampled, because the next one may have been planned before that was known.
     """
 
     def __init__(self, model: Decoder, cache: CacheEngine):
         self.model = model
         self.cache = cache
         self.params: dict[str, tuple] = {}  # sampling parameters and generator of every request that was announced
+        self.sampled: Mapping[str, int] = {}  # in the last step: what PENDING stands for in the next
         self.mask_bytes = 0  # of the last step
 
     @torch.inference_mode()
@@ -44,6 +48,14 @@ class PagedRunner:
         batch, newest_rows = self.prepare(plan)
         attend = PagedAttention(self.cache, batch, self.model.device)
         self.mask_bytes = attend.mask_bytes
+        begin = time.perf_counter()
+        output = self._compute(plan, batch, newest_rows, attend)
+        self.sampled = output.token_ids
+        return output._replace(score_entries=attend.score_entries, device_times=(begin, time.perf_counter()))
+
+    def _compute(
+        self, plan: SchedulerOutput, batch: PagedBatch, newest_rows: dict[str, int], attend: PagedAttention
+    ) -> ModelOutput:
         token_ids, positions = self._padded(batch.token_ids), self._padded(batch.positions)
         hidden = self.model(token_ids, positions, attend)  # [T, hidden]
         failed, samplers = {}, newest_rows
@@ -53,26 +65,21 @@ class PagedRunner:
             newest = hidden[[newest_rows[request_id] for request_id in unfinished]]
             failed = self._not_finite(unfinished, newest.abs())
         if not samplers:
-            return ModelOutput({}, attend.score_entries, failed=failed)
+            return ModelOutput({}, 0, failed=failed)
         rows = self._padded(np.fromiter(samplers.values(), np.int64, len(samplers)))
         logits = self.model.logits(hidden.index_select(0, rows))[: len(samplers)]  # [R, ids]
         failed |= self._not_finite(list(samplers), logits)
-        return self._sample(list(samplers), logits, failed)._replace(score_entries=attend.score_entries)
+        return self._sample(list(samplers), logits, failed)
 
     def follow(self, plan: SchedulerOutput) -> None:
         """Do what the plan says of requests and blocks before anything is computed."""
+        self.cache.follow(plan)
         for request_id in plan.finished_ids:
-            self.cache.drop_table(request_id)
             self.params.pop(request_id, None)
         for move in plan.block_moves:
             self.cache.move(move)
-        for request_id in plan.preempted_ids:
-            self.cache.drop_table(request_id)
         for new in plan.new_requests:
             self.params[new.request_id] = (new.params, make_generator(new.params, self.model.device, new.num_sampled))
-        for part in plan.scheduled:
-            if part[6]:  # block_ids, by number: this line runs once a token
-                self.cache.write_table(part.request_id, part.first_block, part.block_ids)
 
     def prepare(self, plan: SchedulerOutput) -> tuple[PagedBatch, dict[str, int]]:
         """The inputs of the step, and for every request in it the row of its newest token.
@@ -103,7 +110,10 @@ class PagedRunner:
         tables = cache.block_tables[table_rows, :width]  # [decodes, W]
         block_numbers, offsets = np.divmod(positions, cache.block_size)
         slots = tables[np.arange(count), block_numbers] * cache.block_size + offsets
-        token_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, count)[order]
+        token_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, count)
+        for number in np.flatnonzero(token_ids == PENDING):  # 0: it failed, and what comes of this is not wanted
+            token_ids[number] = self.sampled.get(request_ids[number], 0)
+        token_ids = token_ids[order]
         newest_rows = {request_ids[number]: row for row, number in enumerate(order.tolist())}
         return PagedBatch(token_ids, positions, slots, tables, []), newest_rows
 

@@ -1,35 +1,64 @@
 """A worker holds the model and its paged cache on one device, measures what steps need, and carries out plans."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
+from minillm.errors import KernelError
 from minillm.memory import PeakMemory
 from minillm.memory_ledger import MemoryProfile, available_memory
 from minillm.model import Decoder
-from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput, blocks_needed
+from minillm.plan import (
+    DEFAULT_OPTIONS,
+    FinishedOutput,
+    ModelOutput,
+    NewRequest,
+    PendingOutput,
+    RunnerOptions,
+    ScheduledRequest,
+    SchedulerOutput,
+    blocks_needed,
+)
 from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.device_runner import DeviceRunner
+from minillm.runtime.kernels import ops
+from minillm.runtime.kernels.dispatch import Backend, choose
 from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.step_graph import bucket_sizes
 from minillm.sampling_params import MOST_LOGPROBS, SamplingParams
 from minillm.weights import as_device, as_dtype, find_checkpoint, load_decoder, read_config
 
 # All that sampling can be asked to do at once, as the worst step does for every request.
 DEAREST_PARAMS = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.01, seed=0, logprobs=MOST_LOGPROBS)
+GRAPH_BYTES = 16 << 20  # room for one graph's list of kernels and their arguments; reasoned, not measured
+RECORDING_BYTES = 64 << 20  # room for workspaces that libraries take for recordings; reasoned, not measured
 
 
 class Worker:
     """Runs one model on one device: `profile`, then `init_cache`, then `execute_model` for every step."""
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, options: RunnerOptions = DEFAULT_OPTIONS):
         self.model = model
-        self.runner: PagedRunner | None = None  # from `init_cache` on
+        self.options = options
+        self.backend: Backend | None = None  # from `profile` or `init_cache` on; `backend.why` says how it was picked
+        self.runner: PagedRunner | DeviceRunner | None = None  # from `init_cache` on
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # where Triton launches its kernels
 
     @classmethod
     def load(
-        cls, model: str | Path, *, dtype: str = "float32", device: str = "cpu", num_tokens: int | None = None
+        cls,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_tokens: int | None = None,
+        options: RunnerOptions = DEFAULT_OPTIONS,
     ) -> "Worker":
         """A worker for a model by name, folder or hub id, which samples among the first `num_tokens` ids.
 
@@ -39,16 +68,23 @@ class Worker:
         folder = find_checkpoint(model)
         decoder = load_decoder(folder, replace(read_config(folder), num_tokens=num_tokens), dtype, device)
         decoder.pack()
-        return cls(decoder)
+        return cls(decoder, options)
 
     def profile(
         self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
     ) -> MemoryProfile:
-        """Run a step that needs as much as any within these limits, and say what it needed beside weights and cache."""
+        """Run a step that needs as much as any within these limits, and say what it needed beside weights and cache.
+
+        Raises KernelError, before anything is allocated, if the backend asked for does not take the model.
+        """
         model = self.model
+        options = self.options._replace(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self.backend = self._choose(block_size)
         activations, masks = self._measure(
-            worst_plan(max_num_batched_tokens, max_num_seqs, max_model_len, block_size), block_size
+            worst_plan(max_num_batched_tokens, max_num_seqs, max_model_len, block_size), block_size, options
         )
+        if self._records_graphs:
+            activations += self._measure_graphs(block_size, options)
         host = available_memory()
         available, card_bytes = (host, None) if model.device.type == "cpu" else card_memory(model.device)
         return MemoryProfile(
@@ -61,30 +97,85 @@ class Worker:
             card_bytes=card_bytes,
         )
 
-    def _measure(self, plan: SchedulerOutput, block_size: int) -> tuple[int, int]:
+    def _measure(self, plan: SchedulerOutput, block_size: int, options: RunnerOptions) -> tuple[int, int]:
         """Bytes of a step at its peak, beside weights and cache: without its masks, and of these."""
         model, num_blocks = self.model, 1 + max(max(part.block_ids) for part in plan.scheduled)
-        runner = PagedRunner(model, CacheEngine(model.config, num_blocks, block_size, model.dtype, model.device))
+        cache = CacheEngine(model.config, num_blocks, block_size, model.dtype, model.device)
+        runner = self._new_runner(cache, options._replace(enforce_eager=True))
         with first_layer_alone(model), PeakMemory(model.device) as memory:
             runner.execute_model(plan)
         return memory.peak_bytes - runner.mask_bytes, runner.mask_bytes
 
+    def _measure_graphs(self, block_size: int, options: RunnerOptions) -> int:
+        """Bytes to leave for graphs: they share the memory of the largest decode step, which is theirs alone."""
+        plan = decode_plan(options.max_num_seqs, options.max_model_len, block_size)
+        lists = GRAPH_BYTES * len(bucket_sizes(options.max_num_seqs))
+        return self._measure(plan, block_size, options)[0] + RECORDING_BYTES + lists
+
     def init_cache(self, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> int:
-        """Allocate the pool, of exactly this size; returns its bytes, host blocks not counted."""
+        """Allocate the pool, of exactly this size, and record graphs; returns the pool's bytes, without host blocks.
+
+        Raises KernelError, before anything is allocated, if the backend asked for does not take the model.
+        """
         model = self.model
+        self.backend = self._choose(block_size)
+        self.runner = None  # its pool goes before the new one comes
         cache = CacheEngine(
             model.config, num_blocks, block_size, model.dtype, model.device, num_host_blocks=num_host_blocks
         )
-        self.runner = PagedRunner(model, cache)
+        self.runner = self._new_runner(cache, self.options)
         return cache.num_bytes
 
+    # --- what runs the steps ---
+
+    @property
+    def why(self) -> str:
+        """One line, from `init_cache` on: which kernels were picked and why, and how they are launched."""
+        how = f"; {self.runner.why}" if isinstance(self.runner, DeviceRunner) else ""
+        return self.backend.why + how
+
+    def _choose(self, block_size: int) -> Backend:
+        model = self.model
+        return choose(self.options.attention_backend, model.config, model.dtype, model.device, block_size)
+
+    @property
+    def _masked(self) -> bool:
+        """On a CPU the kernels of torch are fastest with masks prepared once a step, by a runner of their own."""
+        return self.model.device.type == "cpu" and self.backend.name == "reference"
+
+    @property
+    def _records_graphs(self) -> bool:
+        return self.model.device.type == "cuda" and self.backend.capturable and not self.options.enforce_eager
+
+    def _new_runner(self, cache: CacheEngine, options: RunnerOptions) -> PagedRunner | DeviceRunner:
+        if self._masked:
+            return PagedRunner(self.model, cache)
+        return DeviceRunner(self.model, cache, self.backend, small_operations(self.model, cache.block_size), options)
+
+    # --- steps ---
+
+    def launch(self, plan: SchedulerOutput) -> PendingOutput:
+        """Begin the plan of one step: one forward pass over all that is planned, and the new tokens."""
+        if isinstance(self.runner, DeviceRunner):
+            return self.runner.launch(plan)
+        return FinishedOutput(self.runner.execute_model(plan))
+
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
-        """Carry out the plan of one step: one forward pass over all that is planned, and the new tokens."""
-        return self.runner.execute_model(plan)
+        """Carry out the plan of one step and wait for what comes of it."""
+        return self.launch(plan).result()
 
     def shutdown(self) -> None:
         """Give the pool's memory back."""
         self.runner = None
+
+
+def small_operations(model: Decoder, block_size: int) -> ModuleType:
+    """The operations around attention and sampling: in Triton where it takes the model, else in torch."""
+    try:
+        choose("triton", model.config, model.dtype, model.device, block_size)
+    except KernelError:
+        return ops
+    return import_module("minillm.runtime.kernels.triton_ops")
 
 
 def card_memory(device: torch.device) -> tuple[int, int]:
@@ -112,14 +203,23 @@ def worst_plan(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: in
     budget allows and all others still one token, so that it is exceeded by less than `max_num_seqs`. All read and write
     the same blocks, 1, 2, ...: what is computed means nothing.
     """
+    chunks, left = [], max_num_batched_tokens
+    for _ in range(min(max_num_seqs, max_num_batched_tokens)):
+        chunks.append(min(max_model_len, max(1, left)))
+        left -= chunks[-1]
+    return _plan_of(chunks, DEAREST_PARAMS, max_model_len, block_size)
+
+
+def decode_plan(num_seqs: int, max_model_len: int, block_size: int) -> SchedulerOutput:
+    """A step of so many requests with one new token each, at the end of the context, as in `worst_plan`."""
+    return _plan_of([1] * num_seqs, SamplingParams(temperature=1.0), max_model_len, block_size)
+
+
+def _plan_of(chunks: Sequence[int], params: SamplingParams, max_model_len: int, block_size: int) -> SchedulerOutput:
     table = range(1, blocks_needed(max_model_len, block_size) + 1)
-    plan = SchedulerOutput(step=0, start_time=0.0)
-    left = max_num_batched_tokens
-    for index in range(min(max_num_seqs, max_num_batched_tokens)):
-        chunk = min(max_model_len, max(1, left))
-        left -= chunk
+    plan = SchedulerOutput(step=0, start_time=0.0, num_tokens=sum(chunks))
+    for index, chunk in enumerate(chunks):
         name, start = f"profile {index}", max_model_len - chunk
-        plan.new_requests.append(NewRequest(name, DEAREST_PARAMS, max_model_len))
+        plan.new_requests.append(NewRequest(name, params, max_model_len))
         plan.scheduled.append(ScheduledRequest(name, start, [0] * chunk, True, "prefill", block_ids=table))
-        plan.num_tokens += chunk
     return plan

@@ -6,12 +6,14 @@ The two talk over a socket, in JSON (see `messages`): a call is [method, argumen
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
-from multiprocessing import Pipe
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 from minillm import errors
 from minillm.errors import MiniLLMError, WorkerDiedError
 from minillm.memory_ledger import MemoryProfile
-from minillm.plan import ModelOutput, SchedulerOutput
+from minillm.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, RunnerOptions, SchedulerOutput
 from minillm.runtime import messages
 from minillm.runtime.worker import Worker
 
@@ -42,19 +44,27 @@ class ProcessWorker:
     """
 
     def __init__(
-        self, model: str | Path, *, dtype: str = "float32", device: str = "cpu", num_tokens: int | None = None
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_tokens: int | None = None,
+        options: RunnerOptions = DEFAULT_OPTIONS,
     ):
         """Start the process and load the model there; same arguments and errors as `Worker.load`.
 
         It computes with as many threads as this process.
         """
-        self._connection, theirs = Pipe()
+        ours, theirs = socket.socketpair()
+        self._room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 8  # bytes that surely fit, unread
+        self._connection = Connection(ours.detach())
         with theirs:
             self._process = _start(theirs.fileno())
         self._end = weakref.finalize(self, _end, self._connection, self._process)
-        self._unanswered = 0  # calls; one that was interrupted while it waited leaves its answer behind
+        self._unanswered: deque[_Answer] = deque()  # answers come in the order of the calls, waited for or not
         try:
-            self._call("load", str(model), str(dtype), str(device), num_tokens, torch.get_num_threads())
+            self._call("load", str(model), str(dtype), str(device), num_tokens, options, torch.get_num_threads())
         except BaseException:
             self.shutdown()
             raise
@@ -74,9 +84,18 @@ class ProcessWorker:
         """See `Worker.init_cache`."""
         return self._call("init_cache", num_blocks, block_size, num_host_blocks)
 
+    @property
+    def why(self) -> str:
+        """See `Worker.why`."""
+        return self._call("why")
+
+    def launch(self, plan: SchedulerOutput) -> PendingOutput:
+        """See `Worker.launch`: the other process computes while this one goes on."""
+        return self._send("execute_model", plan)
+
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """See `Worker.execute_model`."""
-        return messages.output_from(self._call("execute_model", plan))
+        return self.launch(plan).result()
 
     def shutdown(self) -> None:
         """End the process and wait until it is gone. No effect the second time."""
@@ -84,45 +103,85 @@ class ProcessWorker:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call a method there and wait for its answer."""
+        return _result(*self._wait(self._send(method, *arguments)))
+
+    def _send(self, method: str, *arguments: Any) -> "_Answer":
+        """Call a method there; its answer is still to come."""
+        self._check_alive()
+        message = messages.encode([method, arguments])
+        # A call that fits into the socket beside one more never waits for the other process to read it. Else, both
+        # could be sending, each waiting for the other to read: then nothing may be left that it could send.
+        most_unanswered = 1 if len(message) <= self._room else 0
+        with self._dying_during(method):
+            while len(self._unanswered) > most_unanswered:
+                self._receive()
+            answer = _Answer(self, method)
+            with self._all_or_nothing():
+                self._unanswered.append(answer)
+                self._connection.send_bytes(message)
+        return answer
+
+    def _wait(self, answer: "_Answer") -> list:
+        """The answer, when it has come. Raises WorkerDiedError if it cannot come any more."""
+        if answer.content is None:
+            self._check_alive()
+            with self._dying_during(answer.method):
+                while answer.content is None:
+                    self._receive()
+        return answer.content
+
+    def _receive(self) -> None:
+        """Take in the next answer. Raises EOFError if the process has ended and left none."""
+        while not self._connection.poll(LOOK_EVERY):
+            if self._process.poll() is not None and not self._connection.poll():
+                raise EOFError
+        with self._all_or_nothing():
+            content = self._connection.recv_bytes()
+            self._unanswered.popleft().content = messages.decode(content)
+
+    def _check_alive(self) -> None:
         if not self._end.alive:
             raise WorkerDiedError(f"the worker process {self.pid} {self._how_it_ended()}; start a new engine")
-        message = messages.encode([method, arguments])
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """One message passes; if only half of it does (Ctrl-C), nothing after it could be read."""
         try:
-            while self._unanswered:
-                self._receive()
-            self._unanswered += 1
-            self._transfer(self._connection.send_bytes, message)
-            answer = self._receive()
+            yield
+        except BaseException:
+            self.shutdown()
+            raise
+
+    @contextmanager
+    def _dying_during(self, method: str) -> Iterator[None]:
+        """Says, if the process turns out to have ended, in which call."""
+        try:
+            yield
         except (EOFError, OSError):
             self._end()
             raise WorkerDiedError(
                 f"the worker process {self.pid} {self._how_it_ended()} during {method}; all its requests have failed: "
                 "start a new engine, with a smaller pool if the machine ran out of memory"
             ) from None
-        return _result(*answer)
-
-    def _receive(self) -> list:
-        """The next answer. Raises EOFError if the process has ended and left none."""
-        while not self._connection.poll(LOOK_EVERY):
-            if self._process.poll() is not None and not self._connection.poll():
-                raise EOFError
-        answer = messages.decode(self._transfer(self._connection.recv_bytes))
-        self._unanswered -= 1
-        return answer
-
-    def _transfer(self, operation: Callable, *arguments: bytes) -> bytes | None:
-        """Send or receive one message; if only half of it passes (Ctrl-C), nothing after it could be read."""
-        try:
-            return operation(*arguments)
-        except BaseException:
-            self.shutdown()
-            raise
 
     def _how_it_ended(self) -> str:
         code = self._process.returncode
         if code is not None and code < 0:
             return f"was killed by signal {-code} ({signal.strsignal(-code)})"
         return f"ended with exit code {code}"
+
+
+class _Answer:
+    """What a call will have brought; nobody need wait for it."""
+
+    def __init__(self, worker: ProcessWorker, method: str):
+        self.worker = worker
+        self.method = method
+        self.content: list | None = None  # as soon as it has come
+
+    def result(self) -> ModelOutput:
+        """What came of the step."""
+        return messages.output_from(_result(*self.worker._wait(self)))
 
 
 def _start(fileno: int) -> subprocess.Popen:
@@ -162,15 +221,21 @@ def _result(status: str, *content: Any) -> Any:
 class _Server:
     """Holds the worker; its public methods are what can be called."""
 
-    def load(self, model: str, dtype: str, device: str, num_tokens: int | None, num_threads: int) -> None:
+    def load(
+        self, model: str, dtype: str, device: str, num_tokens: int | None, options: list, num_threads: int
+    ) -> None:
         torch.set_num_threads(num_threads)
-        self.worker = Worker.load(model, dtype=dtype, device=device, num_tokens=num_tokens)
+        runner_options = RunnerOptions(*options)
+        self.worker = Worker.load(model, dtype=dtype, device=device, num_tokens=num_tokens, options=runner_options)
 
     def profile(self, *limits: int) -> MemoryProfile:
         return self.worker.profile(*limits)
 
     def init_cache(self, *sizes: int) -> int:
         return self.worker.init_cache(*sizes)
+
+    def why(self) -> str:
+        return self.worker.why
 
     def execute_model(self, plan: list) -> ModelOutput:
         return self.worker.execute_model(messages.plan_from(plan))

@@ -1,0 +1,88 @@
+"""Requests planned by hand for the device runner's tests: known lengths, so that a plan needs no token to be known."""
+
+import random
+from collections import defaultdict
+from itertools import count
+from typing import NamedTuple
+
+from minillm import SamplingParams
+from minillm.plan import PENDING, FinishedOutput, NewRequest, ScheduledRequest, SchedulerOutput, blocks_needed
+
+
+class Job(NamedTuple):
+    """A request, and when and how it is computed. It gets `params.max_tokens` tokens, whatever they are."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    joins: int = 0  # step
+    chunk: int = 1000  # tokens of its prompt in a step, at most
+
+
+def run_jobs(runner, jobs, num_blocks, block_size, ahead=False, launching=None):
+    """request id -> its tokens, and all outputs. `ahead`: each step is launched before the last one has been read.
+
+    `launching` is a context manager around each launch. A failed request is heard of no more.
+    """
+    known, outputs, unread = defaultdict(list), [], None
+    for plan in plans(jobs, known, num_blocks, block_size):
+        if launching is None:
+            pending = launch(runner, plan)
+        else:
+            with launching():
+                pending = launch(runner, plan)
+        to_read, unread = (unread, pending) if ahead else (pending, None)
+        if to_read is not None:
+            take(to_read, known, outputs)
+    if unread is not None:
+        take(unread, known, outputs)
+    return {job.request_id: known[job.request_id] for job in jobs}, outputs
+
+
+def launch(runner, plan):
+    return runner.launch(plan) if hasattr(runner, "graphs") else FinishedOutput(runner.execute_model(plan))
+
+
+def take(pending, known, outputs):
+    output = pending.result()
+    outputs.append(output)
+    for request_id, token_id in output.token_ids.items():
+        known[request_id].append(token_id)
+
+
+def shuffled_blocks(num_blocks):
+    """The blocks in the order in which they will be handed out, the first one last."""
+    return random.Random(0).sample(range(1, num_blocks), num_blocks - 1)
+
+
+def plans(jobs, known, num_blocks, block_size):
+    """One plan after the other. Freed blocks and rows go to whoever comes next; tokens not in `known` are PENDING."""
+    free = shuffled_blocks(num_blocks)
+    computed, tables, ended = {}, {}, []
+    for step in count():
+        plan = SchedulerOutput(step, 0.0, finished_ids=ended)
+        for name in ended:
+            free += tables.pop(name)
+        ended = []
+        for job in jobs:
+            name, start = job.request_id, computed.get(job.request_id, 0)
+            if job.joins > step or start is None:
+                continue
+            if start == 0:
+                plan.new_requests.append(NewRequest(name, job.params, len(job.prompt) + job.params.max_tokens))
+                tables[name] = []
+            end = min(start + job.chunk, len(job.prompt)) if start < len(job.prompt) else start + 1
+            number = start - len(job.prompt)  # of the output token that is fed
+            token_ids = (known[name][number : number + 1] or (PENDING,)) if number >= 0 else job.prompt[start:end]
+            new_blocks = [free.pop() for _ in range(blocks_needed(end, block_size) - len(tables[name]))]
+            part = (name, start, token_ids, end >= len(job.prompt), "decode", len(tables[name]), new_blocks)
+            plan.scheduled.append(ScheduledRequest(*part))
+            plan.num_tokens += end - start
+            tables[name] += new_blocks
+            computed[name] = end
+            if end == len(job.prompt) + job.params.max_tokens - 1:
+                computed[name] = None
+                ended.append(name)
+        if not plan.scheduled:
+            return
+        yield plan

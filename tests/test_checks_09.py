@@ -1,0 +1,286 @@
+"""Chapter 9's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+import minillm
+from check_answers import message, passes
+from minillm import checks, costs
+from minillm.checks.base import NotWrittenYet
+from minillm.checks.chapter_09 import reads_of
+from minillm.course.student import without_solutions
+
+# decode_step_seconds -------------------------------------------------------------------------------------
+
+
+def parts(shape, card, contexts):
+    """Reading the weights, arithmetic, reading the caches: seconds."""
+    weights = costs.matmul_parameters(shape)
+    caches = sum(contexts) * minillm.kv_bytes_per_token(shape) / card.bandwidth
+    return 2 * weights / card.bandwidth, 2 * weights * len(contexts) / card.flops, caches
+
+
+def step(shape, card, contexts):
+    reading, arithmetic, caches = parts(shape, card, contexts)
+    return max(reading, arithmetic) + caches
+
+
+def step_one_by_one(shape, card, contexts):
+    seconds = torch.tensor(parts(shape, card, contexts)[:2], dtype=torch.float64).max()
+    for context in contexts:
+        seconds += context * minillm.kv_bytes_per_token(shape) / card.bandwidth
+    return seconds
+
+
+@pytest.mark.parametrize("right", [step, step_one_by_one])
+def test_decode_step_seconds_accepts(right, capsys):
+    assert passes(checks.decode_step_seconds, right, capsys)
+
+
+def per_query_head(shape, card, contexts):
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    return max(parts(shape, card, contexts)[:2]) + group * parts(shape, card, contexts)[2]
+
+
+def sum_from_eight_on(*args):
+    reading, arithmetic, caches = parts(*args)
+    return reading + caches + (arithmetic if len(args[2]) > 8 else 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda *args: 2 * parts(*args)[0], "2 bytes each"),
+        (lambda *args: max(parts(*args)[:2]), "The cache is read besides"),
+        (lambda *args: max(parts(*args)), "The cache is read besides"),
+        (lambda *args: parts(*args)[0] * len(args[2]) + parts(*args)[2], "Weights are read once"),
+        (lambda shape, card, contexts: step(shape, card, contexts[:1] * len(contexts)), "add them up"),
+        (per_query_head, "kv_bytes_per_token knows"),
+        (lambda *args: parts(*args)[0] + parts(*args)[2], "take longer than reading"),
+        (sum_from_eight_on, "take longer than reading"),
+        (lambda *args: 1000 * step(*args), "got       "),
+        (lambda *args: None, "does it end with `return`"),
+    ],
+    ids=["twice", "no caches", "largest", "each", "first", "queries", "no FLOP", "sum", "milliseconds", "nothing"],
+)
+def test_decode_step_seconds_refuses(wrong, told):
+    assert told in message(checks.decode_step_seconds, wrong)
+
+
+def test_decode_step_seconds_names_shape_and_card():
+    assert "decode_step_seconds(LLAMA_2_7B, H200, [0])" in message(checks.decode_step_seconds, lambda *args: 1.0)
+
+
+# compute_bound_batch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda card, weight_bytes: -(-card.flops * weight_bytes // (2 * card.bandwidth)),
+        lambda card, weight_bytes: np.int64(np.ceil(card.flops / card.bandwidth * weight_bytes / 2)),
+        lambda card, weight_bytes: next(
+            batch for batch in range(1, 10_000) if 2 * batch / card.flops >= weight_bytes / card.bandwidth
+        ),
+    ],
+    ids=["floor of the negative", "numpy", "search"],
+)
+def test_compute_bound_batch_accepts(right, capsys):
+    assert passes(checks.compute_bound_batch, right, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda card, weight_bytes: weight_bytes * card.flops / card.bandwidth / 2, "P is on both sides"),
+        (lambda card, weight_bytes: int(weight_bytes * card.flops / card.bandwidth / 2), "P is on both sides"),
+        (lambda card, weight_bytes: int(card.flops / card.bandwidth) + 1, "the crossing comes at half the batch"),
+        (lambda card, weight_bytes: int(card.flops / card.bandwidth) * weight_bytes, "P is on both sides"),
+        (lambda card, weight_bytes: int(card.bandwidth / card.flops), "got       0"),
+        (lambda card, weight_bytes: None, "got       None"),
+    ],
+    ids=["fraction", "floor", "two bytes always", "no 2", "upside down", "nothing"],
+)
+def test_compute_bound_batch_refuses(wrong, told):
+    assert told in message(checks.compute_bound_batch, wrong)
+
+
+# key_number ---------------------------------------------------------------------------------------
+
+
+def in_order(load, thread, head, num_heads):
+    vector = 32 * load + thread
+    return (vector // 8 * num_heads + head) * 64 + vector % 8 * 8
+
+
+def backwards(load, thread, head, num_heads):
+    return torch.tensor(in_order(3 - load, 31 - thread, head, num_heads))
+
+
+def pairs_of_threads(load, thread, head, num_heads):
+    """Two neighbours share a sector; the pairs of a load are spread over all keys."""
+    key, sector = thread // 2, load
+    return np.int64((key * num_heads + head) * 64 + sector * 16 + thread % 2 * 8)
+
+
+@pytest.mark.parametrize("right", [in_order, backwards, pairs_of_threads])
+def test_key_number_accepts(right, capsys):
+    assert passes(checks.key_number, right, capsys)
+
+
+def half_a_key_each(load, thread, head, num_heads):
+    return (thread // 2 * num_heads + head) * 64 + thread % 2 * 32 + load * 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (half_a_key_each, "128 sectors fetched: [32, 32, 32, 32]"),
+        (lambda load, thread, head, num_heads: head * 64 + (32 * load + thread) * 8, "belongs to head 1"),
+        (lambda load, thread, head, num_heads: in_order(load, thread, 0, num_heads), "belongs to head 0"),
+        (lambda load, thread, head, num_heads: in_order(load, 0, head, num_heads), "read by nobody"),
+        (lambda load, thread, head, num_heads: in_order(0, thread, head, num_heads), "768 numbers read by nobody"),
+        (lambda *args: in_order(*args) // 8, "must begin at a multiple"),
+        (lambda *args: 2 * in_order(*args), "a multiple of 8 from 0"),
+        (lambda *args: in_order(*args) / 1, "got       0.0"),
+        (lambda *args: True, "got       True"),
+        (lambda *args: None, "does it end with `return`"),
+    ],
+    ids=["half a key", "one head", "head 0", "one thread", "one load", "vectors", "bytes", "float", "bool", "nothing"],
+)
+def test_key_number_refuses(wrong, told):
+    assert told in message(checks.key_number, wrong)
+
+
+@pytest.mark.parametrize(("mapping", "sectors"), [(in_order, 64), (pairs_of_threads, 64), (half_a_key_each, 128)])
+def test_sectors_are_counted_once_a_load(mapping, sectors):
+    assert reads_of(mapping, head=1, num_heads=2).num_sectors == sectors
+
+
+def test_key_reads_draws_the_target_and_what_the_reader_wrote():
+    target, yours = checks.key_reads(half_a_key_each).pictures
+    assert (target.bytes_moved, yours.bytes_moved) == (512, 1024)
+    assert checks.key_reads(in_order).pictures[1].text() == target.text()
+
+
+def not_written(*args):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("function", "title"),
+    [(None, None), (not_written, "yours: not written yet"), (lambda *args: None, "yours: TypeError")],
+    ids=["none", "stub", "nothing"],
+)
+def test_key_reads_draws_the_target_alone_where_there_is_nothing_else(function, title):
+    drawn = checks.key_reads(function)
+    assert len(drawn.pictures) == 1 and drawn.title == title
+
+
+# decode_loop --------------------------------------------------------------------------------------
+
+CHAPTER = Path(__file__).parents[1] / "notebooks" / "09_paged_attention_on_cuda.ipynb"
+HEADER = "import triton\nimport triton.language as tl\n\njit = triton.jit\n\n\n"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="a wrong kernel may read outside the pool")
+
+
+@pytest.fixture(scope="module")
+def source():
+    """The exercise's cell as it is committed, with its solution."""
+    cells = nbformat.read(CHAPTER, as_version=4).cells
+    return next(cell.source for cell in cells if cell.id == "decode-loop")
+
+
+def kernel_from(source, folder):
+    """`my_decode` of a file with this source: Triton reads a kernel's source, so it must lie somewhere."""
+    path = folder / "cell.py"
+    path.write_text(HEADER + source)
+    spec = spec_from_file_location("cell", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.my_decode
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "right",
+    ["tl.max(scores, axis=1)", "tl.max(tl.max(scores, axis=1), axis=0)"],
+    ids=["the chapter's own", "one best score for the group"],
+)
+def test_decode_loop_accepts(right, source, tmp_path, capsys):
+    source = source.replace("tl.max(scores, axis=1)", right)
+    assert passes(checks.decode_loop, kernel_from(source, tmp_path), capsys)
+
+
+WRONG_LOOPS = {
+    "unseen keys count": ('tl.where(seen[None, :], scores, float("-inf"))', "scores + 0.0", "ends inside the tile"),
+    "unseen keys score 0": ('scores, float("-inf"))', "scores, 0.0)", "ends inside the tile"),
+    "no rescaling": ("rescale = tl.exp(best - new_best)", "rescale = total * 0.0 + 1.0", "exp(best - new_best)"),
+    "total not rescaled": ("total = total * rescale", "total = total", "exp(best - new_best)"),
+    "acc not rescaled": ("acc = acc * rescale[:, None]", "acc = acc", "exp(best - new_best)"),
+    "rescaled the wrong way": ("tl.exp(best - new_best)", "tl.exp(new_best - best)", "One full tile"),
+    "best of this tile only": (
+        "tl.maximum(best, tl.max(scores, axis=1))",
+        "tl.max(scores, axis=1)",
+        "exp(score) alone",
+    ),
+    "nothing subtracted": ("tl.exp(scores - new_best[:, None])", "tl.exp(scores)", "exp(best - new_best)"),
+    "best not kept": ("        best = new_best\n", "", "exp(best - new_best)"),
+    "sum over the wrong axis": ("tl.sum(weights, axis=1)", "tl.sum(weights, axis=0)", "raised"),
+    "keys instead of values": ("weights[:, :, None] * v[None", "weights[:, :, None] * k[None", "One full tile"),
+}
+
+
+@needs_triton
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", WRONG_LOOPS)
+def test_decode_loop_refuses(name, source, tmp_path):
+    right, wrong, told = WRONG_LOOPS[name]
+    assert source.count(right) == 1
+    assert told in message(checks.decode_loop, kernel_from(source.replace(right, wrong), tmp_path))
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+floats = dict.fromkeys(["q", "keys", "values", "out"], "*fp32")
+types = floats | {"tables": "*i64", "lengths": "*i64", "table_width": "i32", "scale": "fp32"}
+signature = {name: types.get(name, "constexpr") for name in my_decode.arg_names}
+sizes = {"NUM_KV_HEADS": 2, "GROUP": 2, "D": 32, "BLOCK_SIZE": 4, "KEYS": 4}
+source = ASTSource(my_decode, signature, sizes, {})
+print(".entry" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+@needs_triton
+def test_the_chapters_own_loop_compiles_for_a_gpu(source, tmp_path):
+    """Triton's compiler needs no GPU, but a process in which the interpreter is off."""
+    path = tmp_path / "cell.py"
+    path.write_text(HEADER + source + COMPILE)
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "True\n", run.stderr
+
+
+@needs_triton
+def test_decode_loop_waits_for_a_stub(source, tmp_path):
+    stub = without_solutions(source)
+    assert "raise NotImplementedError" in stub and "raise NotImplementedError" not in source
+    with pytest.raises(NotWrittenYet):
+        checks.decode_loop(kernel_from(stub, tmp_path))
+
+
+def test_decode_loop_says_that_without_triton_nothing_was_checked(capsys):
+    checks.decode_loop(lambda q, keys: None)
+    assert "nothing was checked" in capsys.readouterr().out

@@ -1,0 +1,625 @@
+"""The device runner says what the CPU's runner says: eager, in graphs, launched ahead of what has been read."""
+
+import math
+from collections import deque
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from device_jobs import Job, run_jobs, shuffled_blocks
+from minillm import SamplingParams
+from minillm.engine.block_manager import BlockManager
+from minillm.engine.engine_config import EngineConfig
+from minillm.engine.llm_engine import LLMEngine
+from minillm.engine.model_executor import ModelExecutor
+from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import ConfigError, KernelError
+from minillm.memory_ledger import CacheLimits
+from minillm.plan import NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
+from minillm.runtime import device_batch, device_queue, device_runner, step_inputs
+from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.device_queue import CudaQueue, HostQueue
+from minillm.runtime.device_runner import DeviceRunner
+from minillm.runtime.kernels import ops, triton_ops
+from minillm.runtime.kernels.dispatch import choose
+from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.step_graph import bucket_sizes, record
+from minillm.runtime.step_inputs import FIELDS, Layout, carve, carve_changes, new_buffer
+from minillm.runtime.worker import Worker
+from tiny_models import all_logits, random_token_ids
+
+KIND = "llama-mqa"  # whose outputs vary most
+NUM_BLOCKS, BLOCK_SIZE = 14, 4  # far too few for all at once
+JOB_BLOCKS = 60
+OPTIONS = RunnerOptions("reference", max_num_seqs=6, max_model_len=48, fused_ops=False)
+EAGER = OPTIONS._replace(enforce_eager=True)
+
+
+class LateQueue(HostQueue):
+    """A device that does nothing before somebody waits for it: what it was handed must still be there then."""
+
+    def __init__(self):
+        self.handed_in = deque()
+
+    def run(self, work):
+        self.handed_in.append(work)
+
+    def wait(self, began, ended):
+        with torch.inference_mode():
+            while math.isnan(ended.passed_at):
+                self.handed_in.popleft()()
+        return super().wait(began, ended)
+
+
+def device_runner_of(model, options=OPTIONS, queue=None, num_blocks=JOB_BLOCKS, num_host_blocks=0):
+    """A device runner on the kernels in torch, which take float64."""
+    cache = CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks)
+    backend = choose("reference", model.config, model.dtype, "cpu", BLOCK_SIZE)
+    return DeviceRunner(model, cache, backend, ops, options, queue)
+
+
+def paged_runner_of(model, num_blocks=JOB_BLOCKS, num_host_blocks=0):
+    return PagedRunner(model, CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks))
+
+
+WAYS = {
+    "eager": lambda model, **sizes: device_runner_of(model, EAGER, **sizes),
+    "graphs": lambda model, **sizes: device_runner_of(model, **sizes),
+    "late": lambda model, **sizes: device_runner_of(model, queue=LateQueue(), **sizes),
+}
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load(KIND, torch.float64)
+
+
+def greedy_jobs():
+    """They join and leave in different steps, in chunks and whole, one with a prompt of one token."""
+    sizes = [(9, 24, 0, 4), (1, 20, 0, 1), (17, 26, 1, 5), (6, 14, 2, 1000), (11, 13, 4, 2), (3, 10, 12, 1)]
+    return [
+        Job(f"job {i}", random_token_ids(n, 190, i), SamplingParams(max_tokens=outputs), joins, chunk)
+        for i, (n, outputs, joins, chunk) in enumerate(sizes)
+    ]
+
+
+def drawing_jobs(asking):
+    """Some ask for more than a temperature."""
+    asked = [{}, {"top_k": 4}, {"seed": -5}, {"min_p": 0.05, "top_p": 0.9}, {"logprobs": 2}, {}]
+    return [
+        job._replace(params=replace(job.params, **{"temperature": 1.5, "seed": i} | (more if asking else {})))
+        for i, (job, more) in enumerate(zip(greedy_jobs(), asked, strict=True))
+    ]
+
+
+def run(runner, jobs, **how):
+    return run_jobs(runner, jobs, JOB_BLOCKS, BLOCK_SIZE, **how)
+
+
+# --- the same tokens -------------------------------------------------------------------------------------------------
+
+
+def run_requests(runner, preemption_mode):
+    """Requests of all kinds on a pool that is too small; returns their outputs, log-probabilities and the trace."""
+    manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
+    scheduler = PagedScheduler(config, manager, preemption_mode=preemption_mode)
+    shared = random_token_ids(9, 190)
+    for i in range(6):
+        params = SamplingParams(max_tokens=20, logprobs=i % 4 or None)
+        scheduler.add_request(Request(f"req {i}", shared + random_token_ids(1 + 2 * i, 190, i), params))
+    params = SamplingParams(temperature=1e-4, n=3, max_tokens=8)  # greedy to all intents, but may have n > 1
+    scheduler.add_request(Request("three", random_token_ids(6, 190, 9), params))
+    scheduler.add_request(Request("aborted", random_token_ids(6, 190, 10), SamplingParams(max_tokens=9)))
+    token_ids, logprobs = {}, {}
+    while scheduler.has_unfinished_requests():
+        plan = scheduler.schedule()
+        output = runner.execute_model(plan)
+        for update in scheduler.update(plan, output):
+            token_ids.setdefault(update.request_id, []).append(update.token_id)
+        for request_id, entry in output.logprobs.items():
+            logprobs.setdefault(request_id, []).append((entry.logprob, entry.rank, *entry.top_ids))
+        if len(token_ids.get("aborted", ())) == 4:
+            scheduler.end_request("aborted", "abort")
+    return token_ids, logprobs, scheduler.trace
+
+
+@pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_says_what_the_paged_runner_says(model, way, preemption_mode):
+    sizes = {"num_blocks": NUM_BLOCKS, "num_host_blocks": NUM_BLOCKS}
+    expected, expected_logprobs, trace = run_requests(paged_runner_of(model, **sizes), preemption_mode)
+    ours, logprobs, our_trace = run_requests(WAYS[way](model, **sizes), preemption_mode)
+    assert ours == expected and {"three", "three.1", "three.2", "aborted"} < set(ours)
+    assert logprobs.keys() == expected_logprobs.keys()
+    for request_id, entries in expected_logprobs.items():
+        assert logprobs[request_id] == [pytest.approx(entry, abs=1e-9) for entry in entries]
+    assert [step.preempted for step in our_trace.steps] == [step.preempted for step in trace.steps]
+    assert preemption_mode in {each.mode for step in trace.steps for each in step.preempted}
+    chunks = [slice_ for step in trace.steps for slice_ in step.scheduled if slice_.num_tokens > 1]
+    assert any(chunk.start > 0 for chunk in chunks) and any(chunk.start == 8 for chunk in chunks)  # a cached prefix
+
+
+@pytest.mark.parametrize("kind", [KIND, "qwen2-window", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_launched_ahead_say_the_same(load, kind, way):
+    model = load(kind, torch.float64)
+    expected, _ = run(paged_runner_of(model), greedy_jobs())
+    runner = WAYS[way](model)
+    ours, outputs = run(runner, greedy_jobs(), ahead=True)
+    assert ours == expected
+    assert all(began <= ended for began, ended in (output.device_times for output in outputs))
+    ends = [output.device_times[1] for output in outputs]
+    assert ends == sorted(ends)
+
+
+def test_the_fused_forward_says_the_same(model):
+    expected, _ = run(paged_runner_of(model), greedy_jobs())
+    runner = device_runner_of(model, OPTIONS._replace(fused_ops=True))
+    assert run(runner, greedy_jobs(), ahead=True)[0] == expected
+
+
+def test_decode_steps_are_graphs_and_others_are_not(model):
+    runner = device_runner_of(model)
+    steps = []
+    prepare = runner.batch.prepare
+    runner.batch.prepare = lambda *args: steps.append(prepare(*args)) or steps[-1]
+    run(runner, greedy_jobs(), ahead=True)
+    replayed = [step for step in steps if step.graph]
+    assert {step.graph for step in replayed} == {1, 2, 4, 6}
+    assert any(step.graph > len(step.sampled_ids) for step in replayed)  # padded
+    assert all(step.layout == Layout.of_decodes(step.graph) for step in replayed)
+    assert all(step.layout.num_chunks or step.checked_ids for step in steps if not step.graph)
+    assert any(step.checked_ids and step.layout.num_chunks == 0 for step in steps)  # one token, and no new one yet
+
+
+# --- drawn tokens ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("asking", [True, False])  # then steps with such requests are graphs as well
+def test_what_is_drawn_depends_on_the_request_alone(model, way, asking):
+    jobs = drawing_jobs(asking)
+    together, outputs = run(WAYS[way](model), jobs, ahead=True)
+    for job in jobs:
+        alone = job._replace(joins=0, chunk=1000)
+        assert run(device_runner_of(model, EAGER), [alone])[0][job.request_id] == together[job.request_id]
+    greedy, _ = run(device_runner_of(model), greedy_jobs())
+    assert all(together[request_id] != greedy[request_id] for request_id in greedy)  # it was drawn
+    assert sum(len(output.logprobs) for output in outputs) == asking * len(together["job 4"])
+    again, _ = run(WAYS[way](model), [job._replace(params=replace(job.params, seed=100)) for job in jobs])
+    assert all(together[request_id] != again[request_id] for request_id in again)
+
+
+def test_the_first_token_is_drawn_with_the_first_numbers(model):
+    prompt, params = random_token_ids(7, 190), SamplingParams(temperature=2.0, seed=11, max_tokens=6)
+    token_ids = run(device_runner_of(model), [Job("a", prompt, params)])[0]["a"]
+    logits = all_logits(model, prompt + token_ids[:-1])[len(prompt) - 1 :]
+    columns = torch.full((6,), 2.0), torch.full((6,), 11), torch.arange(6)
+    assert ops.sample_rows(logits, *columns).tolist() == token_ids
+
+
+def test_a_filter_drops_what_it_should(model):
+    prompt = random_token_ids(7, 190)
+    params = SamplingParams(temperature=50.0, top_k=2, seed=1, max_tokens=30)  # without the filter: anything
+    token_ids = run(device_runner_of(model), [Job("a", prompt, params)])[0]["a"]
+    logits = all_logits(model, prompt + token_ids[:-1])[len(prompt) - 1 :]
+    best = logits.topk(2).indices.tolist()
+    assert all(token_id in two for token_id, two in zip(token_ids, best, strict=True))
+    assert 5 < sum(token_id == two[0] for token_id, two in zip(token_ids, best, strict=True)) < 25
+
+
+def test_a_request_that_starts_anew_goes_on_with_its_own_numbers(model):
+    prompt, params = random_token_ids(7, 190), SamplingParams(temperature=2.0, seed=11, max_tokens=6)
+    expected = run(device_runner_of(model), [Job("a", prompt, params)])[0]["a"]
+    runner = device_runner_of(model)
+    run(runner, [Job("a", prompt, params)._replace(params=params)])
+    tokens = prompt + expected[:3]
+    plan = SchedulerOutput(0, 0.0, finished_ids=["a"], new_requests=[NewRequest("a", params, 13, num_sampled=3)])
+    plan.scheduled.append(ScheduledRequest("a", 0, tokens, True, "prefill", block_ids=[3, 2, 1]))
+    plan.num_tokens = len(tokens)
+    assert runner.execute_model(plan).token_ids == {"a": expected[3]}
+
+
+def test_without_a_seed_no_two_are_alike(model):
+    job = Job("a", random_token_ids(7, 190), SamplingParams(temperature=5.0, max_tokens=20))
+    first, second = (run(device_runner_of(model), [job])[0] for _ in range(2))
+    assert first != second
+
+
+# --- what is not finite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", [2, 8, None])  # in a chunk that gives no token, in the last one, in the output
+def test_a_request_that_is_not_finite_fails_alone(load, way, place):
+    model = load(KIND, torch.float64)
+    first, *others = greedy_jobs()
+    expected, _ = run(paged_runner_of(model), [first, *others])
+    elsewhere = {*first.prompt, *(id_ for job in others for id_ in (*job.prompt, *expected[job.request_id]))}
+    bad = next(id_ for id_ in expected["job 0"][1:-1] if id_ not in elsewhere)
+    if place is not None:
+        first = first._replace(prompt=[*first.prompt[:place], bad, *first.prompt[place + 1 :]])
+    with torch.no_grad():
+        model.embed_tokens.weight[bad] = torch.nan
+    runner = WAYS[way](model)
+    tokens, outputs = run(runner, [first, *others], ahead=True)
+    assert {job.request_id: tokens[job.request_id] for job in others} == {
+        job.request_id: expected[job.request_id] for job in others
+    }
+    good = expected["job 0"][: expected["job 0"].index(bad) + 1] if place is None else []
+    assert tokens["job 0"] == good and (place is not None) == (not good)
+    messages = {request_id: message for output in outputs for request_id, message in output.failed.items()}
+    assert messages == {"job 0": "what the model computed for request 'job 0' is not finite; its cache was discarded"}
+    assert not any("job 0" in output.token_ids and "job 0" in output.failed for output in outputs)
+    if place is not None:  # noticed in the chunk it is in, of 4 tokens
+        assert [step for step, output in enumerate(outputs) if output.failed][0] == place // 4
+    assert runner.newest.min() >= 0
+
+
+def test_a_failed_request_has_no_log_probabilities(load):
+    model = load(KIND, torch.float64)
+    with torch.no_grad():
+        model.embed_tokens.weight[195] = torch.nan
+    params = SamplingParams(max_tokens=1, logprobs=1)
+    _, [output] = run(device_runner_of(model), [Job("a", [1, 195], params), Job("b", [1, 2], params)])
+    assert list(output.failed) == ["a"] and list(output.token_ids) == list(output.logprobs) == ["b"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_that_is_not_a_requests_own_is_looked_at(model, way):
+    expected, _ = run(paged_runner_of(model), greedy_jobs())
+    runner = WAYS[way](model)
+    for pool in (runner.cache.keys, runner.cache.values):
+        pool.fill_(torch.nan)
+    runner.tables.fill_(10**6)  # no such block
+    runner.newest.fill_(10**6)  # no such token
+    assert run(runner, greedy_jobs(), ahead=True)[0] == expected
+
+
+def test_what_padding_finds_in_the_buffer_is_overwritten(model):
+    expected, _ = run(paged_runner_of(model), greedy_jobs())
+    runner = device_runner_of(model)
+    graphs = runner.graphs
+
+    def spoil():
+        runner._static.random_(0, 5)  # rows, slots and lengths that might be anybody's
+
+    assert run(runner, greedy_jobs(), launching=partial(between, spoil))[0] == expected
+    assert runner.graphs is graphs and len(graphs) == 4
+
+
+@contextmanager
+def between(work):
+    work()
+    yield
+
+
+# --- nobody waits ----------------------------------------------------------------------------------------------------
+
+WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.equal"}
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Raises at operations for which the host would wait for a GPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation.overloadpacket)
+        chosen_by = args[1] if name in ("aten.index", "aten.index_put", "aten.index_put_") else ()
+        if name in WAITING or any(each is not None and each.dtype == torch.bool for each in chosen_by):
+            raise AssertionError(f"{operation} waits for the device")
+        return operation(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nobody_waits():
+    """Neither by an operation, nor by reading a tensor, nor by making one of a list."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this waits for the device")
+
+    with pytest.MonkeyPatch.context() as patch, NobodyWaits():
+        for name in ("tolist", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            patch.setattr(torch, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize("way", ["eager", "graphs"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_launch_waits_for_nothing(model, way, fused):
+    options = OPTIONS._replace(fused_ops=fused, enforce_eager=way == "eager")
+    expected, _ = run(device_runner_of(model, options), greedy_jobs())
+    assert run(device_runner_of(model, options), greedy_jobs(), ahead=True, launching=nobody_waits)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "waits", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()]
+)
+def test_who_waits_is_caught(model, waits):
+    runner = device_runner_of(model)
+    runner.ops = SimpleNamespace(
+        sample_rows=lambda logits, *numbers: waits(logits) or ops.sample_rows(logits, *numbers)
+    )
+    with pytest.raises(AssertionError, match="waits for the device"):
+        run(runner, greedy_jobs(), launching=nobody_waits)
+
+
+def test_reading_waits_for_this_step_alone_and_says_the_same_every_time(model):
+    runner = device_runner_of(model, queue=LateQueue())
+    pending = []
+    run(
+        runner,
+        greedy_jobs()[:1],
+        ahead=True,
+        launching=lambda: after(lambda: pending.append(len(runner.queue.handed_in))),
+    )
+    assert max(pending) > 2  # the last step's work was still there when the next was handed in
+    plan = first_plan()
+    first = runner.launch(plan)
+    assert first.result() is first.result()
+    assert runner.launch(SchedulerOutput(1, 0.0)).result().token_ids == {}
+
+
+@contextmanager
+def after(work):
+    yield
+    work()
+
+
+def first_plan():
+    new = NewRequest("z", SamplingParams(max_tokens=3), 8)
+    part = ScheduledRequest("z", 0, [1, 2, 3, 4, 5], True, "prefill", block_ids=[1, 2])
+    return SchedulerOutput(0, 0.0, [part], [new], num_tokens=5)
+
+
+# --- broken twins ----------------------------------------------------------------------------------------------------
+
+
+def one_buffer_for_all(patch, runner):
+    """The staging buffer is filled again before it has been copied."""
+    shared = torch.zeros(10_000, dtype=torch.int64)
+
+    def new(*arguments):
+        buffer = new_buffer(*arguments)
+        shared[: len(buffer)] = buffer
+        return shared[: len(buffer)]
+
+    patch.setattr(device_batch, "new_buffer", new)
+
+
+def token_of_a_neighbour(patch, runner):
+    """What is pending is taken from the row of another request."""
+    original = runner._token_ids
+
+    def token_ids(inputs):
+        return original(inputs._replace(decode_rows=inputs.decode_rows.roll(1)))
+
+    patch.setattr(runner, "_token_ids", token_ids)
+
+
+def padding_in_a_real_row(patch, runner):
+    """What padding samples is kept as the newest token of the first row."""
+    patch.setattr(device_batch, "new_buffer", lambda layout, count, spare, pinned: new_buffer(layout, count, 0, pinned))
+
+
+def padding_that_is_stored(patch, runner):
+    """The keys and values of padding go to a block that somebody has."""
+    slot = shuffled_blocks(JOB_BLOCKS)[-1] * BLOCK_SIZE
+    wrong = FIELDS._replace(slots=FIELDS.slots._replace(padding=slot))
+    patch.setattr(step_inputs, "FIELDS", wrong)
+
+
+def changes_forgotten(patch, runner):
+    """The device hears of a request's first blocks only."""
+    original = runner.batch.follow
+    patch.setattr(runner.batch, "follow", lambda parts, known: original([p for p in parts if not p.first_block], known))
+
+
+BUGS = [one_buffer_for_all, token_of_a_neighbour, padding_in_a_real_row, padding_that_is_stored, changes_forgotten]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_broken_twin_says_something_else(model, monkeypatch, bug):
+    expected, _ = run(paged_runner_of(model), greedy_jobs())
+    runner = device_runner_of(model, queue=LateQueue())
+    bug(monkeypatch, runner)
+    with suppress(IndexError, RuntimeError):  # it looked up a block or token that is not there
+        assert run(runner, greedy_jobs(), ahead=True)[0] != expected
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused(model):
+    runner = device_runner_of(model)
+    part = ScheduledRequest("z", 0, [1], True, "prefill", block_ids=range(1, 14))
+    plan = SchedulerOutput(0, 0.0, [part], first_plan().new_requests, num_tokens=1)
+    with pytest.raises(
+        ConfigError, match="'z' is number 1 .* has 13 blocks; .* 6 requests of 12 blocks; raise max_num"
+    ):
+        runner.launch(plan)
+    jobs = [Job(f"{i}", [1, 2], SamplingParams(max_tokens=4)) for i in range(7)]
+    with pytest.raises(ConfigError, match="'6' is number 7"):
+        run(device_runner_of(model), jobs)
+
+
+def test_a_request_that_gives_way_gives_its_row_back(model):
+    runner = device_runner_of(model)
+    runner.execute_model(first_plan())
+    assert runner.cache.tables == {"z": [1, 2]}
+    runner.execute_model(SchedulerOutput(1, 0.0, preempted_ids=["z"]))
+    assert runner.cache.tables == {} and "z" in runner.requests
+    runner.execute_model(SchedulerOutput(2, 0.0, finished_ids=["z"]))
+    assert runner.requests == {}
+
+
+def test_graphs_for_every_number_of_requests():
+    assert bucket_sizes(1) == [1] and bucket_sizes(6) == [1, 2, 4, 6] and bucket_sizes(16) == [1, 2, 4, 8, 16]
+    assert bucket_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
+    for most in (*range(1, 70), 256, 300, 1000):
+        sizes = bucket_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        for size, bigger in pairwise(sizes):
+            assert bigger - size <= max(size, 1) and (size < 128 or bigger - size <= bigger / 8)
+    assert len(bucket_sizes(256)) == 20
+
+
+class FakeCuda:
+    """What torch.cuda does when a graph is recorded, on a CPU."""
+
+    def __init__(self, patch):
+        self.recording = False
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        patch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def graph(self, graph, pool):
+        assert pool == (0, 1)
+        self.recording = True
+        yield
+        self.recording = False
+
+
+def test_graphs_are_recorded_from_the_largest_down_and_after_a_rehearsal(monkeypatch):
+    cuda, calls = FakeCuda(monkeypatch), []
+
+    def of(size):
+        return lambda: calls.append((size, cuda.recording)) or torch.full((size,), len(calls))
+
+    graphs = record({size: of(size) for size in (1, 2, 4)}, torch.device("cuda"))
+    assert calls == [(4, False), (4, True), (2, False), (2, True), (1, False), (1, True)]
+    assert list(graphs) == [1, 2, 4]  # the first one that is large enough is the smallest
+    assert graphs[2].replay().tolist() == [4, 4] and len(calls) == 6
+
+
+def test_fields_lie_apart_and_aligned():
+    layout = Layout(7, 3, 2, 4, 4, 1)
+    buffer = new_buffer(layout, 5, spare_row=9, pinned=False)
+    ours, theirs = carve(buffer.numpy(), layout), carve(buffer, layout)
+    changes = carve_changes(buffer, layout, 5)
+    for number, (field, array, tensor) in enumerate(zip(FIELDS, ours, theirs, strict=True)):
+        assert (
+            str(tensor.dtype) == f"torch.{field.dtype}"
+            and (array == (9 if field.padding is None else field.padding)).all()
+        )
+        array[:] = number
+    for number, change in enumerate(changes):
+        change.fill_(100 + number)
+    for number, (array, tensor) in enumerate(zip(ours, theirs, strict=True)):
+        assert (array == number).all() and (tensor == number).all() and array.shape == tensor.shape
+        assert (tensor.data_ptr() - buffer.data_ptr()) % 128 == 0
+    assert [change.tolist() for change in changes] == [[100] * 5, [101] * 5]
+    assert [len(each) for each in ours] == [7, 7, 7, 3, 3, 2, 3, 2, 4, 4, 4, 4, 4, 1]
+
+
+class FakeEvent:
+    """An event of a device whose clock is the test's."""
+
+    now = 0.0  # milliseconds
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def synchronize(self):
+        FakeEvent.now = max(FakeEvent.now, self.at)
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+def test_a_devices_times_are_those_of_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(device_queue.time, "perf_counter", lambda: 50.0 + FakeEvent.now / 1e3)
+    queue, marks = CudaQueue(torch.device("cuda")), []
+    for FakeEvent.now in (10.0, 12.5, 13.0, 20.0):
+        marks.append(queue.mark())
+    assert queue.wait(*marks[:2]) == pytest.approx((50.01, 50.0125))
+    assert queue.wait(*marks[2:]) == pytest.approx((50.013, 50.02))
+    assert queue.wait(*marks[:2]) == pytest.approx((50.01, 50.0125))
+
+
+# --- the engine and its worker ---------------------------------------------------------------------------------------
+
+LIMITS = CacheLimits(max_num_seqs=2, max_num_batched_tokens=4, max_model_len=20, block_size=16, num_blocks=9)
+
+
+def generate(model, **config):
+    """Tokens and log-probabilities of six requests, one of them cut short by its own words, and the trace."""
+    limits = {"block_size": BLOCK_SIZE, "num_blocks": 16, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    engine = LLMEngine(model, config=EngineConfig(**limits | {"max_model_len": 48} | config))
+    for i in range(6):
+        prompt = random_token_ids(8, 190) + random_token_ids(1 + 2 * i, 190, i)
+        params = SamplingParams(max_tokens=20 - i, logprobs=2 if i == 3 else None, ignore_eos=i != 1)
+        engine.add_request(f"{i}", prompt, params)
+    found = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            completion = output.outputs[0]
+            found[output.request_id] = list(completion.token_ids), completion.finish_reason
+    engine.shutdown()
+    return found, engine.trace
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
+def test_an_engine_says_the_same_on_either_runner(model, monkeypatch, async_scheduling, preemption_mode):
+    expected, _ = generate(model)
+    monkeypatch.setattr(Worker, "_masked", False)
+    monkeypatch.setattr(device_runner, "queue_for", lambda device: LateQueue())
+    for enforce_eager in (True, False):
+        ways = {"async_scheduling": async_scheduling, "preemption_mode": preemption_mode}
+        found, trace = generate(model, enforce_eager=enforce_eager, **ways)
+        assert found == expected
+        assert preemption_mode in {each.mode for step in trace.steps for each in step.preempted}
+        assert all(step.device is not None for step in trace.steps)
+
+
+def test_a_cpu_has_its_own_runner(load):
+    for name in ("auto", "reference"):
+        worker = Worker(load(KIND), RunnerOptions(name))
+        worker.init_cache(9, 16)
+        assert isinstance(worker.runner, PagedRunner)
+        assert worker.why.startswith("reference: ")
+
+
+def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_allocated(load, monkeypatch):
+    monkeypatch.setattr(CacheEngine, "__init__", None)
+    worker = Worker(load(KIND), RunnerOptions("flash"))
+    for call in (lambda: worker.init_cache(9, 256), lambda: worker.profile(8, 2, 32, 256)):
+        with pytest.raises(KernelError, match="attention_backend 'flash'"):
+            call()
+    with pytest.raises(KernelError, match="block_size 4: the kernels in Triton.* take 16"):
+        Worker(load(KIND), RunnerOptions("triton")).init_cache(9, 4)
+
+
+@pytest.mark.parametrize(("kind", "enforce_eager"), [("qwen3", False), ("mistral-window", True)])
+def test_the_whole_path_in_triton(load, kind, enforce_eager):
+    """Kernels, fused operations and sampling, in the interpreter."""
+    options = RunnerOptions("triton", enforce_eager, max_num_seqs=2, max_model_len=20)
+    executor = ModelExecutor([Worker(load(kind), options)])
+    ledger = executor.reserve(LIMITS)
+    assert ledger.masks == 0 < ledger.activations
+    [worker] = executor.workers
+    assert worker.runner.ops is triton_ops and worker.runner.fused and worker.runner.backend.name == "triton"
+    assert ("launched from Python" in worker.why) == enforce_eager
+    params = SamplingParams(max_tokens=3)
+    jobs = [Job("a", random_token_ids(7, 190), params, chunk=4), Job("b", random_token_ids(2, 190), params, joins=1)]
+    expected, _ = run_jobs(PagedRunner(load(kind), CacheEngine(load(kind).config, 9, 16, torch.float32)), jobs, 9, 16)
+    assert run_jobs(worker.runner, jobs, 9, 16, ahead=True)[0] == expected
+    executor.shutdown()
+    assert worker.runner is None
