@@ -177,7 +177,7 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["batching", "engine", "simulator"])
+    parser.add_argument("what", choices=["batching", "engine", "gpu", "simulator"])
     parser.add_argument("options", nargs=argparse.REMAINDER, help="see `minillm bench batching --help`, and so on")
 
 
@@ -188,7 +188,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "bench": Command(
-        "Measure the ways of batching, the engine beside transformers, or how well the simulator predicts.",
+        "Measure the ways of batching, the engine beside transformers, a GPU, or how well the simulator predicts.",
         add_bench_arguments,
         run_bench,
     ),

@@ -1,4 +1,4 @@
-"""Who takes part in `minillm bench engine`: one workload, and the engines that generate it from one checkpoint.
+"""Who takes part in `minillm bench engine` and `minillm bench gpu`: engines that generate the same workload.
 
 A contender has `settings` for the record, `generate(jobs)`, which returns the output tokens of every job in their
 order, and `close()`.
@@ -35,7 +35,7 @@ PAD_TOKEN_ID = 0  # what pads are computed as; masked, so any id does
 
 
 class Job(NamedTuple):
-    """One request: its prompt, and how many tokens it gets, greedy, whether eos comes or not."""
+    """One request: its prompt, and how many tokens it gets, whether eos comes or not."""
 
     prompt: list[int]
     num_outputs: int
@@ -108,27 +108,39 @@ class Contender(Protocol):
         """Release what it holds."""
 
 
-class Ours:
-    """`LLM`: paged cache, continuous batching."""
+def our_arguments(jobs: Sequence[Job], max_num_seqs: int, max_num_batched_tokens: int) -> dict:
+    """Engine arguments under which all jobs find room at once."""
+    return {
+        "block_size": BLOCK_SIZE,
+        "num_blocks": num_blocks_for(jobs),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max(job.num_tokens for job in jobs),
+        "enable_prefix_caching": False,  # the same prompts come again in every turn
+    }
 
-    def __init__(self, folder: Path, jobs: Sequence[Job], max_num_seqs: int, max_num_batched_tokens: int):
-        arguments = {
-            "block_size": BLOCK_SIZE,
-            "num_blocks": num_blocks_for(jobs),
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "max_model_len": max(job.num_tokens for job in jobs),
-            "enable_prefix_caching": False,  # the same prompts come again in every turn
-        }
+
+class Ours:
+    """`LLM`: paged cache, continuous batching. `model` is a checkpoint, computed in float32, or a Decoder as it is."""
+
+    def __init__(self, model: Path | Decoder, arguments: dict, temperature: float = 0.0):
         self.settings = {"engine": "minillm LLM", **arguments}
-        self.llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, verbose=False, **arguments)
+        self.temperature = temperature
+        self.llm = LLM(model, skip_tokenizer_init=True, verbose=False, **arguments)
         self._first_step = 0
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
         self._first_step = len(self.llm.trace.steps)
-        params = [SamplingParams(temperature=0.0, max_tokens=job.num_outputs, ignore_eos=True) for job in jobs]
+        params = [
+            SamplingParams(temperature=self.temperature, max_tokens=job.num_outputs, ignore_eos=True) for job in jobs
+        ]
         results = self.llm.generate([job.prompt for job in jobs], params, use_tqdm=False)
         return [tuple(result.outputs[0].token_ids) for result in results]
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels its worker has picked, and why."""
+        return self.llm.engine.executor.workers[0].why
 
     @property
     def model(self) -> Decoder:
@@ -148,19 +160,21 @@ class Ours:
 class StaticBatches:
     """transformers' `generate` on left-padded batches in order of arrival: a batch ends with its longest output."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, batch_size: int | None = None, temperature: float = 0.0):
         self.model = model
+        self.batch_size = batch_size or STATIC_BATCH
+        self.temperature = temperature
         self.settings = {
             "engine": "transformers generate",
-            "batch_size": STATIC_BATCH,
+            "batch_size": self.batch_size,
             "attention": attention_of(model),
         }
 
     @torch.inference_mode()
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
         outputs = []
-        for first in range(0, len(jobs), STATIC_BATCH):
-            outputs += self._generate_batch(jobs[first : first + STATIC_BATCH])
+        for first in range(0, len(jobs), self.batch_size):
+            outputs += self._generate_batch(jobs[first : first + self.batch_size])
         return outputs
 
     def _generate_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ...]]:
@@ -168,10 +182,10 @@ class StaticBatches:
         pads = [width - len(job.prompt) for job in jobs]
         token_ids = [[PAD_TOKEN_ID] * n + job.prompt for n, job in zip(pads, jobs, strict=True)]
         mask = [[0] * n + [1] * len(job.prompt) for n, job in zip(pads, jobs, strict=True)]
-        config = greedy_config(max(job.num_outputs for job in jobs), eos_token_id=None)
-        rows = self.model.generate(
-            torch.tensor(token_ids), attention_mask=torch.tensor(mask), generation_config=config
-        )  # [B, width + longest output]
+        config = generation_config(max(job.num_outputs for job in jobs), None, self.temperature)
+        inputs, mask = (torch.tensor(rows, device=self.model.device) for rows in (token_ids, mask))
+        rows = self.model.generate(inputs, attention_mask=mask, generation_config=config)
+        # [B, width + longest output]
         return (tuple(row[width : width + job.num_outputs].tolist()) for row, job in zip(rows, jobs, strict=True))
 
     def close(self) -> None:
@@ -185,7 +199,14 @@ class ContinuousBatches:
     transformers does not know the settings.
     """
 
-    def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], max_requests_per_batch: int, max_batch_tokens: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        jobs: Sequence[Job],
+        max_requests_per_batch: int,
+        max_batch_tokens: int,
+        temperature: float = 0.0,
+    ):
         arguments = {
             "page_size": BLOCK_SIZE,
             "num_blocks": num_blocks_for(jobs),
@@ -199,15 +220,15 @@ class ContinuousBatches:
                 f"this transformers does not know {', '.join(sorted(unknown))} of its continuous batching; "
                 "install 5.17 or later, or measure with --peers none"
             )
-        self.settings = {
-            "engine": "transformers ContinuousBatchingManager",
-            "attention": attention_of(model),
-            **arguments,
-        }
         self.manager = model.init_continuous_batching(
-            generation_config=greedy_config(max(job.num_outputs for job in jobs), NO_EOS),
+            generation_config=generation_config(max(job.num_outputs for job in jobs), NO_EOS, temperature),
             continuous_batching_config=ContinuousBatchingConfig(**arguments),
         )
+        self.settings = {
+            "engine": "transformers ContinuousBatchingManager",
+            "attention": attention_of(model),  # the manager may have switched to a faster one
+            **arguments,
+        }
         self.manager.warmup()
         self.manager.start()
 
@@ -241,9 +262,14 @@ def load_peer(folder: Path) -> PreTrainedModel:
     return model
 
 
-def greedy_config(max_new_tokens: int, eos_token_id: int | None) -> GenerationConfig:
+def generation_config(max_new_tokens: int, eos_token_id: int | None, temperature: float) -> GenerationConfig:
+    """Greedy at temperature 0, else sampled among all tokens."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos_token_id, pad_token_id=PAD_TOKEN_ID
+        **({"do_sample": False} | sampling),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=PAD_TOKEN_ID,
     )
 
 

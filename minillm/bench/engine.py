@@ -34,6 +34,7 @@ from minillm.bench.contenders import (
     StaticBatches,
     load_peer,
     make_jobs,
+    our_arguments,
     products_of,
     write_random_checkpoint,
 )
@@ -145,7 +146,8 @@ def measure_shape(shape: Shape, arguments: argparse.Namespace) -> dict:
 
 def make_contenders(shape: Shape, folder: Path, jobs: Sequence[Job], with_peers: bool) -> dict[str, Contender]:
     """Ours and, if wanted, transformers' two, all with the checkpoint in `folder`."""
-    contenders = {"ours": Ours(folder, jobs, shape.max_num_seqs, shape.max_num_batched_tokens)}
+    arguments = our_arguments(jobs, shape.max_num_seqs, shape.max_num_batched_tokens)
+    contenders = {"ours": Ours(folder, arguments)}
     if with_peers:
         model = load_peer(folder)
         continuous = ContinuousBatches(model, jobs, shape.peer_max_requests, shape.peer_max_batch_tokens)

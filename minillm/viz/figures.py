@@ -43,7 +43,29 @@ def block_tables() -> Picture:
     return BlockTables(state, tokens={"A": TOKENS, "B": other}, title="Two requests in a pool of blocks")
 
 
-FIGURES = {"block_tables.svg": block_tables, "causal_mask.svg": causal_mask, "timeline.svg": timeline}
+def memory_access() -> Picture:
+    """One load of keys by a warp in versions 1 and 2 of the CUDA kernel, as its emulation on the CPU records it."""
+    import torch
+
+    from minillm.runtime.kernels.cuda import emulator
+    from minillm.viz.base import stacked
+    from minillm.viz.memory_access import WarpAccess
+
+    pool = torch.zeros(2, 3, 16, 2, 64, dtype=torch.float16)  # keys and values, [blocks, places, Hkv, D] each
+    arguments = torch.zeros(1, 4, 64, dtype=torch.float16), *pool, torch.tensor([[1, 2]]), torch.tensor([32])
+    loads = []
+    for version, what in ((1, "a thread takes a key"), (2, "a warp takes a key")):
+        _, traffic = emulator.run("decode", *arguments, version=version)
+        loads.append(WarpAccess.of_traffic(traffic, "keys", title=f"Version {version}: {what}"))
+    return stacked(loads)
+
+
+FIGURES = {
+    "block_tables.svg": block_tables,
+    "causal_mask.svg": causal_mask,
+    "memory_access.svg": memory_access,
+    "timeline.svg": timeline,
+}
 
 
 def draw_figures(folder: Path = FOLDER) -> list[Path]:

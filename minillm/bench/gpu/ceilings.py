@@ -1,0 +1,39 @@
+"""What the card reaches when it does nothing else: copying memory and multiplying matrices. All shares refer to it."""
+
+import statistics
+
+import torch
+
+from minillm.bench.gpu.scale import Scale
+from minillm.bench.gpu.timing import device_seconds
+from minillm.shapes import Card
+
+COPY_SECONDS = 0.2
+GEMM_SECONDS = 1.0  # long enough for the clock to settle where the power limit lets it
+
+
+def copy_ceiling(scale: Scale) -> dict:
+    """Bytes read and written a second, copying a buffer many times as large as the card's cache."""
+    device = scale.torch_device
+    source = torch.rand(scale.copy_bytes // 4, device=device)  # float32
+    target = torch.empty_like(source)
+    seconds = device_seconds(lambda: target.copy_(source), device, COPY_SECONDS)
+    return {
+        "buffer_bytes": scale.copy_bytes,
+        "seconds": seconds,
+        "bytes_per_second": 2 * scale.copy_bytes / statistics.median(seconds),
+    }
+
+
+def gemm_ceiling(scale: Scale) -> dict:
+    """Operations a second of a square matrix product of normal random numbers: zeros would cost less power."""
+    device, side = scale.torch_device, scale.gemm_side
+    a, b = (torch.randn(side, side, device=device).to(scale.dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = device_seconds(lambda: torch.mm(a, b, out=out), device, GEMM_SECONDS if scale.is_full else 0.0)
+    return {"side": side, "seconds": seconds, "flops": 2 * side**3 / statistics.median(seconds)}
+
+
+def measured_card(name: str, copy: dict, gemm: dict, memory_bytes: int) -> Card:
+    """The ceilings in the form that `minillm.costs` takes."""
+    return Card(f"{name}, measured", memory_bytes, copy["bytes_per_second"], gemm["flops"])

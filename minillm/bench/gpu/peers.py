@@ -1,0 +1,117 @@
+"""Other engines beside ours: the two of transformers, and any that is put on the path from outside.
+
+    minillm bench gpu --peer package.module:factory
+
+`factory(shape, jobs, settings)` is called once per model shape, with nothing of anybody else's on the device:
+
+    shape      a `minillm.config.ModelConfig`: the architecture the peer must run, with random weights of its own
+    jobs       what will be generated: a list of `Job(prompt, num_outputs)`, prompts being lists of token ids
+    settings   a dict: temperature, dtype ("bfloat16"), device ("cuda"), max_num_seqs, max_model_len,
+               max_num_batched_tokens, gpu_memory_utilization
+
+and returns an object with
+
+    name, version, settings    of the peer, for the record; `settings` is a dict that JSON can hold
+    generate(jobs)             the output token ids of every job, in their order; exactly `num_outputs` of each,
+                               whatever ends of text the model says. Called several times; only the calls are timed
+    close()                    give the device's memory back
+
+It is imported from the import path and never part of this package. A shape it cannot run it refuses by raising, which
+the record says. Its own start (loading, compiling, capturing graphs) belongs into the factory, so that it is not timed.
+
+An adapter for nano-vllm, in words. The factory writes a checkpoint of the shape into a temporary folder, since its LLM
+takes a folder: transformers' `save_pretrained` of a random model made with `minillm.bench.gpu.models.random_peer`, and
+any tokenizer beside it, because the LLM loads one. It then makes nano-vllm's LLM from that folder with
+enforce_eager=False, max_model_len, max_num_seqs, max_num_batched_tokens and gpu_memory_utilization from `settings`.
+`generate` makes one of its SamplingParams for each job (temperature as in `settings`, which it wants above zero,
+max_tokens=num_outputs, ignore_eos=True), calls the LLM's generate with the list of prompts as token ids, the list of
+parameters and use_tqdm=False, and returns "token_ids" of every result. `close` calls the LLM's exit. nano-vllm needs
+flash-attn; where that is missing, a module of the same name on the path that offers its two functions will do.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from minillm.bench.contenders import ContinuousBatches, Job, StaticBatches
+from minillm.bench.gpu.models import random_peer
+from minillm.bench.gpu.scale import Scale
+from minillm.bench.gpu.workloads import TEMPERATURE
+from minillm.config import ModelConfig
+from minillm.errors import ConfigError
+from minillm.kv_cache import kv_bytes_per_token
+
+GPU_MEMORY_UTILIZATION = 0.85  # of the card, for every engine that asks
+
+
+class Peer(Protocol):
+    """What a factory returns."""
+
+    name: str
+    version: str
+    settings: dict
+
+    def generate(self, jobs: Sequence[Job]) -> list[Sequence[int]]:
+        """The output token ids of every job, in their order."""
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+
+
+def outside_peer(path: str, shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> Peer:
+    """The peer that `--peer path` names, ready to generate. Raises ConfigError if there is no such factory."""
+    settings = {
+        "temperature": TEMPERATURE,
+        "dtype": str(scale.dtype).removeprefix("torch."),
+        "device": scale.device,
+        "max_num_seqs": scale.max_num_seqs,
+        "max_model_len": max(job.num_tokens for job in jobs),
+        "max_num_batched_tokens": scale.max_num_batched_tokens,
+        "gpu_memory_utilization": GPU_MEMORY_UTILIZATION,
+    }
+    return find_factory(path)(shape, list(jobs), settings)
+
+
+def find_factory(path: str) -> Callable[..., Peer]:
+    """The function that "package.module:factory" names. Raises ConfigError that says which half is missing."""
+    module_name, colon, name = path.partition(":")
+    if not (colon and module_name and name):
+        raise ConfigError(f"--peer {path!r} is not of the form package.module:factory")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"--peer {path!r}: {module_name} cannot be imported ({error}); put it on PYTHONPATH"
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise ConfigError(f"--peer {path!r}: {module_name} has no function {name!r}")
+    return factory
+
+
+def static_peer(shape: ModelConfig, jobs: Sequence[Job], scale: Scale, batch_size: int) -> StaticBatches:
+    """transformers' `generate`."""
+    return StaticBatches(random_peer(shape, scale.dtype, scale.torch_device), batch_size, TEMPERATURE)
+
+
+def largest_static_batch(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> int:
+    """As many requests, a multiple of 8, as have room beside the weights if each becomes as long as any can.
+
+    Half of what is free counts: `generate` makes a new cache for each token, which leaves holes.
+    """
+    if scale.torch_device.type != "cuda":
+        return scale.static_batches[-1]
+    free, _ = torch.cuda.mem_get_info(scale.torch_device)
+    itemsize = scale.dtype.itemsize
+    longest = max(len(job.prompt) for job in jobs) + max(job.num_outputs for job in jobs)
+    room = (free - shape.num_parameters * itemsize) // 2
+    fitting = min(len(jobs), room // (longest * kv_bytes_per_token(shape, itemsize)))
+    return max(1, fitting if fitting < 8 else fitting // 8 * 8)
+
+
+def continuous_peer(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> ContinuousBatches:
+    """transformers' continuous batching, with a pool in which all jobs find room."""
+    model = random_peer(shape, scale.dtype, scale.torch_device)
+    return ContinuousBatches(model, jobs, scale.max_num_seqs, scale.peer_batch_tokens, TEMPERATURE)

@@ -1,0 +1,76 @@
+"""Runs the benchmark in a process of its own and, if that dies, goes on in another one with what is left.
+
+A kernel that reads where it may not, a crash in a compiler or a hang takes its whole process along. The record says
+which entry was under way; the next process finds it there and measures the others.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from minillm.bench import recorded
+from minillm.errors import ConfigError
+
+DEVICE_LOST = 75  # exit code of a process whose device does nothing more for it
+LEAST_STALL = 120.0  # seconds
+SHARE_OF_A_STALL = 0.5  # of the budget
+POLL = 0.5  # seconds
+
+
+def supervise(argv: Sequence[str], file: Path, budget: float, resume: bool) -> int:
+    """Measure with the options `argv` into `file`; the exit code of the last process.
+
+    `budget`: seconds for all processes together. `resume`: the file has a part already. A process that changes nothing
+    in the file for half of the budget, two minutes at least, counts as hanging and is killed.
+    """
+    end = time.perf_counter() + budget
+    while True:
+        before, left = num_entries(file), max(1.0, end - time.perf_counter())
+        options = [*argv, "--json", str(file), "--budget", f"{left:.0f}", *["--resume"] * resume]
+        code = run_child(child_command(options), file, max(LEAST_STALL, SHARE_OF_A_STALL * budget))
+        if code != DEVICE_LOST and code >= 0:  # below 0: ended by a signal
+            return code
+        if num_entries(file) == before or time.perf_counter() > end:
+            print(f"ended early: the process that measures ended with {code}", file=sys.stderr)
+            return 1
+        print(f"the process that measures ended with {code}; another one goes on", flush=True)
+        resume = True
+
+
+def child_command(options: Sequence[str]) -> list[str]:
+    """What measures in this very process."""
+    return [sys.executable, "-m", "minillm.cli", "bench", "gpu", *options, "--unsupervised"]
+
+
+def run_child(command: Sequence[str], file: Path, stall: float) -> int:
+    """Run to the end, or until the file has not changed for `stall` seconds; the exit code."""
+    sys.stdout.flush()
+    changed, last = time.perf_counter(), modified(file)
+    with subprocess.Popen(command) as child:
+        while child.poll() is None:
+            time.sleep(POLL)
+            if modified(file) != last:
+                changed, last = time.perf_counter(), modified(file)
+            if time.perf_counter() - changed > stall:
+                child.kill()
+        return child.returncode
+
+
+def modified(file: Path) -> int:
+    """When the file was last written; 0 if it is not there."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def num_entries(file: Path) -> int:
+    """How many entries the record has, those that failed as well."""
+    try:
+        return count(recorded.read(file)["parts"])
+    except ConfigError:
+        return 0
+
+
+def count(node: object) -> int:
+    """Dictionaries inside a dictionary, at any depth."""
+    return sum(1 + count(value) for value in node.values() if isinstance(value, dict))

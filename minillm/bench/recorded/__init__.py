@@ -1,0 +1,38 @@
+"""Recorded runs of `minillm bench`, as JSON files: what chapters and README quote, with machine and date.
+
+A file comes here as `minillm bench gpu --json` wrote it. Dry runs are refused.
+"""
+
+import json
+from pathlib import Path
+
+from minillm.errors import ConfigError
+
+FOLDER = Path(__file__).parent
+FIELDS = ("schema", "kind", "date", "machine", "parts")  # of every record
+
+
+def latest(kind: str, folder: Path = FOLDER) -> dict | None:
+    """The newest recorded run of this kind ("gpu"); None if there is none. Raises ConfigError for any other file."""
+    runs = [load(file) for file in sorted(folder.glob("*.json"))]
+    return max((run for run in runs if run["kind"] == kind), key=lambda run: run["date"], default=None)
+
+
+def load(file: Path) -> dict:
+    """A recorded run. Raises ConfigError for a dry run and for anything that is no record."""
+    run = read(file)
+    if "DRY RUN" in run["kind"]:
+        raise ConfigError(f"{file} is of a dry run: its figures mean nothing; record a run on a GPU")
+    return run
+
+
+def read(file: Path) -> dict:
+    """What `minillm bench` wrote, dry runs as well. Raises ConfigError if it is something else."""
+    try:
+        run = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as a recorded run: {error}") from error
+    missing = [name for name in FIELDS if not isinstance(run, dict) or name not in run]
+    if missing:
+        raise ConfigError(f"{file} is no recorded run: it has no {', '.join(missing)}; write it with minillm bench")
+    return run
