@@ -18,8 +18,9 @@ from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
 from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, slots_static, steps_continuous
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
+from minillm.checks.chapter_09 import compute_bound_batch, decode_loop, decode_step_seconds, key_number
 from minillm.checks.predictions import prediction
-from minillm.checks.puzzles import beside
+from minillm.checks.puzzles import beside, key_reads
 
 __all__ = [
     "CheckFailed",
@@ -36,9 +37,14 @@ __all__ = [
     "chunk_for_memory",
     "chunk_mask",
     "chunk_ranges",
+    "compute_bound_batch",
+    "decode_loop",
+    "decode_step_seconds",
     "eviction_order",
     "greedy_generate",
     "joining_waste",
+    "key_number",
+    "key_reads",
     "kv_bytes",
     "last_rows",
     "left_pad",

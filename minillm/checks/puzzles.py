@@ -1,10 +1,11 @@
-"""The mask to draw beside the mask the reader's function draws, also while the function is still a stub."""
+"""The target to draw beside what the reader's function draws, also while the function is still a stub."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from minillm.viz import MaskGrid, Panels, PictureError, side_by_side
+from minillm.checks.chapter_09 import HEAD_SIZE, NUM_THREADS, NUMBER_BYTES, VECTOR, number_of, reads_of
+from minillm.viz import MaskGrid, Panels, PictureError, WarpAccess, side_by_side, stacked
 
 
 def beside(target: Tensor, function: Callable, *args, labels: Sequence[str] | None = None) -> Panels:
@@ -28,3 +29,31 @@ def beside(target: Tensor, function: Callable, *args, labels: Sequence[str] | No
 
 def _empty(target: Tensor, labels: Sequence[str] | None, title: str) -> MaskGrid:
     return MaskGrid(target & False, key_labels=labels, title=title)
+
+
+def key_reads(function: Callable | None = None, head: int = 1, num_heads: int = 2) -> Panels:
+    """The first load of the warp: a target that fetches no sector in vain, and below it what `function` reads.
+
+    Never raises for what the function does: then the title says why there is no second picture.
+    """
+    target = _warp(_in_order, head, num_heads, "target, load 0")
+    if function is None:
+        return Panels([target], columns=1)
+    try:
+        return stacked([target, _warp(function, head, num_heads, "yours, load 0")])
+    except NotImplementedError:
+        return Panels([target], columns=1, title="yours: not written yet")
+    except Exception as error:
+        return Panels([target], columns=1, title=f"yours: {type(error).__name__}")
+
+
+def _warp(function: Callable, head: int, num_heads: int, title: str) -> WarpAccess:
+    """Who reads what in load 0."""
+    first = reads_of(function, head, num_heads).first[0]
+    places = {thread: (number * NUMBER_BYTES, VECTOR * NUMBER_BYTES) for thread, number in enumerate(first)}
+    return WarpAccess(places, title=title)
+
+
+def _in_order(load: int, thread: int, head: int, num_heads: int) -> int:
+    key, eighth = divmod(NUM_THREADS * load + thread, HEAD_SIZE // VECTOR)
+    return number_of(key, head, num_heads) + eighth * VECTOR

@@ -18,11 +18,18 @@ from minillm.viz.block_masks import BlockMaskSteps
 from minillm.viz.block_replay import PoolState, pool_states
 from minillm.viz.blocks import BlockTables, BlockTableSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
+from minillm.viz.decode_tiles import DecodeTiles
 from minillm.viz.grids import AttentionWeights, MaskGrid
+from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
+from minillm.viz.launches import LaunchOverhead
 from minillm.viz.load import LoadCurves
+from minillm.viz.memory_access import WarpAccess
+from minillm.viz.memory_traffic import MemoryTraffic
 from minillm.viz.policies import PolicyTimelines
 from minillm.viz.pool import PoolUse, ReservedAgainstPaged
+from minillm.viz.prefill_tiles import PrefillTiles
 from minillm.viz.recompute import RecomputeGrid
+from minillm.viz.roofline import DecodeRoofline
 from minillm.viz.timeline import Timeline
 
 __all__ = [
@@ -34,8 +41,15 @@ __all__ = [
     "BlockTables",
     "CacheGrowth",
     "Curves",
+    "DecodeRoofline",
+    "DecodeTiles",
+    "DeviceUse",
+    "HostDeviceLanes",
+    "LaneChart",
+    "LaunchOverhead",
     "LoadCurves",
     "MaskGrid",
+    "MemoryTraffic",
     "PaddingRectangle",
     "PaddingSteps",
     "Panels",
@@ -44,12 +58,16 @@ __all__ = [
     "PolicyTimelines",
     "PoolState",
     "PoolUse",
+    "PrefillTiles",
     "RecomputeGrid",
     "ReservedAgainstPaged",
+    "Span",
     "Timeline",
+    "WarpAccess",
     "binary_bytes",
     "both_bytes",
     "decimal_bytes",
+    "device_use",
     "pool_states",
     "side_by_side",
     "stacked",

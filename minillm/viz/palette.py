@@ -64,3 +64,17 @@ KEPT = State("c", "from the cache", "#EEEEEE", GREY)
 # Who may look at whom (mask grids).
 MAY_LOOK = State("#", "may look", GREEN, WHITE)
 MAY_NOT = State(".", "may not", WHITE, GREY)
+
+# What a kernel's program does with a tile of keys (tiles), and what of a sector's bytes is asked for (memory access).
+SEEN = State("#", "seen", SKY_BLUE, BLACK)
+MASKED = State("/", "loaded, but masked", ORANGE, BLACK, "///")
+NOT_LOADED = State(".", "not loaded", WHITE, GREY, "..")
+ASKED = State("#", "asked for", BLUE, WHITE)
+UNASKED = State("x", "moved, not asked for", WHITE, VERMILLION, "xxx")
+
+# What host and device do (lanes, launches).
+PREPARES = State("L", "schedules and launches", SKY_BLUE, BLACK)
+WAITS = State("w", "waits for the device", WHITE, GREY, "..")
+READS = State("R", "reads and updates", PURPLE, BLACK, "///")
+COMPUTES = State("D", "computes", ORANGE, BLACK)
+IDLE = State("_", "idle", WHITE, VERMILLION, "xx")

@@ -1,0 +1,74 @@
+"""How much memory the versions of a kernel move, beside what their threads ask for and what has to move at least."""
+
+from collections.abc import Mapping
+
+from minillm.viz.base import SMALL_SIZE, Picture, PictureError, decimal_bytes, literal, number, text_table
+from minillm.viz.palette import BLACK, BLUE, VERMILLION, WHITE
+
+
+class MemoryTraffic(Picture):
+    """The traffic of several versions of a kernel: bytes asked for, bytes moved, and each byte once.
+
+    `versions`: name -> the emulator's Counts, such as `traffic.loads("keys", "values")`. Raises PictureError if there
+    is none, or one that moved nothing.
+    """
+
+    def __init__(self, versions: Mapping[str, object], *, title: str | None = None):
+        if not versions or any(counts.bytes_moved < 1 for counts in versions.values()):
+            raise PictureError(f"nothing to draw: every version must have moved something; got {list(versions)}")
+        self.versions = dict(versions)
+        self.title = title
+
+    def text(self) -> str:
+        header = ["", "thread loads", "warp requests", "sectors/request", "asked", "moved", "efficiency", "each once"]
+        return text_table([*header, "moved/once"], [self._cells(name) for name in self.versions])
+
+    def _cells(self, name: str) -> list[str]:
+        each = self.versions[name]
+        asked, moved, once = map(decimal_bytes, (each.bytes_asked, each.bytes_moved, each.unique_bytes))
+        loads = [f"{each.num_loads:,}", f"{each.requests:,}", number(each.sectors_per_request)]
+        times = f"{number(each.bytes_moved / each.unique_bytes)}×"
+        return [name, *loads, asked, moved, percent(each.efficiency), once, times]
+
+    def alt(self) -> str:
+        moved = (f"{name} {decimal_bytes(each.bytes_moved)}" for name, each in self.versions.items())
+        return f"{self.title + ': ' if self.title else ''}memory moved: {', '.join(moved)}"
+
+    def _size(self) -> tuple[float, float]:
+        return 5.6 + 0.09 * max(map(len, self.versions)), 0.62 * len(self.versions) + 0.95
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        most = max(max(each.bytes_moved, each.bytes_asked) for each in self.versions.values())
+        for row, each in enumerate(self.versions.values()):
+            first = "" if row == 0 else "_"
+            asked = {"color": BLUE, "label": f"{first}asked for by the threads"}
+            moved = {"facecolor": WHITE, "edgecolor": VERMILLION, "hatch": "///", "label": f"{first}moved"}
+            axes.barh(row - 0.19, each.bytes_asked, 0.34, **asked)
+            axes.barh(row + 0.19, each.bytes_moved, 0.34, linewidth=0.8, **moved)
+            axes.plot(
+                [each.unique_bytes] * 2, [row - 0.42, row + 0.42], color=BLACK, linewidth=2,
+                label=f"{first}every byte once",
+            )  # fmt: skip
+            self._say(axes, row - 0.19, each.bytes_asked, decimal_bytes(each.bytes_asked))
+            moved = f"{decimal_bytes(each.bytes_moved)}  (efficiency {percent(each.efficiency)})"
+            self._say(axes, row + 0.19, each.bytes_moved, moved)
+        axes.set(xlim=(0, 1.45 * most), ylim=(len(self.versions) - 0.4, -0.6))
+        axes.set_yticks(range(len(self.versions)), [literal(name) for name in self.versions])
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_formatter(lambda value, _: decimal_bytes(value))
+        axes.xaxis.get_major_locator().set_params(nbins=4)
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(0, -0.55 / (0.62 * len(self.versions))), ncols=3, frameon=False,
+            fontsize=SMALL_SIZE, borderaxespad=0, handlelength=1.6,
+        )  # fmt: skip
+
+    def _say(self, axes, row: float, end: float, words: str) -> None:
+        behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.6}
+        axes.annotate(
+            words, (end, row), (6, 0), textcoords="offset points", va="center", size=SMALL_SIZE, bbox=behind, zorder=3
+        )
+
+
+def percent(share: float) -> str:
+    """ "12.5%", "100%"."""
+    return f"{share:.1%}".replace(".0%", "%")

@@ -1,0 +1,147 @@
+"""The least time of a decode step against the batch: the weights, the arithmetic, the cache, and which is longest."""
+
+from collections.abc import Mapping, Sequence
+
+from minillm.config import ModelConfig
+from minillm.shapes import Card
+from minillm.viz.base import SMALL_SIZE, PictureError, literal, number, plural, text_table
+from minillm.viz.curves import Curves, Look
+from minillm.viz.palette import BLACK, GREY, SERIES_COLORS
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+WEIGHTS, ARITHMETIC, CACHE = "reading the weights", "arithmetic", "reading the cache"
+LEAST, MEASURED = "least time", "measured"
+
+
+class _Solid(Look):
+    """A thick line without markers: what the parts add up to."""
+
+    def style(self) -> dict:
+        return {"color": self.color, "linewidth": 2.4}
+
+
+class DecodeRoofline(Curves):
+    """Least milliseconds of a decode step of B requests with `context` cached tokens each, both axes logarithmic.
+
+    The three parts are dashed: reading the weights does not depend on B, arithmetic and the cache grow with it. The
+    larger of the first two plus the cache is the thick line, `costs.decode_seconds`; right of the upright line
+    arithmetic takes longer than the weights. `card` holds the ceilings, those of a data sheet or measured ones;
+    `measured` maps a batch to the seconds that a step of it took. Raises PictureError for batches or measured times
+    that are not above 0, or a context below 0.
+    """
+
+    _title_pad = 22
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        card: Card,
+        context: int,
+        batches: Sequence[int] = BATCHES,
+        *,
+        measured: Mapping[int, float] | None = None,
+        dtype_bytes: int = 2,
+        title: str | None = None,
+    ):
+        from minillm.costs import compute_bound_batch, matmul_parameters, tokenwise_flops  # they bring torch along
+        from minillm.kv_cache import kv_bytes_per_token
+
+        self.measured = dict(measured or {})
+        self.batches = sorted({*batches, *self.measured})
+        if not self.batches or self.batches[0] < 1 or context < 0:
+            raise PictureError(
+                f"batches {self.batches}, context {context}: give batches of 1 or more, and no context < 0"
+            )
+        self.config, self.dtype_bytes = config, dtype_bytes
+        self.card, self.context, self.compute_bound = card, context, compute_bound_batch(card, dtype_bytes)
+        self.kv_bytes = kv_bytes_per_token(config, dtype_bytes)
+        self.weight_bytes = matmul_parameters(config) * dtype_bytes
+        parts = {
+            WEIGHTS: [self.weight_bytes / card.bandwidth for _ in self.batches],
+            ARITHMETIC: [tokenwise_flops(config, batch, batch) / card.flops for batch in self.batches],
+        }
+        if context:
+            parts[CACHE] = [batch * context * self.kv_bytes / card.bandwidth for batch in self.batches]
+        parts[LEAST] = [self.seconds(batch) for batch in self.batches]
+        if self.measured:
+            parts[MEASURED] = [self.measured.get(batch) for batch in self.batches]
+        series = {name: [value and 1000 * value for value in values] for name, values in parts.items()}
+        super().__init__(
+            self.batches, series, "requests in the batch", "milliseconds a decode step",
+            kinds={name: MEASURED if name == MEASURED else "predicted" for name in series},
+            log_x=True, log_y=True, title=title,
+        )  # fmt: skip
+        self.looks[LEAST] = _Solid(SERIES_COLORS.index(BLACK))
+
+    def seconds(self, batch: int) -> float:
+        """The least time of a step."""
+        from minillm.costs import decode_seconds
+
+        return decode_seconds(self.config, self.card, self.context, batch, self.dtype_bytes)
+
+    # --- words ---
+
+    def cache_bound(self) -> int | None:
+        """The smallest batch whose cache takes at least as long as the weights; None without a context."""
+        return -(-self.weight_bytes // (self.context * self.kv_bytes)) if self.context else None
+
+    def longest(self, index: int) -> str:
+        """The part that takes longest at a batch of `batches`: what to make faster."""
+        parts = {name: self.series[name][index] for name in (WEIGHTS, ARITHMETIC, CACHE) if name in self.series}
+        return max(parts, key=parts.__getitem__)
+
+    def summary(self) -> str:
+        """Where the parts cross."""
+        words = [f"from {plural(self.compute_bound, 'request')} on, arithmetic takes longer than reading the weights"]
+        if self.context:
+            words.append(f"from {self.cache_bound():,} on, reading {self.context:,} cached tokens each does")
+        return "; ".join(words)
+
+    def text(self) -> str:
+        names = [name for name in self.series if name != MEASURED]
+        header = ["batch", *names, "tokens/s at most", "longest part"]
+        rows = []
+        for index, batch in enumerate(self.batches):
+            row = [f"{batch:,}", *(f"{self.series[name][index]:,.3f}" for name in names)]
+            rows.append([*row, f"{1000 * batch / self.series[LEAST][index]:,.0f}", self.longest(index)])
+            if self.measured:
+                rows[-1] += self._measured_cells(index)
+        header += ["measured", "of the limit"] if self.measured else []
+        return f"{self.y_label}, {self.card.name}\n{text_table(header, rows)}\n{self.summary()}"
+
+    def _measured_cells(self, index: int) -> list[str]:
+        """The time measured, and how much of the speed at most was reached."""
+        seconds = self.measured.get(self.batches[index])
+        if seconds is None:
+            return ["–", "–"]
+        return [f"{1000 * seconds:,.3f}", f"{self.series[LEAST][index] / (1000 * seconds):.0%}"]
+
+    def alt(self) -> str:
+        return f"{self.title or self.y_label}: {self.summary()}"
+
+    # --- figure ---
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        super()._draw(axes, step)
+        if self._turns():  # the thick line turns there, between two batches of the table
+            batches = sorted({*self.batches, self.compute_bound})
+            line = next(line for line in axes.lines if line.get_label() == LEAST)
+            line.set_data(batches, [1000 * self.seconds(batch) for batch in batches])
+
+    def _turns(self) -> bool:
+        return self.batches[0] < self.compute_bound < self.batches[-1]
+
+    def _draw_marks(self, axes) -> None:
+        """Where arithmetic overtakes the weights, if it does within the picture; and which is longer on either side."""
+        if not self._turns():
+            return
+        axes.axvline(self.compute_bound, color=GREY, linewidth=1.2, linestyle=":")
+        for side, words in (("right", "weights longer "), ("left", " arithmetic longer")):
+            axes.annotate(
+                literal(words), (self.compute_bound, 1), (0, 4), xycoords=("data", "axes fraction"), ha=side,
+                textcoords="offset points", color=GREY, size=SMALL_SIZE, annotation_clip=False,
+            )  # fmt: skip
+        axes.annotate(
+            number(self.compute_bound), (self.compute_bound, 0), (3, 4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", color=GREY, size=SMALL_SIZE,
+        )  # fmt: skip
