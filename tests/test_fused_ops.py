@@ -1,12 +1,7 @@
 """The small operations beside what `model.py` computes, fused beside not fused, and the forward pass made of them."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections import Counter as Multiset
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +23,7 @@ from tiny_models import KINDS, LADDER_TOLERANCE, difference, random_token_ids
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
 from minillm.runtime.kernels import triton_ops  # noqa: E402
+from planted import compiled, with_bug
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -299,10 +295,7 @@ for name, columns, warps in (("add_rms_norm", 4096, 8), ("norm_rotate_store", 0,
 
 def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
     """Triton's compiler needs no GPU: neighbours are loaded together, nothing is spilled, little memory is shared."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()}
+    rows = compiled(COMPILE)
     assert list(rows) == ["add_rms_norm", "norm_rotate_store", "silu_mul"]
     assert rows["add_rms_norm"][1] == rows["silu_mul"][1] == "True"
     assert all(spills == "False" and int(shared) <= 1024 for shared, _, spills in rows.values())
@@ -357,18 +350,6 @@ def test_what_the_operations_do_not_take_is_refused_by_name(message):
 # --- bugs planted in the source ---
 
 
-def with_bug(right: str, wrong: str, folder: Path):
-    """The module with one of its expressions, found once, replaced."""
-    source = Path(triton_ops.__file__).read_text()
-    assert source.count(right) == 1
-    path = folder / "broken_ops.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("broken_ops", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    return broken
-
-
 def small_add_rms_norm(fused):
     check_add_rms_norm(fused, torch.float32)
 
@@ -413,7 +394,7 @@ BUGS = {
 def test_a_planted_bug_is_found(name, tmp_path):
     right, wrong, check = BUGS[name]
     with pytest.raises(AssertionError):
-        check(with_bug(right, wrong, tmp_path))
+        check(with_bug(triton_ops, right, wrong, tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

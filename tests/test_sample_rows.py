@@ -1,11 +1,6 @@
 """Sampling in one pass: torch and Triton draw the same tokens, they fall as the softmax says, and greedy is argmax."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +12,7 @@ from minillm.runtime.kernels import ops
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
 from minillm.runtime.kernels import triton_sampling  # noqa: E402
+from planted import compiled, with_bug
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -188,10 +184,7 @@ for name, warps in (("sample", 4), ("pick", 1)):
 
 def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
     """Triton's compiler needs no GPU: neighbours are loaded together, nothing is spilled, little memory is shared."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()}
+    rows = compiled(COMPILE)
     assert list(rows) == ["sample", "pick"] and rows["sample"][1] == "True"
     assert all(spills == "False" and int(shared) <= 4096 for shared, _, spills in rows.values())
 
@@ -220,18 +213,6 @@ def test_what_sampling_does_not_take_is_refused_by_name(message):
 
 
 # --- bugs planted in the source ---
-
-
-def with_bug(right: str, wrong: str, folder: Path, module=triton_sampling):
-    """The module with one of its expressions, found once, replaced."""
-    source = Path(module.__file__).read_text()
-    assert source.count(right) == 1
-    path = folder / "broken_sampling.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("broken_sampling", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    return broken
 
 
 def same_tokens(fused):
@@ -276,7 +257,7 @@ BUGS = {
 def test_a_planted_bug_is_found(name, tmp_path):
     right, wrong, check = BUGS[name]
     with pytest.raises(AssertionError):
-        check(with_bug(right, wrong, tmp_path))
+        check(with_bug(triton_sampling, right, wrong, tmp_path))
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(bug[-1] for bug in BUGS.values()))
@@ -286,7 +267,7 @@ def test_without_the_bug_the_same_check_passes(check):
 
 def test_a_bug_planted_in_the_noise_is_found(tmp_path):
     for right, wrong in (("-torch.log(1 - u))", "1 - u)"), ("return c0, c1, c2, c3", "return c0, c0, c2, c3")):
-        broken = with_bug(right, wrong, tmp_path, ops)
+        broken = with_bug(ops, right, wrong, tmp_path)
         with pytest.raises(AssertionError):
             check_distribution(broken, num_draws=1500)
             check_noise(broken)

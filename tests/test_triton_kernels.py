@@ -4,12 +4,8 @@ Whatever a kernel must not read is NaN: free blocks, ends of blocks, what block 
 own blocks, and the output before the call. Bugs planted in the source must each fail the same checks.
 """
 
-import importlib.util
 import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +29,7 @@ from paged_cases import (  # noqa: E402
     paged,
     random_queries,
 )
+from planted import compiled, with_bug  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 
@@ -223,10 +220,7 @@ for name in ("store", "decode", "combine", "prefill"):
 
 def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
     """Triton's compiler needs no GPU: tensor cores are used, loads are of 16 bytes, shared memory is enough."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    kernels = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()}
+    kernels = compiled(COMPILE)
     assert {name: row[1:] for name, row in kernels.items()} == {
         "store": ["False", "True"],
         "decode": ["True", "True"],
@@ -304,19 +298,6 @@ def test_bfloat16_is_refused_in_the_interpreter():
 
 
 # --- bugs planted in the source ---
-
-SOURCE = Path(triton_kernels.__file__).read_text()
-
-
-def with_bug(right: str, wrong: str, count: int, folder: Path):
-    """The module with one of its expressions, found `count` times, replaced."""
-    assert SOURCE.count(right) == count
-    path = folder / "broken_kernels.py"
-    path.write_text(SOURCE.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("broken_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_store(kernels):
@@ -428,7 +409,7 @@ BUGS = {
 def test_a_planted_bug_is_found(name, tmp_path):
     right, wrong, count, check = BUGS[name]
     with pytest.raises(AssertionError):
-        check(with_bug(right, wrong, count, tmp_path))
+        check(with_bug(triton_kernels, right, wrong, tmp_path, count))
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(bug[-1] for bug in BUGS.values()))
