@@ -70,6 +70,8 @@ class StepEvent:
 
     Where the next step is launched before this one's tokens are read, it starts, as told here, when they have been:
     from `start_time` to `end_time` no two steps overlap. What host and device do meanwhile is in the last three fields.
+
+    (*) At `end_time`. If the next step has been planned by then (it has a `planned`), what it takes and writes counts.
     """
 
     step: int
@@ -79,10 +81,10 @@ class StepEvent:
     finished: tuple[str, ...] = ()  # ids of the requests that ended with this step
     num_waiting: int = 0  # requests that had arrived but took no part
     score_entries: int = 0  # query-key pairs scored, in one head of one layer
-    cached_tokens: int = 0  # tokens whose keys and values are held after the step, each request counting its own
+    cached_tokens: int = 0  # tokens whose keys and values are held after the step (*), each request counting its own
     preempted: tuple[Preemption, ...] = ()  # before the step
     copied_blocks: tuple[tuple[int, int], ...] = ()  # copy-on-write before the step: (from, to)
-    blocks: BlockUse | None = None  # paged cache: after the step; with asynchronous scheduling the next has its blocks
+    blocks: BlockUse | None = None  # paged cache: after the step (*)
     planned: float | None = None  # seconds, when the host began to plan the step, if that was before `start_time`
     launched: float | None = None  # seconds, when the host had launched the step
     device: tuple[float, float] | None = None  # seconds, when the device began and ended the step

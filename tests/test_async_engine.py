@@ -380,6 +380,54 @@ def test_the_trace_of_overlapping_steps_can_be_drawn_and_kept(checkpoint, tmp_pa
     assert {HOST, DEVICE} <= threads
 
 
+def abort_one(engine, name):
+    engine.add_request(name, random_token_ids(5, seed=9), TEN)
+    for _ in range(3):
+        engine.step()
+    engine.abort_request(name)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("mode", PREEMPTION_MODES)
+def test_the_pool_is_drawn_with_as_many_tokens_as_it_held(checkpoint, mode, ahead):
+    """Nothing is shared here, so that tokens held and slots empty are all that used blocks have."""
+    engine = make_engine(
+        checkpoint(KIND), async_scheduling=ahead, preemption_mode=mode, enable_prefix_caching=False, num_blocks=12
+    )
+    abort_one(engine, "first")  # with a step in flight, and nobody else there
+    for number in range(7):
+        engine.add_request(str(number), random_token_ids(3 + number, seed=number), [TEN, TEN, STOPS][number % 3])
+    abort_one(engine, "last")
+    run(engine)
+    engine.step()
+    trace = engine.trace
+    assert any(step.preempted for step in trace.steps)
+    held = [moment.blocks["held"] * 4 for moment in PoolUse(trace, 4).moments]
+    assert held == [step.cached_tokens for step in trace.steps]
+
+
+def test_the_pool_can_be_drawn_after_a_failed_step(checkpoint):
+    """The trace does not tell whose blocks went with it."""
+    sizes = {"num_blocks": 60, "max_num_seqs": 8, "max_num_batched_tokens": 8}
+    engine = make_engine(checkpoint(KIND), enable_prefix_caching=False, **sizes)
+    right = engine.executor.launch
+    for number in range(8):
+        engine.add_request(str(number), random_token_ids(1, seed=number), TEN)
+    for _ in range(9):
+        engine.step()
+
+    def broken(plan):
+        engine.executor.launch = right
+        raise RuntimeError("lost")
+
+    engine.executor.launch = broken
+    with pytest.raises(RuntimeError, match="lost"):
+        engine.step()
+    run(engine)
+    shares = [share for moment in PoolUse(engine.trace, 4).moments for share in moment.blocks.values()]
+    assert min(shares) == 0
+
+
 def test_as_many_tokens_are_in_the_trace_as_were_told(checkpoint):
     engine = make_async(checkpoint(KIND))
     for number in range(5):

@@ -22,6 +22,7 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, KernelError
+from minillm.memory import PeakMemory
 from minillm.memory_ledger import CacheLimits
 from minillm.plan import NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
 from minillm.runtime import device_batch, device_queue, device_runner, step_inputs
@@ -33,7 +34,7 @@ from minillm.runtime.kernels.dispatch import choose
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.step_graph import bucket_sizes, record
 from minillm.runtime.step_inputs import FIELDS, Layout, carve, carve_changes, new_buffer
-from minillm.runtime.worker import Worker
+from minillm.runtime.worker import Worker, card_memory, first_layer_alone, worst_plan
 from tiny_models import all_logits, random_token_ids
 
 KIND = "llama-mqa"  # whose outputs vary most
@@ -605,6 +606,50 @@ def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_al
             call()
     with pytest.raises(KernelError, match="block_size 4: the kernels in Triton.* take 16"):
         Worker(load(KIND), RunnerOptions("triton")).init_cache(9, 4)
+
+
+def test_the_profile_has_room_for_a_step_that_is_read_late(load, monkeypatch):
+    """Its logits are kept for log-probabilities while the next one is computed."""
+    monkeypatch.setattr(Worker, "_masked", False)
+    model = load(KIND)
+    worker = Worker(model, OPTIONS._replace(fused_ops=True))
+    limits = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "max_model_len": 48}
+    activations = worker.profile(**limits, block_size=BLOCK_SIZE).activations
+    cache = CacheEngine(model.config, 13, BLOCK_SIZE, model.dtype, "cpu")
+    plan = worst_plan(*limits.values(), BLOCK_SIZE)
+    with first_layer_alone(model), PeakMemory() as memory:
+        runner = worker._new_runner(cache, worker.options._replace(max_num_seqs=32, enforce_eager=True))
+        unread = runner.launch(plan)
+        runner.launch(plan).result()
+        assert len(unread.logits) == 32
+    assert memory.peak_bytes <= activations
+
+
+class FakeCard:
+    """A GPU with torch's allocator: of what is kept of no tensor, a live graph's share cannot be given back."""
+
+    def __init__(self, patch):
+        self.free, self.kept, self.of_graphs = 1000, 50, 30
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        patch.setattr(torch.cuda, "empty_cache", self.empty_cache)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 2000))
+
+    def empty_cache(self):
+        self.free, self.kept = self.free + self.kept - self.of_graphs, self.of_graphs
+
+
+def test_what_live_graphs_hold_is_not_free(monkeypatch):
+    FakeCard(monkeypatch)
+    assert card_memory(torch.device("cuda")) == (1020, 2000)
+
+
+def test_a_shutdown_gives_a_cards_memory_back(monkeypatch):
+    card = FakeCard(monkeypatch)
+    worker = Worker(SimpleNamespace(device=torch.device("cuda")))
+    card.of_graphs = 0  # they are the runner's
+    worker.shutdown()
+    assert card.free == 1050
 
 
 @pytest.mark.parametrize(("kind", "enforce_eager"), [("qwen3", False), ("mistral-window", True)])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import minillm
 from device_jobs import Job, run_jobs
-from minillm import SamplingParams
+from minillm import LLM, SamplingParams
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
 from minillm.plan import RunnerOptions
@@ -213,6 +213,27 @@ def test_graphs_hold_no_more_than_was_left_for_them(on_gpu):
     assert len(worker.runner.graphs) == 8 and "replay graphs of 1, 2, 4, 8, 16, 32, 48, 64 requests" in worker.why
     assert 0 < worker.runner.graph_bytes <= left < profile.activations
     worker.shutdown()
+
+
+def test_the_storyteller_says_on_the_card_what_it_says_on_the_cpu():
+    """As a user has it, with the arguments that nobody gave; at the end the memory is there again."""
+    prompts, told, params = ["Once upon a time", "The fox"], {}, SamplingParams(max_tokens=40)
+    for device in ("cpu", DEVICE):
+        with LLM(device=device, verbose=False) as llm:
+            streamed = "".join(output.outputs[0].text for output in llm.stream(prompts[0], params))
+            texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+            assert texts[0] == streamed
+            told[device] = texts
+            vectors = [vector.cpu() for vector in llm.encode(prompts)]
+            if device == "cpu":
+                expected = vectors
+                continue
+            torch.testing.assert_close(vectors, expected, atol=1e-3, rtol=1e-3)
+            assert any(step.planned is not None for step in llm.trace.steps)  # before the last one was read
+            assert "graphs of 1, 2, 4, 8, 16, 32, 48, 64 requests" in llm.engine.executor.why
+            held = torch.cuda.mem_get_info()[0]
+    assert told[DEVICE] == told["cpu"]
+    assert torch.cuda.mem_get_info()[0] - held > 0.99 * llm.engine.ledger.cache
 
 
 def test_host_blocks_are_pinned(on_gpu):

@@ -167,8 +167,8 @@ from triton.compiler import ASTSource
 from minillm.runtime.kernels import triton_sampling
 
 types = {"logits": "*bf16", "temperatures": "*fp32", "seeds": "*i64", "draws": "*i64", "token_ids": "*i64"}
-types |= {"best": "*i32", "scores": "*fp32", "num_ids": "i32", "tiles_a_part": "i32"}
-constants = dict(STRIDE=triton_sampling.NOISE_STRIDE, ROUNDS=10, GREEDY=1e-5, NUM_PARTS=3, PARTS=4)
+types |= {"best": "*i32", "scores": "*fp32", "num_ids": "i32", "tiles_a_part": "i32", "num_parts": "i32"}
+constants = dict(STRIDE=triton_sampling.NOISE_STRIDE, ROUNDS=10, GREEDY=1e-5, PARTS=4)
 for name, warps in (("sample", 4), ("pick", 1)):
     kernel = getattr(triton_sampling, f"_{name}_kernel")
     own = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
@@ -179,14 +179,22 @@ for name, warps in (("sample", 4), ("pick", 1)):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
     ptx = compiled.asm["ptx"]
     print(name, compiled.metadata.shared, "ld.global.v" in ptx, "st.local" in ptx)
+print("specialised", *[f"{kernel.__name__}.{each.name}" for kernel in (
+    triton_sampling._sample_kernel, triton_sampling._pick_kernel) for each in kernel.params
+    if each.is_constexpr or not (each.do_not_specialize or each.do_not_specialize_on_alignment)])
 """
 
 
 def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
     """Triton's compiler needs no GPU: neighbours are loaded together, nothing is spilled, little memory is shared."""
     rows = compiled(COMPILE)
+    specialised = set(rows.pop("specialised"))
     assert list(rows) == ["sample", "pick"] and rows["sample"][1] == "True"
     assert all(spills == "False" and int(shared) <= 4096 for shared, _, spills in rows.values())
+    # What follows from the number of rows: a step of another size must not wait for the compiler.
+    assert "_sample_kernel.num_ids" in specialised
+    assert not {"_sample_kernel.tiles_a_part", "_pick_kernel.num_parts"} & specialised
+    assert [name for name in specialised if "PARTS" in name] == ["_pick_kernel.PARTS"]  # powers of two
 
 
 # --- what is refused ---

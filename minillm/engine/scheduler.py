@@ -266,10 +266,10 @@ def traced_parts(plan: SchedulerOutput, discarded: Collection[str] = ()) -> Iter
     """
     for part in plan.scheduled:
         request_id, start, num_tokens, again = part.request_id, part.start, len(part.token_ids), part.num_recomputed
-        if request_id in discarded:
-            yield ScheduledTokens(request_id, start, num_tokens, "padding")
-            continue
         sampled, table = int(part.samples), (part.first_block, tuple(part.block_ids))
+        if request_id in discarded:
+            yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, *table)
+            continue
         if 0 < again < num_tokens:
             yield ScheduledTokens(request_id, start, again, "recompute", 0, *table)
             yield ScheduledTokens(request_id, start + again, num_tokens - again, part.why, sampled)

@@ -25,7 +25,7 @@ from minillm.plan import (
     blocks_needed,
 )
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.device_runner import DeviceRunner
+from minillm.runtime.device_runner import DeviceRunner, free_bytes
 from minillm.runtime.kernels import ops
 from minillm.runtime.kernels.dispatch import Backend, choose
 from minillm.runtime.paged_runner import PagedRunner
@@ -101,9 +101,11 @@ class Worker:
         """Bytes of a step at its peak, beside weights and cache: without its masks, and of these."""
         model, num_blocks = self.model, 1 + max(max(part.block_ids) for part in plan.scheduled)
         cache = CacheEngine(model.config, num_blocks, block_size, model.dtype, model.device)
-        runner = self._new_runner(cache, options._replace(enforce_eager=True))
         with first_layer_alone(model), PeakMemory(model.device) as memory:
-            runner.execute_model(plan)
+            runner = self._new_runner(cache, options._replace(enforce_eager=True))
+            # Read late, as with asynchronous scheduling: what log-probabilities are made of is kept meanwhile.
+            for pending in [_launch(runner, plan) for _ in range(1 if self._masked else 2)]:
+                pending.result()
         return memory.peak_bytes - runner.mask_bytes, runner.mask_bytes
 
     def _measure_graphs(self, block_size: int, options: RunnerOptions) -> int:
@@ -156,17 +158,21 @@ class Worker:
 
     def launch(self, plan: SchedulerOutput) -> PendingOutput:
         """Begin the plan of one step: one forward pass over all that is planned, and the new tokens."""
-        if isinstance(self.runner, DeviceRunner):
-            return self.runner.launch(plan)
-        return FinishedOutput(self.runner.execute_model(plan))
+        return _launch(self.runner, plan)
 
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """Carry out the plan of one step and wait for what comes of it."""
         return self.launch(plan).result()
 
     def shutdown(self) -> None:
-        """Give the pool's memory back."""
+        """Give the memory of pool and graphs back; on a GPU to whoever wants it there."""
         self.runner = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _launch(runner: PagedRunner | DeviceRunner, plan: SchedulerOutput) -> PendingOutput:
+    return runner.launch(plan) if isinstance(runner, DeviceRunner) else FinishedOutput(runner.execute_model(plan))
 
 
 def small_operations(model: Decoder, block_size: int) -> ModuleType:
@@ -179,10 +185,11 @@ def small_operations(model: Decoder, block_size: int) -> ModuleType:
 
 
 def card_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process can still allocate on a CUDA device, and bytes of the whole device."""
-    free, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, of no tensor
-    return free + kept, total
+    """Bytes that this process can still allocate on a CUDA device, and bytes of the whole device.
+
+    What torch keeps of no tensor does not count before it has been given back: some of it is of graphs that are alive.
+    """
+    return free_bytes(device), torch.cuda.mem_get_info(device)[1]
 
 
 @contextmanager

@@ -129,8 +129,9 @@ def pool_states(
 class Replay:
     """Goes through a trace and keeps the block tables: `begin` a step, look, `end` it, and so on in their order.
 
-    What the trace does not say: a forked request shows its table from its first step on, and an aborted one loses it
-    with the step after the one in which it is seen last.
+    What the trace does not say: a forked request shows its table from its first step on; an aborted one loses it with
+    the step after the one in which it is seen last, or with that one if nothing came of it; and after a failed step,
+    which is not in the trace, a request keeps its old table until it is seen again.
     """
 
     def __init__(
@@ -158,23 +159,22 @@ class Replay:
         self._registered: dict[object, int] = {}  # content -> the block known for it
         self._content: dict[int, tuple[object, tuple[str, int]]] = {}  # such a block -> content, request, logical block
         self._swapped_in: set[str] = set()  # their blocks are not known by content until another one is full
-        self._lost = _never_seen_again(trace)
+        self._lost, self._discarded = _never_seen_again(trace)
 
     def begin(self, index: int) -> None:
         """Step `index` runs: preemptions, changes of tables, tokens written."""
         step = self.trace.steps[index]
-        for request_id in self._lost.get(index - 1, ()):
-            self._release(request_id)
-            self.fates[request_id] = "aborted"
+        self._lose(self._lost.get(index - 1, ()))
         for each in step.preempted:
             self._preempt(each)
         for part in step.scheduled:
-            if part.why != "padding":
+            if part.why != "padding" or self.fates[part.request_id] != "finished":  # else it had no table any more
                 self._take_part(part)
 
     def end(self, index: int) -> None:
         """Step `index` has run: full blocks are known by their content, requests that ended give theirs back."""
         step = self.trace.steps[index]
+        self._lose(self._discarded.get(index, ()))
         for request_id, (start, end) in self.written.items():
             first, full = start // self.block_size, end // self.block_size
             if full > first:
@@ -211,6 +211,11 @@ class Replay:
         """Slots of used blocks that hold nothing; only the last block of a table can have any."""
         last = {self.tables[request_id][-1]: -count % self.block_size for request_id, count in self.num_tokens.items()}
         return sum(last.values())
+
+    def _lose(self, aborted: Sequence[str]) -> None:
+        for request_id in aborted:
+            self._release(request_id)
+            self.fates[request_id] = "aborted"
 
     def _preempt(self, preemption: Preemption) -> None:
         self._release(preemption.request_id)
@@ -276,17 +281,23 @@ def _check_block_size(block_size: int) -> None:
         raise PictureError(f"block_size is {block_size}; a block holds at least 1 token")
 
 
-def _never_seen_again(trace: Trace) -> dict[int, list[str]]:
-    """Aborted requests by the step they were last seen in: they took part, did not end, and are not heard of again."""
-    last = {}
+def _never_seen_again(trace: Trace) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Aborted requests, who took part, did not end, and are not heard of again, by the step they were last seen in.
+
+    First those who were aborted after it; then those aborted while it was computed, so that nothing came of their part.
+    """
+    last = {}  # request id -> step, and whether nothing came of its part
     for index, step in enumerate(trace.steps):
-        for each in (*step.scheduled, *step.preempted):
-            last[each.request_id] = index
+        last |= {each.request_id: (index, False) for each in step.preempted}
+        last |= {part.request_id: (index, part.why == "padding") for part in step.scheduled}
     for step in trace.steps:
         for request_id in step.finished:
             last.pop(request_id, None)
-    found: dict[int, list[str]] = {}
-    for request_id, index in last.items():
-        if index < len(trace.steps) - 1:
-            found.setdefault(index, []).append(request_id)
-    return found
+    after: dict[int, list[str]] = {}
+    during: dict[int, list[str]] = {}
+    for request_id, (index, discarded) in last.items():
+        if discarded:
+            during.setdefault(index, []).append(request_id)
+        elif index < len(trace.steps) - 1:
+            after.setdefault(index, []).append(request_id)
+    return after, during

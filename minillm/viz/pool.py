@@ -41,6 +41,7 @@ class PoolMoment(NamedTuple):
 class PoolUse(Picture):
     """A bar a forward pass: the blocks of a paged pool after it, used, cached and free, and where requests gave way.
 
+    With asynchronous scheduling the next pass is planned by then: what it took and wrote is in the bar.
     Of the used blocks the part that holds no token is hatched: internal fragmentation. In long runs a bar is the mean
     of several passes. Read from the trace alone, but for `block_size`. Steps = forward passes. Raises PictureError for
     a trace without block tables, or with a step that does not say how the blocks are used.
@@ -56,10 +57,16 @@ class PoolUse(Picture):
         self.title = title
         self.num_steps = len(trace.steps)
         self.moments = []
+        begun = False
         for index, step in enumerate(trace.steps):
-            replay.begin(index)
+            if not begun:
+                replay.begin(index)
             replay.end(index)
-            empty, use = replay.num_empty / block_size, step.blocks
+            begun = index + 1 < self.num_steps and trace.steps[index + 1].planned is not None
+            if begun:
+                replay.begin(index + 1)
+            use = step.blocks
+            empty = min(replay.num_empty / block_size, use.used)  # after a failed step it shows tables that are gone
             blocks = {"held": use.used - empty, "empty": empty, "cached": use.cached, "free": use.free}
             self.moments.append(PoolMoment(index, index, blocks, Counter(each.mode for each in step.preempted)))
 

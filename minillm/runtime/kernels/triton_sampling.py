@@ -41,9 +41,7 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
         logits, temperatures, seeds, draws, scores, best, num_ids, tiles_a_part,
         STRIDE=NOISE_STRIDE, ROUNDS=PHILOX_ROUNDS, GREEDY=GREEDY_BELOW, num_warps=4,
     )  # fmt: skip
-    _pick_kernel[(num_rows,)](
-        scores, best, token_ids, NUM_PARTS=parts, PARTS=triton.next_power_of_2(parts), num_warps=1
-    )
+    _pick_kernel[(num_rows,)](scores, best, token_ids, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
     return token_ids
 
 
@@ -125,14 +123,14 @@ def _store_best(scores, best, place, score, token_id):
     tl.store(best + place, tl.min(tl.where(score == most, token_id, 0x7FFFFFFF), axis=0))
 
 
-@triton.jit
-def _pick_kernel(scores, best, token_ids, NUM_PARTS: tl.constexpr, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_parts"])
+def _pick_kernel(scores, best, token_ids, num_parts, PARTS: tl.constexpr):
     """The best part of one row a program; -1 if any of them is NaN."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
-    real = part < NUM_PARTS
-    score = tl.load(scores + row * NUM_PARTS + part, mask=real, other=float("-inf"))
-    token_id = tl.load(best + row * NUM_PARTS + part, mask=real, other=0x7FFFFFFF)
+    real = part < num_parts
+    score = tl.load(scores + row * num_parts + part, mask=real, other=float("-inf"))
+    token_id = tl.load(best + row * num_parts + part, mask=real, other=0x7FFFFFFF)
     broken = tl.max((score != score).to(tl.int32), axis=0) > 0
     most = tl.max(tl.where(score != score, float("-inf"), score), axis=0)
     chosen = tl.min(tl.where(score == most, token_id, 0x7FFFFFFF), axis=0)
