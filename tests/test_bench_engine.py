@@ -225,8 +225,32 @@ def test_a_manager_that_loses_requests_ends_the_benchmark(jobs, errors, message)
 def test_a_transformers_without_our_settings_is_refused(folder, jobs, monkeypatch):
     older = dataclasses.make_dataclass("ContinuousBatchingConfig", ["block_size", "num_blocks", "max_batch_tokens"])
     monkeypatch.setattr(contenders, "ContinuousBatchingConfig", older)
-    with pytest.raises(ConfigError, match="does not know allow_block_sharing, max_requests_per_batch, page_size"):
+    with pytest.raises(ConfigError, match="does not know allow_block_sharing, max_requests_per_batch of"):
         contenders.ContinuousBatches(contenders.load_peer(folder), jobs, 2, 32)
+
+
+def test_a_transformers_that_says_block_size_and_cannot_pause_takes_part(jobs, monkeypatch):
+    """As 5.17, which the GPU machine has."""
+    names = ["block_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "allow_block_sharing"]
+    monkeypatch.setattr(contenders, "ContinuousBatchingConfig", dataclasses.make_dataclass("Older", names))
+    seen = {}
+
+    class Manager(StoppedManager):
+        pause = property()  # hasattr says no
+
+        def warmup(self):
+            pass
+
+        start = warmup
+
+    def init_continuous_batching(generation_config, continuous_batching_config):
+        seen.update(vars(continuous_batching_config))
+        return Manager(None, None, None)
+
+    config = SimpleNamespace(_attn_implementation="paged|sdpa")
+    model = SimpleNamespace(config=config, init_continuous_batching=init_continuous_batching)
+    assert contenders.ContinuousBatches(model, jobs, 2, 32).generate(jobs) == [(1,)] * 3
+    assert seen["block_size"] == contenders.BLOCK_SIZE
 
 
 # --- the same tokens -------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import torch
 from minillm import cli, shapes, weights
 from minillm.bench import recorded
 from minillm.bench.contenders import Job
-from minillm.bench.gpu import command, kernels, models, peers, report, serving, supervisor, timing, workloads
+from minillm.bench.gpu import ceilings, command, kernels, models, peers, report, serving, supervisor, timing, workloads
 from minillm.bench.gpu.scale import DRY, FULL
-from minillm.bench.gpu.session import DeviceLost, Session, new_record
+from minillm.bench.gpu.session import UNFINISHED, DeviceLost, Session, new_record
 from minillm.errors import ConfigError, KernelError, UnsupportedModelError
 from minillm.runtime.kernels import reference
 from minillm.shapes import Card
@@ -148,8 +148,9 @@ def test_calls_look_at_other_blocks_until_all_have_been_read():
     assert inputs.counted_bytes == 2 * 40 * 2 * 2 * 16 * 4  # requests, tokens, K and V, heads, D, bytes
     for _, tables in inputs.calls:
         assert len(tables.unique()) == tables.numel() and tables.min() >= 1
-    enough = replace(scale, rotated_bytes=5 * inputs.counted_bytes)
-    assert len(kernels.KernelBench(enough).decode_inputs((2, 40), 16).calls) == 5
+    for wanted, calls in ((9, 9), (1, kernels.LEAST_ROTATIONS)):
+        enough = replace(scale, rotated_bytes=wanted * inputs.counted_bytes)
+        assert len(kernels.KernelBench(enough).decode_inputs((2, 40), 16).calls) == calls
 
 
 def test_what_is_right_is_timed_and_what_is_wrong_is_not(session):
@@ -182,6 +183,14 @@ def test_launches_differ_from_the_default_and_from_each_other():
     assert len({label for label, _ in tried}) == len(tried)
 
 
+def test_the_products_of_a_run_are_counted(monkeypatch):
+    right, calls = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda *arguments, **kwargs: calls.append(right(*arguments, **kwargs)))
+    monkeypatch.setattr(ceilings, "device_seconds", lambda work, *arguments: [work() or 3.0])
+    entry = ceilings.gemm_ceiling(DRY)
+    assert entry["flops"] * 3.0 == pytest.approx(2 * DRY.gemm_side**3 * len(calls)) and calls
+
+
 # --- isolation -------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +204,8 @@ def test_an_entry_that_fails_is_recorded_and_the_rest_goes_on(session):
     session.entry(part, "impossible", partial(fail, KernelError("head size 7")))
     session.entry(part, "good", lambda: {"figure": 1})
     assert saved(session)["w1"]["bad"]["error"] == "IndexError: list index out of range"
-    assert saved(session)["w1"]["bad"]["raised_at"].startswith("test_bench_gpu.py:")
+    places = saved(session)["w1"]["bad"]["raised_at"].split(", called at ")
+    assert [place.partition(":")[0] for place in places] == ["test_bench_gpu.py", "session.py"]  # innermost first
     assert saved(session)["w1"]["impossible"]["refused"] == "head size 7"
     assert saved(session)["w1"]["good"]["figure"] == 1
 
@@ -247,6 +257,27 @@ def test_an_error_of_cuda_ends_the_process_and_running_out_of_memory_does_not(se
     assert "during capture" in saved(session)["w1"]["graph"]["error"]
 
 
+def test_a_row_that_ends_one_process_after_the_other_is_given_up(session, monkeypatch):
+    """Each new process loads everything again: a kernel that fails everywhere must not use up the budget."""
+    session.scale = replace(DRY, device="cuda")
+    monkeypatch.setattr(session, "free_memory", lambda: None)
+    row = session.part("kernels").setdefault("cuda, version 1", {})
+    row["crashed"] = json.loads(json.dumps(UNFINISHED))  # as the next process finds it
+    assert session.entry(row, "works", lambda: {"figure": 1})["figure"] == 1
+    with pytest.raises(DeviceLost):
+        session.entry(row, "lost", partial(fail, RuntimeError("an illegal memory access")))
+    assert "not tried" in session.entry(row, "next", partial(fail, AssertionError("tried")))["error"]
+    part = session.part("kernels")
+    for number in range(2, 6):
+        other = part.setdefault(f"row {number}", {})
+        assert session.entry(other, "works", lambda: {"figure": 2})["figure"] == 2
+        with pytest.raises(DeviceLost):
+            session.entry(other, "lost", partial(fail, RuntimeError("an illegal memory access")))
+    late = part.setdefault("row 6", {})
+    assert "not tried" in session.entry(late, "late", partial(fail, AssertionError("tried")))["error"]
+    assert session.entry(session.part("w1"), "of another part", lambda: {"figure": 3})["figure"] == 3
+
+
 def test_a_lost_device_is_told_by_the_exit_code(monkeypatch, capsys):
     monkeypatch.setitem(command.PARTS, "w2", (lambda session: fail(DeviceLost("illegal address")), 1))
     assert command.main(["--dry-run", "--only", "w2"]) == supervisor.DEVICE_LOST
@@ -288,7 +319,7 @@ def test_after_a_crash_and_a_lost_device_another_process_goes_on(monkeypatch, tm
     assert ["--resume" in each for each in options] == [False, True, True]
     assert all(each[:2] == ["--only", "w1"] for each in options)
     budgets = [float(each[each.index("--budget") + 1]) for each in options]
-    assert 60 >= budgets[0] >= budgets[-1] >= 1
+    assert 60 - supervisor.START >= budgets[0] >= budgets[-1] >= 1
 
 
 def test_a_process_that_hangs_is_killed(monkeypatch, tmp_path):
@@ -401,6 +432,35 @@ def test_a_slow_peer_runs_a_subset_that_is_named(session, monkeypatch):
     assert (
         record["subset"] == "the first 1 of 2 requests" and len(peer.calls) == 1
     )  # the pilot was all there is time for
+
+
+def test_a_peer_with_cut_outputs_is_compared_with_ours_on_the_same(session, monkeypatch):
+    """Prompts weigh more where outputs are short: ours on the whole workload would win by that alone."""
+    jobs = [Job([1], 16), Job([2], 8)]
+    ours = {24: 90.0, 12: 60.0, 6: 40.0, 3: 30.0}  # by tokens asked for
+    monkeypatch.setattr(serving, "Ours", lambda *arguments: FakePeer({}))
+    for name in ("steps", "kernels"):
+        monkeypatch.setattr(FakePeer, name, [], raising=False)
+    for name in ("roofline", "device_busy_share", "random_decoder"):
+        monkeypatch.setattr(serving, name, lambda *arguments: {})
+
+    def timed_runs(peer, part, repeats, session):
+        tokens = workloads.totals(part)[1]
+        return {"seconds": [1.0], "output_tokens": tokens, serving.SPEED: ours[tokens]}
+
+    def run_peer(session, other, jobs):
+        return {"output_tokens": other.make(), serving.SPEED: 10.0}
+
+    monkeypatch.setattr(serving, "timed_runs", timed_runs)
+    monkeypatch.setattr(serving, "run_peer", run_peer)
+    others = {tokens: serving.Other(lambda tokens=tokens: tokens, batch) for tokens, batch in ((24, 2), (6, 2), (8, 1))}
+    entries = {}
+    serving.compare(session, entries, TINY, jobs, others)
+    assert {name: entries[name]["minillm_is_faster_by"] for name in others} == {24: 9.0, 6: 4.0, 8: 9.0}
+    assert entries["minillm"][serving.SPEED] == 90.0
+    entries = {}
+    serving.compare(session, entries, TINY, jobs, {8: others[8]})  # by batches alone: nothing is cut
+    assert entries["minillm"][serving.CUT_SPEEDS] == {}
 
 
 @pytest.mark.parametrize(

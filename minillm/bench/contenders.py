@@ -8,6 +8,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -207,14 +208,14 @@ class ContinuousBatches:
         max_batch_tokens: int,
         temperature: float = 0.0,
     ):
+        known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         arguments = {
-            "page_size": BLOCK_SIZE,
+            "page_size" if "page_size" in known else "block_size": BLOCK_SIZE,  # its name up to transformers 5.17
             "num_blocks": num_blocks_for(jobs),
             "max_batch_tokens": max_batch_tokens,
             "max_requests_per_batch": max_requests_per_batch,
             "allow_block_sharing": False,
         }
-        known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         if unknown := arguments.keys() - known:
             raise ConfigError(
                 f"this transformers does not know {', '.join(sorted(unknown))} of its continuous batching; "
@@ -233,7 +234,8 @@ class ContinuousBatches:
         self.manager.start()
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
-        with self.manager.pause():  # so that all are there before the first step
+        pause = getattr(self.manager, "pause", nullcontext)  # transformers 5.17 cannot: it may begin with a few
+        with pause():  # so that all are there before the first step
             request_ids = [
                 self.manager.add_request(job.prompt, max_new_tokens=job.num_outputs, eos_token_id=NO_EOS)
                 for job in jobs

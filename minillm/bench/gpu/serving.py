@@ -25,10 +25,11 @@ from minillm.trace import StepEvent
 
 WARM_UP_TOKENS = 4
 WARM_UP_REQUESTS = 64
-PILOT = 8  # a pilot run generates so many times fewer tokens
+CUTS = (8, 4, 2)  # where time is short, a peer generates so many times fewer tokens; the first is a pilot run
 OURS = "minillm"
 SHARE_OF_OURS = 0.5  # of the time of a comparison, at most: what it leaves is the others'
 FIRST_VARIANT = "all on"
+CUT_SPEEDS = "output_tokens_per_second_with_cut_outputs"  # by how many output tokens all requests have together
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -130,28 +131,40 @@ def compare(
     jobs: Sequence[Job],
     others: dict[str, Other],
 ) -> None:
-    """Ours and then every peer, each an entry with its ratio to ours."""
+    """Ours and then every peer, each an entry with its ratio to ours on the same requests and output lengths.
+
+    Only where a peer works batch by batch, as many of its batches as there is time for stand for all of them.
+    """
+    cuts = CUTS if any(runs_at_once(jobs, other.batch_size) for other in others.values()) else ()
     with session.share_of_time(SHARE_OF_OURS):
-        own = session.entry(entries, OURS, lambda: run_ours(session, shape, jobs, {}))
+        own = session.entry(entries, OURS, lambda: run_ours(session, shape, jobs, {}, cuts))
     for number, (name, other) in enumerate(others.items()):
         with session.share_of_time(1 / (len(others) - number)):
             record = session.entry(entries, name, lambda other=other: run_peer(session, other, jobs))
         if SPEED in record and SPEED in own:
-            record["minillm_is_faster_by"] = own[SPEED] / record[SPEED]
+            speed = own[CUT_SPEEDS].get(str(record["output_tokens"]), own[SPEED])
+            record["minillm_is_faster_by"] = speed / record[SPEED]
     session.save()
 
 
-def run_ours(session: Session, shape: ModelConfig, jobs: Sequence[Job], changes: dict) -> dict:
-    """Our engine, several times: as often as was asked for, less often if time is short, at least once."""
+def run_ours(
+    session: Session, shape: ModelConfig, jobs: Sequence[Job], changes: dict, cuts: Sequence[int] = ()
+) -> dict:
+    """Our engine, several times: as often as was asked for, less often if time is short, at least once.
+
+    Before that, once with outputs cut by each of `cuts`: a peer that has no time for all of them is compared with this.
+    """
     arguments = engine_arguments(session, jobs) | changes
     model = random_decoder(shape, session.scale.dtype, session.scale.torch_device)
     with closing(Ours(model, arguments, TEMPERATURE)) as engine:
         engine.generate(falling_outputs(jobs))
+        cut = [timed_runs(engine, shortened(jobs, divisor), 1, session) for divisor in cuts]
         record = timed_runs(engine, jobs, session.repeats, session)
         return (
             record
             | roofline(session, shape, jobs, engine.steps, statistics.median(record["seconds"]))
             | {
+                CUT_SPEEDS: {str(each["output_tokens"]): each[SPEED] for each in cut},
                 "steps": len(engine.steps),
                 "preemptions": sum(len(step.preempted) for step in engine.steps),
                 "device_busy_share": device_busy_share(engine.steps),
@@ -237,9 +250,14 @@ def subsets(jobs: Sequence[Job], batch_size: int | None) -> list[Sequence[Job]]:
 
     Where a batch waits for its longest output, a part has whole batches of it, not shortened ones.
     """
-    if batch_size is None or batch_size >= len(jobs):
-        return [*(shortened(jobs, divisor) for divisor in (PILOT, 4, 2)), jobs]
+    if runs_at_once(jobs, batch_size):
+        return [*(shortened(jobs, divisor) for divisor in CUTS), jobs]
     return [jobs[:end] for end in range(batch_size, len(jobs), batch_size)] + [jobs]
+
+
+def runs_at_once(jobs: Sequence[Job], batch_size: int | None) -> bool:
+    """Whether all requests are there from the beginning, not batch by batch."""
+    return batch_size is None or batch_size >= len(jobs)
 
 
 def affordable(parts: Sequence[Sequence[Job]], seconds_per_token: float, seconds: float) -> Sequence[Job] | None:

@@ -32,7 +32,10 @@ from minillm.shapes import Card
 SCHEMA = 1  # of the JSON; another number where old readers would misread it
 KIND, DRY_KIND = "gpu", "DRY RUN, NOT A MEASUREMENT"
 SPEED = "output_tokens_per_second"  # of a run of a workload: what speeds are compared by
-UNFINISHED = {"error": "did not finish: the process ended while this was measured"}
+UNFINISHED = {"error": "did not finish: the process ended while this was measured", "ended_process": True}
+MOST_ENDED = 2  # processes ended by entries side by side, before the rest of these is given up
+MOST_ENDED_IN_PART = 6  # the same of a whole part
+FRAMES = 8  # of where an error was raised, the innermost
 
 
 class DeviceLost(RuntimeError):
@@ -51,6 +54,7 @@ class Session:
     card: Card | None = None  # the measured ceilings, once they are
     deadline: float = float("inf")  # on time.perf_counter: when the part that runs should be over
     log: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
+    _part: dict = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float:
@@ -68,8 +72,9 @@ class Session:
             self.deadline = outer
 
     def part(self, name: str) -> dict:
-        """The record of a part, empty at first."""
-        return self.record["parts"].setdefault(name, {})
+        """The record of a part, empty at first; the one that runs from now on."""
+        self._part = self.record["parts"].setdefault(name, {})
+        return self._part
 
     def entry(self, part: dict, name: str, work: Callable[[], Mapping]) -> dict:
         """part[name] = work(), or what went wrong. One that is there already is not measured again.
@@ -82,6 +87,10 @@ class Session:
             part[name] = {"skipped": "no time was left"}
             self.log(f"  {name}: skipped, no time was left")
             return part[name]
+        if num_ended(part) >= MOST_ENDED or num_ended(self._part) >= MOST_ENDED_IN_PART:
+            part[name] = {"error": "not tried: too many like it have ended the process that measured them"}
+            self.log(f"  {name}: not tried")
+            return part[name]
         lost = False
         part[name] = dict(UNFINISHED)
         self.save()
@@ -93,6 +102,7 @@ class Session:
         except Exception as error:
             part[name] = described_error(error)
             lost = self.scale.torch_device.type == "cuda" and is_of_the_device(error)
+            part[name] |= {"ended_process": True} if lost else {}
         part[name]["entry_seconds"] = time.perf_counter() - began
         self.save()
         outcome = part[name].get("error") or ("refused" if "refused" in part[name] else "done")
@@ -120,6 +130,11 @@ class Session:
             draft.replace(self.file)
 
 
+def num_ended(node: Mapping) -> int:
+    """Entries in there, at any depth, that have ended the process which measured them."""
+    return sum(num_ended(each) for each in node.values() if isinstance(each, dict)) + ("ended_process" in node)
+
+
 def is_of_the_device(error: Exception) -> bool:
     """CUDA's errors are RuntimeErrors; only running out of memory is known to leave the device as it was."""
     return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
@@ -128,8 +143,8 @@ def is_of_the_device(error: Exception) -> bool:
 def described_error(error: Exception) -> dict:
     """What went wrong and where, for the record."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return {"error": f"{type(error).__name__}: {error}", "raised_at": place}
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[: -FRAMES - 1 : -1]]
+    return {"error": f"{type(error).__name__}: {error}", "raised_at": ", called at ".join(places)}
 
 
 def new_record(scale: Scale, arguments: Mapping) -> dict:

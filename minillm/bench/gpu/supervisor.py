@@ -17,6 +17,7 @@ DEVICE_LOST = 75  # exit code of a process whose device does nothing more for it
 LEAST_STALL = 120.0  # seconds
 SHARE_OF_A_STALL = 0.5  # of the budget
 POLL = 0.5  # seconds
+START = 20.0  # seconds until a new process measures: Python, torch and transformers have to be loaded
 
 
 def supervise(argv: Sequence[str], file: Path, budget: float, resume: bool) -> int:
@@ -27,7 +28,7 @@ def supervise(argv: Sequence[str], file: Path, budget: float, resume: bool) -> i
     """
     end = time.perf_counter() + budget
     while True:
-        before, left = num_entries(file), max(1.0, end - time.perf_counter())
+        before, left = num_entries(file), max(1.0, end - START - time.perf_counter())
         options = [*argv, "--json", str(file), "--budget", f"{left:.0f}", *["--resume"] * resume]
         code = run_child(child_command(options), file, max(LEAST_STALL, SHARE_OF_A_STALL * budget))
         if code != DEVICE_LOST and code >= 0:  # below 0: ended by a signal
