@@ -19,6 +19,7 @@ import torch
 from minillm.engine.async_scheduler import AsyncScheduler
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
+from minillm.engine.interrupts import HeldInterrupts
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, RequestOutput, RequestState
 from minillm.engine.paged_scheduler import PagedScheduler
@@ -109,6 +110,7 @@ class LLMEngine:
         self._states: dict[str, RequestState] = {}  # requests that have not ended, by the id of their caller
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
         self._silent: set[str] = set()  # of the scheduler's ids: nothing to do before they end
+        self._untold: list[RequestOutput] = []  # of steps that were over when Ctrl-C came
         self._dead: WorkerDiedError | None = None  # why nothing can be computed any more
 
     @property
@@ -118,7 +120,7 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """True while anything waits or runs."""
-        return self.scheduler.has_unfinished_requests()
+        return self.scheduler.has_unfinished_requests() or bool(self._untold)
 
     def is_unfinished(self, request_id: str) -> bool:
         """True while this request waits or runs, in any of its outputs."""
@@ -190,23 +192,26 @@ class LLMEngine:
             raise ConfigError(f"arrival_time is {arrival_time!r}; it must be a finite number of seconds")
         prompt, request = prepared
         request.arrival_time = arrival_time
-        self.scheduler.add_request(request)
-        state = RequestState(prompt, request, self.tokenizer, output_kind)
-        self._states[request.request_id] = state
-        for completion in state.completions:
-            self._completions[completion.request.request_id] = (state, completion)
-            if not completion.hears_each_token:
-                self._silent.add(completion.request.request_id)
+        with HeldInterrupts():
+            self.scheduler.add_request(request)
+            state = RequestState(prompt, request, self.tokenizer, output_kind)
+            self._states[request.request_id] = state
+            for completion in state.completions:
+                self._completions[completion.request.request_id] = (state, completion)
+                if not completion.hears_each_token:
+                    self._silent.add(completion.request.request_id)
 
     def abort_request(self, request_id: str) -> bool:
         """End a request with all its outputs; nothing more is said of it. False, and no effect, if it has ended."""
-        state = self._states.pop(request_id, None)
-        if state is None:
-            return False
-        for completion in state.completions:
-            self.scheduler.end_request(completion.request.request_id, "abort")
-            self._forget(completion)
-        return True
+        with HeldInterrupts():
+            self._untold = [output for output in self._untold if output.request_id != request_id]
+            state = self._states.pop(request_id, None)
+            if state is None:
+                return False
+            for completion in state.completions:
+                self.scheduler.end_request(completion.request.request_id, "abort")
+                self._forget(completion)
+            return True
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; returns how many blocks became free with it."""
@@ -218,23 +223,21 @@ class LLMEngine:
         """Compute one step; what it brought for requests that got a token or ended, as their `output_kind` says.
 
         With asynchronous scheduling the next step is launched before this one is waited for. If the model raises, no
-        request has advanced and all go on with the next step, computing again what they need. Raises WorkerDiedError if
-        the worker has ended: then every request has failed.
+        request has advanced and all go on with the next step, computing again what they need; so it is if Ctrl-C comes
+        while it computes. One that comes later is raised when the step is over, and the next call tells of both. Raises
+        WorkerDiedError if the worker has ended: then every request has failed.
         """
         self.check_alive()
-        most_unread = 2 if self._is_async else 1
-        while len(self._launched) < most_unread and self._launch_next():
-            pass
-        if not self._launched:
-            return []
-        plan, pending = self._launched[0]
-        with self._retracting(plan):
-            output = self._by_own_clock(pending.result())
-            updates = self.scheduler.update(plan, output)
-            self._launched.popleft()
-        return self._outputs(self._changed(updates, output.logprobs))
+        with HeldInterrupts() as interrupts:
+            most_unread = 2 if self._is_async else 1
+            while len(self._launched) < most_unread and self._launch_next(interrupts):
+                pass
+            if self._launched:
+                self._read_next(interrupts)
+        told, self._untold = self._untold, []
+        return told
 
-    def _launch_next(self) -> bool:
+    def _launch_next(self, interrupts: HeldInterrupts) -> bool:
         """Plan a step and launch it; False if there is nothing to compute before the last one has been read."""
         if not self.scheduler.has_unfinished_requests():
             return False
@@ -242,9 +245,21 @@ class LLMEngine:
         if not plan.scheduled:
             return False
         with self._retracting(plan):
-            self._launched.append((plan, self.executor.launch(plan)))
+            with interrupts.let_through():
+                pending = self.executor.launch(plan)
+            self._launched.append((plan, pending))
         plan.launched = self.scheduler.clock()
         return True
+
+    def _read_next(self, interrupts: HeldInterrupts) -> None:
+        """Wait for the oldest step that was launched, and take in what came of it."""
+        plan, pending = self._launched[0]
+        with self._retracting(plan):
+            with interrupts.let_through():
+                output = self._by_own_clock(pending.result())
+            updates = self.scheduler.update(plan, output)
+            self._launched.popleft()
+        self._untold += self._outputs(self._changed(updates, output.logprobs))
 
     def _by_own_clock(self, output: ModelOutput) -> ModelOutput:
         """The output with the device's times, which are those of time.perf_counter, on the engine's clock."""
@@ -307,6 +322,7 @@ class LLMEngine:
     def _end_all(self, error: WorkerDiedError) -> None:
         self._dead = error
         self._launched.clear()
+        self._untold.clear()
         for request_id in self._completions:
             self.scheduler.end_request(request_id, "error", str(error))
         self._states.clear()
