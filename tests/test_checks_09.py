@@ -66,10 +66,27 @@ def sum_from_eight_on(*args):
         (per_query_head, "kv_bytes_per_token knows"),
         (lambda *args: parts(*args)[0] + parts(*args)[2], "take longer than reading"),
         (sum_from_eight_on, "take longer than reading"),
-        (lambda *args: 1000 * step(*args), "got       "),
+        (lambda *args: 1000 * step(*args), "10^3 times as much: give seconds"),
+        (lambda *args: step(*args) / 1e12, "10^-12 times as much: give seconds"),
+        (lambda *args: max(parts(*args)[0] + parts(*args)[2], parts(*args)[1]), "behind the max, not in it"),
+        (lambda *args: -step(*args), "2 bytes each"),
         (lambda *args: None, "does it end with `return`"),
     ],
-    ids=["twice", "no caches", "largest", "each", "first", "queries", "no FLOP", "sum", "milliseconds", "nothing"],
+    ids=[
+        "twice",
+        "no caches",
+        "largest",
+        "each",
+        "first",
+        "queries",
+        "no FLOP",
+        "sum",
+        "milliseconds",
+        "TB",
+        "in the max",
+        "negative",
+        "nothing",
+    ],
 )
 def test_decode_step_seconds_refuses(wrong, told):
     assert told in message(checks.decode_step_seconds, wrong)
@@ -77,6 +94,15 @@ def test_decode_step_seconds_refuses(wrong, told):
 
 def test_decode_step_seconds_names_shape_and_card():
     assert "decode_step_seconds(LLAMA_2_7B, H200, [0])" in message(checks.decode_step_seconds, lambda *args: 1.0)
+
+
+def test_decode_step_seconds_prints_many_equal_contexts_in_short():
+    def all_but_the_longest(shape, card, contexts):
+        return step(shape, card, contexts) if len(contexts) < 512 else 1.0
+
+    assert "decode_step_seconds(LLAMA_2_7B, H200, [0] * 512)" in message(
+        checks.decode_step_seconds, all_but_the_longest
+    )
 
 
 # compute_bound_batch ------------------------------------------------------------------------------
@@ -100,14 +126,15 @@ def test_compute_bound_batch_accepts(right, capsys):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda card, weight_bytes: weight_bytes * card.flops / card.bandwidth / 2, "P is on both sides"),
-        (lambda card, weight_bytes: int(weight_bytes * card.flops / card.bandwidth / 2), "P is on both sides"),
+        (lambda card, weight_bytes: weight_bytes * card.flops / card.bandwidth / 2, "round up"),
+        (lambda card, weight_bytes: int(weight_bytes * card.flops / card.bandwidth / 2), "round up"),
+        (lambda card, weight_bytes: int(weight_bytes * card.flops / card.bandwidth / 2) + 1, "without a rest"),
         (lambda card, weight_bytes: int(card.flops / card.bandwidth) + 1, "the crossing comes at half the batch"),
         (lambda card, weight_bytes: int(card.flops / card.bandwidth) * weight_bytes, "P is on both sides"),
         (lambda card, weight_bytes: int(card.bandwidth / card.flops), "got       0"),
         (lambda card, weight_bytes: None, "got       None"),
     ],
-    ids=["fraction", "floor", "two bytes always", "no 2", "upside down", "nothing"],
+    ids=["fraction", "floor", "one more", "two bytes always", "no 2", "upside down", "nothing"],
 )
 def test_compute_bound_batch_refuses(wrong, told):
     assert told in message(checks.compute_bound_batch, wrong)
@@ -149,8 +176,8 @@ def half_a_key_each(load, thread, head, num_heads):
         (lambda load, thread, head, num_heads: in_order(load, 0, head, num_heads), "read by nobody"),
         (lambda load, thread, head, num_heads: in_order(0, thread, head, num_heads), "768 numbers read by nobody"),
         (lambda *args: in_order(*args) // 8, "must begin at a multiple"),
-        (lambda *args: 2 * in_order(*args), "a multiple of 8 from 0"),
-        (lambda *args: in_order(*args) / 1, "got       0.0"),
+        (lambda *args: 2 * in_order(*args), "Is it in bytes?"),
+        (lambda *args: in_order(*args) / 1, "Give a whole number"),
         (lambda *args: True, "got       True"),
         (lambda *args: None, "does it end with `return`"),
     ],
@@ -185,7 +212,7 @@ def test_key_reads_draws_the_target_alone_where_there_is_nothing_else(function, 
     assert len(drawn.pictures) == 1 and drawn.title == title
 
 
-# decode_loop --------------------------------------------------------------------------------------
+# my_decode --------------------------------------------------------------------------------------
 
 CHAPTER = Path(__file__).parents[1] / "notebooks" / "09_paged_attention_on_cuda.ipynb"
 HEADER = "import triton\nimport triton.language as tl\n\njit = triton.jit\n\n\n"
@@ -216,25 +243,31 @@ def kernel_from(source, folder):
     ["tl.max(scores, axis=1)", "tl.max(tl.max(scores, axis=1), axis=0)"],
     ids=["the chapter's own", "one best score for the group"],
 )
-def test_decode_loop_accepts(right, source, tmp_path, capsys):
+def test_my_decode_accepts(right, source, tmp_path, capsys):
     source = source.replace("tl.max(scores, axis=1)", right)
-    assert passes(checks.decode_loop, kernel_from(source, tmp_path), capsys)
+    assert passes(checks.my_decode, kernel_from(source, tmp_path), capsys)
 
 
 WRONG_LOOPS = {
     "unseen keys count": ('tl.where(seen[None, :], scores, float("-inf"))', "scores + 0.0", "ends inside the tile"),
     "unseen keys score 0": ('scores, float("-inf"))', "scores, 0.0)", "ends inside the tile"),
-    "no rescaling": ("rescale = tl.exp(best - new_best)", "rescale = total * 0.0 + 1.0", "exp(best - new_best)"),
-    "total not rescaled": ("total = total * rescale", "total = total", "exp(best - new_best)"),
-    "acc not rescaled": ("acc = acc * rescale[:, None]", "acc = acc", "exp(best - new_best)"),
-    "rescaled the wrong way": ("tl.exp(best - new_best)", "tl.exp(new_best - best)", "One full tile"),
+    "no rescaling": ("rescale = tl.exp(best - new_best)", "rescale = total * 0.0 + 1.0", "exp(best - new best)"),
+    "total not rescaled": ("total = total * rescale", "total = total", "exp(best - new best)"),
+    "acc not rescaled": ("acc = acc * rescale[:, None]", "acc = acc", "exp(best - new best)"),
+    "rescaled the wrong way": ("tl.exp(best - new_best)", "tl.exp(new_best - best)", "not exp(new best - best)"),
     "best of this tile only": (
         "tl.maximum(best, tl.max(scores, axis=1))",
         "tl.max(scores, axis=1)",
-        "exp(score) alone",
+        "The new best is the larger of two",
     ),
-    "nothing subtracted": ("tl.exp(scores - new_best[:, None])", "tl.exp(scores)", "exp(best - new_best)"),
-    "best not kept": ("        best = new_best\n", "", "exp(best - new_best)"),
+    "nothing subtracted": ("tl.exp(scores - new_best[:, None])", "tl.exp(scores)", "exp(best - new best)"),
+    "best not kept": ("        best = new_best\n", "", "The next tile needs the new best"),
+    "scaled twice": (
+        "tl.sum(queries[:, None, :] * k[None, :, :], axis=2)",
+        "tl.sum(queries[:, None, :] * k[None, :, :], axis=2) * scale",
+        "divided by √D already",
+    ),
+    "matrix product": ("tl.sum(queries[:, None, :] * k[None, :, :], axis=2)", "queries @ k.T", "A kernel has no `@`"),
     "sum over the wrong axis": ("tl.sum(weights, axis=1)", "tl.sum(weights, axis=0)", "raised"),
     "keys instead of values": ("weights[:, :, None] * v[None", "weights[:, :, None] * k[None", "One full tile"),
 }
@@ -244,10 +277,20 @@ WRONG_LOOPS = {
 @needs_interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", WRONG_LOOPS)
-def test_decode_loop_refuses(name, source, tmp_path):
+def test_my_decode_refuses(name, source, tmp_path):
     right, wrong, told = WRONG_LOOPS[name]
     assert source.count(right) == 1
-    assert told in message(checks.decode_loop, kernel_from(source.replace(right, wrong), tmp_path))
+    assert told in message(checks.my_decode, kernel_from(source.replace(right, wrong), tmp_path))
+
+
+@needs_triton
+@needs_interpreter
+def test_my_decode_names_the_first_place_that_differs(source, tmp_path):
+    wrong = source.replace("tl.store(out + own, acc", "tl.store(out + own, (column[None, :] == 3) * 5 + acc")
+    told = message(checks.my_decode, kernel_from(wrong, tmp_path))
+    assert "for request 0, query head 0, number 3 of 16" in told and "there; 4 of 64 numbers are wrong" in told
+    got, expected = (float(line.split()[1]) for line in told.splitlines()[2:4])
+    assert got - expected == pytest.approx(5, abs=1e-3)
 
 
 COMPILE = """
@@ -274,13 +317,13 @@ def test_the_chapters_own_loop_compiles_for_a_gpu(source, tmp_path):
 
 
 @needs_triton
-def test_decode_loop_waits_for_a_stub(source, tmp_path):
+def test_my_decode_waits_for_a_stub(source, tmp_path):
     stub = without_solutions(source)
     assert "raise NotImplementedError" in stub and "raise NotImplementedError" not in source
     with pytest.raises(NotWrittenYet):
-        checks.decode_loop(kernel_from(stub, tmp_path))
+        checks.my_decode(kernel_from(stub, tmp_path))
 
 
-def test_decode_loop_says_that_without_triton_nothing_was_checked(capsys):
-    checks.decode_loop(lambda q, keys: None)
+def test_my_decode_says_that_without_triton_nothing_was_checked(capsys):
+    checks.my_decode(lambda q, keys: None)
     assert "nothing was checked" in capsys.readouterr().out

@@ -22,6 +22,16 @@ def test_a_wrong_answer_shows_call_answer_expectation_and_hint():
     ]
 
 
+def test_advice_on_an_answer_stands_in_place_of_the_hint():
+    def advise(got, case):
+        return f"{got} is half of it" if 2 * got == case.expected else None
+
+    with pytest.raises(CheckFailed, match="hint      2 is half of it"):
+        run_check("square", lambda x: x, CASES, advise=advise)
+    with pytest.raises(CheckFailed, match="hint      multiply by itself"):
+        run_check("square", lambda x: -1, CASES, advise=advise)
+
+
 def test_an_exception_in_the_answer_is_a_failure_that_names_it():
     with pytest.raises(CheckFailed, match="raised    ZeroDivisionError"):
         run_check("square", lambda x: x / 0, CASES)
@@ -33,6 +43,22 @@ def test_a_stub_is_not_written_yet_rather_than_wrong():
 
     with pytest.raises(NotWrittenYet, match="not written yet"):
         run_check("square", stub, CASES)
+
+
+def test_a_function_is_written_once_its_stub_is_gone():
+    def stub(x):
+        """What it should do."""
+        raise NotImplementedError("write it")
+
+    def refuses(x):
+        if x < 0:
+            return NotImplementedError
+        return x
+
+    class Kernel:  # as `@triton.jit` makes it
+        fn = staticmethod(stub)
+
+    assert [checks.is_written(each) for each in (stub, Kernel(), refuses, abs)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +97,7 @@ def test_a_prediction_stands_beside_its_measurement(capsys):
     checks.prediction("passes", 10, 20, "passes")
     checks.prediction("share", 0.95, 1.0)
     checks.prediction("tokens", 1234, 1234)
+    checks.prediction("at most", 1000, 1004, found="computed")
     assert capsys.readouterr().out.splitlines() == [
         "passes: you guessed 10 passes, measured 20 passes",
         "→ 2.0 times more than you guessed",
@@ -78,6 +105,8 @@ def test_a_prediction_stands_beside_its_measurement(capsys):
         "→ within 10 %: 5% more",
         "tokens: you guessed 1,234, measured 1,234",
         "→ exactly",
+        "at most: you guessed 1,000, computed 1,004",
+        "→ within 1 %",
     ]
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from matplotlib.offsetbox import AnchoredOffsetbox, TextArea
 from matplotlib.patches import Rectangle
 
 from minillm.costs import compute_bound_batch, decode_seconds
@@ -27,6 +28,7 @@ from minillm.viz import (
     device_use,
     stacked,
 )
+from minillm.viz.lanes import BESIDE
 from minillm.viz.palette import COMPUTES, IDLE, MASKED, PREPARES, READS, SEEN, WAITS
 
 
@@ -282,6 +284,7 @@ def test_traffic_of_versions():
     assert picture.alt() == "keys: memory moved: v1 2.05 kB, v2 256 B"
     (axes,) = picture.figure().axes
     assert [bar.get_width() for bar in axes.patches] == [256, 2048, 256, 256]
+    assert "2.05 kB  (8× every byte once; efficiency 12.5%)" in [text.get_text() for text in axes.texts]
 
 
 # --- roofline ---
@@ -322,6 +325,18 @@ def test_the_cache_overtakes_the_weights_too():
     at, under = (DecodeRoofline(QWEN3_0_6B, H200, 512, [each]).series for each in (batch, batch - 1))
     assert at["reading the cache"][0] >= at["reading the weights"][0]
     assert under["reading the cache"][0] < under["reading the weights"][0]
+
+
+def test_the_roofline_says_how_many_tokens_a_second_a_marked_batch_is():
+    picture = DecodeRoofline(LLAMA_2_7B, H200, 500, marked=[256, 51])
+    words = [
+        f"{batch} requests: {batch / decode_seconds(LLAMA_2_7B, H200, 500, batch):,.0f} tokens/s" for batch in (51, 256)
+    ]
+    assert picture.text().splitlines()[-3:-1] == words
+    (axes,) = picture.figure().axes
+    assert set(words) <= {text.get_text() for text in axes.texts}
+    dots = [tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
+    assert dots == [pytest.approx((batch, 1000 * decode_seconds(LLAMA_2_7B, H200, 500, batch))) for batch in (51, 256)]
 
 
 # --- lanes ---
@@ -391,6 +406,25 @@ def test_an_asynchronous_run_launches_before_it_reads():
     assert use.idle_share == pytest.approx(1 / 6)
 
 
+def numbers_beside(picture) -> tuple[list[str], list[str]]:
+    """What stands above and below the host's lane."""
+    (axes,) = picture.figure().axes
+    beside = [text for text in axes.texts if text.get_text() and abs(text.get_position()[1]) == pytest.approx(BESIDE)]
+    return tuple([text.get_text() for text in beside if text.get_position()[1] * side > 0] for side in (-1, 1))
+
+
+def short_steps(count: int) -> Trace:
+    """Steps of 10 ms, of which launching and reading take 0.1 each."""
+    times = [0.010 * index for index in range(count)]
+    return Trace(steps=[event(i, t, t + 1e-4, (t + 1e-4, t + 9e-3), t + 9.1e-3) for i, t in enumerate(times)])
+
+
+def test_boxes_of_the_host_that_are_too_narrow_have_their_step_beside_them():
+    assert numbers_beside(HostDeviceLanes(short_steps(4))) == (["0", "1", "2", "3"], ["0", "1", "2", "3"])
+    assert numbers_beside(HostDeviceLanes(synchronous())) == ([], [])  # they stand in the boxes
+    assert numbers_beside(HostDeviceLanes(short_steps(100))) == ([], [])  # no room
+
+
 def test_a_part_of_a_run_shows_what_else_the_device_does_then():
     picture = HostDeviceLanes(asynchronous(), first_step=2, num_steps=1)
     assert spans(picture, "device") == [(0, 4, "D", "1"), (4, 9, "D", "2"), (9, 11, "_", "")]
@@ -432,6 +466,21 @@ def test_lanes_of_any_spans():
     assert {PREPARES.letter, WAITS.letter, READS.letter, COMPUTES.letter, IDLE.letter} == set("LwRD_")
 
 
+def legend_of(picture) -> list[str]:
+    """The words of a picture's legend."""
+    (axes,) = picture.figure().axes
+    boxes = [artist for artist in axes.artists if isinstance(artist, AnchoredOffsetbox)]
+    return [area.get_text() for box in boxes for area in box.findobj(TextArea)]
+
+
+def test_a_legend_names_the_letters_that_stand_in_boxes_and_no_others():
+    steps = ["w  waits for the device", "reads and updates", "computes", "idle"]
+    assert legend_of(HostDeviceLanes(synchronous())) == ["schedules and launches", *steps]
+    chart = LaneChart({"device": [Span(0, 1, COMPUTES), Span(1, 1.0001, WAITS)]})
+    assert legend_of(chart) == ["D  computes", "waits for the device"]
+    assert legend_of(WarpAccess(reads(lambda lane: 4 * lane)))[:2] == ["asked for", "moved, not asked for"]
+
+
 # --- launches ---
 
 KERNELS = [("norm", 2e-6), ("gemm", 12e-6), ("norm", 2e-6), ("rope", 1e-6)]
@@ -465,6 +514,12 @@ def test_a_graph_saves_the_launches_of_many_small_kernels():
     picture = LaunchOverhead([("k", 1e-6)] * 100, launch_seconds=5e-6, graph_seconds=10e-6)
     assert "one by one 501 µs, as a graph 110 µs: 4.55 times as fast" in picture.summary()
     assert "one by one: 100 launches" in picture.text()
+
+
+def test_kernels_of_less_than_a_nanosecond_are_kernels_too():
+    eager, graph = LaunchOverhead([("k", 4e-10)] * 3, launch_seconds=5e-6, graph_seconds=1e-5).pictures
+    assert [max(eager.device_use().gaps), max(graph.device_use().gaps)] == pytest.approx([5e-6, 1e-5])
+    assert len(graph.device_use().gaps) == 1
 
 
 def test_many_kinds_of_kernels_share_the_last_letter():
@@ -518,6 +573,7 @@ def test_same_data_same_bytes_and_words_of_printable_width(name):
         (lambda: MemoryTraffic({"v1": traffic([("keys", 0, 1, 0, 0)]).loads("tables")}), "nothing to draw"),
         (lambda: DecodeRoofline(QWEN3_0_6B, H200, -1), "context -1"),
         (lambda: DecodeRoofline(QWEN3_0_6B, H200, 1, [0]), r"batches \[0\]"),
+        (lambda: DecodeRoofline(QWEN3_0_6B, H200, 1, [2], marked=[0]), r"batches \[2, 0\]"),
         (lambda: DecodeRoofline(QWEN3_0_6B, H200, 1, measured={1: 0.0}), "'measured' has the value 0"),
         (lambda: LaunchOverhead([], launch_seconds=1, graph_seconds=1), "at least one kernel"),
         (lambda: LaunchOverhead(KERNELS, launch_seconds=-1, graph_seconds=1), "no time below 0"),

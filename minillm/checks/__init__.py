@@ -3,7 +3,7 @@
 Lives here: the cases, the comparison and the messages. May import all of minillm; nothing but the notebooks imports it.
 """
 
-from minillm.checks.base import CheckFailed, NotWrittenYet
+from minillm.checks.base import CheckFailed, NotWrittenYet, is_written
 from minillm.checks.chapter_01 import (
     greedy_generate,
     request_metrics,
@@ -18,7 +18,8 @@ from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
 from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, slots_static, steps_continuous
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
-from minillm.checks.chapter_09 import compute_bound_batch, decode_loop, decode_step_seconds, key_number
+from minillm.checks.chapter_09 import compute_bound_batch, decode_step_seconds, key_number
+from minillm.checks.chapter_09_kernel import my_decode
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside, key_reads
 
@@ -38,10 +39,10 @@ __all__ = [
     "chunk_mask",
     "chunk_ranges",
     "compute_bound_batch",
-    "decode_loop",
     "decode_step_seconds",
     "eviction_order",
     "greedy_generate",
+    "is_written",
     "joining_waste",
     "key_number",
     "key_reads",
@@ -49,6 +50,7 @@ __all__ = [
     "last_rows",
     "left_pad",
     "load_at_slo",
+    "my_decode",
     "naive_over_cached",
     "num_chunks",
     "padding",

@@ -1,20 +1,16 @@
-"""Chapter 9, the limits of decode: the time of a step, the batch where arithmetic takes over, who reads what, a kernel.
+"""Chapter 9, the limits of decode: the time of a step, the batch where arithmetic takes over, who reads what."""
 
-`decode_loop` needs Triton to run a kernel; where there is none it says so and checks nothing.
-"""
-
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from minillm import costs, shapes
-from minillm.checks.base import Case, CheckFailed, NotWrittenYet, call, describe, failure, run_check
+from minillm.checks.base import Case, CheckFailed, call, describe, failure, is_number, run_check
+from minillm.kv_cache import kv_bytes_per_token
 
 # --- decode_step_seconds ---------------------------------------------------------------------------------------------
 
@@ -23,6 +19,13 @@ class Name(str):
     """The name of a shape or a card in `minillm.shapes`, printed as the reader writes it."""
 
     __repr__ = str.__str__
+
+
+class Contexts(list):
+    """Cached tokens of each request; many equal ones are printed as "[0] * 512"."""
+
+    def __repr__(self) -> str:
+        return f"[{self[0]}] * {len(self)}" if len(self) > 3 and len(set(self)) == 1 else super().__repr__()
 
 
 def decode_step_seconds(function: Callable) -> None:
@@ -36,7 +39,7 @@ def decode_step_seconds(function: Callable) -> None:
         _step("LLAMA_2_7B", "H200", [0] * 512, "512 requests: 2 FLOP a weight and request take longer than reading."),
         _step("LLAMA_2_70B", "H200", [10] * 300, "Arithmetic and reading overlap: the larger of the two, not the sum."),
     ]
-    run_check("decode_step_seconds", _with_shapes(function), cases)
+    run_check("decode_step_seconds", _with_shapes(function), cases, advise=_on_seconds)
 
 
 def _step(shape: str, card: str, contexts: list[int], hint: str) -> Case:
@@ -44,11 +47,27 @@ def _step(shape: str, card: str, contexts: list[int], hint: str) -> Case:
     seconds = costs.step_seconds(
         getattr(shapes, shape), getattr(shapes, card), batch_size, batch_size, cached_tokens=sum(contexts)
     )
-    return Case((Name(shape), Name(card), contexts), seconds, hint)
+    return Case((Name(shape), Name(card), Contexts(contexts)), seconds, hint)
 
 
 def _with_shapes(function: Callable) -> Callable:
     return lambda shape, card, contexts: function(getattr(shapes, shape), getattr(shapes, card), list(contexts))
+
+
+def _on_seconds(got: Any, case: Case) -> str | None:
+    """What is wrong with it: the unit, or what the maximum is taken of."""
+    if not is_number(got) or not float(got) > 0:
+        return None
+    power = math.log10(float(got) / case.expected)
+    if round(power) and math.isclose(power, round(power), abs_tol=1e-6):
+        return f"That is 10^{round(power)} times as much: give seconds. The card's bandwidth is bytes a second."
+    shape, card = (getattr(shapes, name) for name in case.args[:2])
+    weights, contexts = costs.matmul_parameters(shape), case.args[2]
+    caches = sum(contexts) * kv_bytes_per_token(shape) / card.bandwidth
+    inside = max(2 * weights / card.bandwidth + caches, 2 * weights * len(contexts) / card.flops)
+    if math.isclose(float(got), inside, rel_tol=1e-6):
+        return "Reading the caches is added to the larger of the other two: it stands behind the max, not in it."
+    return None
 
 
 # --- compute_bound_batch ---------------------------------------------------------------------------------------------
@@ -62,17 +81,32 @@ def compute_bound_batch(function: Callable) -> None:
         _crossing("RTX_4090", 2, "The card's flops over its bandwidth says how many FLOP go with a byte."),
         _crossing("H200", 1, "Weights of one byte are read in half the time: the crossing comes at half the batch."),
         _crossing("A100_80GB", 4, "Weights of four bytes take twice as long to read."),
+        _crossing(EVEN, 2, "It divides without a rest: at that batch the times are equal, and no more is needed."),
     ]
-    run_check("compute_bound_batch", _with_card(function), cases, same=_same_whole)
+    run_check("compute_bound_batch", _with_card(function), cases, same=_same_whole, advise=_on_batch)
+
+
+EVEN = "Card('a card of round numbers', memory_bytes=80_000_000_000, bandwidth=2e12, flops=400e12)"
 
 
 def _crossing(card: str, weight_bytes: int, hint: str) -> Case:
-    expected = costs.compute_bound_batch(getattr(shapes, card), weight_bytes)
-    return Case((Name(card), weight_bytes), expected, hint)
+    return Case((Name(card), weight_bytes), costs.compute_bound_batch(_card(card), weight_bytes), hint)
+
+
+def _card(name: str) -> shapes.Card:
+    if name == EVEN:
+        return shapes.Card("a card of round numbers", 80_000_000_000, 2e12, 400e12)
+    return getattr(shapes, name)
 
 
 def _with_card(function: Callable) -> Callable:
-    return lambda card, weight_bytes: function(getattr(shapes, card), weight_bytes)
+    return lambda card, weight_bytes: function(_card(card), weight_bytes)
+
+
+def _on_batch(got: Any, case: Case) -> str | None:
+    """A number that would be right if it were rounded up."""
+    short = is_number(got) and case.expected - 1 <= float(got) < case.expected
+    return "A batch is a whole number, and just before the crossing is too few: round up." if short else None
 
 
 def _same_whole(got: Any, expected: int) -> bool:
@@ -148,15 +182,15 @@ def _check_reads(function: Callable, head: int, num_heads: int) -> None:
 def _check_number(function: Callable, load: int, thread: int, head: int, num_heads: int) -> None:
     """One answer alone: a whole number inside the block at which a load of 16 bytes may begin."""
     most = NUM_KEYS * num_heads * HEAD_SIZE - VECTOR
-    case = Case(
-        (load, thread, head, num_heads),
-        f"a multiple of 8 from 0 to {most}",
-        "A load of 8 numbers, 16 bytes, must begin at a multiple of 16 bytes.",
-    )
+    case = Case((load, thread, head, num_heads), f"a multiple of 8 from 0 to {most}", "")
     got = call("key_number", function, case, str)
     whole = isinstance(got, Integral) or (isinstance(got, Tensor) and got.numel() == 1 and not got.is_floating_point())
-    if not whole or isinstance(got, bool) or int(got) % VECTOR or not 0 <= int(got) <= most:
-        raise CheckFailed(failure("key_number", case, f"got       {describe(got)}", str))
+    if not whole or isinstance(got, bool):
+        _refuse(case, describe(got), "Give a whole number: `//` divides without a rest.")
+    if not 0 <= int(got) <= most:
+        _refuse(case, describe(got), "Is it in bytes? Count in numbers (2 bytes each) from the block's first.")
+    if int(got) % VECTOR:
+        _refuse(case, describe(got), "A load of 8 numbers, 16 bytes, must begin at a multiple of 16 bytes.")
 
 
 def number_of(key: int, head: int, num_heads: int) -> int:
@@ -170,108 +204,3 @@ def _all_loads(head: int, num_heads: int, expected: str) -> Case:
 
 def _refuse(case: Case, got: str, hint: str) -> None:
     raise CheckFailed(failure("key_number", replace(case, hint=hint), f"got       {got}", str))
-
-
-# --- decode_loop -----------------------------------------------------------------------------------------------------
-
-KEYS, BLOCK_SIZE, NUM_KV_HEADS, LOOP_HEAD_SIZE = 8, 4, 2, 16
-TOLERANCE = 1e-4  # of float32 sums over a few dozen keys, each near 1
-
-
-class Batch(NamedTuple):
-    """Requests of random keys and values, once as they lie in the pool of a layer and once as they are."""
-
-    q: Tensor  # [B, Hq, D]
-    keys: Tensor  # [N, block_size, Hkv, D], NaN wherever no token is
-    values: Tensor
-    tables: Tensor  # [B, W], blocks in random order; behind a request's own ones stands a block of NaN
-    own: list[tuple[Tensor, Tensor]]  # keys and values of each request, [length, Hkv, D] each
-
-    def __repr__(self) -> str:
-        lengths = [len(k) for k, _ in self.own]
-        return f"lengths {lengths}, {self.group} query heads a key head, tiles of {KEYS} keys, blocks of {BLOCK_SIZE}"
-
-    @property
-    def group(self) -> int:
-        return self.q.shape[1] // NUM_KV_HEADS
-
-
-def decode_loop(kernel: Any) -> None:
-    """The page's `@triton.jit` kernel, launched on requests of several lengths, beside attention in torch."""
-    if _is_stub(kernel):
-        raise NotWrittenYet("✗ decode_loop: not written yet. Replace the `raise NotImplementedError` above.")
-    if not hasattr(kernel, "__getitem__"):  # what Triton makes of a function can be launched on a grid
-        print("decode_loop: nothing was checked. Triton is not installed (there is one for Linux on x86_64 only).")
-        return
-    cases = [
-        _loop([KEYS], 1, "One full tile: scores, the largest of a row, weights exp(score - largest), and two sums."),
-        _loop([3], 1, "The text ends inside the tile: what is not seen gets the score -inf, before the maximum."),
-        _loop([5 * KEYS], 1, "When a larger score comes, total and acc so far count for exp(best - new_best) of it."),
-        _loop([1, 2 * KEYS + 1, KEYS - 1], 1, "Several requests: each ends somewhere else."),
-        _loop([4 * KEYS], 60, "Large scores: exp(score) alone is infinite. Take the largest off first."),
-        _loop([0, 4], 1, "A request without keys (padding) makes no round of the loop: best, total, acc stay."),
-        _loop([KEYS + 3], 1, "Four query heads share a key head: a row of scores for each of them.", group=4),
-    ]
-    run_check("decode_loop", _launched(kernel), cases, same=_near)
-
-
-def _is_stub(kernel: Any) -> bool:
-    """Read from its source: where Triton compiles, a `raise` in a kernel never gets as far as raising."""
-    try:
-        lines = inspect.getsource(getattr(kernel, "fn", kernel)).splitlines()
-    except (OSError, TypeError):
-        return False
-    return any(line.strip().startswith("raise NotImplementedError") for line in lines)
-
-
-def _loop(lengths: list[int], spread: float, hint: str, group: int = 2) -> Case:
-    """Requests of these lengths; `spread`: how far from 0 their queries lie, and so the scores."""
-    batch = _batch(lengths, spread, group)
-    expected = torch.stack([_attention(q, k, v) for q, (k, v) in zip(batch.q, batch.own, strict=True)])
-    return Case((batch,), expected, hint)
-
-
-def _batch(lengths: list[int], spread: float, group: int) -> Batch:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    counts = [-(-length // BLOCK_SIZE) for length in lengths]
-    blocks = (torch.randperm(sum(counts), generator=generator) + 1).tolist()  # block 0 stays NaN
-    pool = torch.full((2, 1 + sum(counts), BLOCK_SIZE, NUM_KV_HEADS, LOOP_HEAD_SIZE), math.nan)
-    tables = torch.zeros(len(lengths), 1 + max(counts), dtype=torch.int64)
-    own = []
-    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        tables[row, :count] = torch.tensor([blocks.pop() for _ in range(count)], dtype=torch.int64)
-        token = torch.arange(length)
-        k, v = torch.randn(2, length, NUM_KV_HEADS, LOOP_HEAD_SIZE, generator=generator)
-        place = tables[row, token // BLOCK_SIZE], token % BLOCK_SIZE
-        pool[0][place], pool[1][place] = k, v
-        own.append((k, v))
-    q = spread * torch.randn(len(lengths), NUM_KV_HEADS * group, LOOP_HEAD_SIZE, generator=generator)
-    return Batch(q, pool[0], pool[1], tables, own)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[Hq, D] query at the end of [n, Hkv, D] keys and values -> [Hq, D]; zeros where there is no key."""
-    k, v = (x.repeat_interleave(q.shape[0] // NUM_KV_HEADS, dim=1) for x in (k, v))
-    weights = torch.einsum("hd,khd->hk", q, k).div(math.sqrt(LOOP_HEAD_SIZE)).softmax(-1)
-    return torch.einsum("hk,khd->hd", weights, v)
-
-
-def _launched(kernel: Any) -> Callable[[Batch], Tensor]:
-    """The kernel on the whole grid, a program a request and key head, where its kind runs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def launched(batch: Batch) -> Tensor:
-        q, keys, values, tables = (x.to(device) for x in batch[:4])
-        lengths = torch.tensor([len(k) for k, _ in batch.own], device=device)
-        out = torch.full_like(q, math.nan)
-        kernel[(len(q), NUM_KV_HEADS)](
-            q, keys, values, tables, lengths, out, tables.shape[1], 1 / math.sqrt(LOOP_HEAD_SIZE),
-            NUM_KV_HEADS=NUM_KV_HEADS, GROUP=batch.group, D=LOOP_HEAD_SIZE, BLOCK_SIZE=BLOCK_SIZE, KEYS=KEYS,
-        )  # fmt: skip
-        return out.cpu()
-
-    return launched
-
-
-def _near(got: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(got, expected, rtol=0, atol=TOLERANCE)

@@ -292,7 +292,7 @@ def add_letter(axes, x: float, y: float, state: State) -> None:
 
 
 def add_legend(axes, states: Sequence[State], y: float, extra: str = ""):
-    """The states' boxes with letter and name in one line below the axes, `y` points under their lower edge.
+    """The states' boxes with name and, if they have one, letter in a line below the axes, `y` points under it.
 
     Returns the artist.
     """
@@ -306,7 +306,7 @@ def add_legend(axes, states: Sequence[State], y: float, extra: str = ""):
         swatch.add_artist(
             Rectangle((0, 0), 14, 11, facecolor=state.color, edgecolor=edge, hatch=state.hatch, linewidth=0.6)
         )
-        label = f"{state.letter}  {state.name}"
+        label = f"{state.letter}  {state.name}" if state.letter else state.name
         entries.append(HPacker(children=[swatch, _text_area(TextArea, label)], align="center", pad=0, sep=4))
     if extra:
         entries.append(_text_area(TextArea, extra))

@@ -5,6 +5,7 @@ picture needs no Triton; a test has the kernel say which keys each of its progra
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from minillm.viz.base import (
     MAX_WIDTH,
@@ -208,7 +209,8 @@ class DecodeTiles(Picture):
             self.summary(), (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top",
             size=SMALL_SIZE, annotation_clip=False,
         )  # fmt: skip
-        add_legend(axes, [*self._states()[:6], NOT_LOADED], y=24, extra="thick line: end of a tile")
+        legend = [*self._states()[:6], replace(NOT_LOADED, letter="")]
+        add_legend(axes, legend, y=24, extra="thick line: end of a tile")
 
     def _states(self) -> list[State]:
         return [

@@ -6,6 +6,7 @@ that were measured or assumed.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ AXES_WIDTH = 7.6  # inches
 LANE = 0.52  # inches from lane to lane
 HEIGHT = 0.62  # of a lane, the share that a box takes
 WIDE = 0.17  # inches a box needs for its label
+BESIDE = 0.45  # lanes from the middle of a lane to a number above or below its boxes
 NARROW = 0.03  # inches below which a box has no border
 SWATCH, SIGN = 0.55, 0.068  # inches that a legend's box and each sign of its name take
 TOUCH = 1e-9  # seconds; what is no further apart touches
@@ -156,8 +158,10 @@ class LaneChart(Picture):
         axes.set_xlabel(name)
         words = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "annotation_clip": False}
         axes.annotate(literal(self.summary()), (0, 0), (0, -34), size=SMALL_SIZE, color=BLACK, **words)
+        written = {span.state for spans in self.lanes.values() for span in spans if _says_letter(span, scale)}
         for row, states in enumerate(self._legend_rows()):
-            add_legend(axes, states, y=50 + 16 * row)
+            legend = [state if state in written else replace(state, letter="") for state in states]
+            add_legend(axes, legend, y=50 + 16 * row)
 
     def _legend_rows(self) -> Iterator[list[State]]:
         """The states in as many lines as the axes are wide enough for."""
@@ -173,9 +177,8 @@ class LaneChart(Picture):
         border = {"linewidth": 0.6 if span.seconds * scale >= NARROW else 0}
         box = add_box(axes, span.start, row - HEIGHT / 2, span.seconds, HEIGHT, span.state, **border)
         box.set_gid(span.state.letter)
-        label = span.label or span.state.letter
-        if span.state is not IDLE and span.seconds * scale >= WIDE + 0.08 * (len(label) - 1):
-            state = span.state
+        if _has_room(span, scale):
+            label, state = span.label or span.state.letter, span.state
             add_letter(axes, (span.start + span.end) / 2, row, State(label, state.name, state.color, state.ink))
 
 
@@ -202,6 +205,24 @@ class HostDeviceLanes(LaneChart):
         begin = next(span.start for span in host if span.state is PREPARES and span.label == str(first_step))
         device = device_spans(trace.steps)
         super().__init__({HOST: host, DEVICE: device}, window=(begin, trace.steps[last].end_time), title=title)
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        super()._draw(axes, step)
+        for state, side in ((PREPARES, -1), (READS, 1)):
+            self._number_beside(axes, [span for span in self.lanes[HOST] if span.state is state], side)
+
+    def _number_beside(self, axes, spans: Sequence[Span], side: int) -> None:
+        """Boxes too narrow for the number of their step have it above (side -1) or below, if there is room for all."""
+        scale = AXES_WIDTH / axes.get_xlim()[1]
+        middles = [(span.start + span.end) / 2 for span in spans]
+        widest = max((len(span.label) for span in spans), default=0) * WIDE / 2 + 0.05
+        if any((after - before) * scale < widest for before, after in pairwise(middles)):
+            return
+        for span, middle in zip(spans, middles, strict=True):
+            if not _has_room(span, scale):
+                at_end = (axes.get_xlim()[1] - middle) * scale < widest / 2
+                words = {"ha": "right" if at_end else "center", "va": "center", "size": SMALL_SIZE, "color": BLACK}
+                axes.text(span.end if at_end else middle, side * BESIDE, span.label, **words).set_in_layout(False)
 
 
 def host_spans(steps: Sequence[StepEvent]) -> list[Span]:
@@ -237,11 +258,22 @@ def device_use(trace: Trace) -> DeviceUse:
     return HostDeviceLanes(trace).device_use()
 
 
+def _has_room(span: Span, scale: float) -> bool:
+    """Whether its label fits into its box; `scale` = inches a second."""
+    label = span.label or span.state.letter
+    return span.state is not IDLE and span.seconds * scale >= WIDE + 0.08 * (len(label) - 1)
+
+
+def _says_letter(span: Span, scale: float) -> bool:
+    """Whether its box shows the letter of its state."""
+    return not span.label and _has_room(span, scale)
+
+
 def _clipped(spans: Iterable[Span], begin: float, end: float) -> Iterable[Span]:
     """The parts between `begin` and `end`, on a clock that starts with `begin`."""
     for span in spans:
         start, stop = max(span.start, begin), min(span.end, end)
-        if stop > start + TOUCH:
+        if stop > start + TOUCH or (start, stop) == span[:2]:  # whole ones stay, however short
             yield span._replace(start=start - begin, end=stop - begin)
 
 

@@ -48,7 +48,7 @@ class LaunchOverhead(Panels):
             begin = max(host[-1].end, free)
             free = begin + seconds
             device.append(Span(begin, free, self.states[name]))
-        title = f"one by one: {len(host):,} launch{'es' if len(host) > 1 else ''}"
+        title = f"launched one by one: {len(host):,} launch{'es' if len(host) > 1 else ''}"
         return LaneChart({HOST: host, DEVICE: device}, title=title)
 
     def _as_graph(self, graph_seconds: float, gap_seconds: float) -> LaneChart:
@@ -57,7 +57,7 @@ class LaunchOverhead(Panels):
             device.append(Span(begin, begin + seconds, self.states[name]))
             begin += seconds + gap_seconds
         host = [Span(0.0, graph_seconds, LAUNCHES, "graph")]
-        return LaneChart({HOST: host, DEVICE: device}, title="as a CUDA graph: 1 launch")
+        return LaneChart({HOST: host, DEVICE: device}, title="launched as a CUDA graph: 1 launch")
 
     def summary(self) -> str:
         """Both times, and what the kernels take alone."""

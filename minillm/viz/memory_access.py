@@ -6,6 +6,7 @@ nobody asked for has travelled in vain. What was read is in the Traffic that run
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from math import gcd
@@ -208,7 +209,8 @@ class WarpAccess(Picture):
             words, (0, 0), (0, -2), xycoords="axes fraction", textcoords="offset points", va="top", size=SMALL_SIZE,
             annotation_clip=False,
         )  # fmt: skip
-        add_legend(axes, [ASKED, UNASKED], y=34, extra="thin frame: a sector of 32 bytes; neighbours in memory touch")
+        legend = [replace(state, letter="") for state in (ASKED, UNASKED)]  # in the boxes stand lanes
+        add_legend(axes, legend, y=34, extra="thin frame: a sector of 32 bytes; neighbours in memory touch")
 
     def _draw_arrow(self, axes, x: float, address: int, size: int) -> None:
         middle = (self._x(address) + self._x(address + size - 1) + 1) / 2

@@ -27,15 +27,14 @@ class MemoryTraffic(Picture):
         each = self.versions[name]
         asked, moved, once = map(decimal_bytes, (each.bytes_asked, each.bytes_moved, each.unique_bytes))
         loads = [f"{each.num_loads:,}", f"{each.requests:,}", number(each.sectors_per_request)]
-        times = f"{number(each.bytes_moved / each.unique_bytes)}×"
-        return [name, *loads, asked, moved, percent(each.efficiency), once, times]
+        return [name, *loads, asked, moved, percent(each.efficiency), once, times_once(each)]
 
     def alt(self) -> str:
         moved = (f"{name} {decimal_bytes(each.bytes_moved)}" for name, each in self.versions.items())
         return f"{self.title + ': ' if self.title else ''}memory moved: {', '.join(moved)}"
 
     def _size(self) -> tuple[float, float]:
-        return 5.6 + 0.09 * max(map(len, self.versions)), 0.62 * len(self.versions) + 0.95
+        return 7.0 + 0.09 * max(map(len, self.versions)), 0.62 * len(self.versions) + 0.95
 
     def _draw(self, axes, step: int | None = None) -> None:
         most = max(max(each.bytes_moved, each.bytes_asked) for each in self.versions.values())
@@ -50,9 +49,10 @@ class MemoryTraffic(Picture):
                 label=f"{first}every byte once",
             )  # fmt: skip
             self._say(axes, row - 0.19, each.bytes_asked, decimal_bytes(each.bytes_asked))
-            moved = f"{decimal_bytes(each.bytes_moved)}  (efficiency {percent(each.efficiency)})"
+            share = f"{times_once(each)} every byte once; efficiency {percent(each.efficiency)}"
+            moved = f"{decimal_bytes(each.bytes_moved)}  ({share})"
             self._say(axes, row + 0.19, each.bytes_moved, moved)
-        axes.set(xlim=(0, 1.45 * most), ylim=(len(self.versions) - 0.4, -0.6))
+        axes.set(xlim=(0, 1.9 * most), ylim=(len(self.versions) - 0.4, -0.6))
         axes.set_yticks(range(len(self.versions)), [literal(name) for name in self.versions])
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_formatter(lambda value, _: decimal_bytes(value))
@@ -67,6 +67,11 @@ class MemoryTraffic(Picture):
         axes.annotate(
             words, (end, row), (6, 0), textcoords="offset points", va="center", size=SMALL_SIZE, bbox=behind, zorder=3
         )
+
+
+def times_once(counts) -> str:
+    """How many times more is moved than every byte once: "36×"."""
+    return f"{number(counts.bytes_moved / counts.unique_bytes)}×"
 
 
 def percent(share: float) -> str:

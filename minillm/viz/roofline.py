@@ -26,8 +26,8 @@ class DecodeRoofline(Curves):
     The three parts are dashed: reading the weights does not depend on B, arithmetic and the cache grow with it. The
     larger of the first two plus the cache is the thick line, `costs.decode_seconds`; right of the upright line
     arithmetic takes longer than the weights. `card` holds the ceilings, those of a data sheet or measured ones;
-    `measured` maps a batch to the seconds that a step of it took. Raises PictureError for batches or measured times
-    that are not above 0, or a context below 0.
+    `measured` maps a batch to the seconds that a step of it took; at `marked` batches the line says how many tokens a
+    second that is. Raises PictureError for batches or measured times that are not above 0, or a context below 0.
     """
 
     _title_pad = 22
@@ -40,17 +40,18 @@ class DecodeRoofline(Curves):
         batches: Sequence[int] = BATCHES,
         *,
         measured: Mapping[int, float] | None = None,
+        marked: Sequence[int] = (),
         dtype_bytes: int = 2,
         title: str | None = None,
     ):
         from minillm.costs import compute_bound_batch, matmul_parameters, tokenwise_flops  # they bring torch along
         from minillm.kv_cache import kv_bytes_per_token
 
-        self.measured = dict(measured or {})
+        self.measured, self.marked = dict(measured or {}), sorted(set(marked))
         self.batches = sorted({*batches, *self.measured})
-        if not self.batches or self.batches[0] < 1 or context < 0:
+        if not self.batches or min(*self.batches, *self.marked, 1) < 1 or context < 0:
             raise PictureError(
-                f"batches {self.batches}, context {context}: give batches of 1 or more, and no context < 0"
+                f"batches {self.batches + self.marked}, context {context}: give batches from 1 and a context from 0 on"
             )
         self.config, self.dtype_bytes = config, dtype_bytes
         self.card, self.context, self.compute_bound = card, context, compute_bound_batch(card, dtype_bytes)
@@ -81,6 +82,10 @@ class DecodeRoofline(Curves):
 
     # --- words ---
 
+    def most_tokens(self, batch: int) -> str:
+        """Tokens a second at most."""
+        return f"{batch / self.seconds(batch):,.0f}"
+
     def cache_bound(self) -> int | None:
         """The smallest batch whose cache takes at least as long as the weights; None without a context."""
         return -(-self.weight_bytes // (self.context * self.kv_bytes)) if self.context else None
@@ -103,11 +108,15 @@ class DecodeRoofline(Curves):
         rows = []
         for index, batch in enumerate(self.batches):
             row = [f"{batch:,}", *(f"{self.series[name][index]:,.3f}" for name in names)]
-            rows.append([*row, f"{1000 * batch / self.series[LEAST][index]:,.0f}", self.longest(index)])
+            rows.append([*row, self.most_tokens(batch), self.longest(index)])
             if self.measured:
                 rows[-1] += self._measured_cells(index)
         header += ["measured", "of the limit"] if self.measured else []
-        return f"{self.y_label}, {self.card.name}\n{text_table(header, rows)}\n{self.summary()}"
+        marks = [self._mark(batch) for batch in self.marked]
+        return "\n".join([f"{self.y_label}, {self.card.name}", text_table(header, rows), *marks, self.summary()])
+
+    def _mark(self, batch: int) -> str:
+        return f"{plural(batch, 'request')}: {self.most_tokens(batch)} tokens/s"
 
     def _measured_cells(self, index: int) -> list[str]:
         """The time measured, and how much of the speed at most was reached."""
@@ -127,6 +136,14 @@ class DecodeRoofline(Curves):
             batches = sorted({*self.batches, self.compute_bound})
             line = next(line for line in axes.lines if line.get_label() == LEAST)
             line.set_data(batches, [1000 * self.seconds(batch) for batch in batches])
+        for batch in self.marked:
+            place = batch, 1000 * self.seconds(batch)
+            axes.plot(*place, "o", color=BLACK, markersize=6)
+            axes.annotate(
+                literal(self._mark(batch)), place, (-4, 7),
+                textcoords="offset points", size=SMALL_SIZE,
+                ha="right" if batch > self.batches[0] else "left",
+            )  # fmt: skip
 
     def _turns(self) -> bool:
         return self.batches[0] < self.compute_bound < self.batches[-1]
