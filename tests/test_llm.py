@@ -497,7 +497,7 @@ def test_a_worker_in_another_process_gives_the_same_and_its_death_fails_everythi
         next(stream)
         os.kill(llm.engine.executor.workers[0].pid, signal.SIGKILL)
         with pytest.raises(WorkerDiedError, match="signal 9"):
-            next(stream)
+            list(stream)  # a step that it had computed by then may be told of
         with pytest.raises(WorkerDiedError, match="signal 9"):
             llm.generate(PROMPTS, params, **QUIET)
         assert_idle(llm)
