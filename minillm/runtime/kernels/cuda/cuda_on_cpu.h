@@ -380,7 +380,8 @@ static unsigned __float_as_uint(float number) {
     return bits;
 }
 
-static float rsqrtf(float x) { return 1 / sqrtf(x); }
+static float reciprocal_root(float x) { return 1 / sqrtf(x); }
+#define rsqrtf reciprocal_root  // newer C libraries have a function of CUDA's name
 
 static float half_to_float(unsigned short bits) {
     unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
