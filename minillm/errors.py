@@ -2,7 +2,16 @@
 
 Every error a user can cause is a `MiniLLMError`. Its message names the value that was given, the limit it broke
 and what to change. Each is raised before anything is allocated or computed.
+
+Below the errors stand the checks of arguments that raise them: each takes the name and the value of an argument and
+returns the value in plain Python types, so that numpy's numbers and one-time iterables are gone afterwards.
 """
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from reprlib import Repr
 
 
 class MiniLLMError(ValueError):
@@ -51,3 +60,68 @@ class MaskError(MiniLLMError):
 
 class KernelError(MiniLLMError):
     """A kernel does not take tensors of this dtype, shape or device, or cannot run here."""
+
+
+# --- checks of arguments ---------------------------------------------------------------------------------------------
+
+_shorten = Repr()
+_shorten.maxstring = _shorten.maxother = _shorten.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """`repr` of a value, cut to a length that a message can hold; for an object without a usable one, its type."""
+    try:
+        return _shorten.repr(value)
+    except Exception:  # a repr is the caller's own code
+        return f"<{type(value).__name__}>"
+
+
+def check_whole(
+    name: str, value: object, least: int, most: int | None = None, *, error: type[MiniLLMError] = ConfigError
+) -> int:
+    """A whole number from `least` to `most` as an int; Python's and numpy's count, a bool does not."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        wrong = True
+    else:
+        value = operator.index(value)
+        wrong = value < least or (most is not None and value > most)
+    if wrong:
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise error(f"{name} is {shown(value)}; it must be a whole number, {limits}")
+    return value
+
+
+def check_number(name: str, value: object, wanted: str, accepts, *, error: type[MiniLLMError] = ConfigError) -> float:
+    """A finite number for which `accepts(number)` holds, as a float; `wanted` says which, as in "a number above 0"."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        number = math.nan
+    else:
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond floats
+            number = math.inf
+    if not (math.isfinite(number) and accepts(number)):
+        raise error(f"{name} is {shown(value)}; it must be {wanted}")
+    return number
+
+
+def check_choice(name: str, value: object, known: Sequence, *, error: type[MiniLLMError] = ConfigError):
+    """One of `known`, by value and type: 1 equals True and is not meant."""
+    for each in known:
+        if type(value) is type(each) and value == each:
+            return each
+    raise error(f"{name} {shown(value)} is not one of {', '.join(map(str, known))}")
+
+
+def check_text(name: str, value: object, *, error: type[MiniLLMError] = ConfigError) -> str:
+    """A str, as it is."""
+    if not isinstance(value, str):
+        raise error(f"{name} is {shown(value)}; it must be a str")
+    return value
+
+
+def check_items(name: str, value: object, wanted: str, *, error: type[MiniLLMError] = ConfigError) -> tuple:
+    """Any iterable but a str, bytes or mapping as a tuple, read once; `wanted` says what it should be a list of."""
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        raise error(f"{name} is {shown(value)}; it must be a list of {wanted}")
+    return tuple(value)
