@@ -1,13 +1,15 @@
-# make lab    set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
-# make test   set up, then everything CI runs
-# make setup  only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
+# make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
+# make test     set up, then everything CI runs
+# make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
+# make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
 
 PYTHON ?= python3
 LAB_ARGS ?=
+MUTANTS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab test notebooks figures clean
+.PHONY: setup lab test mutants notebooks figures clean
 
 setup: $(READY)
 
@@ -41,6 +43,10 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n 2 --dist loadscope
+
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 # ONLY="01 03" picks chapters; REFRESH=1 measures the cells tagged `timing` again.
 notebooks: $(READY)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import minillm
+import mutants
 from minillm import cli
 from minillm.course.notebooks import QUIET_ENVIRONMENT
 
@@ -80,6 +81,12 @@ def test_make_setup_installs_known_extras_under_the_pins():
 @pytest.mark.parametrize("name", QUIET_ENVIRONMENT)
 def test_make_test_runs_in_the_environment_the_chapters_were_executed_in(name):
     assert f"test notebooks figures: export {name} := {QUIET_ENVIRONMENT[name]}\n" in makefile()
+
+
+def test_make_mutants_names_modules_and_tests_that_exist():
+    for module, tests in mutants.TESTS.items():
+        assert (ROOT / "minillm" / module).is_file()
+        assert tests and all((ROOT / "tests" / test).is_file() for test in tests)
 
 
 def test_ci_is_make_test():

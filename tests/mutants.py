@@ -1,0 +1,143 @@
+"""Mutation testing: how many small slips in a module do its own tests notice? cosmic-ray makes the mutants.
+
+`make mutants` tries 200 of all modules below, `make mutants MUTANTS="--count 20 --seed 3 scheduler queue"` 20 of two.
+Each is compiled into a fork of this process, which has imported torch already. No file is changed, so a process that a
+test starts by itself runs without the mutant.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.machinery
+import itertools
+import os
+import random
+import re
+import resource
+import signal
+from collections import Counter, defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Which tests belong to which module, the quickest first: a mutant that the first one kills never meets the last.
+TESTS = {
+    "text.py": ["test_text.py", "test_llm_engine.py"],
+    "sampling.py": ["test_sampling.py", "test_llm_engine.py"],
+    "sampling_params.py": ["test_sampling.py", "test_llm_engine.py"],
+    "checks/base.py": ["test_checks_base.py"],
+    "engine/request.py": ["test_scheduler.py", "test_llm_engine.py", "test_engine_machine.py"],
+    "engine/outputs.py": ["test_llm_engine.py"],
+    "engine/queue.py": ["test_scheduler.py"],
+    "engine/scheduler.py": ["test_scheduler.py", "test_paged_scheduler.py", "test_engine_machine.py"],
+    "engine/paged_scheduler.py": ["test_paged_scheduler.py", "test_engine_machine.py"],
+    "engine/async_scheduler.py": ["test_async_scheduling.py"],
+    "engine/block_manager.py": ["test_block_manager.py", "test_engine_machine.py"],
+    "runtime/paged_runner.py": ["test_device_runner.py", "test_engine_end_to_end.py"],
+    "simulation/report.py": ["test_simulation.py"],
+}
+# `is` for `==` holds for small integers, `|` mostly stands in types, and the last two want to be told a name.
+LEFT_OUT = re.compile(r"(Eq|NotEq|Lt|LtE|Gt|GtE)_Is(Not)?$|_BitOr_|Variable(Replacer|Inserter)$")
+SOURCES = {module: (ROOT / "minillm" / module).read_text() for module in TESTS}
+# Tests with a planted bug judge other tests: they find their own bug, whatever the mutant is.
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "mutants", "-k", "not planted"]
+
+
+def random_mutants(modules: list[str], seed: int):
+    """Yield (module, mutated source): places in random order, all equally likely, and one random change at each."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    operators = [get_operator(name)() for name in operator_names() if not LEFT_OUT.search(name)]
+    changes = defaultdict(list)  # (module, place in it) -> [(operator, number of the occurrence)]
+    for module in modules:
+        nodes = list(ast_nodes(get_ast(SOURCES[module])))
+        for operator in operators:
+            for occurrence, place in enumerate(at for node in nodes for at in operator.mutation_positions(node)):
+                changes[module, place].append((operator, occurrence))
+
+    choose = random.Random(seed)
+    for module, place in choose.sample(list(changes), len(changes)):
+        mutant = mutate_code(SOURCES[module], *choose.choice(changes[module, place]))
+        with contextlib.suppress(SyntaxError):  # a bare * among parameters is no product
+            compile(mutant, module, "exec")
+            yield module, mutant
+
+
+def import_instead(module: str, code: str) -> None:
+    """From now on, importing this module of minillm runs `code`."""
+    path, get_code = str(ROOT / "minillm" / module), importlib.machinery.SourceFileLoader.get_code
+    importlib.machinery.SourceFileLoader.get_code = lambda loader, name: (
+        compile(code, path, "exec") if loader.path == path else get_code(loader, name)
+    )
+
+
+def verdict(module: str, code: str, limit: int) -> tuple[str, float]:
+    """What the module's tests say of this source (`killed`, `timeout` or `survived`), and their seconds of CPU.
+
+    `limit` is in seconds of CPU, so that a busy machine condemns nobody; what only waits has ten times as long.
+    """
+    import pytest
+
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        signal.alarm(10 * limit)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        import_instead(module, code)
+        os._exit(pytest.main(OPTIONS + [str(ROOT / "tests" / test) for test in TESTS[module]]))
+    _, status, usage = os.wait4(pid, 0)
+    with contextlib.suppress(ProcessLookupError):  # what the tests have started, where they ended badly
+        os.killpg(pid, signal.SIGKILL)
+    late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGXCPU)
+    return "timeout" if late else "killed" if status else "survived", usage.ru_utime + usage.ru_stime
+
+
+def warm_up() -> None:
+    """Import what takes seconds, and nothing of minillm. Found examples are not made smaller: one is enough here."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    from hypothesis import Phase, settings
+
+    torch.set_num_threads(1)
+    phases = [Phase.explicit, Phase.generate]
+    settings.register_profile("mutants", derandomize=True, deadline=None, max_examples=40, phases=phases)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"default: {', '.join(TESTS)}")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    modules = [module for module in TESTS if not arguments.modules or Path(module).stem in arguments.modules]
+    warm_up()
+
+    limits = {}
+    for module in modules:
+        told, seconds = verdict(module, SOURCES[module], 300)
+        assert told == "survived", f"{module}: its tests fail without a mutant"
+        limits[module] = round(10 + 3 * seconds)
+
+    verdicts, survivors = Counter(), []
+    for module, mutant in itertools.islice(random_mutants(modules, arguments.seed), arguments.count):
+        told, seconds = verdict(module, mutant, limits[module])
+        verdicts[told] += 1
+        before, after = SOURCES[module].splitlines(), mutant.splitlines()
+        _, _, line, *changes = difflib.unified_diff(before, after, lineterm="", n=0)
+        place = f"minillm/{module}:{re.search('[0-9]+', line)[0]}"
+        print(f"{verdicts.total():3} {told:8} {seconds:5.1f} s  {place}", flush=True)
+        if told == "survived":
+            survivors.append("\n".join([place, *changes]))
+
+    caught = verdicts.total() - verdicts["survived"]
+    print("\nSurvivors", *survivors, sep="\n\n")
+    print(f"\nseed {arguments.seed}: {caught} of {verdicts.total()} caught, {caught / verdicts.total():.1%}", verdicts)
+
+
+if __name__ == "__main__":
+    main()
