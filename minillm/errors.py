@@ -77,9 +77,18 @@ def shown(value: object) -> str:
 
 
 def check_whole(
-    name: str, value: object, least: int, most: int | None = None, *, error: type[MiniLLMError] = ConfigError
+    name: str,
+    value: object,
+    least: int,
+    most: int | None = None,
+    *,
+    hint: str = "",
+    error: type[MiniLLMError] = ConfigError,
 ) -> int:
-    """A whole number from `least` to `most` as an int; Python's and numpy's count, a bool does not."""
+    """A whole number from `least` to `most` as an int; Python's and numpy's count, a bool does not.
+
+    `hint` ends the error's message, as in "or None for no limit".
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         wrong = True
     else:
@@ -87,7 +96,7 @@ def check_whole(
         wrong = value < least or (most is not None and value > most)
     if wrong:
         limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise error(f"{name} is {shown(value)}; it must be a whole number, {limits}")
+        raise error(f"{name} is {shown(value)}; it must be a whole number, {limits}{hint and f', {hint}'}")
     return value
 
 
@@ -113,10 +122,17 @@ def check_choice(name: str, value: object, known: Sequence, *, error: type[MiniL
     raise error(f"{name} {shown(value)} is not one of {', '.join(map(str, known))}")
 
 
-def check_text(name: str, value: object, *, error: type[MiniLLMError] = ConfigError) -> str:
-    """A str, as it is."""
+def check_flag(name: str, value: object, *, error: type[MiniLLMError] = ConfigError) -> bool:
+    """True or False, numpy's included, as a bool; 1 equals True and is not meant."""
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return check_choice(name, value, (False, True), error=error)
+
+
+def check_text(name: str, value: object, *, hint: str = "", error: type[MiniLLMError] = ConfigError) -> str:
+    """A str, as it is. `hint` ends the error's message."""
     if not isinstance(value, str):
-        raise error(f"{name} is {shown(value)}; it must be a str")
+        raise error(f"{name} is {shown(value)}; it must be a str{hint and f'; {hint}'}")
     return value
 
 

@@ -17,7 +17,7 @@ from minillm.errors import ConfigError, PromptError, SamplingParamsError
 from minillm.kv_cache import KVCache
 from minillm.model import Decoder
 from minillm.sampling import make_generator, sample
-from minillm.sampling_params import SamplingParams, finish_reason
+from minillm.sampling_params import SamplingParams, finish_reason, limited
 from minillm.text import Detokenizer
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
@@ -120,7 +120,7 @@ def generate_chunked(
     """
     if chunk_size < 1:
         raise ConfigError(f"chunk_size is {chunk_size}; a pass computes at least 1 token")
-    check_request(model.config, prompt_token_ids, params, tokenizer)
+    params = check_request(model.config, prompt_token_ids, params, tokenizer)
     capacity = len(prompt_token_ids) + params.max_tokens - 1  # the last token sampled is never fed back
     cache = KVCache(model.config, capacity, model.dtype, model.device)
 
@@ -155,8 +155,7 @@ def generate_ragged(
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(params) != len(prompts):
         raise SamplingParamsError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
-    for prompt, own in zip(prompts, params, strict=True):
-        check_request(model.config, prompt, own, tokenizer)
+    params = [check_request(model.config, *each, tokenizer) for each in zip(prompts, params, strict=True)]
     prompts = [[int(token_id) for token_id in prompt] for prompt in prompts]
     outputs = [OutputBuilder(model.config, own, tokenizer, prompt) for prompt, own in zip(prompts, params, strict=True)]
     generators = [make_generator(own, model.device) for own in params]
@@ -201,7 +200,7 @@ def _generate(
     on_token: Callable[[NewToken], None] | None,
 ) -> GenerationResult:
     """The loop that all rungs share: forward pass, sample, append, until something stops it."""
-    check_request(model.config, prompt_token_ids, params, tokenizer)
+    params = check_request(model.config, prompt_token_ids, params, tokenizer)
     prompt = [int(token_id) for token_id in prompt_token_ids]
     output = OutputBuilder(model.config, params, tokenizer, prompt)
     generator = make_generator(params, model.device)
@@ -284,8 +283,11 @@ def check_request(
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Refuse a request that cannot be served. Raises PromptError or SamplingParamsError."""
+) -> SamplingParams:
+    """The parameters of a request that can be served: without `max_tokens` it gets as many as fit the model's context.
+
+    Raises PromptError or SamplingParamsError for one that cannot.
+    """
     if isinstance(prompt_token_ids, str):
         raise PromptError(f"the prompt is the text {prompt_token_ids[:20]!r}, not token ids; encode it first")
     num_prompt_tokens, context = len(prompt_token_ids), config.max_position_embeddings
@@ -296,6 +298,7 @@ def check_request(
             f"the prompt has {num_prompt_tokens} tokens, the model's context is {context}, prompt and output together; "
             f"shorten the prompt to at most {context - 1}"
         )
+    params = limited(params, num_prompt_tokens, context)
     if num_prompt_tokens + params.max_tokens > context:
         raise PromptError(
             f"{num_prompt_tokens} prompt tokens and max_tokens = {params.max_tokens} do not fit the model's context of "
@@ -308,6 +311,12 @@ def check_request(
             )
     if params.stop_strings and tokenizer is None:
         raise SamplingParamsError("stop strings need a tokenizer; pass one, or use stop_token_ids")
+    unknown = [token_id for token_id in params.logit_bias or () if token_id >= config.vocab_size]
+    if unknown:
+        raise SamplingParamsError(
+            f"logit_bias has token id {unknown[0]}, which is outside the vocabulary of {config.vocab_size} ids"
+        )
+    return params
 
 
 def as_tensor(token_ids: Sequence[int], model: Decoder) -> Tensor:

@@ -53,6 +53,14 @@ def test_output_ends_at_eos_at_a_stop_id_or_at_max_tokens(generate, params, toke
     assert result.counters.forward_passes == len(token_ids)
 
 
+@pytest.mark.parametrize("generate", GENERATE)
+def test_without_max_tokens_the_output_may_fill_the_context_and_a_number_that_does_not_fit_is_refused(generate):
+    result = say([7] * CONTEXT, SamplingParams(), generate)
+    assert len(result.token_ids) == CONTEXT - 1 and result.finish_reason == "length"
+    with pytest.raises(PromptError, match=f"max_tokens = {CONTEXT}"):
+        say([7] * CONTEXT, SamplingParams(max_tokens=CONTEXT), generate)
+
+
 def test_any_of_several_eos_ends_the_output():
     assert say([10, EOS + 1, 11], SamplingParams(max_tokens=3)).token_ids == (10, EOS + 1)
 

@@ -264,6 +264,21 @@ def test_a_stop_string_across_tokens_ends_the_request_there(llm):
     assert llm.trace.steps[-1].finished == (request_id,)
 
 
+@pytest.mark.parametrize("asked", [{}, {"max_tokens": None}])
+def test_without_max_tokens_as_many_as_fit_and_only_a_number_is_refused(asked, checkpoint):
+    with LLM(
+        checkpoint("llama"), dtype="float64", max_model_len=40, skip_tokenizer_init=True, num_blocks=9, verbose=False
+    ) as llm:
+        (output,) = llm.generate([[5, 6, 7]], SamplingParams(ignore_eos=True, **asked), **QUIET)
+        assert len(output.outputs[0].token_ids) == 37
+        assert output.outputs[0].finish_reason == "length"
+        with pytest.raises(PromptError, match=r"3 prompt \+ max_tokens 38"):
+            llm.generate([[5, 6, 7]], SamplingParams(max_tokens=38), **QUIET)
+        with pytest.raises(SamplingParamsError, match="min_tokens is 38, above max_tokens = 37"):
+            llm.generate([[5, 6, 7]], SamplingParams(min_tokens=38), **QUIET)
+        assert_idle(llm)
+
+
 def test_an_eos_or_stop_id_ends_the_request(llm):
     token_ids = alone(llm, ONCE, SamplingParams(max_tokens=10)).token_ids
     params = SamplingParams(max_tokens=10, stop_token_ids=[token_ids[5]])

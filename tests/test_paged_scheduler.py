@@ -80,3 +80,14 @@ def test_a_request_that_never_fits_is_refused_with_both_numbers():
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         scheduler_of(num_blocks=5, **options)
+
+
+def test_without_max_tokens_a_request_may_fill_the_pool():
+    """The last token is never fed back: two blocks of 4 hold a request of 9 tokens."""
+    scheduler = scheduler_of(3)
+    request = Request("a", [1, 2, 3], SamplingParams())
+    scheduler.add_request(request)
+    assert (request.params.max_tokens, request.num_tokens_at_most) == (6, 9)
+    assert request.predicted_output_tokens == 6
+    with pytest.raises(PromptError, match="max_tokens 7"):
+        scheduler.add_request(Request("b", [1, 2, 3], SamplingParams(max_tokens=7)))

@@ -68,8 +68,14 @@ class PagedScheduler(Scheduler):
             self._arrive(each)
         self.waiting.push(request)
 
+    @property
+    def most_tokens(self) -> int:
+        """As many as the pool holds, and one more: the last token is never fed back."""
+        blocks = self.block_manager
+        return min(super().most_tokens, (blocks.num_blocks - 1) * blocks.block_size + 1)
+
     def check(self, request: Request) -> None:
-        """Change nothing; raises PromptError as `add_request` would."""
+        """As in `BaseScheduler`: one that the pool cannot hold is refused."""
         super().check(request)
         blocks = self.block_manager
         needed = blocks_needed(request.num_tokens_at_most - 1, blocks.block_size)  # the last token is never fed back

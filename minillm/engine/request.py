@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from minillm.errors import PromptError
 from minillm.plan import PENDING
-from minillm.sampling_params import SamplingParams, finish_reason
+from minillm.sampling_params import SamplingParams, finish_reason, limited
 
 FAR = sys.maxsize  # a milestone that is never reached
 PENDING_IDS = (PENDING,)  # the newest token while only the executor knows it
@@ -76,10 +76,11 @@ class Request:
         self.eos_token_ids = tuple(eos_token_ids)
         self.arrival_time = arrival_time
         self.priority = priority
-        self.predicted_output_tokens = predicted_output_tokens or params.max_tokens
+        self.predicted_output_tokens = predicted_output_tokens or params.max_tokens or FAR
         self.output_token_ids: list[int] = []
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.num_tokens_at_most = self.num_prompt_tokens + params.max_tokens  # prompt and longest possible output
+        # Prompt and longest possible output; without `max_tokens` known as soon as a scheduler is asked.
+        self.num_tokens_at_most = FAR if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
         self.num_tokens = self.num_prompt_tokens
         self.num_computed_tokens = 0
         self.finish_reason: str | None = None
@@ -95,6 +96,16 @@ class Request:
         self.milestone = FAR  # as soon as so many tokens are computed, the scheduler has something to do
         eos_token_ids = () if params.ignore_eos else self.eos_token_ids
         self._ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
+
+    def limit(self, most_tokens: int) -> None:
+        """Without `max_tokens` the output may grow until prompt and output are so many tokens.
+
+        Raises SamplingParamsError if `min_tokens` does not fit.
+        """
+        if self.params.max_tokens is None:
+            self.params = limited(self.params, self.num_prompt_tokens, most_tokens)
+            self.predicted_output_tokens = min(self.predicted_output_tokens, self.params.max_tokens)
+            self.num_tokens_at_most = self.num_prompt_tokens + self.params.max_tokens
 
     def token_ids(self, start: int, end: int) -> Sequence[int]:
         """The ids at positions start..end-1, from the prompt, the output, or across both.

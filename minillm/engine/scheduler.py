@@ -88,13 +88,22 @@ class BaseScheduler:
         return self._trace
 
     def add_request(self, request: Request) -> None:
-        """Let a request wait for its turn. Raises PromptError if it can never run, or its id is taken."""
+        """Let a request wait for its turn.
+
+        Raises PromptError if it can never run or its id is taken, SamplingParamsError if `min_tokens` do not fit.
+        """
         self.check(request)
         self._arrive(request)
         self.waiting.push(request)
 
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output tokens that a request can have."""
+        return self.config.max_model_len
+
     def check(self, request: Request) -> None:
-        """Change nothing; raises PromptError as `add_request` would."""
+        """Change nothing but a request without `max_tokens`: it gets as many as fit. Raises as `add_request` would."""
+        request.limit(self.most_tokens)
         limit = self.config.max_model_len
         if request.num_tokens_at_most > limit:
             raise PromptError(
