@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the text to continue, or with --chat the message to answer")
     parser.add_argument("--model", default="storyteller", help="storyteller, a checkpoint folder or a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0 is all")
@@ -70,7 +71,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--naive", action="store_true", help="compute everything again for each token (chapter 1)")
-    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="float32", choices=["auto", "float64", "float32", "bfloat16", "float16", "half"]
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
 
 
@@ -89,7 +92,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
         stop=tuple(arguments.stop),
         seed=arguments.seed,
     )
-    model, tokenizer = minillm.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    model, tokenizer = minillm.load_model(
+        arguments.model, dtype=arguments.dtype, device=arguments.device, revision=arguments.revision
+    )
     if model.config.num_parameters < SMALL_MODEL:
         torch.set_num_threads(1)
     prompt_ids = encode_prompt(tokenizer, arguments.prompt, arguments.chat)

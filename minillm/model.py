@@ -57,10 +57,14 @@ class Decoder(nn.Module):
         For a model that only computes from now on: it cannot be moved, cast or saved afterwards. What is computed
         changes by rounding alone.
         """
+        self.pack_head()
+        pack_linears(self.layers)  # not lm_head: `logits` reads a part of its weight if that part was too small
+
+    def pack_head(self) -> None:
+        """`pack` for the output projection alone, of which only the rows that are read are kept."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[: self.config.num_sampled_ids]
         if worth_packing(head):
             self.packed_head, self.lm_head = pack(head), None
-        pack_linears(self.layers)  # not lm_head: `logits` reads a part of its weight if that part was too small
 
     def _apply(self, fn, recurse=True):
         """Casting or moving the model must not round the RoPE frequencies: they stay float32."""

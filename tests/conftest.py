@@ -1,6 +1,7 @@
 """Fixtures all tests share. One thread, offline, no progress bars: the same results everywhere."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -54,6 +55,18 @@ def checkpoint(tmp_path_factory):
         return folders[kind]
 
     return folder_of
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """kind -> folder of a copy that a test may break."""
+    return lambda kind="llama": shutil.copytree(checkpoint(kind), tmp_path / kind)
+
+
+@pytest.fixture
+def no_allocation(monkeypatch):
+    """Building a decoder fails the test."""
+    monkeypatch.setattr("minillm.weights.Decoder", lambda config: pytest.fail("allocated for a bad checkpoint"))
 
 
 @pytest.fixture(scope="session")

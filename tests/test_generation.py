@@ -72,6 +72,8 @@ def test_eos_of_generation_config_ends_it_where_transformers_ends(checkpoint, lo
     eos = [max(free, key=free.index), 198]  # the token that comes for the first time last, and one that does not come
     written = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(written | {"eos_token_id": eos}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos[1]}))
     model, _ = load_model(folder, skip_tokenizer_init=True)
     assert model.config.eos_token_ids == tuple(eos)
     result = generate_cached(model, prompt, SamplingParams(max_tokens=20))

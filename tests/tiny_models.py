@@ -1,6 +1,9 @@
 """Random small models for the tests: checkpoints as transformers saves them, a scripted model, and one comparison."""
 
+import json
+
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from minillm import CausalAttention, ModelConfig
@@ -53,6 +56,19 @@ def random_transformers_model(kind: str):
         if "bias" in name or "norm" in name:  # zeros and ones by default: leaving them out would not be noticed
             parameter.data.normal_(std=1.0 if "norm" in name else 0.3)
     return hf
+
+
+def change_config(folder, **changed):
+    """Write values into config.json; None removes the entry."""
+    config = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def change_tensors(folder, change):
+    """Rewrite model.safetensors as `change(tensors)` leaves it."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def random_token_ids(num_tokens: int, vocab_size: int = BASE["vocab_size"], seed: int = 0) -> list[int]:

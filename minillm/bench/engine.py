@@ -41,10 +41,11 @@ from minillm.bench.contenders import (
 from minillm.bench.measure import TIMERS, surroundings
 from minillm.errors import ConfigError
 from minillm.generation import as_tensor, positions
+from minillm.hf_config import read_config
 from minillm.model import Decoder
 from minillm.storyteller import CHECKPOINT_DIR
 from minillm.trace import StepEvent
-from minillm.weights import load_model, read_config
+from minillm.weights import load_model
 
 ROUNDING = 5e-5  # of the spread of the logits: ten times the largest error measured in float32 on these shapes
 PEERS = ("static16", "transformers_cb")

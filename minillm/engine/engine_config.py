@@ -64,10 +64,9 @@ class EngineConfig:
         known = [field.name for field in fields(cls)]
         for name in arguments:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(
-                    f"{name!r} is no engine argument; did you mean {nearest!r}? There are: {', '.join(known)}"
-                )
+                near = difflib.get_close_matches(name, known, n=1)
+                meant = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"{name!r} is no engine argument; {meant}there are: {', '.join(known)}")
         return cls(**arguments)
 
     def model_len(self, context: int) -> int:

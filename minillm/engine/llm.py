@@ -46,6 +46,7 @@ class LLM:
         *,
         dtype: torch.dtype | str = "float32",
         device: torch.device | str = "cpu",
+        revision: str | None = None,
         skip_tokenizer_init: bool = False,
         verbose: bool = True,
         **engine_arguments,
@@ -59,7 +60,12 @@ class LLM:
         """
         config = EngineConfig.from_arguments(**engine_arguments)
         self.engine = LLMEngine(
-            model, dtype=dtype, device=device, config=config, skip_tokenizer_init=skip_tokenizer_init
+            model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            config=config,
+            skip_tokenizer_init=skip_tokenizer_init,
         )
         self._numbers = count()
         self._takers: dict[str, Callable[[RequestOutput], None]] = {}  # who wants the outputs of a request

@@ -28,19 +28,12 @@ from minillm.engine.request import Request
 from minillm.engine.scheduler import RequestUpdate
 from minillm.errors import ConfigError, PromptError, SamplingParamsError, WorkerDiedError
 from minillm.generation import check_request
+from minillm.hf_config import load_tokenizer, read_config
 from minillm.model import Decoder
 from minillm.plan import ModelOutput, PendingOutput, SchedulerOutput, TokenLogprobs
 from minillm.sampling_params import SamplingParams
 from minillm.trace import Trace
-from minillm.weights import (
-    as_device,
-    as_dtype,
-    find_checkpoint,
-    load_decoder,
-    load_tokenizer,
-    read_config,
-    with_ids_of,
-)
+from minillm.weights import load_decoder, locate
 
 
 class LLMEngine:
@@ -55,10 +48,11 @@ class LLMEngine:
         *,
         dtype: torch.dtype | str = "float32",
         device: torch.device | str = "cpu",
+        revision: str | None = None,
         config: EngineConfig | None = None,
         skip_tokenizer_init: bool = False,
     ):
-        """Load the model (see `load_model` for its name, `dtype`, `device`) and reserve the pool.
+        """Load the model (see `load_model` for its name, `dtype`, `device`, `revision`) and reserve the pool.
 
         With `skip_tokenizer_init` prompts are token ids and outputs have no text. So it is with a Decoder that has been
         made already: it computes here ("inline"), in its own dtype and on its own device. Raises the errors of
@@ -67,14 +61,16 @@ class LLMEngine:
         """
         self.config = config = config or EngineConfig()
         given = isinstance(model, Decoder)
-        source = model if given else find_checkpoint(model)
+        source = model
+        if not given:
+            source, dtype, device = locate(model, dtype, device, revision)
         self.tokenizer = None if given or skip_tokenizer_init else load_tokenizer(source)
-        self.model_config = model.config if given else with_ids_of(self.tokenizer, read_config(source))
+        self.model_config = model.config if given else read_config(source, self.tokenizer)
         self.max_model_len = config.model_len(self.model_config.max_position_embeddings)
         limits, cache_limits = config.scheduler_config(self.max_model_len), config.cache_limits(self.max_model_len)
         if config.worker == "inline" and not given:
-            source = load_decoder(source, self.model_config, as_dtype(dtype), as_device(device))
-            source.pack()
+            source = load_decoder(source, self.model_config, dtype, device, pack=True)
+            self.model_config = source.config
         self.model = source if isinstance(source, Decoder) else None  # None if it is in another process
         self.executor = ModelExecutor.start(
             source,

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 from minillm.errors import KernelError
+from minillm.hf_config import read_config
 from minillm.memory import PeakMemory
 from minillm.memory_ledger import MemoryProfile, available_memory
 from minillm.model import Decoder
@@ -31,7 +32,7 @@ from minillm.runtime.kernels.dispatch import Backend, choose
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.step_graph import bucket_sizes
 from minillm.sampling_params import MOST_LOGPROBS, SamplingParams
-from minillm.weights import as_device, as_dtype, find_checkpoint, load_decoder, read_config
+from minillm.weights import load_decoder, locate
 
 # All that sampling can be asked to do at once, as the worst step does for every request.
 DEAREST_PARAMS = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.01, seed=0, logprobs=MOST_LOGPROBS)
@@ -64,11 +65,9 @@ class Worker:
 
         The tokenizer, which tells how many ids there are, stays with the engine. Raises what `load_model` raises.
         """
-        dtype, device = as_dtype(dtype), as_device(device)
-        folder = find_checkpoint(model)
-        decoder = load_decoder(folder, replace(read_config(folder), num_tokens=num_tokens), dtype, device)
-        decoder.pack()
-        return cls(decoder, options)
+        folder, dtype, device = locate(model, dtype, device)
+        config = replace(read_config(folder), num_tokens=num_tokens)
+        return cls(load_decoder(folder, config, dtype, device, pack=True), options)
 
     def profile(
         self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
