@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from check_answers import message
+from check_answers import message, passes
 from minillm import checks
 
 # --- greedy_generate ---
@@ -42,8 +42,7 @@ def generate_with_recursion(next_logits, prompt, max_tokens, eos_token_ids):
 
 @pytest.mark.parametrize("solution", [generate, generate_with_tensors, generate_with_recursion])
 def test_greedy_generate_accepts(solution, capsys):
-    checks.greedy_generate(solution)
-    assert capsys.readouterr().out == "✓ greedy_generate: 7 cases\n"
+    assert passes(checks.greedy_generate, solution, capsys)
 
 
 def test_greedy_generate_refuses_prompt_and_output_together():
@@ -148,8 +147,7 @@ def metrics_with_numpy(arrival_time, token_times):
 
 @pytest.mark.parametrize("solution", [metrics, metrics_with_a_loop, metrics_with_tensors, metrics_with_numpy])
 def test_request_metrics_accepts(solution, capsys):
-    checks.request_metrics(solution)
-    assert capsys.readouterr().out == "✓ request_metrics: 4 cases\n"
+    assert passes(checks.request_metrics, solution, capsys)
 
 
 def test_request_metrics_refuses_to_forget_the_arrival():
@@ -179,6 +177,26 @@ def test_request_metrics_refuses_to_fail_on_a_single_token():
     assert "raised    ZeroDivisionError" in told and "A single token has no gap" in told
 
 
+@pytest.mark.parametrize(
+    ("place", "slip", "told"),
+    [
+        (0, lambda arrival, times: times[0], "TTFT is a duration"),
+        (0, lambda arrival, times: times[-1] - arrival, "TTFT ends with the first token"),
+        (1, lambda arrival, times: (times[-1] - times[0]) / len(times), "Mean ITL: n tokens have n - 1 gaps"),
+        (2, lambda arrival, times: times[-1], "E2E is a duration"),
+        (2, lambda arrival, times: times[-1] - times[0], "E2E ends with the last token"),
+    ],
+)
+def test_request_metrics_hints_at_the_one_that_is_wrong(place, slip, told):
+    def solution(arrival_time, token_times):
+        answer = [*metrics(arrival_time, token_times)]
+        answer[place] = slip(arrival_time, token_times)
+        return answer
+
+    hint = message(checks.request_metrics, solution).splitlines()[-1]
+    assert told in hint
+
+
 @pytest.mark.parametrize("nothing", [None, 0.25, (0.25, 0.125), {"ttft": 0.25}])
 def test_request_metrics_refuses_what_is_no_triple(nothing):
     message(checks.request_metrics, lambda *arguments: nothing)
@@ -203,8 +221,7 @@ def total_with_a_loop(ttft_ms, itl_ms, num_tokens):
     ],
 )
 def test_total_milliseconds_accepts(solution, capsys):
-    checks.total_milliseconds(solution)
-    assert capsys.readouterr().out == "✓ total_milliseconds: 4 cases\n"
+    assert passes(checks.total_milliseconds, solution, capsys)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +258,7 @@ def temperature_with_lists(logits, temperature):
 
 @pytest.mark.parametrize("solution", [temperature, temperature_with_lists])
 def test_temperature_probabilities_accepts(solution, capsys):
-    checks.temperature_probabilities(solution)
-    assert capsys.readouterr().out == "✓ temperature_probabilities: 7 cases\n"
+    assert passes(checks.temperature_probabilities, solution, capsys)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +307,7 @@ def top_p_with_lists(probabilities, top_p):
 
 @pytest.mark.parametrize("solution", [top_p, top_p_with_lists])
 def test_top_p_probabilities_accepts(solution, capsys):
-    checks.top_p_probabilities(solution)
-    assert capsys.readouterr().out == "✓ top_p_probabilities: 5 cases\n"
+    assert passes(checks.top_p_probabilities, solution, capsys)
 
 
 def top_p_without_the_token_that_crosses(probabilities, top_p):

@@ -126,6 +126,18 @@ def test_attention_refuses(wrong, told):
     assert told in message(checks.attention, wrong)
 
 
+def test_attention_shows_the_first_row_that_differs():
+    """Rows 0 to 2 are right; the fourth one is not."""
+
+    def three_rows_only(q, k, v, mask):
+        out = attend(q, k, v, mask)
+        out[3:] = 0
+        return out
+
+    told = message(checks.attention, three_rows_only)
+    assert "got       row 3: tensor (16,) [0, 0," in told and "expected  row 3: tensor (16,) [" in told
+
+
 def test_attention_without_the_maximum_subtracted_overflows():
     def overflowing(q, k, v, mask):
         exps = (q @ k.T / math.sqrt(q.shape[1])).exp() * mask

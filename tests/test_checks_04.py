@@ -83,9 +83,9 @@ def test_chunk_ranges_accepts(right, capsys):
             "expected  [(0, 4), (4, 7)]",
         ),  # lengths
         (lambda n, m: [(i * m, min(i * m + m, n)) for i in range(n // m)], "got       [(0, 4)]"),  # the rest is lost
-        (lambda n, m: [(i * m, min(i * m + m, n)) for i in range(n // m + 1)], "no third, empty one"),
+        (lambda n, m: [(i * m, min(i * m + m, n)) for i in range(n // m + 1)], "none of them may be empty"),
         (lambda n, m: list(range(0, n, m)), "got       [0, 4]"),
-        (lambda n, m: (chunk for chunk in in_a_loop(n, m)), "got       <generator"),
+        (lambda n, m: (start for start in range(0, n, m)), "got       [0, 4]"),
         (lambda n, m: -(-n // m), "got       2"),
         (lambda n, m: None, "got       None"),
     ],
@@ -103,6 +103,21 @@ def test_chunk_ranges_accepts(right, capsys):
 )
 def test_chunk_ranges_refuses(wrong, told):
     assert told in message(checks.chunk_ranges, wrong)
+
+
+@pytest.mark.parametrize(
+    ("slip", "told"),
+    [
+        (lambda start, end, m: (start, start + m), "must not reach beyond the prompt"),
+        (lambda start, end, m: (start, end - 1), "as in a slice; this is the last one"),
+        (lambda start, end, m: (start, end - start), "This is start and length"),
+        (lambda start, end, m: (start + 1, end), "start at 0, m, 2 m"),
+        (lambda start, end, m: start, "Return pairs"),
+    ],
+)
+def test_chunk_ranges_hints_at_what_is_wrong(slip, told):
+    hint = message(checks.chunk_ranges, lambda n, m: [slip(*pair, m) for pair in in_a_loop(n, m)]).splitlines()[-1]
+    assert told in hint
 
 
 # chunk_mask ---------------------------------------------------------------------------------------
@@ -134,7 +149,7 @@ def test_chunk_mask_accepts(right, capsys):
         (lambda start, end: masks.causal(end), "got       mask (7, 7)"),
         (lambda start, end: masks.causal(end)[start:].T, "got       mask (7, 3)"),
         (lambda start, end: masks.causal(end)[start:].float(), "five Trues"),
-        (lambda start, end: masks.causal(end)[start:].tolist(), "A bool tensor"),
+        (lambda start, end: masks.causal(end)[start:].int().tolist(), "A bool tensor"),
         (lambda start, end: torch.ones(end - start, end).bool().tril(start - 1), "got       mask (3, 7) ####.../"),
         (
             lambda start, end: torch.cat([torch.zeros(end - start, start).bool(), masks.causal(end - start)], dim=1),

@@ -105,7 +105,7 @@ def pad_flat(prompts, pad_id):
     return rectangle.flatten(), positions.flatten()
 
 
-@pytest.mark.parametrize("right", [pad_lists, pad_tensors, pad_in_place, pad_with_torch])
+@pytest.mark.parametrize("right", [pad_lists, pad_tensors, pad_with_torch])
 def test_left_pad_accepts(right, capsys):
     assert passes(checks.left_pad, right, capsys)
 
@@ -118,12 +118,26 @@ def test_left_pad_accepts(right, capsys):
         (pad_always_zero, "the pad_id that was given"),
         (pad_asking_the_ids, "A prompt may contain the pad_id"),
         (pad_without_positions, "expected  rectangle [[0, 0, 5, 6], [7, 8, 9, 10]], positions [[-, -, 0, 1],"),
+        (pad_in_place, "leave the prompts as they are"),
         (pad_flat, "rectangle [0, 0, 5, 6, 7, 8, 9, 10]"),
         (lambda prompts, pad_id: None, "got       None"),
     ],
 )
 def test_left_pad_refuses(wrong, told):
     assert told in message(checks.left_pad, wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda prompts, pad_id: (pad_right(prompts, pad_id)[0], pad_lists(prompts, pad_id)[1]), "these are behind"),
+        (pad_counting_pads, "The rectangle is right; the positions count the pads"),
+        (lambda prompts, pad_id: (pad_lists(prompts, pad_id)[0], [[0] * 4] * len(prompts)), "the positions are not"),
+        (pad_without_positions, "Return two things"),
+    ],
+)
+def test_left_pad_hints_at_what_is_wrong(answer, told):
+    assert told in message(checks.left_pad, answer).splitlines()[-1]
 
 
 # padding_mask ---------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def half_a_key_each(load, thread, head, num_heads):
         (lambda load, thread, head, num_heads: in_order(0, thread, head, num_heads), "768 numbers read by nobody"),
         (lambda *args: in_order(*args) // 8, "must begin at a multiple"),
         (lambda *args: 2 * in_order(*args), "Is it in bytes?"),
-        (lambda *args: in_order(*args) / 1, "Give a whole number"),
+        (lambda *args: in_order(*args) / 16, "Give a whole number"),
         (lambda *args: True, "got       True"),
         (lambda *args: None, "does it end with `return`"),
     ],
@@ -268,6 +268,15 @@ WRONG_LOOPS = {
         "divided by √D already",
     ),
     "matrix product": ("tl.sum(queries[:, None, :] * k[None, :, :], axis=2)", "queries @ k.T", "A kernel has no `@`"),
+    "maximum over unseen keys too": (
+        """        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+""",
+        """        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+""",
+        "of the keys that are seen",
+    ),
     "sum over the wrong axis": ("tl.sum(weights, axis=1)", "tl.sum(weights, axis=0)", "raised"),
     "keys instead of values": ("weights[:, :, None] * v[None", "weights[:, :, None] * k[None", "One full tile"),
 }
@@ -322,6 +331,19 @@ def test_my_decode_waits_for_a_stub(source, tmp_path):
     assert "raise NotImplementedError" in stub and "raise NotImplementedError" not in source
     with pytest.raises(NotWrittenYet):
         checks.my_decode(kernel_from(stub, tmp_path))
+
+
+@needs_triton
+@needs_interpreter
+def test_my_decode_asks_for_a_restart_where_triton_was_imported_too_early(source, tmp_path):
+    """In a process of its own: what is imported once stays as it is."""
+    path = tmp_path / "cell.py"
+    late = "import os\nimport triton\nos.environ['TRITON_INTERPRET'] = '1'\n"
+    path.write_text(f"{late}{HEADER}{source}\nfrom minillm import checks\nchecks.my_decode(my_decode)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(CHAPTER.parents[1])
+    run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=120)
+    assert "CheckFailed: ✗ my_decode: Triton was imported before" in run.stderr and "Restart the kernel" in run.stderr
 
 
 def test_my_decode_says_that_without_triton_nothing_was_checked(capsys):

@@ -1,5 +1,10 @@
 """How checks compare, count and explain: right answers in any layout pass, wrong ones get four useful lines."""
 
+import itertools
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,8 +46,118 @@ def test_a_stub_is_not_written_yet_rather_than_wrong():
     def stub(x):
         raise NotImplementedError
 
-    with pytest.raises(NotWrittenYet, match="not written yet"):
+    with pytest.raises(NotWrittenYet, match="square: not written yet"):
         run_check("square", stub, CASES)
+    with pytest.raises(NotWrittenYet, match="square: not written yet"):
+        run_check("square", lambda_of_a_generator, CASES)
+
+
+def lambda_of_a_generator(x):
+    raise NotImplementedError("write lambda_of_a_generator")
+    yield x
+
+
+def helper(x):
+    raise NotImplementedError("write helper")
+
+
+def test_a_missing_helper_is_named_rather_than_the_function_that_calls_it():
+    with pytest.raises(NotWrittenYet, match="square: it calls helper, which is not written yet"):
+        run_check("square", lambda x: helper(x) + 1, CASES)
+
+
+def test_what_torch_or_a_library_has_not_implemented_is_no_stub():
+    def on_meta(x):
+        return torch.ones(x, device="meta").sum().item() + torch.sparse_coo_tensor(size=(2, 2)).storage()
+
+    def abstract(x):
+        raise NotImplementedError("there is no such device")
+
+    for function in (on_meta, lambda x: abstract(x)):
+        with pytest.raises(CheckFailed, match="raised    (NotImplementedError|RuntimeError)"):
+            run_check("square", function, CASES)
+
+
+def test_arguments_are_copied_for_every_call_each_on_its_own():
+    shared = [3, 1, 2]
+    cases = [Case((shared, shared, torch.ones(2)), 9, "")] * 2
+
+    def uses_up(one, other, ones):
+        one.sort()
+        assert other == [3, 1, 2], "the second argument is another list"
+        ones *= 2
+        return one.pop() + other.pop() + int(ones.sum())
+
+    run_check("uses_up", uses_up, cases)
+    assert shared == [3, 1, 2] and cases[0].args[2].tolist() == [1, 1]
+
+
+def test_a_generator_is_run_so_that_its_error_is_told_and_its_answer_shown():
+    def broken(x):
+        yield x
+        raise ValueError("in the middle\nof it")
+
+    def endless(x):
+        return itertools.count(x)
+
+    with pytest.raises(CheckFailed, match=r"raised    ValueError: in the middle\n  expected"):
+        run_check("numbers", broken, [Case((1,), [1, 2], "")])
+    with pytest.raises(CheckFailed, match=r"got       \[1, 2, 3"):
+        run_check("numbers", endless, [Case((1,), [1, 2], "")])
+
+
+def test_of_a_large_tensor_the_first_row_that_differs_is_shown():
+    got, expected = torch.zeros(4, 9), torch.zeros(4, 9)
+    got[2, 8], expected[3, 0] = 5, 1
+    for answer in (got, got.numpy(), got.tolist()):
+        with pytest.raises(CheckFailed) as failure:
+            run_check("table", lambda _, answer=answer: answer, [Case((0,), expected, "")])
+        lines = str(failure.value).splitlines()
+        assert lines[2] == "  got       row 2: tensor (9,) [0, 0, 0, 0, 0, 0, 0, 0, 5]"
+        assert lines[3] == "  expected  row 2: tensor (9,) [0, 0, 0, 0, 0, 0, 0, 0, 0]"
+
+
+def test_a_large_mask_is_drawn_beside_the_expected_one():
+    expected = torch.ones(17, 17, dtype=torch.bool).tril()
+    got = expected.clone()
+    got[16, 0] = False
+    for answer in (got, got.tolist(), got.numpy()):
+        with pytest.raises(CheckFailed) as failure:
+            run_check("mask", lambda _, answer=answer: answer, [Case((0,), expected, "")])
+        lines = str(failure.value).splitlines()
+        assert lines[2:5] == [
+            "  got       mask (17, 17)",
+            "  expected  mask (17, 17)",
+            f"{'':12}yours{'':12}  expected",
+        ]
+        assert lines[5] == f"{'':12}#{'.' * 16}  #{'.' * 16}"
+        assert lines[21] == f"{'':12}.{'#' * 16}  {'#' * 17}  ←"
+        assert lines[22:] == ["  hint      "]
+
+
+def test_a_small_mask_stays_on_one_line_in_any_container():
+    for answer in (torch.eye(2).bool(), [[True, False], [False, True]], np.eye(2, dtype=bool)):
+        with pytest.raises(CheckFailed, match=r"got       mask \(2, 2\) #./.#\n  expected  mask \(2, 2\) ##/##"):
+            run_check("mask", lambda _, answer=answer: answer, [Case((0,), torch.ones(2, 2).bool(), "")])
+
+
+def test_a_message_has_one_line_for_what_prints_on_several():
+    with pytest.raises(CheckFailed) as failure:
+        run_check("mask", lambda _: np.zeros((3, 3)), [Case((0,), 1, "")])
+    assert "got       array (3, 3) [0, 0, 0" in str(failure.value)
+
+
+def test_a_cell_that_needs_answers_names_the_stubs():
+    def solved(x):
+        return x
+
+    checks.needs()
+    checks.needs(solved, abs)
+    with pytest.raises(NotWrittenYet, match="this cell needs helper: not written yet"):
+        checks.needs(solved, helper)
+    with pytest.raises(NotWrittenYet, match="this cell needs helper and lambda_of_a_generator") as told:
+        checks.needs(helper, lambda_of_a_generator)
+    assert told.value._render_traceback_() == [str(told.value)]
 
 
 def test_a_function_is_written_once_its_stub_is_gone():
@@ -59,6 +174,7 @@ def test_a_function_is_written_once_its_stub_is_gone():
         fn = staticmethod(stub)
 
     assert [checks.is_written(each) for each in (stub, Kernel(), refuses, abs)] == [False, False, True, True]
+    assert checks.is_written(refuses, abs) and not checks.is_written(refuses, stub)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +186,28 @@ def test_a_function_is_written_once_its_stub_is_gone():
         (3.0, 3),
         ([[True, False]], torch.tensor([[True, False]])),
         ({"a": 1.0}, {"a": 1}),
+        (np.float32(0.1), 0.1),
+        (np.array([3]), 3),
+        (torch.tensor([3.0], dtype=torch.bfloat16), 3),
+        (torch.ones(1, requires_grad=True), 1.0),
+        (Fraction(1, 3), 1 / 3),
+        (Decimal("0.25"), 0.25),
+        (2180.0000000000005, 2180),
+        (np.bool_(True), True),
+        (torch.tensor(False), False),
+        (range(3), [0, 1, 2]),
+        ({3: "c", 1: "a"}.keys(), [3, 1]),
+        ({3: "c", 1: "a"}.values(), ["c", "a"]),
+        (map(Fraction, [1, 2]), [1, 2]),
+        (np.array([[1, 2]]), [(1, 2)]),
+        (zip([1, 2], np.array([3, 4]), strict=True), [(1, 3), (2, 4)]),
+        ([torch.tensor([4]), np.int8(5), 6], [4, 5, 6]),
+        (np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])),
+        ([Fraction(1, 2), torch.tensor(0.25)], torch.tensor([0.5, 0.25])),
+        (np.tri(3, dtype=bool), torch.ones(3, 3, dtype=torch.bool).tril()),
+        (((np.bool_(True), torch.tensor(False)),), torch.tensor([[True, False]])),
+        ([], []),
+        (torch.zeros(0), []),
     ],
 )
 def test_the_same_numbers_in_another_container_are_the_same(got, expected):
@@ -87,6 +225,28 @@ def test_the_same_numbers_in_another_container_are_the_same(got, expected):
         (torch.zeros(2, 1), torch.zeros(1, 2)),
         (torch.tensor([float("nan")]), torch.zeros(1)),
         ("3", 3),
+        (np.bool_(True), 1),
+        (torch.tensor([True]), 1),
+        (1 + 1e-5, 1.0),
+        (2180.001, 2180),
+        (3 + 0j, 3),
+        (10**400, 3),
+        (float("nan"), 0.0),
+        (float("inf"), 1e300),
+        ([3], 3),
+        ("123", [1, 2, 3]),
+        (b"ab", [97, 98]),
+        ({1, 2}, [1, 2]),
+        ({1: 0, 2: 0}, [1, 2]),
+        ([2, 1], [1, 2]),
+        ([[1], [2]], [1, 2]),
+        (np.tri(2), torch.ones(2, 2, dtype=torch.bool).tril()),
+        (np.tri(2, dtype=bool), torch.ones(2, 2).tril()),
+        ([[True], [True, True]], torch.ones(2, 2, dtype=torch.bool)),
+        ("ab", torch.zeros(2)),
+        (None, torch.zeros(2)),
+        (torch.Tensor, torch.zeros(2)),
+        (torch.zeros(2), torch.tensor([0.0, 2e-6])),
     ],
 )
 def test_other_values_types_and_shapes_are_not_the_same(got, expected):
@@ -113,6 +273,18 @@ def test_a_prediction_stands_beside_its_measurement(capsys):
 def test_there_is_no_measurement_before_a_guess():
     with pytest.raises(NotWrittenYet, match="write your guess first"):
         checks.prediction("passes", None, 20)
+
+
+@pytest.mark.parametrize("guess", ["57%", "57", float("nan"), True, [57], (50, 60), object])
+def test_a_guess_that_is_no_number_gets_a_sentence(guess):
+    with pytest.raises(CheckFailed, match="share: your guess is .*; write it as a number, such as 57 or 0.5"):
+        checks.prediction("share", guess, 41.2, "%")
+
+
+@pytest.mark.parametrize("guess", [np.int64(10), torch.tensor(10), Fraction(10), Decimal(10), 10.0])
+def test_a_guess_may_be_any_kind_of_number(guess, capsys):
+    checks.prediction("share", guess, np.int64(20), "%")
+    assert capsys.readouterr().out == "share: you guessed 10 %, measured 20 %\n→ 2.0 times more than you guessed\n"
 
 
 EXERCISES = [

@@ -3,7 +3,7 @@
 Lives here: the cases, the comparison and the messages. May import all of minillm; nothing but the notebooks imports it.
 """
 
-from minillm.checks.base import CheckFailed, NotWrittenYet, is_written
+from minillm.checks.base import CheckFailed, NotWrittenYet, is_written, needs
 from minillm.checks.chapter_01 import (
     greedy_generate,
     request_metrics,
@@ -52,6 +52,7 @@ __all__ = [
     "load_at_slo",
     "my_decode",
     "naive_over_cached",
+    "needs",
     "num_chunks",
     "padding",
     "padding_mask",

@@ -1,12 +1,27 @@
-"""How a check runs: call the reader's function on each case, compare, and explain the first failure in four lines."""
+"""How a check runs: call the reader's function on each case, compare, and explain the first failure in four lines.
 
+The reader's function never gets the check's own data: `call` hands out copies. There is one comparison, `same_value`:
+what counts as a number, a list or a mask does so in all checks.
+"""
+
+import copy
+import dis
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from decimal import Decimal
+from itertools import islice, zip_longest
+from numbers import Integral, Real
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+
+MOST_ITEMS = 100_000  # that are taken out of a generator; it may be endless
+DRAWN_CELLS, ROWS_IN_LINE = 400, 8  # a mask up to so large is drawn, up to so many rows on one line
+ARRAYS = (torch.Tensor, np.ndarray, np.generic)  # numpy's scalars too
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ def run_check(
     cases: Iterable[Case],
     *,
     same: Callable[[Any, Any], bool] | None = None,
-    show: Callable[[Any], str] = None,
+    show: Callable[[Any], str] | None = None,
     advise: Callable[[Any, Case], str | None] | None = None,
 ) -> None:
     """Call `function` on every case and print `✓ name: N cases`.
@@ -53,73 +68,125 @@ def run_check(
         got = call(name, function, case, show)
         if not same(got, case.expected):
             case = replace(case, hint=(advise and advise(got, case)) or case.hint)
-            raise CheckFailed(failure(name, case, f"got       {show(got)}", show))
+            raise CheckFailed(wrong_answer(name, case, got, show))
     print(f"✓ {name}: {len(cases)} cases")
 
 
-def is_written(function: Callable) -> bool:
-    """Whether a function or kernel is more than a stub, read from its source.
+# --- the reader's function -------------------------------------------------------------------------------------------
+
+
+def is_written(*functions: Callable) -> bool:
+    """Whether all these functions and kernels are more than stubs, read from their sources.
 
     For cells that use an answer further down, and for kernels: where Triton compiles, a `raise` never gets to raise.
     """
+    return not any(map(is_stub, functions))
+
+
+def needs(*functions: Callable) -> None:
+    """Stop a cell that uses answers to exercises. Raises NotWrittenYet, naming those that are still stubs."""
+    stubs = [getattr(function, "fn", function).__name__ for function in functions if is_stub(function)]
+    if stubs:
+        raise NotWrittenYet(f"✗ this cell needs {' and '.join(stubs)}: not written yet. Solve that exercise first.")
+
+
+def is_stub(function: Callable) -> bool:
     try:
         lines = inspect.getsource(getattr(function, "fn", function)).splitlines()
     except (OSError, TypeError):
-        return True
-    return not any(line.strip().startswith("raise NotImplementedError") for line in lines)
+        return False
+    return any(line.strip().startswith("raise NotImplementedError") for line in lines)
 
 
 def call(name: str, function: Callable, case: Case, show: Callable[[Any], str]) -> Any:
-    """The reader's answer for one case; an exception in it, or no answer at all, becomes a failure that names it."""
+    """The reader's answer for one case; an exception in it, or no answer at all, becomes a failure that names it.
+
+    The function gets copies of the arguments, each its own: it may pop, sort and scale them.
+    """
     try:
-        got = function(*case.args)
-    except NotImplementedError:
-        raise NotWrittenYet(f"✗ {name}: not written yet. Replace the `raise NotImplementedError` above.") from None
+        got = realised(function(*map(copy.deepcopy, case.args)))
     except Exception as error:
-        raise CheckFailed(failure(name, case, f"raised    {type(error).__name__}: {error}", show)) from error
+        stub = unwritten(error)
+        if stub is None:
+            reason = f"raised    {type(error).__name__}: {error}".splitlines()[0]
+            raise CheckFailed(failure(name, case, reason, show(case.expected))) from error
+        missing = f"it calls {stub}, which is not written yet" if stub else "not written yet"
+        raise NotWrittenYet(f"✗ {name}: {missing}. Replace the `raise NotImplementedError` above.") from None
     if got is None and case.expected is not None:
         case = replace(case, hint="Your function returned nothing: does it end with `return`?")
-        raise CheckFailed(failure(name, case, "got       None", show))
+        raise CheckFailed(failure(name, case, "got       None", show(case.expected)))
     return got
 
 
-def failure(name: str, case: Case, came: str, show: Callable[[Any], str]) -> str:
-    """The message of a failed check: the call, what came, what was expected, one hint."""
-    arguments = ", ".join(describe(argument) for argument in case.args)
-    expected = show(case.expected)
-    return f"✗ {name}\n  call      {name}({arguments})\n  {came}\n  expected  {expected}\n  hint      {case.hint}"
+def unwritten(error: Exception) -> str | None:
+    """Which stub raised it: "" for the function that was called, the name of a helper, None if no stub did.
+
+    PyTorch raises NotImplementedError too, for what a device or a type cannot do; that is the reader's error to see.
+    """
+    frames = list(readers_frames(error.__traceback__))
+    if not isinstance(error, NotImplementedError) or not frames:
+        return None
+    last = frames[-1]
+    code = last.tb_frame.f_code
+    if code.co_code[last.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return None
+    if code is frames[0].tb_frame.f_code:
+        return ""
+    return code.co_name if str(error).startswith("write ") else None
+
+
+def readers_frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    """The part of a traceback that is not of the checks themselves."""
+    while traceback is not None:
+        if not traceback.tb_frame.f_globals.get("__name__", "").startswith("minillm.checks"):
+            yield traceback
+        traceback = traceback.tb_next
+
+
+def realised(value: Any) -> Any:
+    """The answer with its generators run: what they raise is caught, and what they give can be read twice."""
+    if isinstance(value, Iterator):
+        return list(islice(value, MOST_ITEMS))
+    return type(value)(map(realised, value)) if type(value) in (list, tuple) else value
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
 
 
 def same_value(got: Any, expected: Any) -> bool:
-    """Equal up to the container and float rounding: a list, a tuple and a tensor of the same numbers are the same."""
-    if isinstance(expected, bool) or expected is None or isinstance(expected, str):
-        return type(got) is type(expected) and got == expected
+    """Equal up to types, containers and rounding.
+
+    A number may be Python's, numpy's, a Fraction, a Decimal or a tensor of one element; a whole number may be a float.
+    Where a list is expected any iterable in the same order will do; for a tensor, also nested lists that spell it.
+    But True is no number, a number no bool, and a text neither.
+    """
     if isinstance(expected, torch.Tensor):
         return same_tensor(got, expected)
     if isinstance(expected, (list, tuple)):
-        got = got.tolist() if isinstance(got, torch.Tensor) else got
-        if not isinstance(got, (list, tuple)) or len(got) != len(expected):
+        got = as_list(got)
+        if not isinstance(got, list) or len(got) != len(expected):
             return False
         return all(same_value(one, other) for one, other in zip(got, expected, strict=True))
-    if isinstance(expected, dict):
-        return (
-            isinstance(got, dict)
-            and got.keys() == expected.keys()
-            and all(same_value(got[key], value) for key, value in expected.items())
+    if is_number(expected):
+        return same_number(number_of(got), number_of(expected))
+    got = got.item() if isinstance(got, ARRAYS) and size_of(got) == 1 else got
+    return type(got) is type(expected) and got == expected
+
+
+def same_number(got: float | None, expected: float) -> bool:
+    """Whole numbers to nine digits, others to six, which a calculation in float32 keeps."""
+    try:
+        return got is not None and math.isclose(
+            got, expected, rel_tol=1e-9 if isinstance(expected, int) else 1e-6, abs_tol=1e-9
         )
-    if isinstance(expected, (int, float)):
-        return is_number(got) and math.isclose(float(got), float(expected), rel_tol=1e-6, abs_tol=1e-9)
-    return bool(got == expected)
+    except OverflowError:  # an int too large for a float
+        return False
 
 
 def same_tensor(got: Any, expected: torch.Tensor) -> bool:
-    """Same shape and values; a nested list counts as the tensor it spells, but a float mask is not a bool mask."""
-    if not isinstance(got, torch.Tensor):
-        try:
-            got = torch.tensor(got)
-        except (TypeError, ValueError, RuntimeError):
-            return False
-    if got.shape != expected.shape or (got.dtype == torch.bool) != (expected.dtype == torch.bool):
+    """Same shape and values; a mask of numbers is no mask."""
+    got = to_tensor(got)
+    if got is None or got.shape != expected.shape or (got.dtype == torch.bool) != (expected.dtype == torch.bool):
         return False
     if expected.dtype == torch.bool:
         return torch.equal(got, expected)
@@ -127,22 +194,121 @@ def same_tensor(got: Any, expected: torch.Tensor) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A plain number or a tensor that holds a single one; bools do not count."""
+    return number_of(value) is not None
+
+
+def number_of(value: Any) -> float | None:
+    """A single number as Python's int or float; None for anything else, bools among them."""
+    if isinstance(value, ARRAYS):
+        value = value.item() if size_of(value) == 1 else None
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, (Real, Decimal)) else None
+
+
+def as_list(value: Any) -> Any:
+    """A tensor, an array or another iterable as a list; numbers, texts, sets and dicts unchanged."""
+    if isinstance(value, ARRAYS):
+        return value.tolist() if value.ndim else value
+    if isinstance(value, (str, bytes, Set, Mapping)) and not hasattr(value, "mapping"):  # a dict's keys have an order
+        return value
+    return list(value) if isinstance(value, Iterable) else value
+
+
+def nested(value: Any) -> Any:
+    """Lists in lists, of Python's own numbers and bools."""
+    items = as_list(value)
+    if isinstance(items, list):
+        return list(map(nested, items))
+    number = number_of(value)
+    if number is not None:
+        return number
+    return value.item() if isinstance(value, ARRAYS) else value
+
+
+def to_tensor(value: Any) -> torch.Tensor | None:
+    """A tensor, or what nested lists spell, on the CPU; None if they spell none."""
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and value.dtype != torch.bool
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value.detach().cpu()
+    try:
+        return torch.tensor(nested(value))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def size_of(value: Any) -> int:
+    return value.numel() if isinstance(value, torch.Tensor) else value.size
+
+
+# --- the message -----------------------------------------------------------------------------------------------------
+
+
+def failure(name: str, case: Case, came: str, expected: str) -> str:
+    """The message of a failed check: the call, what came, what was expected, one hint."""
+    arguments = ", ".join(describe(argument) for argument in case.args)
+    return f"✗ {name}\n  call      {name}({arguments})\n  {came}\n  expected  {expected}\n  hint      {case.hint}"
+
+
+def wrong_answer(name: str, case: Case, got: Any, show: Callable[[Any], str]) -> str:
+    """The message for an answer: large masks side by side, of a large tensor the first row that differs."""
+    came, expected = show(got), show(case.expected)
+    if show is describe and isinstance(case.expected, torch.Tensor):
+        wanted = case.expected
+        if is_mask(wanted) and len(wanted) > ROWS_IN_LINE:
+            expected += beside(to_tensor(got), wanted)
+        elif (row := different_row(to_tensor(got), wanted)) is not None:
+            came, expected = (f"row {row}: {describe(to_tensor(each)[row])}" for each in (got, wanted))
+    return failure(name, case, f"got       {came}", expected)
+
+
+def different_row(got: torch.Tensor | None, expected: torch.Tensor) -> int | None:
+    """The first row of numbers that differs; None if a message has room for all of them, or there are no such rows."""
+    if got is None or got.shape != expected.shape or got.ndim < 2 or is_mask(expected):
+        return None
+    rows = (row for row in range(len(got)) if not same_tensor(got[row], expected[row]))
+    return next(rows, None)
+
+
+def beside(got: torch.Tensor | None, expected: torch.Tensor) -> str:
+    """Two masks row by row, a line each; the rows that differ are marked."""
+    left = mask_rows(got) if got is not None and is_mask(got) else []
+    width = max([len("yours"), *map(len, left)])
+    lines = [f"{'yours':{width}}  expected"]
+    for mine, wanted in zip_longest(left, mask_rows(expected), fillvalue=""):
+        lines.append(f"{mine:{width}}  {wanted}{'' if mine == wanted else '  ←'}")
+    return "".join(f"\n            {line}" for line in lines)
+
+
+def is_mask(value: torch.Tensor) -> bool:
+    return value.dtype == torch.bool and value.ndim == 2 and value.numel() <= DRAWN_CELLS
+
+
+def mask_rows(mask: torch.Tensor) -> list[str]:
+    return ["".join("#" if cell else "." for cell in row) for row in mask.tolist()]
 
 
 def describe(value: Any) -> str:
-    """A short form for messages: tensors with shape, masks as rows of # and ., long things cut."""
-    if isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.ndim == 2 and value.numel() <= 400:
-        rows = "/".join("".join("#" if cell else "." for cell in row) for row in value.tolist())
-        return f"mask {tuple(value.shape)} {rows}"
-    if isinstance(value, torch.Tensor):
-        numbers = value.flatten()[:12].tolist()
-        listed = ", ".join(f"{number:.4g}" if isinstance(number, float) else str(number) for number in numbers)
-        return f"tensor {tuple(value.shape)} [{listed}{', …' if value.numel() > 12 else ''}]"
+    """A short form on one line: tensors with shape, small masks as rows of # and ., long things cut."""
+    if isinstance(value, np.generic):
+        return describe(value.item())
+    if isinstance(value, ARRAYS):
+        return describe_array("array" if isinstance(value, np.ndarray) else "tensor", torch.as_tensor(value))
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
-    text = repr(value)
+    if isinstance(value, list) and value and isinstance(value[0], (list, tuple)) and value[0]:
+        table = to_tensor(value) if isinstance(value[0][0], (bool, np.bool_)) else None
+        if table is not None and is_mask(table):
+            return describe_array("", table)
+    text = " ".join(repr(value).split("\n"))
     return text if len(text) <= 200 else text[:197] + "…"
+
+
+def describe_array(kind: str, value: torch.Tensor) -> str:
+    shape = tuple(value.shape)
+    if is_mask(value):
+        return f"mask {shape}" + (" " + "/".join(mask_rows(value)) if len(value) <= ROWS_IN_LINE else "")
+    numbers = value.flatten()[:12].tolist()
+    listed = ", ".join(f"{number:.4g}" if isinstance(number, float) else str(number) for number in numbers)
+    return f"{kind} {shape} [{listed}{', …' if value.numel() > 12 else ''}]"

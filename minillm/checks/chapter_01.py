@@ -1,6 +1,5 @@
 """The exercises of chapter 1: the loop, the times of a request, and how a token is chosen."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.checks.base import Case, describe, is_number, run_check
+from minillm.checks.base import Case, as_list, describe, realised, run_check, same_value
 from minillm.sampling import next_token_probabilities
 from minillm.sampling_params import SamplingParams
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
@@ -68,6 +67,7 @@ def greedy_cases() -> Iterable[Case]:
         case("last_plus_1", last_plus_1, [8], 5, (9,), [9], "The very first new token may already be an end token."),
         case("last_plus_1", last_plus_1, [1], 9, (7, 4), [2, 3, 4], "Any of the ids in eos_token_ids ends the output."),
         case("last_plus_1", last_plus_1, [9, 0], 3, (9,), [1, 2, 3], "An end token inside the prompt ends nothing."),
+        case("last_plus_1", last_plus_1, [3, 9], 3, (9,), [0, 1, 2], "An end token at the prompt's end ends nothing."),
         case("last_plus_1", last_plus_1, [5], 1, (), [6], "max_tokens counts new tokens, not the prompt."),
     ]
 
@@ -76,23 +76,17 @@ def observed(function: Callable) -> Callable[..., Answer]:
     """`function`, with an eye on how many passes it makes and on what happens to the prompt."""
 
     def call(next_logits: FakeModel, prompt: list[int], max_tokens: int, eos_token_ids: tuple) -> Answer:
-        given = list(prompt)
-        output = function(next_logits, given, max_tokens, eos_token_ids)
-        return Answer(output, next_logits.num_passes, None if given == prompt else given)
+        before = list(prompt)
+        output = realised(function(next_logits, prompt, max_tokens, eos_token_ids))
+        return Answer(output, next_logits.num_passes, None if prompt == before else prompt)
 
     return call
 
 
 def same_answer(got: Answer, expected: Answer) -> bool:
-    """The same ids in any container, from no more passes, and the prompt as it was."""
-    token_ids = plain(got.token_ids)
-    if not isinstance(token_ids, list) or not all(is_number(token_id) for token_id in token_ids):
-        return False
-    return (
-        [float(token_id) for token_id in token_ids] == expected.token_ids
-        and got.num_passes == expected.num_passes
-        and got.changed_prompt is None
-    )
+    """The same ids, from no more passes, and the prompt as it was."""
+    same_ids = same_value(got.token_ids, expected.token_ids)
+    return same_ids and got.num_passes == expected.num_passes and got.changed_prompt is None
 
 
 def show_answer(answer: Answer) -> str:
@@ -101,27 +95,37 @@ def show_answer(answer: Answer) -> str:
     return f"{describe(answer.token_ids)} in {passes}{prompt}"
 
 
-def plain(value: Any) -> Any:
-    """A tensor, a tuple or another sequence as a list; anything else unchanged."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
 # --- times ---
 
 
 def request_metrics(function: Callable) -> None:
     """Check `request_metrics(arrival_time, token_times)` against the metrics of a trace with the same times."""
-    run_check("request_metrics", function, (metrics_case(*each) for each in METRICS), same=about_equal)
+    run_check("request_metrics", function, (metrics_case(*each) for each in METRICS), advise=on_metrics)
 
 
+NO_GAP = "A single token has no gap: the mean ITL is then 0.0."
 METRICS = [
-    (0.0, [0.25, 0.375, 0.5], "TTFT runs from the arrival to the first token, E2E from the arrival to the last."),
-    (4.0, [4.5, 4.625, 4.75, 5.0], "TTFT and E2E are durations: subtract the arrival time."),
-    (1.0, [1.5, 1.5625, 2.5], "n tokens have n - 1 gaps; add up the gaps and divide by their number."),
-    (2.0, [2.75], "A single token has no gap: the mean ITL is then 0.0."),
+    (0.0, [0.25, 0.375, 0.5], "Return three numbers: (ttft, mean_itl, e2e)."),
+    (4.0, [4.5, 4.625, 4.75, 5.0], "Return three numbers: (ttft, mean_itl, e2e)."),
+    (1.0, [1.5, 1.5625, 2.5], "Return three numbers: (ttft, mean_itl, e2e)."),
+    (2.0, [2.75], NO_GAP),
 ]
+
+
+def on_metrics(got: Any, case: Case) -> str | None:
+    """Which of the three is wrong, and how."""
+    got, times = as_list(got), case.args[1]
+    if not isinstance(got, list) or len(got) != 3:
+        return "Return three numbers: (ttft, mean_itl, e2e)."
+    ttft, mean_itl, _ = (same_value(one, other) for one, other in zip(got, case.expected, strict=True))
+    if not ttft:
+        first = same_value(got[0], times[0])
+        return "TTFT is a duration: subtract the arrival time." if first else "TTFT ends with the first token."
+    if not mean_itl:
+        gaps = "Mean ITL: n tokens have n - 1 gaps; add up the gaps and divide by their number."
+        return gaps if len(times) > 1 else NO_GAP
+    last = same_value(got[2], times[-1])
+    return "E2E is a duration: subtract the arrival time." if last else "E2E ends with the last token."
 
 
 def metrics_case(arrival_time: float, token_times: list[float], hint: str) -> Case:
@@ -141,7 +145,7 @@ def total_milliseconds(function: Callable) -> None:
         (30, 7, 2, "Two tokens: the first from prefill, the second from one decode step."),
         (0.5, 0.25, 9, hint_one),
     ]
-    run_check("total_milliseconds", function, (total_case(*each) for each in cases), same=about_equal)
+    run_check("total_milliseconds", function, (total_case(*each) for each in cases))
 
 
 def total_case(ttft_ms: float, itl_ms: float, num_tokens: int, hint: str) -> Case:
@@ -157,14 +161,6 @@ def trace_of(arrival_time: float, token_times: Sequence[float]) -> Trace:
         part = ScheduledTokens("req", step, 1, "decode" if step else "prefill", num_sampled=1)
         trace.steps.append(StepEvent(step, start, end, (part,)))
     return trace
-
-
-def about_equal(got: Any, expected: Any) -> bool:
-    """Equal to four digits, which a calculation in float32 keeps; the container does not matter."""
-    if isinstance(expected, tuple):
-        got = plain(got)
-        return isinstance(got, list) and len(got) == len(expected) and all(map(about_equal, got, expected))
-    return is_number(got) and math.isclose(float(got), expected, rel_tol=1e-4, abs_tol=1e-6)
 
 
 # --- choosing ---
@@ -192,7 +188,7 @@ def temperature_case(logits: list[float], temperature: float, hint: str) -> Case
 
 
 def top_p_probabilities(function: Callable) -> None:
-    """Check `top_p_probabilities(probabilities, top_p)` against minillm's sampler."""
+    """Check `top_p_probabilities(probabilities, top_p)` on distributions that are summed up by hand."""
     smallest = "Keep the likeliest tokens until they reach top_p together: the one that crosses the line stays in."
     cases = [
         ([0.5, 0.3, 0.15, 0.05], 0.7, smallest),
@@ -200,11 +196,17 @@ def top_p_probabilities(function: Callable) -> None:
         ([0.4, 0.35, 0.25], 0.2, "The likeliest token always stays, even when it is above top_p alone."),
         ([0.1, 0.6, 0.3], 1.0, "top_p = 1 keeps everything."),
         ([0.25, 0.2, 0.45, 0.1], 0.6, "What stays must add up to 1 again."),
+        ([0.5, 0.25, 0.25], 0.5, "Reaching top_p exactly is enough: the first has 0.5 alone, and nobody else stays."),
+        ([0.125, 0.5, 0.125, 0.25], 0.75, "0.5 and 0.25 reach 0.75 exactly: what the likelier ones have, < top_p."),
     ]
     run_check("top_p_probabilities", function, (top_p_case(*each) for each in cases))
 
 
 def top_p_case(probabilities: list[float], top_p: float, hint: str) -> Case:
-    given = torch.tensor(probabilities)
-    params = SamplingParams(temperature=1.0, top_p=top_p)
-    return Case((given, top_p), next_token_probabilities(given.log(), params), hint)
+    kept, together = set(), 0.0
+    for place in sorted(range(len(probabilities)), key=lambda place: -probabilities[place]):
+        if together < top_p:
+            kept.add(place)
+            together += probabilities[place]
+    expected = [share / together if place in kept else 0.0 for place, share in enumerate(probabilities)]
+    return Case((torch.tensor(probabilities), top_p), torch.tensor(expected), hint)

@@ -1,13 +1,10 @@
 """Chapter 4, chunked prefill: how many chunks, which tokens, what each may see, and how large they may be."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
-from torch import Tensor
-
 from minillm import masks
-from minillm.checks.base import Case, run_check, same_value
+from minillm.checks.base import Case, is_number, nested, run_check, same_value
 
 
 def num_chunks(function: Callable) -> None:
@@ -21,24 +18,42 @@ def num_chunks(function: Callable) -> None:
         (100_000, 4096): "24 full chunks are 98,304 tokens; the other 1,696 need one more.",
     }
     cases = [Case((n, m), -(-n // m), hint) for (n, m), hint in hints.items()]
-    run_check("num_chunks", function, cases, same=_same_number)
+    run_check("num_chunks", function, cases)
 
 
 def chunk_ranges(function: Callable) -> None:
     """`chunk_ranges(n, m)` -> the chunks as [(start, end), ...], end exclusive."""
     hints = {
-        (
-            7,
-            4,
-        ): "The first chunk has the tokens 0..3, so (0, 4): `end` is the first token that no longer belongs to it.",
+        (7, 4): "Return pairs (start, end), the first of them (0, 4).",
         (8, 4): "8 tokens fill two chunks; there is no third, empty one.",
-        (3, 4): "A chunk must not reach beyond the prompt: its end is at most n.",
+        (3, 4): "A prompt that is shorter than a chunk is one chunk.",
         (1, 1): "One token, one chunk.",
         (5, 1): "Each token is a chunk of its own: (0, 1), (1, 2), ...",
         (1000, 384): "Only the last chunk may be shorter than m.",
     }
     cases = [Case((n, m), _ranges(n, m), hint) for (n, m), hint in hints.items()]
-    run_check("chunk_ranges", function, cases, same=_same_ranges)
+    run_check("chunk_ranges", function, cases, advise=_on_ranges)
+
+
+def _on_ranges(got: Any, case: Case) -> str | None:
+    """What is wrong with the pairs: the first of these that fits."""
+    n, pairs = case.args[0], nested(got)
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return "Return pairs (start, end) of whole numbers, one for each chunk."
+    starts, ends = ([pair[place] for pair in case.expected] for place in (0, 1))
+    if len(pairs) > len(ends):
+        return "That is a chunk too many, and none of them may be empty."
+    if len(pairs) < len(ends):
+        return "The chunks must hold all n tokens; the last one may be shorter than m."
+    got_starts, got_ends = ([pair[place] for pair in pairs] for place in (0, 1))
+    if not same_value(got_starts, starts):
+        return "The chunks start at 0, m, 2 m, ..."
+    if same_value(got_ends, [end - 1 for end in ends]):
+        return "`end` is the first token that no longer belongs to the chunk, as in a slice; this is the last one."
+    if same_value(got_ends, [end - start for start, end in case.expected]):
+        return "This is start and length. Give start and end."
+    beyond = is_number(got_ends[-1]) and got_ends[-1] > n
+    return "A chunk must not reach beyond the prompt: its end is at most n." if beyond else None
 
 
 def chunk_mask(function: Callable) -> None:
@@ -52,7 +67,7 @@ def chunk_mask(function: Callable) -> None:
         (5, 12): "Row r belongs to token start + r and is True in the columns 0..start + r.",
     }
     cases = [Case((start, end), masks.causal(end)[start:], hint) for (start, end), hint in hints.items()]
-    run_check("chunk_mask", function, cases, same=_same_mask)
+    run_check("chunk_mask", function, cases)
 
 
 def chunk_for_memory(function: Callable) -> None:
@@ -68,7 +83,7 @@ def chunk_for_memory(function: Callable) -> None:
         (2**34 - 1, 1): "One byte less than 2 to the power of 34.",
     }
     cases = [Case(args, _largest_power(*args), hint) for args, hint in hints.items()]
-    run_check("chunk_for_memory", function, cases, same=_same_number)
+    run_check("chunk_for_memory", function, cases)
 
 
 def _ranges(n: int, m: int) -> list[tuple[int, int]]:
@@ -78,22 +93,3 @@ def _ranges(n: int, m: int) -> list[tuple[int, int]]:
 def _largest_power(free_bytes: int, bytes_per_token: int) -> int:
     tokens = free_bytes // bytes_per_token
     return 1 << (tokens.bit_length() - 1) if tokens else 0
-
-
-def _same_number(got: Any, expected: int) -> bool:
-    """Whole numbers exactly, numpy's and tensors' too; a float only if it is the same number."""
-    if isinstance(got, Tensor):
-        got = got.item() if got.numel() == 1 else None
-    if isinstance(got, bool):
-        return False
-    return int(got) == expected if isinstance(got, Integral) else isinstance(got, float) and got == expected
-
-
-def _same_ranges(got: Any, expected: list[tuple[int, int]]) -> bool:
-    """Pairs as tuples or lists, in a list or tuple, or an array: the chapter unpacks them."""
-    return same_value(got.tolist() if hasattr(got, "tolist") else got, expected)
-
-
-def _same_mask(got: Any, expected: Tensor) -> bool:
-    """A tensor, for the chapter goes on to use it as one."""
-    return isinstance(got, Tensor) and same_value(got, expected)

@@ -1,10 +1,11 @@
 """Chapter 5, static and dynamic batching: rectangles, pads, the masks of padded rows, and what all of it wastes."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from minillm import masks
-from minillm.checks.base import Case, describe, run_check, same_value
+from minillm.checks.base import Case, as_list, describe, nested, realised, run_check, same_value
 
 
 def padding(function: Callable) -> None:
@@ -28,15 +29,16 @@ def padding(function: Callable) -> None:
 class Padded(NamedTuple):
     """What `left_pad` returns, as nested lists; a position of None is a pad's, which may be anything."""
 
-    rectangle: list[list[int]]
-    positions: list[list[int | None]]
+    rectangle: Any  # [B][L]
+    positions: Any  # [B][L]
+    changed_prompts: list[list[int]] | None = None  # what became of the prompts, if the call changed them
 
 
 def left_pad(function: Callable) -> None:
     """`left_pad(prompts, pad_id)` -> (rectangle, positions), both [B, L]; the positions of pads are not looked at."""
     inputs = {
-        "Pads go in front, so that every row ends with its newest token.": ([[5, 6], [7, 8, 9, 10]], 0),
-        "A row's own tokens have the positions 0, 1, 2, ...; its pads are not counted.": ([[5, 6, 7], [8]], 0),
+        "Every row is as long as the longest prompt.": ([[5, 6], [7, 8, 9, 10]], 0),
+        "A row may have one token and the rest pads.": ([[5, 6, 7], [8]], 0),
         "The pads must be the pad_id that was given.": ([[5], [6, 7]], 99),
         "A prompt may contain the pad_id as a token: count positions from its length, not from the ids.": (
             ([[0, 5, 0], [6, 7, 8, 9, 4]]),
@@ -46,7 +48,7 @@ def left_pad(function: Callable) -> None:
         "One prompt is its own rectangle: still [1, L].": ([[5, 6, 7]], 0),
     }
     cases = [Case((prompts, pad_id), _padded(prompts, pad_id), hint) for hint, (prompts, pad_id) in inputs.items()]
-    run_check("left_pad", _on_copies(function), cases, same=_same_padded, show=_show_padded)
+    run_check("left_pad", _observed(function), cases, same=_same_padded, show=_show_padded, advise=_on_padded)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad_id: int) -> Padded:
@@ -57,46 +59,67 @@ def _padded(prompts: Sequence[Sequence[int]], pad_id: int) -> Padded:
     )
 
 
-def _on_copies(function: Callable) -> Callable:
-    """The reader's function on lists of its own, so that one that writes into them spoils no message."""
+def _observed(function: Callable) -> Callable:
+    """The reader's function, with an eye on what happens to the prompts. What is no pair is returned as it is."""
 
-    def on_copies(prompts: list[list[int]], pad_id: int) -> Any:
-        return function([list(prompt) for prompt in prompts], pad_id)
+    def observed(prompts: list[list[int]], pad_id: int) -> Any:
+        before = copy.deepcopy(prompts)
+        answer = as_list(realised(function(prompts, pad_id)))
+        if not isinstance(answer, list) or len(answer) != 2:
+            return answer
+        return Padded(*map(nested, answer), None if prompts == before else prompts)
 
-    return on_copies
+    return observed
 
 
 def _same_padded(got: Any, expected: Padded) -> bool:
-    if not isinstance(got, (tuple, list)) or len(got) != 2:
+    if not isinstance(got, Padded) or got.changed_prompts is not None:
         return False
-    rectangle, positions = map(_nested, got)
-    if not same_value(rectangle, expected.rectangle) or not isinstance(positions, list):
-        return False
-    if [len(row) if isinstance(row, list) else None for row in positions] != [len(r) for r in expected.positions]:
-        return False
-    looked_at = [
-        [None if wanted is None else place for place, wanted in zip(*rows, strict=True)]
-        for rows in zip(positions, expected.positions, strict=True)
-    ]
-    return same_value(looked_at, expected.positions)
+    return same_value(got.rectangle, expected.rectangle) and _same_positions(got.positions, expected.positions)
 
 
-def _nested(value: Any) -> Any:
-    """Tensors, arrays and tuples as nested lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return [_nested(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _same_positions(got: Any, expected: list[list[int | None]]) -> bool:
+    """In the places of tokens; pads may have any number."""
+    if not isinstance(got, list) or len(got) != len(expected):
+        return False
+    return all(map(_same_row, got, expected))
+
+
+def _same_row(got: Any, expected: list[int | None]) -> bool:
+    if not isinstance(got, list) or len(got) != len(expected):
+        return False
+    return all(wanted is None or same_value(place, wanted) for place, wanted in zip(got, expected, strict=True))
+
+
+def _on_padded(got: Any, case: Case) -> str | None:
+    """Which of the two is wrong, and how."""
+    if not isinstance(got, Padded):
+        return "Return two things: the rectangle of ids, and the positions."
+    prompts, pad_id = case.args
+    length = max(map(len, prompts))
+    if not same_value(got.rectangle, case.expected.rectangle):
+        behind = [list(prompt) + [pad_id] * (length - len(prompt)) for prompt in prompts]
+        right = same_value(got.rectangle, behind)
+        return "Pads go in front, so that every row ends with its newest token; these are behind." if right else None
+    if got.changed_prompts is not None:
+        return "The caller goes on using its lists: make new rows, and leave the prompts as they are."
+    if same_value(got.positions, [list(range(length)) for _ in prompts]):
+        return "The rectangle is right; the positions count the pads. A row's own tokens have 0, 1, 2, ..."
+    if any(pad_id in prompt for prompt in prompts):
+        return None
+    return "The rectangle is right, the positions are not: a row's own tokens have 0, 1, 2, ..."
 
 
 def _show_padded(answer: Any) -> str:
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+    if not isinstance(answer, Padded):
         return describe(answer)
-    return f"rectangle {_rows(answer[0])}, positions {_rows(answer[1])}"
+    changed = "" if answer.changed_prompts is None else f"; and the prompts are now {describe(answer.changed_prompts)}"
+    return f"rectangle {_rows(answer.rectangle)}, positions {_rows(answer.positions)}{changed}"
 
 
 def _rows(value: Any) -> str:
     """Rows in brackets; `-` stands for a pad's position, which may be anything."""
-    return describe(_nested(value)).replace("None", "-")
+    return describe(value).replace("None", "-")
 
 
 # masks and counts ----------------------------------------------------------------------------------

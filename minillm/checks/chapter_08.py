@@ -3,10 +3,20 @@
 import pickle
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
-from numbers import Integral
 from typing import Any, NamedTuple
 
-from minillm.checks.base import Case, CheckFailed, call, describe, failure, run_check
+from minillm.checks.base import (
+    Case,
+    CheckFailed,
+    as_list,
+    call,
+    describe,
+    failure,
+    is_number,
+    realised,
+    run_check,
+    same_value,
+)
 from minillm.engine import block_manager
 
 Block = tuple[int, ...]  # the tokens of a full block
@@ -21,16 +31,11 @@ def blocks_needed(function: Callable) -> None:
         (1, 16): "A single token takes a whole block.",
         (0, 16): "No tokens, no blocks.",
         (5, 1): "In blocks of one slot every token has its own.",
-        (2**53 + 1, 2): "Divide whole numbers with //, not with /: floats are not exact when numbers are large.",
+        (100_000, 16): "100,000 is 6,250 times 16: exactly so many blocks.",
+        (100_001, 16): "One token more than 6,250 blocks hold takes another one.",
     }
     cases = [Case(args, block_manager.blocks_needed(*args), hint) for args, hint in hints.items()]
-    run_check("blocks_needed", function, cases, same=_same_whole)
-
-
-def _same_whole(got: Any, expected: int) -> bool:
-    """A whole number of any type; 2.0 is one too."""
-    is_whole = isinstance(got, Integral) and not isinstance(got, bool)
-    return (is_whole or (isinstance(got, float) and got.is_integer())) and int(got) == expected
+    run_check("blocks_needed", function, cases)
 
 
 # --- allocate --------------------------------------------------------------------------------------------------------
@@ -68,7 +73,7 @@ def allocate(function: Callable) -> None:
         _allocation([5], [7], 12, 4, "Too few: return None, and leave table and free as they were. So count first."),
         _allocation([9, 4], [1], 3, 4, "More blocks than needed is no harm: return the table as it is."),
     ]
-    run_check("allocate", _on_copies(function), cases, same=_same_allocation, show=_show_allocation)
+    run_check("allocate", _observed(function), cases, same=_same_allocation, show=_show_allocation)
 
 
 def _allocation(table: list[int], free: list[int], num_tokens: int, block_size: int, hint: str) -> Case:
@@ -77,25 +82,26 @@ def _allocation(table: list[int], free: list[int], num_tokens: int, block_size: 
     return Case((table, free, num_tokens, block_size), wanted, hint)
 
 
-def _on_copies(function: Callable) -> Callable:
-    """The reader's function on copies of the lists. A None that cannot be meant stays one, for the hint it gets."""
+def _observed(function: Callable) -> Callable:
+    """The reader's function, and what became of the lists. A None that cannot be meant stays one, for its hint."""
 
-    def on_copies(table: list[int], free: list[int], num_tokens: int, block_size: int) -> Allocated | None:
-        given = Allocated(None, list(table), list(free))
-        returned = function(given.table, given.free, num_tokens, block_size)
+    def observed(table: list[int], free: list[int], num_tokens: int, block_size: int) -> Allocated | None:
         scarce = block_manager.blocks_needed(num_tokens, block_size) - len(table) >= len(free)
-        return None if returned is None and not scarce else given._replace(returned=returned)
+        returned = realised(function(table, free, num_tokens, block_size))
+        return None if returned is None and not scarce else Allocated(as_list(returned), table, free)
 
-    return on_copies
+    return observed
 
 
 def _same_allocation(got: Allocated, wanted: Wanted) -> bool:
     if wanted.num_blocks is None:
         return got.returned is None and got.table == wanted.table and sorted(got.free) == sorted(wanted.free)
-    if not isinstance(got.returned, (list, tuple)) or len(got.returned) != wanted.num_blocks:
+    if not isinstance(got.returned, list) or len(got.returned) != wanted.num_blocks:
         return False
-    held, new = list(got.returned[: len(wanted.table)]), list(got.returned[len(wanted.table) :])
-    return held == wanted.table and sorted([*new, *got.free]) == sorted(wanted.free)
+    held, new = got.returned[: len(wanted.table)], got.returned[len(wanted.table) :]
+    if not same_value(held, wanted.table) or not all(map(is_number, new)):
+        return False
+    return sorted([*new, *got.free]) == sorted(wanted.free)
 
 
 def _show_allocation(outcome: Allocated | Wanted) -> str:
@@ -111,6 +117,7 @@ def _show_allocation(outcome: Allocated | Wanted) -> str:
 
 FIRST = ((1, 2), (3, 4))  # two blocks
 MOST_BYTES = 256  # of a key, pickled, however long its prefix
+MANY = 4096  # keys; of two bytes some would be the same
 
 
 class Pair(NamedTuple):
@@ -145,7 +152,8 @@ def prefix_hash(function: Callable) -> None:
     for pair in pairs:
         _check_pair(function, pair)
     _check_growth(function)
-    print(f"✓ prefix_hash: {len(pairs) + 1} cases")
+    _check_distinct(function)
+    print(f"✓ prefix_hash: {len(pairs) + 2} cases")
 
 
 def _last_key(function: Callable, chain: Sequence[Block]) -> Hashable:
@@ -162,7 +170,7 @@ def _check_pair(function: Callable, pair: Pair) -> None:
     for key, chain in zip(keys, (pair.one, pair.other), strict=True):
         if not isinstance(key, Hashable):
             case = _key_case("…" if len(chain) > 1 else None, chain[-1])
-            raise CheckFailed(failure("prefix_hash", case, f"got       {describe(key)}", str))
+            raise CheckFailed(failure("prefix_hash", case, f"got       {describe(key)}", case.expected))
     if (keys[0] == keys[1]) != pair.same:
         names = {True: "the same key", False: "two different keys"}
         _refuse(f"the last blocks of {_chain(pair.one)} and {_chain(pair.other)}", names[not pair.same], pair)
@@ -176,6 +184,16 @@ def _check_growth(function: Callable) -> None:
             (), (), False, "Hash what you have got: hashlib.sha256(…).digest() is 32 bytes, however long the text."
         )
         _refuse("the hundredth block of a text", f"a key of {size:,} bytes", pair, "a key as short as the first one's")
+
+
+def _check_distinct(function: Callable) -> None:
+    """Thousands of first blocks, and the same block behind each of them: as many keys."""
+    firsts = [_last_key(function, [(number, 7)]) for number in range(MANY)]
+    seconds = [call("prefix_hash", function, _key_case(first, (1, 2)), describe) for first in firsts]
+    for what, keys in (("different blocks", firsts), ("the same block behind different ones", seconds)):
+        if len(set(keys)) < MANY:
+            pair = Pair((), (), False, "A key of one or two bytes, or digits, is soon used up: keep the whole digest.")
+            _refuse(f"{MANY:,} times, {what}", f"{len(set(keys)):,} different keys", pair, f"{MANY:,} different keys")
 
 
 def _refuse(what: str, got: str, pair: Pair, expected: str | None = None) -> None:
@@ -208,7 +226,7 @@ def eviction_order(function: Callable) -> None:
     for (releases, held), hint in hints.items():
         args = [list(table) for table in releases], set(held)
         cases.append(Case(args, _eviction_order(*args), hint))
-    run_check("eviction_order", _fresh_arguments(function), cases, same=_same_order)
+    run_check("eviction_order", function, cases)
 
 
 def _eviction_order(releases: Sequence[Sequence[int]], held: set[int]) -> list[int]:
@@ -218,12 +236,3 @@ def _eviction_order(releases: Sequence[Sequence[int]], held: set[int]) -> list[i
             order.pop(block, None)  # what is given back again goes to the end
             order[block] = None
     return [block for block in order if block not in held]
-
-
-def _fresh_arguments(function: Callable) -> Callable:
-    """A solution may use up the lists it is given."""
-    return lambda releases, held: function([list(table) for table in releases], set(held))
-
-
-def _same_order(got: Any, expected: list[int]) -> bool:
-    return isinstance(got, (list, tuple)) and list(got) == expected

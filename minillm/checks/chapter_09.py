@@ -3,13 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from minillm import costs, shapes
-from minillm.checks.base import Case, CheckFailed, call, describe, failure, is_number, run_check
+from minillm.checks.base import Case, CheckFailed, call, describe, failure, is_number, number_of, run_check
 from minillm.kv_cache import kv_bytes_per_token
 
 # --- decode_step_seconds ---------------------------------------------------------------------------------------------
@@ -51,7 +48,7 @@ def _step(shape: str, card: str, contexts: list[int], hint: str) -> Case:
 
 
 def _with_shapes(function: Callable) -> Callable:
-    return lambda shape, card, contexts: function(getattr(shapes, shape), getattr(shapes, card), list(contexts))
+    return lambda shape, card, contexts: function(getattr(shapes, shape), getattr(shapes, card), contexts)
 
 
 def _on_seconds(got: Any, case: Case) -> str | None:
@@ -83,7 +80,7 @@ def compute_bound_batch(function: Callable) -> None:
         _crossing("A100_80GB", 4, "Weights of four bytes take twice as long to read."),
         _crossing(EVEN, 2, "It divides without a rest: at that batch the times are equal, and no more is needed."),
     ]
-    run_check("compute_bound_batch", _with_card(function), cases, same=_same_whole, advise=_on_batch)
+    run_check("compute_bound_batch", _with_card(function), cases, advise=_on_batch)
 
 
 EVEN = "Card('a card of round numbers', memory_bytes=80_000_000_000, bandwidth=2e12, flops=400e12)"
@@ -107,12 +104,6 @@ def _on_batch(got: Any, case: Case) -> str | None:
     """A number that would be right if it were rounded up."""
     short = is_number(got) and case.expected - 1 <= float(got) < case.expected
     return "A batch is a whole number, and just before the crossing is too few: round up." if short else None
-
-
-def _same_whole(got: Any, expected: int) -> bool:
-    """A whole number of any type; 2.0 is one too."""
-    is_whole = isinstance(got, Integral) and not isinstance(got, bool)
-    return (is_whole or (isinstance(got, float) and got.is_integer())) and int(got) == expected
 
 
 # --- key_number ------------------------------------------------------------------------------------------------------
@@ -163,7 +154,7 @@ def _check_reads(function: Callable, head: int, num_heads: int) -> None:
             _check_number(function, load, thread, head, num_heads)
     reads = reads_of(function, head, num_heads)
     numbers = [number for load in reads.first for number in _numbers(load)]
-    wanted = {number_of(key, head, num_heads) + i for key in range(NUM_KEYS) for i in range(HEAD_SIZE)}
+    wanted = {first_number(key, head, num_heads) + i for key in range(NUM_KEYS) for i in range(HEAD_SIZE)}
     case = _all_loads(head, num_heads, "every number of the head's keys once")
     if foreign := sorted(set(numbers) - wanted):
         owner = foreign[0] // HEAD_SIZE % num_heads
@@ -184,16 +175,16 @@ def _check_number(function: Callable, load: int, thread: int, head: int, num_hea
     most = NUM_KEYS * num_heads * HEAD_SIZE - VECTOR
     case = Case((load, thread, head, num_heads), f"a multiple of 8 from 0 to {most}", "")
     got = call("key_number", function, case, str)
-    whole = isinstance(got, Integral) or (isinstance(got, Tensor) and got.numel() == 1 and not got.is_floating_point())
-    if not whole or isinstance(got, bool):
+    number = number_of(got)
+    if number is None or number % 1:
         _refuse(case, describe(got), "Give a whole number: `//` divides without a rest.")
-    if not 0 <= int(got) <= most:
+    if not 0 <= number <= most:
         _refuse(case, describe(got), "Is it in bytes? Count in numbers (2 bytes each) from the block's first.")
-    if int(got) % VECTOR:
+    if number % VECTOR:
         _refuse(case, describe(got), "A load of 8 numbers, 16 bytes, must begin at a multiple of 16 bytes.")
 
 
-def number_of(key: int, head: int, num_heads: int) -> int:
+def first_number(key: int, head: int, num_heads: int) -> int:
     """Where a head's 64 numbers of a key begin in the block."""
     return (key * num_heads + head) * HEAD_SIZE
 
@@ -203,4 +194,4 @@ def _all_loads(head: int, num_heads: int, expected: str) -> Case:
 
 
 def _refuse(case: Case, got: str, hint: str) -> None:
-    raise CheckFailed(failure("key_number", replace(case, hint=hint), f"got       {got}", str))
+    raise CheckFailed(failure("key_number", replace(case, hint=hint), f"got       {got}", case.expected))

@@ -1,6 +1,8 @@
 """The reader's guess and the measured answer, on one line."""
 
-from minillm.checks.base import NotWrittenYet
+import math
+
+from minillm.checks.base import CheckFailed, NotWrittenYet, describe, number_of
 
 
 def prediction(question: str, guess: float | None, measured: float, unit: str = "", *, found: str = "measured") -> None:
@@ -8,10 +10,15 @@ def prediction(question: str, guess: float | None, measured: float, unit: str = 
 
     `found` says how the answer was found: a number can be measured, counted or computed.
 
-    Raises NotWrittenYet while the guess is still None: look only after you have guessed.
+    Raises NotWrittenYet while the guess is still None (look only after you have guessed), and CheckFailed for a guess
+    that is no number.
     """
     if guess is None:
         raise NotWrittenYet(f"✗ {question}: write your guess first, then run this cell.")
+    number = number_of(guess)
+    if number is None or math.isnan(number):
+        raise CheckFailed(f"✗ {question}: your guess is {describe(guess)}; write it as a number, such as 57 or 0.5.")
+    guess, measured = number, number_of(measured)
     unit = unit and f" {unit}"
     print(f"{question}: you guessed {_number(guess)}{unit}, {found} {_number(measured)}{unit}")
     print(f"→ {_verdict(guess, measured)}")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from minillm.checks.chapter_09 import HEAD_SIZE, NUM_THREADS, NUMBER_BYTES, VECTOR, number_of, reads_of
+from minillm.checks.chapter_09 import HEAD_SIZE, NUM_THREADS, NUMBER_BYTES, VECTOR, first_number, reads_of
 from minillm.viz import MaskGrid, Panels, PictureError, WarpAccess, side_by_side, stacked
 
 
@@ -56,4 +56,4 @@ def _warp(function: Callable, head: int, num_heads: int, title: str) -> WarpAcce
 
 def _in_order(load: int, thread: int, head: int, num_heads: int) -> int:
     key, eighth = divmod(NUM_THREADS * load + thread, HEAD_SIZE // VECTOR)
-    return number_of(key, head, num_heads) + eighth * VECTOR
+    return first_number(key, head, num_heads) + eighth * VECTOR

@@ -1,0 +1,742 @@
+"""Every check takes unusual right answers, in any number type and container, and refuses plausible wrong ones.
+
+The tests of each chapter ask for the messages; here each exercise is asked the same two questions: is only the answer
+judged, and all of it? Right answers here use up, sort or scale what they are given, or come as generators, numpy's
+numbers, Fractions. Wrong ones are one slip away from the right one.
+"""
+
+import hashlib
+import math
+import zlib
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from check_answers import message, passes
+from minillm import checks, costs, masks
+from minillm.kv_cache import kv_bytes_per_token
+
+RIGHT, WRONG = [], []
+
+
+def right(check):
+    """Register an unusual right answer of a check."""
+    return lambda function: RIGHT.append((check, function)) or function
+
+
+def wrong(check):
+    """Register a plausible wrong answer of a check."""
+    return lambda function: WRONG.append((check, function)) or function
+
+
+def each(registered):
+    ids = [f"{check.__name__}-{function.__name__}" for check, function in registered]
+    return pytest.mark.parametrize(("check", "answer"), registered, ids=ids)
+
+
+# chapter 1 ----------------------------------------------------------------------------------------
+
+
+@right(checks.greedy_generate)
+def as_a_generator(next_logits, prompt, max_tokens, eos_token_ids):
+    token_ids = list(prompt)
+    for _ in range(max_tokens):
+        token_ids.append(int(next_logits(token_ids).argmax()))
+        yield token_ids[-1]
+        if token_ids[-1] in eos_token_ids:
+            return
+
+
+@right(checks.greedy_generate)
+def as_an_array(*args):
+    return np.array(list(as_a_generator(*args)))
+
+
+@wrong(checks.greedy_generate)
+def looks_at_the_prompts_last_token(next_logits, prompt, max_tokens, eos_token_ids):
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + max_tokens and token_ids[-1] not in eos_token_ids:
+        token_ids.append(int(next_logits(token_ids).argmax()))
+    return token_ids[len(prompt) :]
+
+
+@wrong(checks.greedy_generate)
+def limit_of_all_tokens(next_logits, prompt, max_tokens, eos_token_ids):
+    return list(as_a_generator(next_logits, prompt, max_tokens - len(prompt) + 1, eos_token_ids))
+
+
+@right(checks.request_metrics)
+def pops_the_times(arrival_time, token_times):
+    last = token_times.pop()
+    first = token_times.pop(0) if token_times else last
+    gaps = len(token_times) + 1 if last > first else 0
+    return first - arrival_time, (last - first) / gaps if gaps else 0.0, last - arrival_time
+
+
+@right(checks.request_metrics)
+def in_fractions(arrival_time, token_times):
+    times = [Fraction(time) - Fraction(arrival_time) for time in token_times]
+    yield times[0]
+    yield (times[-1] - times[0]) / max(1, len(times) - 1)
+    yield np.float32(times[-1])
+
+
+@wrong(checks.request_metrics)
+def longest_gap(arrival_time, token_times):
+    gaps = np.diff(token_times)
+    return token_times[0] - arrival_time, gaps.max() if len(gaps) else 0.0, token_times[-1] - arrival_time
+
+
+@wrong(checks.request_metrics)
+def end_to_end_from_the_first_token(arrival_time, token_times):
+    mean = np.diff(token_times).mean() if len(token_times) > 1 else 0.0
+    return token_times[0] - arrival_time, mean, token_times[-1] - token_times[0]
+
+
+@right(checks.total_milliseconds)
+def in_seconds_and_back(ttft_ms, itl_ms, num_tokens):
+    return np.float64(1000 * (ttft_ms / 1000 + (num_tokens - 1) * (itl_ms / 1000)))
+
+
+@right(checks.total_milliseconds)
+def as_decimal(ttft_ms, itl_ms, num_tokens):
+    return Decimal(ttft_ms) + (num_tokens - 1) * Decimal(itl_ms)
+
+
+@wrong(checks.total_milliseconds)
+def two_tokens_from_prefill(ttft_ms, itl_ms, num_tokens):
+    return ttft_ms + (num_tokens - 2) * itl_ms
+
+
+@right(checks.temperature_probabilities)
+def scaled_in_place(logits, temperature):
+    if temperature == 0:
+        best = logits.argmax()
+        logits.zero_()[best] = 1
+        return logits
+    logits /= temperature
+    return logits.softmax(-1)
+
+
+@right(checks.temperature_probabilities)
+def temperature_in_numpy(logits, temperature):
+    logits = logits.numpy().astype(np.float64)
+    if temperature == 0:
+        return (logits == logits.max()).astype(float)
+    powers = np.exp((logits - logits.max()) / temperature)
+    return powers / powers.sum()
+
+
+@wrong(checks.temperature_probabilities)
+def powers_not_summed(logits, temperature):
+    return logits.softmax(-1) ** (1 / max(temperature, 1e-9))
+
+
+@right(checks.top_p_probabilities)
+def zeroed_in_place(probabilities, top_p):
+    ordered, places = probabilities.sort(descending=True)
+    probabilities[places[ordered.cumsum(-1) - ordered >= top_p]] = 0.0
+    return probabilities / probabilities.sum()
+
+
+@right(checks.top_p_probabilities)
+def as_a_tuple_of_numpys_numbers(probabilities, top_p):
+    return tuple(zeroed_in_place(probabilities, top_p).numpy())
+
+
+@wrong(checks.top_p_probabilities)
+def one_more_when_met_exactly(probabilities, top_p):
+    ordered, places = probabilities.sort(descending=True)
+    probabilities[places[ordered.cumsum(-1) - ordered > top_p]] = 0.0
+    return probabilities / probabilities.sum()
+
+
+@wrong(checks.top_p_probabilities)
+def at_least_two(probabilities, top_p):
+    ordered, places = probabilities.sort(descending=True)
+    gone = ordered.cumsum(-1) - ordered >= top_p
+    gone[:2] = False
+    probabilities[places[gone]] = 0.0
+    return probabilities / probabilities.sum()
+
+
+# chapter 2 ----------------------------------------------------------------------------------------
+
+
+@right(checks.causal_mask)
+def numpys_triangle(n):
+    return np.tri(n, dtype=bool)
+
+
+@right(checks.causal_mask)
+def rows_in_tuples_of_numpys_bools(n):
+    return tuple(tuple(np.bool_(column <= row) for column in range(n)) for row in range(n))
+
+
+@wrong(checks.causal_mask)
+def of_bytes(n):
+    return torch.ones(n, n, dtype=torch.uint8).tril()
+
+
+@right(checks.visible_tokens)
+def one_after_the_other(mask, row):
+    yield from (column for column, may_look in enumerate(mask[row]) if may_look)
+
+
+@right(checks.visible_tokens)
+def flat_nonzero(mask, row):
+    mask[:row] = False
+    return np.flatnonzero(mask[row].numpy())
+
+
+@wrong(checks.visible_tokens)
+def from_the_right(mask, row):
+    return mask[row].nonzero().flatten().tolist()[::-1]
+
+
+@wrong(checks.visible_tokens)
+def in_a_set(mask, row):
+    return set(mask[row].nonzero().flatten().tolist())
+
+
+@right(checks.attention)
+def attention_in_place(q, k, v, mask):
+    q /= math.sqrt(q.shape[1])
+    scores = (q @ k.T).masked_fill_(~mask, -math.inf)
+    return scores.softmax(-1).nan_to_num_(0.0) @ v
+
+
+@right(checks.attention)
+def attention_in_numpy(q, k, v, mask):
+    q, k, v, mask = (x.numpy() for x in (q, k, v, mask))
+    scores = np.where(mask, q @ k.T / math.sqrt(q.shape[1]), -1e30)
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * mask
+    return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30) @ v
+
+
+@wrong(checks.attention)
+def scaled_by_the_number_of_keys(q, k, v, mask):
+    scores = (q @ k.T / math.sqrt(len(k))).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
+@wrong(checks.attention)
+def masked_after_the_softmax(q, k, v, mask):
+    return ((q @ k.T / math.sqrt(q.shape[1])).softmax(-1) * mask) @ v
+
+
+@right(checks.window_mask)
+def window_in_numpy(n, window):
+    return np.tri(n, dtype=bool) & ~np.tri(n, k=-window, dtype=bool)
+
+
+@wrong(checks.window_mask)
+def window_beside_itself(n, window):
+    return masks.causal(n) & ~masks.causal(n).tril(-window - 1)
+
+
+@right(checks.attention_share)
+def share_as_a_fraction(n, d):
+    return Fraction(n, 6 * d)
+
+
+@wrong(checks.attention_share)
+def share_in_percent(n, d):
+    return 100 * n / (6 * d)
+
+
+# chapter 3 ----------------------------------------------------------------------------------------
+
+
+@right(checks.cache_append)
+def append_and_clear_the_new(keys, values, length, k, v):
+    end = np.int64(length + len(k))
+    if end > len(keys):
+        raise IndexError("full")
+    keys[length:end], values[length:end] = k, v
+    k.zero_(), v.zero_()
+    return end
+
+
+@wrong(checks.cache_append)
+def append_behind_the_capacity(keys, values, length, k, v):
+    end = append_and_clear_the_new(keys, values, length, k, v)
+    return min(end + 1, len(keys))
+
+
+@right(checks.naive_over_cached)
+def ratio_as_decimal(n):
+    return Decimal(2 * n + 1) / 3
+
+
+@wrong(checks.naive_over_cached)
+def ratio_for_large_n(n):
+    return 2 * n / 3
+
+
+@right(checks.kv_bytes)
+def bytes_as_a_float(num_layers, num_kv_heads, head_dim, dtype_bytes):
+    return np.prod([2.0, num_layers, num_kv_heads, head_dim, dtype_bytes])
+
+
+@wrong(checks.kv_bytes)
+def of_one_layer(num_layers, num_kv_heads, head_dim, dtype_bytes):
+    return 2 * num_kv_heads * head_dim * dtype_bytes
+
+
+@right(checks.cache_mebibytes)
+def mebibytes_in_float32(num_requests, tokens_each, bytes_per_token):
+    return np.float32(num_requests) * tokens_each * bytes_per_token / 2**20
+
+
+@wrong(checks.cache_mebibytes)
+def in_gibibytes(num_requests, tokens_each, bytes_per_token):
+    return num_requests * tokens_each * bytes_per_token / 2**30
+
+
+@right(checks.requests_that_fit)
+def fit_as_a_whole_float(card_bytes, weight_bytes, bytes_per_token, tokens_each):
+    return max(0.0, math.floor((card_bytes - weight_bytes) / (bytes_per_token * tokens_each)) * 1.0)
+
+
+@wrong(checks.requests_that_fit)
+def fit_without_room_for_one_more(card_bytes, weight_bytes, bytes_per_token, tokens_each):
+    return max(0, (card_bytes - weight_bytes - 1) // (bytes_per_token * tokens_each))
+
+
+# chapter 4 ----------------------------------------------------------------------------------------
+
+
+@right(checks.num_chunks)
+def chunks_as_a_fraction(n, m):
+    return Fraction(-(-n // m))
+
+
+@right(checks.num_chunks)
+def chunks_in_a_tensor(n, m):
+    return torch.arange(0, n, m).count_nonzero().reshape(1) + 1
+
+
+@wrong(checks.num_chunks)
+def chunks_down_to_one(n, m):
+    return max(1, n // m)
+
+
+@right(checks.chunk_ranges)
+def ranges_as_they_come(n, m):
+    for start in range(0, n, m):
+        yield start, min(start + m, n)
+
+
+@right(checks.chunk_ranges)
+def ranges_zipped(n, m):
+    starts = np.arange(0, n, m)
+    return zip(starts, np.minimum(starts + m, n), strict=True)
+
+
+@wrong(checks.chunk_ranges)
+def ranges_from_the_end(n, m):
+    return list(ranges_as_they_come(n, m))[::-1]
+
+
+@right(checks.chunk_mask)
+def chunk_rows_in_lists(start, end):
+    return [[column <= row for column in range(end)] for row in range(start, end)]
+
+
+@right(checks.chunk_mask)
+def chunk_in_numpy(start, end):
+    return np.tri(end, dtype=bool)[start:]
+
+
+@wrong(checks.chunk_mask)
+def chunk_not_itself(start, end):
+    return torch.arange(end) < torch.arange(start, end)[:, None]
+
+
+@right(checks.chunk_for_memory)
+def chunk_as_a_float(free_bytes, bytes_per_token):
+    tokens = free_bytes // bytes_per_token
+    return 2.0 ** (tokens.bit_length() - 1) if tokens else 0.0
+
+
+@wrong(checks.chunk_for_memory)
+def chunk_nearest(free_bytes, bytes_per_token):
+    return 2 ** round(math.log2(free_bytes / bytes_per_token)) if free_bytes >= bytes_per_token else 0
+
+
+# chapter 5 ----------------------------------------------------------------------------------------
+
+
+@right(checks.padding)
+def padding_after_a_sort(lengths):
+    lengths.sort()
+    longest = lengths.pop()
+    return sum((Fraction(longest - length) for length in lengths), Fraction())
+
+
+@wrong(checks.padding)
+def padding_per_row(lengths):
+    return max(lengths) - sum(lengths) / len(lengths)
+
+
+@right(checks.left_pad)
+def rows_in_tuples(prompts, pad_id):
+    length = max(map(len, prompts))
+    rows = [(*[pad_id] * (length - len(prompt)), *prompt) for prompt in prompts]
+    return tuple(rows), (range(len(prompt) - length, len(prompt)) for prompt in prompts)
+
+
+@wrong(checks.left_pad)
+def in_the_callers_lists(prompts, pad_id):
+    length = max(map(len, prompts))
+    positions = [[0] * (length - len(prompt)) + list(range(len(prompt))) for prompt in prompts]
+    for prompt in prompts:
+        prompt[:0] = [pad_id] * (length - len(prompt))
+    return prompts, positions
+
+
+@wrong(checks.left_pad)
+def positions_from_one(prompts, pad_id):
+    rows, positions = rows_in_tuples(prompts, pad_id)
+    return rows, [[place + 1 for place in row] for row in positions]
+
+
+@right(checks.padding_mask)
+def padding_mask_in_numpy(num_tokens, padded_length):
+    mask = np.tri(padded_length, dtype=bool)
+    mask[:, : padded_length - num_tokens] = False
+    return mask
+
+
+@wrong(checks.padding_mask)
+def pads_look_at_tokens(num_tokens, padded_length):
+    mask = torch.ones(padded_length, padded_length, dtype=torch.bool)
+    mask[:, : padded_length - num_tokens] = False
+    return mask
+
+
+@right(checks.static_slots)
+def slots_after_pops(prompt_lengths, output_lengths):
+    longest, rows = max(output_lengths), np.int32(len(prompt_lengths))
+    prompt_lengths.sort()
+    return rows * (prompt_lengths.pop() + longest - 1)
+
+
+@wrong(checks.static_slots)
+def slots_of_the_first_longest(prompt_lengths, output_lengths):
+    return len(prompt_lengths) * max(prompt_lengths) + sum(output_lengths)
+
+
+@right(checks.joining_waste)
+def waste_as_a_tensor(n, B):
+    return torch.full((B - 1,), n - 1.0, dtype=torch.float64).sum()
+
+
+@wrong(checks.joining_waste)
+def waste_without_the_newcomer(n, B):
+    return (n - 1) * B - n
+
+
+# chapter 6 ----------------------------------------------------------------------------------------
+
+
+@right(checks.block_diagonal_mask)
+def blocks_while_there_are_lengths(lengths):
+    blocks = []
+    while lengths:
+        blocks.append(torch.ones(lengths[0], lengths.pop(0)).tril())
+    return torch.block_diag(*blocks).bool().numpy()
+
+
+@wrong(checks.block_diagonal_mask)
+def blocks_of_later_prompts_look_back(lengths):
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return masks.causal(len(owner)) & (owner[:, None] <= owner + 1)
+
+
+@right(checks.restarting_positions)
+def positions_as_they_come(lengths):
+    while lengths:
+        yield from range(lengths.pop(0))
+
+
+@wrong(checks.restarting_positions)
+def positions_with_a_gap(lengths):
+    return [position for length in lengths for position in range(length + 1)]
+
+
+@right(checks.last_rows)
+def rows_from_a_map(lengths):
+    return (Fraction(end - 1) for end in np.cumsum(lengths).tolist())
+
+
+@wrong(checks.last_rows)
+def rows_of_the_lengths(lengths):
+    return np.cumsum(lengths) - np.array(lengths)
+
+
+@right(checks.utilisation)
+def utilisation_after_a_sort(lengths):
+    lengths.sort()
+    return Decimal(sum(lengths)) / (len(lengths) * lengths[-1])
+
+
+@wrong(checks.utilisation)
+def shortest_over_longest(lengths):
+    return min(lengths) / max(lengths)
+
+
+@right(checks.wasted_share)
+def wasted_in_numpy(lengths):
+    lengths = np.array(lengths, dtype=np.float32)
+    return 1 - (lengths**2).sum() / lengths.sum() ** 2
+
+
+@wrong(checks.wasted_share)
+def wasted_of_the_causal_part(lengths):
+    return 1 - sum(n * (n + 1) for n in lengths) / (sum(lengths) * (sum(lengths) + 1))
+
+
+# chapter 7 ----------------------------------------------------------------------------------------
+
+
+@right(checks.schedule_step)
+def schedule_as_they_come(running, waiting, budget, max_num_seqs):
+    seats = max_num_seqs - len(running)
+    running.sort(key=lambda pair: pair[1] > 1)
+    while budget and (running or (waiting and seats)):
+        if not running:
+            seats -= 1
+        request_id, remaining = (running or waiting).pop(0)
+        num_tokens = min(remaining, budget)
+        budget -= num_tokens
+        yield [request_id, num_tokens]
+
+
+@right(checks.schedule_step)
+def schedule_as_items(*args):
+    return {request_id: np.float64(num_tokens) for request_id, num_tokens in schedule_as_they_come(*args)}.items()
+
+
+@wrong(checks.schedule_step)
+def schedule_with_nothings(running, waiting, budget, max_num_seqs):
+    plan = dict(schedule_as_they_come(list(running), list(waiting), budget, max_num_seqs))
+    return [(request_id, plan.get(request_id, 0)) for request_id, _ in running + waiting]
+
+
+@right(checks.slots_static)
+def slots_batch_by_batch(lengths, batch_size):
+    slots = np.int64(0)
+    while lengths:
+        batch = [lengths.pop(0) for _ in range(min(batch_size, len(lengths)))]
+        slots += len(batch) * max(batch)
+    return slots
+
+
+@wrong(checks.slots_static)
+def slots_of_full_batches(lengths, batch_size):
+    return sum(batch_size * max(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size))
+
+
+@right(checks.steps_continuous)
+def steps_while_there_are_lengths(lengths, batch_size):
+    places = [Fraction()] * batch_size
+    while lengths:
+        places.sort()
+        places[0] += lengths.pop(0)
+    return max(places)
+
+
+@wrong(checks.steps_continuous)
+def steps_of_the_sum(lengths, batch_size):
+    return math.ceil(sum(lengths) / batch_size)
+
+
+@right(checks.sjf_order)
+def sorted_where_they_lie(requests, now, ageing):
+    requests.sort(key=lambda request: request[2] + ageing * request[1])
+    return {request[0]: None for request in requests}.keys()
+
+
+@right(checks.sjf_order)
+def names_as_they_come(requests, now, ageing):
+    return (request[0] for request in sorted(requests, key=lambda request: request[2] - ageing * (now - request[1])))
+
+
+@wrong(checks.sjf_order)
+def longest_first(requests, now, ageing):
+    return [name for name, *_ in sorted(requests, key=lambda r: ageing * (now - r[1]) - r[2])][::-1]
+
+
+@right(checks.load_at_slo)
+def load_while_popping(rates, p99_ttft, slo):
+    best = Fraction(0)
+    while rates and p99_ttft.pop(0) <= slo:
+        best = Fraction(rates.pop(0))
+    return best
+
+
+@wrong(checks.load_at_slo)
+def load_that_breaks(rates, p99_ttft, slo):
+    return next((rate for rate, ttft in zip(rates, p99_ttft, strict=True) if ttft > slo), rates[-1])
+
+
+# chapter 8 ----------------------------------------------------------------------------------------
+
+
+@right(checks.blocks_needed)
+def ceil_of_a_division(num_tokens, block_size):
+    return math.ceil(num_tokens / block_size)
+
+
+@right(checks.blocks_needed)
+def blocks_in_numpy(num_tokens, block_size):
+    return np.ceil(np.float64(num_tokens) / block_size)
+
+
+@wrong(checks.blocks_needed)
+def one_block_more(num_tokens, block_size):
+    return num_tokens // block_size + 1
+
+
+@right(checks.allocate)
+def allocated_as_an_array(table, free, num_tokens, block_size):
+    missing = max(0, math.ceil(num_tokens / block_size) - len(table))
+    if missing > len(free):
+        return None
+    return np.array(table + [free.pop(0) for _ in range(missing)], dtype=int)
+
+
+@wrong(checks.allocate)
+def copied_out_of_free(table, free, num_tokens, block_size):
+    return allocated_as_an_array(table, list(free), num_tokens, block_size)
+
+
+@wrong(checks.allocate)
+def table_used_up(table, free, num_tokens, block_size):
+    if num_tokens > (len(table) + len(free)) * block_size:
+        table.clear()
+        return None
+    return allocated_as_an_array(table, free, num_tokens, block_size)
+
+
+@right(checks.prefix_hash)
+def a_whole_number(parent, token_ids):
+    return int.from_bytes(hashlib.sha256(repr((parent, token_ids)).encode()).digest()[:8])
+
+
+@wrong(checks.prefix_hash)
+def one_byte(parent, token_ids):
+    return hashlib.sha256(repr((parent, token_ids)).encode()).digest()[:1]
+
+
+@wrong(checks.prefix_hash)
+def two_bytes(parent, token_ids):
+    return zlib.crc32(repr((parent, token_ids)).encode()) % 65_521
+
+
+@wrong(checks.prefix_hash)
+def one_byte_of_the_parent(parent, token_ids):
+    return hashlib.sha256(repr(((parent or "")[:2], token_ids)).encode()).hexdigest()
+
+
+@right(checks.eviction_order)
+def keys_of_a_dict(releases, held):
+    order = {}
+    for table in releases:
+        while table:
+            block = table.pop()
+            order.pop(block, None)
+            order[block] = True
+    for block in held:
+        order.pop(block, None)
+    return order.keys()
+
+
+@right(checks.eviction_order)
+def blocks_as_they_come(releases, held):
+    releases.reverse()
+    seen = list(held)
+    for table in releases:
+        seen += [block for block in table if block not in seen]
+    return reversed(seen[len(held) :])
+
+
+@wrong(checks.eviction_order)
+def values_of_a_set(releases, held):
+    return frozenset(keys_of_a_dict(releases, held))
+
+
+@wrong(checks.eviction_order)
+def a_held_table_stays_whole(releases, held):
+    return list(keys_of_a_dict([table for table in releases if not held & set(table)], held))
+
+
+# chapter 9 ----------------------------------------------------------------------------------------
+
+
+@right(checks.decode_step_seconds)
+def seconds_by_popping(shape, card, contexts):
+    num_requests, cached = len(contexts), 0
+    while contexts:
+        cached += contexts.pop()
+    reading = Fraction(2 * costs.matmul_parameters(shape)) / Fraction(card.bandwidth)
+    arithmetic = Fraction(2 * costs.matmul_parameters(shape) * num_requests) / Fraction(card.flops)
+    return max(reading, arithmetic) + cached * kv_bytes_per_token(shape) / Fraction(card.bandwidth)
+
+
+@wrong(checks.decode_step_seconds)
+def seconds_for_a_mean_context(shape, card, contexts):
+    return seconds_by_popping(shape, card, [sum(contexts) // len(contexts)] * len(contexts))
+
+
+@right(checks.compute_bound_batch)
+def batch_as_a_float(card, weight_bytes):
+    return np.ceil(weight_bytes * card.flops / (2 * card.bandwidth))
+
+
+@wrong(checks.compute_bound_batch)
+def batch_rounded(card, weight_bytes):
+    return round(weight_bytes * card.flops / (2 * card.bandwidth))
+
+
+@right(checks.key_number)
+def number_as_a_float(load, thread, head, num_heads):
+    piece = np.float64(32 * load + thread)
+    return (piece // 8 * num_heads + head) * 64 + piece % 8 * 8
+
+
+@wrong(checks.key_number)
+def heads_exchanged(load, thread, head, num_heads):
+    return number_as_a_float(load, thread, num_heads - 1 - head, num_heads)
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+@each(RIGHT)
+def test_an_unusual_right_answer_is_accepted(check, answer, capsys):
+    assert passes(check, answer, capsys)
+
+
+@each(RIGHT)
+def test_a_right_answer_is_accepted_twice(check, answer, capsys):
+    """What the first call did to its arguments is not seen by the second one."""
+    assert passes(check, answer, capsys) and passes(check, answer, capsys)
+
+
+@each(WRONG)
+def test_a_plausible_wrong_answer_is_refused(check, answer):
+    message(check, answer)
+
+
+def test_each_exercise_is_asked_both_questions():
+    exercises = {getattr(checks, name) for name in checks.__all__}
+    exercises = {check for check in exercises if check.__module__.startswith("minillm.checks.chapter_")}
+    kernels = {checks.my_decode}  # in test_checks_09.py: a kernel must lie in a file
+    for registered in (RIGHT, WRONG):
+        assert {check for check, _ in registered} | kernels == exercises
