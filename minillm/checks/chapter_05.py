@@ -93,8 +93,9 @@ def _same_row(got: Any, expected: list[int | None]) -> bool:
 
 def _on_padded(got: Any, case: Case) -> str | None:
     """Which of the two is wrong, and how."""
-    if not isinstance(got, Padded):
-        return "Return two things: the rectangle of ids, and the positions."
+    rows = got.rectangle if isinstance(got, Padded) else None
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return "Return two things: the rectangle of ids and the positions, both with a row for each prompt."
     prompts, pad_id = case.args
     length = max(map(len, prompts))
     if not same_value(got.rectangle, case.expected.rectangle):
