@@ -249,7 +249,7 @@ class OutputBuilder:
     ):
         self.params = params
         self.eos_token_ids = config.eos_token_ids
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop_strings, prompt_token_ids)
+        self.detokenizer = Detokenizer.for_request(tokenizer, params, prompt_token_ids)
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -257,11 +257,11 @@ class OutputBuilder:
     def append(self, token_id: int) -> str:
         """Take the newest token; return the text that has become final with it."""
         self.token_ids.append(token_id)
-        text = "" if self.detokenizer is None else self.detokenizer.add(token_id)
         self.finish_reason, self.stop_reason = finish_reason(self.token_ids, self.params, self.eos_token_ids)
-        if self.detokenizer is not None and self.finish_reason is not None:
-            text += self.detokenizer.finish()
-        if self.detokenizer is not None and self.detokenizer.stopped_by is not None:
+        if self.detokenizer is None:
+            return ""
+        text = self.detokenizer.take([token_id], self.finish_reason)
+        if self.detokenizer.stopped_by is not None:
             self.finish_reason, self.stop_reason = "stop", self.detokenizer.stopped_by
         return text
 
@@ -288,11 +288,8 @@ def check_request(
 
     Raises PromptError or SamplingParamsError for one that cannot.
     """
-    if isinstance(prompt_token_ids, str):
-        raise PromptError(f"the prompt is the text {prompt_token_ids[:20]!r}, not token ids; encode it first")
+    check_token_ids(config, prompt_token_ids)
     num_prompt_tokens, context = len(prompt_token_ids), config.max_position_embeddings
-    if num_prompt_tokens == 0:
-        raise PromptError("the prompt is empty; give at least one token id")
     if num_prompt_tokens >= context:
         raise PromptError(
             f"the prompt has {num_prompt_tokens} tokens, the model's context is {context}, prompt and output together; "
@@ -304,11 +301,6 @@ def check_request(
             f"{num_prompt_tokens} prompt tokens and max_tokens = {params.max_tokens} do not fit the model's context of "
             f"{context}; ask for at most {context - num_prompt_tokens}"
         )
-    for position, token_id in enumerate(prompt_token_ids):
-        if not 0 <= token_id < config.vocab_size:
-            raise PromptError(
-                f"token id {token_id} at position {position} is outside the vocabulary of {config.vocab_size} ids"
-            )
     if params.stop_strings and tokenizer is None:
         raise SamplingParamsError("stop strings need a tokenizer; pass one, or use stop_token_ids")
     unknown = [token_id for token_id in params.logit_bias or () if token_id >= config.vocab_size]
@@ -317,6 +309,19 @@ def check_request(
             f"logit_bias has token id {unknown[0]}, which is outside the vocabulary of {config.vocab_size} ids"
         )
     return params
+
+
+def check_token_ids(config: ModelConfig, token_ids: Sequence[int]) -> None:
+    """Raises PromptError if there are none, or some that the model does not know."""
+    if isinstance(token_ids, str):
+        raise PromptError(f"the prompt is the text {token_ids[:20]!r}, not token ids; encode it first")
+    if len(token_ids) == 0:
+        raise PromptError("the prompt is empty; give at least one token id")
+    for position, token_id in enumerate(token_ids):
+        if not 0 <= token_id < config.vocab_size:
+            raise PromptError(
+                f"token id {token_id} at position {position} is outside the vocabulary of {config.vocab_size} ids"
+            )
 
 
 def as_tensor(token_ids: Sequence[int], model: Decoder) -> Tensor:

@@ -9,7 +9,8 @@ from copy import copy
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minillm.errors import ConfigError, PromptError, check_items, shown
+from minillm.errors import ConfigError, PromptError, check_flag, check_items, shown
+from minillm.sampling_params import SamplingParams
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character, or not yet
 LONGEST_CHARACTER = 4  # bytes, and so tokens at most
@@ -94,8 +95,8 @@ def _template_options(add_generation_prompt, continue_final_message, tools, chat
     if tools is not None:
         tools = list(check_items("tools", tools, "tools, as JSON schemas or functions"))
     options = {
-        "add_generation_prompt": add_generation_prompt,
-        "continue_final_message": continue_final_message,
+        "add_generation_prompt": check_flag("add_generation_prompt", add_generation_prompt),
+        "continue_final_message": check_flag("continue_final_message", continue_final_message),
         "tools": tools,
         **(chat_template_kwargs or {}),
         "tokenize": False,
@@ -276,6 +277,34 @@ class Detokenizer:
         self._decoder = TokenDecoder(tokenizer, prompt_token_ids)
         self._pending = ""  # decoded, but held back; with those names of special tokens that stop strings hold
         self._named: list[int] = []  # the places in the pending text that are of such names
+
+    @classmethod
+    def for_request(
+        cls, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, prompt_token_ids: Sequence[int]
+    ) -> "Detokenizer | None":
+        """The one that these parameters ask for; None without a tokenizer."""
+        if tokenizer is None:
+            return None
+        return cls(
+            tokenizer,
+            params.stop_strings,
+            prompt_token_ids,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def take(self, token_ids: Sequence[int], finish_reason: str | None) -> str:
+        """The text that has become final with new tokens of a request, all of it if the request has ended.
+
+        As in vLLM, a token that ends it (`finish_reason` is "stop") is in the text only with `include_stop`.
+        """
+        if finish_reason == "stop" and not self._include_stop:
+            token_ids = token_ids[:-1]
+        if finish_reason is not None and not self.stop:
+            self.extend(token_ids)
+            return self.finish()
+        new = "".join(map(self.add, token_ids))
+        return new if finish_reason is None else new + self.finish()
 
     def add(self, token_id: int) -> str:
         """Take one more token; return the text that has become final with it, often ''."""

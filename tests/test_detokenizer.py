@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from minillm import token_texts
+from minillm import SamplingParams, token_texts
+from minillm.engine.outputs import Completion
+from minillm.engine.request import Request
+from minillm.plan import TokenLogprobs
 from minillm.text import BYTE_CHARACTERS, Detokenizer, TokenDecoder
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -211,14 +214,13 @@ def test_the_text_ends_before_any_stop_string(kind, text, data):
     start = data.draw(st.integers(0, len(everything) - 1))
     stop = everything[start : data.draw(st.integers(start + 1, len(everything)))]
     cut = data.draw(st.integers(0, len(token_ids)))
-    said = text_of(kind, token_ids[:cut])
     output = text_of(kind, token_ids[cut:], token_ids[:cut])
     given_out, detokenizer = stream(kind, token_ids[cut:], token_ids[:cut], stop=[stop, stop + "#"])
     assert detokenizer.text == output.partition(stop)[0]
     assert detokenizer.stopped_by == (stop if stop in output else None)
     included = text_of(kind, token_ids[cut:], token_ids[:cut], stop=[stop], include_stop=True)
     assert included == "".join(output.partition(stop)[:2])
-    assert said is not None and "\ufffd" not in "".join(given_out)
+    assert "\ufffd" not in "".join(given_out)
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -234,3 +236,161 @@ def test_the_texts_of_tokens_joined_are_the_whole_text(kind, data):
         texts_of_each = decoder.would_add([*others, token_id], final=place == len(token_ids) - 1)
         assert texts_of_each[-1] == label, "asking for others changes nothing"
         decoder.add(token_id)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+@pytest.mark.parametrize("num_tokens", range(1, 9))
+def test_decoded_tokens_of_an_output_joined_are_its_text(kind, num_tokens):
+    """The prompt ends within a character, and so do some of the outputs."""
+    token_ids = [*bytes_of(kind, "🦊".encode()), *ids_of(kind, "b"), *bytes_of(kind, "🦊".encode())][1 : num_tokens + 1]
+    prompt = [id_of(kind, "a"), bytes_of(kind, b"\xf0")[0]]
+    request = Request("a", prompt, SamplingParams(logprobs=2, max_tokens=num_tokens))
+    completion = Completion(0, request, KINDS[kind], streams=False)
+    for token_id in token_ids:
+        request.append(token_id)
+        completion.take(token_id, TokenLogprobs(-1.0, 1, [token_id, id_of(kind, "b")], [-1.0, -2.0]))
+    output = completion.cumulative()
+    said = [entry[token_id].decoded_token for entry, token_id in zip(output.logprobs, token_ids, strict=True)]
+    assert output.finish_reason == "length" and "".join(said) == output.text
+    assert output.text == decoded(kind, [*prompt, *token_ids]).removeprefix("a")
+    others = [entry[id_of(kind, "b")].decoded_token for entry in output.logprobs]
+    assert others[0].endswith("b") and others[0].startswith("\ufffd"), "the character would never be whole"
+    assert len(others) < 4 or others[3] == "b", "the character is whole"
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["byte fallback", "slow byte fallback"])
+def test_bytes_of_the_prompt_do_not_spoil_those_of_the_output(kind):
+    fox = bytes_of(kind, "🦊".encode())
+    assert text_of(kind, [*fox, id_of(kind, "a")], prompt=ids_of(kind, "한국어")) == "🦊a"
+    space_ab = [id_of(kind, piece) for piece in ("▁", "a", "b")]
+    assert text_of(kind, [fox[3], *space_ab], prompt=[id_of(kind, "a"), *fox[:3]]) == "🦊 ab"
+    assert text_of(kind, [*fox, *fox[:1], *fox]) == "🦊\ufffd🦊"
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+@pytest.mark.parametrize(
+    ("data", "texts"),
+    [
+        (b"\xff\xff", ["\ufffd", "\ufffd", ""]),  # no character has this byte
+        (b"\xf0\x9f\xa6\x8a", ["", "", "", "🦊", ""]),
+        (b"\xf0\x9f\xf0\x9f\xa6\x8a", ["", "", "broken", "", "", "🦊", ""]),
+        (b"\xed\xa0\xff", ["", "two", "\ufffd", ""]),  # half of a surrogate pair
+        (b"\xa6\xf0", ["\ufffd", "", "\ufffd"]),
+    ],
+)
+def test_a_replacement_character_comes_out_as_soon_as_nothing_can_make_a_character(kind, data, texts):
+    broken = "\ufffd\ufffd" if "fallback" in kind else "\ufffd"  # for each byte, or for what might have begun one
+    texts = [text.replace("broken", broken).replace("two", "\ufffd\ufffd") for text in texts]
+    assert stream(kind, bytes_of(kind, data))[0] == texts
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "slow, without bytes"])
+@pytest.mark.parametrize("piece", ["\xff", "\xf0"])
+def test_an_endless_run_of_bytes_costs_the_same_for_each(kind, piece, monkeypatch):
+    byte = bytes_of("byte-level" if "bytes" in kind else kind, piece.encode("latin-1"))[0]
+    sizes, decode = [], TokenDecoder._decode
+    monkeypatch.setattr(
+        TokenDecoder, "_decode", lambda self, ids, skip=None: sizes.append(len(ids)) or decode(self, ids, skip)
+    )
+    detokenizer = Detokenizer(KINDS[kind], stop=["stop"])
+    given_out = [detokenizer.add(byte) for _ in range(300)]
+    assert max(sizes) <= 5 and len(sizes) <= 300 * 8
+    assert len(detokenizer.text) >= 296 and all(len(text) == 1 for text in given_out[4:]), "it streams"
+    assert len(detokenizer._pending) == 0
+
+
+def test_a_token_that_looks_like_a_byte_is_text():
+    """Byte-level BPE may have a piece "<0x41>", which says just that."""
+    backend = Tokenizer(models.BPE({"<0x41>": 0, "ĠA": 1, "ð": 2}, []))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_texts(tokenizer, [0, 1, 2, 0]) == ["<0x41>", " A", "", "\ufffd<0x41>"]
+
+
+def test_a_byte_of_space_that_begins_a_text_is_dropped_as_any_other_space():
+    space, a = bytes_of("byte fallback", b" ")[0], id_of("byte fallback", "a")
+    assert text_of("byte fallback", [space, space, a]) == " a" == decoded("byte fallback", [space, space, a])
+    assert text_of("byte fallback", [space, a], prompt=[a]) == " a"
+
+
+@pytest.mark.parametrize("kind", ["byte fallback", "word pieces", "metaspace", "suffixes"])
+def test_special_tokens_do_not_take_the_space_of_the_word_behind_them(kind):
+    begin, end = id_of(kind, "<|begin|>"), id_of(kind, "<|end|>")
+    first, second = ids_of(kind, "a"), ids_of(kind, "ab")
+    for prompt in (first, [begin, *first], [*first, *[end] * 9]):
+        assert text_of(kind, second, prompt) == text_of(kind, [end, *second], prompt) == " ab"
+    assert text_of(kind, second, [begin]) == "ab"
+
+
+# --- stop strings ----------------------------------------------------------------------------------------------------
+
+AB_END = ["a", "<|end|>", "b", "a", "<|begin|>", "<|end|>", "b"]
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+@pytest.mark.parametrize(
+    ("stop", "text", "stopped_by"),
+    [
+        ("<|end|>", "a", "<|end|>"),
+        ("a<|end|>", "", "a<|end|>"),
+        ("<|end|>b", "a", "<|end|>b"),
+        ("<|begin|><|end|>b", "aba", "<|begin|><|end|>b"),
+        (["<|begin|>", "<|end|>"], "a", "<|end|>"),
+        (["ba", "<|begin|>"], "a", "ba"),
+        ("ab", "", "ab"),  # as the text says it
+        ("b<|end|>", "abab", None),
+        ("<|end|>a", "abab", None),
+        (["end", "|>"], "abab", None),  # a name is there as a whole or not at all
+    ],
+)
+def test_names_of_special_tokens_stop_and_are_not_in_the_text(kind, stop, text, stopped_by):
+    token_ids = [id_of(kind, piece) for piece in AB_END]
+    stop = [stop] if isinstance(stop, str) else stop
+    _, detokenizer = stream(kind, token_ids, [id_of(kind, "a")], stop=stop)
+    assert (detokenizer.text, detokenizer.stopped_by) == (text, stopped_by)
+    included = text_of(kind, token_ids, [id_of(kind, "a")], stop=stop, include_stop=True)
+    assert included == text + (stopped_by or "")
+
+
+def test_special_tokens_that_no_stop_string_holds_cost_nothing():
+    detokenizer = Detokenizer(KINDS["byte-level"], stop=["ab"])
+    for piece in ["a", *["<|end|>"] * 50]:
+        detokenizer.add(id_of("byte-level", piece))
+    assert detokenizer._pending == "a"
+
+
+@pytest.mark.parametrize("stop", [["xab", "bc", "c"], ["c", "bc", "xab"], ["bc", "c"], ["c", "bc"]])
+def test_of_stop_strings_that_one_token_completes_the_earliest_counts(stop):
+    backend = Tokenizer(models.BPE({"a": 0, "abcd": 1, "x": 2}, []))
+    backend.decoder = decoders.ByteLevel()
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), stop)
+    given_out = [detokenizer.add(token_id) for token_id in ([2, 1] if "xab" in stop else [0, 1])]
+    first = "xab" if "xab" in stop else "bc"
+    assert detokenizer.stopped_by == first and "".join(given_out) == ("" if "xab" in stop else "aa")
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "text"),
+    [
+        (0, ["ab"], ""),
+        (1, ["ab"], ""),
+        (2, ["ab"], "ab"),  # the first one ends with the second token, which is exempt
+        (3, ["ab"], "ab"),
+        (3, ["bab"], "a"),  # begins before, ends behind
+        (4, ["bab"], "abab"),
+        (4, ["ab", "bab b"], "abab"),
+    ],
+)
+def test_stop_strings_count_if_they_end_behind_min_tokens(min_tokens, stop, text):
+    token_ids = [id_of("byte-level", piece) for piece in "abab"]
+    assert text_of("byte-level", token_ids, stop=stop, min_tokens=min_tokens) == text
+
+
+def test_a_special_token_behind_min_tokens_stops():
+    token_ids = [id_of("byte-level", piece) for piece in ("a", "<|end|>", "<|end|>", "b")]
+    for min_tokens, text, num_tokens in ((1, "a", 2), (2, "a", 3), (3, "ab", 4)):
+        given_out, detokenizer = stream("byte-level", token_ids, stop=["<|end|>"], min_tokens=min_tokens)
+        assert (detokenizer.text, len(given_out) - 1) == (text, num_tokens)

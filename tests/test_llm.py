@@ -133,7 +133,7 @@ BAD_PROMPTS = [
     ({"prompt": "a", "cache_salt": 3}, PromptError, "cache_salt is 3"),
     ("half \ud83e", PromptError, "surrogate"),
     ([ONCE, [5] * 390], PromptError, "max_model_len is 400"),
-    ([ONCE, [5] * 3000], PromptError, "context is 2048"),
+    ([ONCE, [5] * 3000], PromptError, "context is 2048|encode takes max_model_len = 400"),
 ]
 
 
@@ -376,14 +376,82 @@ def test_chat_puts_a_conversation_into_the_models_template(llm):
     [
         ([[]], "conversation is empty"),
         ([{"role": "user"}], "message 0 is"),
-        (["hello"], "message 0 is 'h'"),
-        ([{"role": "user", "content": ""}], "prompt is empty"),
+        (["hello"], "conversation is 'hello'; it must be a list of messages"),
+        ("hello", "messages is 'hello'; it must be a list of messages"),
+        ({"role": "user", "content": "Hello"}, r"messages is {'content'.*it must be a list of messages, \[{'role'"),
+        (None, "messages is None; it must be a list"),
+        ([{"role": "user", "content": 3}], "content of message 0 is 3; it must be a str"),
+        ([{"role": "user", "content": None}], "refuses these messages"),  # the storyteller's template
+        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], "refuses these messages"),
+        ([{"role": "user", "content": "ab\ud83e"}], "surrogate"),
         ([{"role": "tool", "content": "a"}], "refuses these messages"),
     ],
 )
 def test_a_conversation_that_is_none_is_refused(llm, messages, message):
     with pytest.raises(PromptError, match=message):
         llm.chat(messages)
+
+
+EVERYTHING = """{{ bos_token }}{% for tool in tools or [] %}<tool {{ tool }}>{% endfor %}{% for message in messages %}\
+{{ message.role }}:{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content or [] %}{{ part.text }}{% endfor %}{% endif %}{{ message.tool_calls or "" }};\
+{% endfor %}{{ mood }}{% if add_generation_prompt %}assistant:{% endif %}"""
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}
+
+
+def text_of_chat(llm, monkeypatch, messages, template=EVERYTHING, **options):
+    """What a conversation becomes in a template that knows all that a message may have."""
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    (output,) = llm.chat(messages, SamplingParams(max_tokens=1), **options, **QUIET)
+    assert output.prompt_token_ids == llm.tokenizer.encode(output.prompt, add_special_tokens=False)
+    return output.prompt.removeprefix(llm.tokenizer.bos_token or "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "system", "content": ""}, USER], "system:;user:Hi;assistant:"),
+        (iter([USER]), "user:Hi;assistant:"),
+        ([{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}], "user:Hi;assistant:"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": ["c"]}], "user:Hi;assistant:['c'];assistant:"),
+        ([USER, {"role": "assistant", "tool_calls": ["c"]}], "user:Hi;assistant:['c'];assistant:"),
+    ],
+)
+def test_what_a_content_may_be_is_the_templates_business(llm, monkeypatch, messages, text):
+    assert text_of_chat(llm, monkeypatch, messages) == text
+
+
+def test_options_of_the_chat_template_reach_it(llm, monkeypatch):
+    tool = {"type": "function", "function": {"name": "add"}}
+    text = text_of_chat(llm, monkeypatch, [USER], tools=[tool], chat_template_kwargs={"mood": "merry;"})
+    assert text == f"<tool {tool}>user:Hi;merry;assistant:"
+    assert text_of_chat(llm, monkeypatch, [USER], add_generation_prompt=False) == "user:Hi;"
+    going_on = {"add_generation_prompt": False, "continue_final_message": True}
+    assert text_of_chat(llm, monkeypatch, [USER, ANSWER], **going_on) == "user:Hi;assistant:He"
+    assert text_of_chat(llm, monkeypatch, [USER], chat_template_kwargs={"add_generation_prompt": False}) == "user:Hi;"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"continue_final_message": True}, "set add_generation_prompt=False"),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, "set add_generation_prompt=False"),
+        ({"chat_template_kwargs": "enable_thinking"}, "chat_template_kwargs is 'enable_thinking'; it must be a dict"),
+        ({"tools": {"type": "function"}}, "tools is .* it must be a list"),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt 'no' is not one of False, True"),
+    ],
+)
+def test_options_of_chat_that_contradict_each_other_are_refused(llm, options, message):
+    with pytest.raises(ConfigError, match=message):
+        llm.chat([USER, ANSWER], **options)
+
+
+def test_a_template_that_prints_a_list_of_parts_is_not_believed(llm, monkeypatch):
+    parts = [{"type": "text", "text": "Hello"}]
+    with pytest.raises(PromptError, match="does not read a list of parts, the content of message 0; give a str"):
+        text_of_chat(llm, monkeypatch, [{"role": "user", "content": parts}], "{{ messages[0].content }}")
+    with pytest.raises(PromptError, match="prompt is empty: the chat template makes no text"):
+        text_of_chat(llm, monkeypatch, [{"role": "user", "content": ""}], "{{ messages[0].content }}")
 
 
 def test_a_model_without_a_template_does_not_chat(llm, monkeypatch):
@@ -416,6 +484,18 @@ def test_encode_is_the_mean_of_transformers_last_hidden_states(kind, checkpoint)
             expected = reference(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         assert (vector - expected).abs().max() <= TOLERANCE[torch.float64] * expected.abs().max()
     assert max(rows) == 8 and len(rows) == 1 + 1 + 4
+
+
+def test_encode_takes_a_prompt_as_long_as_the_model_and_no_longer(llm):
+    assert len(llm.encode([5] * 400)) == 1
+    with pytest.raises(PromptError, match="prompt has 401 tokens; encode takes max_model_len = 400"):
+        llm.encode([5] * 401)
+
+
+def test_the_tokenizer_can_be_had(llm, tiny):
+    assert llm.get_tokenizer() is llm.tokenizer
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        tiny.get_tokenizer()
 
 
 def test_encode_takes_text_and_is_float32_at_least(llm, checkpoint):
@@ -458,6 +538,41 @@ def test_logprobs_name_their_tokens_with_the_space_before_them(llm):
     output = llm.generate(ONCE, SamplingParams(max_tokens=8, logprobs=2), **QUIET)[0].outputs[0]
     said = [entry[token_id].decoded_token for entry, token_id in zip(output.logprobs, output.token_ids, strict=True)]
     assert "".join(said) == output.text and said[0].startswith(" ")
+
+
+def test_a_stop_id_is_text_only_if_it_is_to_be_included(llm):
+    token_ids = alone(llm, ONCE, SamplingParams(max_tokens=10)).token_ids
+    for included, last in ((False, 5), (True, 6)):
+        params = SamplingParams(
+            max_tokens=10, stop_token_ids=[token_ids[5]], include_stop_str_in_output=included, logprobs=0
+        )
+        output = llm.generate(ONCE, params, **QUIET)[0].outputs[0]
+        assert output.text == minillm.text.Detokenizer(llm.tokenizer).take(token_ids[:last], "length")
+        assert len(output.token_ids) == 6 and (output.finish_reason, output.stop_reason) == ("stop", token_ids[5])
+        assert_is(output, alone(llm, ONCE, params))
+        assert "".join(each.outputs[0].text for each in llm.stream(ONCE, params)) == output.text
+
+
+def test_a_stop_string_is_text_only_if_it_is_to_be_included(llm):
+    stop = stop_across_tokens(llm, ONCE, 30)
+    for included in (False, True):
+        params = SamplingParams(max_tokens=30, stop=stop, include_stop_str_in_output=included)
+        output = llm.generate(ONCE, params, **QUIET)[0].outputs[0]
+        assert output.text.endswith(stop) == included and output.stop_reason == stop
+        assert_is(output, alone(llm, ONCE, params))
+        assert "".join(each.outputs[0].text for each in llm.stream(ONCE, params)) == output.text
+
+
+def test_the_name_of_a_special_token_stops(llm):
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    prompt = llm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 3 + 4?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert len(alone(llm, prompt, params).token_ids) == 30
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop="<|end|>")
+    output = llm.generate(prompt, params, **QUIET)[0].outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("3 + 4 = 7.", "stop", "<|end|>")
+    assert_is(output, alone(llm, prompt, params))
 
 
 # --- trace, worker, end ----------------------------------------------------------------------------------------------

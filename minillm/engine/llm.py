@@ -16,15 +16,15 @@ from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.outputs import OutputKind, RequestOutput
 from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_prompt
 from minillm.engine.request import Request
-from minillm.errors import ConfigError, PromptError, SamplingParamsError
-from minillm.generation import check_request
+from minillm.errors import ConfigError, PromptError, SamplingParamsError, check_items
+from minillm.generation import check_token_ids
 from minillm.model import Decoder
 from minillm.pooling import mean_hidden_state
 from minillm.sampling_params import SamplingParams
 from minillm.text import encode_chat
 from minillm.trace import Trace
 
-Message = Mapping[str, str]  # {"role": …, "content": …}
+Message = Mapping  # {"role": …, "content": …}
 Prepared = tuple[EncodedPrompt, Request]
 
 
@@ -82,6 +82,12 @@ class LLM:
         """The model's own; None with `skip_tokenizer_init`."""
         return self.engine.tokenizer
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own. Raises ConfigError with `skip_tokenizer_init`."""
+        if self.tokenizer is None:
+            raise ConfigError("there is no tokenizer; load without skip_tokenizer_init")
+        return self.tokenizer
+
     # --- text ---
 
     def generate(
@@ -111,17 +117,32 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence | None = None,
+        chat_template_kwargs: Mapping | None = None,
     ) -> list[RequestOutput]:
         """The model's answer to a conversation, a list of {"role": …, "content": …}, or to each of several.
 
-        Put into the model's own chat template. Raises PromptError if it has none, and the errors of `generate`.
+        Put into the model's own chat template, which gets `tools` and `chat_template_kwargs` as they are.
+        `add_generation_prompt` begins a new message for the answer; `continue_final_message` lets the answer go on with
+        the last message instead, so only one of them may be True. Raises PromptError without a template or for messages
+        that it does not take, ConfigError for arguments that contradict each other, and the errors of `generate`.
         """
         if self.tokenizer is None:
             raise PromptError("chat needs the tokenizer's chat template; load without skip_tokenizer_init")
+        messages = check_items("messages", messages, "messages, [{'role': …, 'content': …}]", error=PromptError)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = []
         for conversation in conversations:
-            text, token_ids = encode_chat(self.tokenizer, conversation)
+            text, token_ids = encode_chat(
+                self.tokenizer,
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
             prompts.append(EncodedPrompt(token_ids, text))
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -137,14 +158,16 @@ class LLM:
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
         """One vector a prompt, in their order: [hidden], the mean of its tokens' final hidden states, float32 at least.
 
-        Computed on its own, beside the engine's requests, at most `max_num_batched_tokens` tokens at once. Raises
-        PromptError, and ConfigError if the model is in another process.
+        Computed on its own, beside the engine's requests, at most `max_num_batched_tokens` tokens at once. A prompt has
+        at most `max_model_len` tokens. Raises PromptError, and ConfigError if the model is in another process.
         """
         self.engine.check_alive()
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in as_prompts(prompts)]
-        one_token = SamplingParams(max_tokens=1)
+        most = self.engine.max_model_len  # nothing is generated: a prompt may fill it
         for prompt in encoded:
-            check_request(self.engine.model_config, prompt.token_ids, one_token, self.tokenizer)
+            check_token_ids(self.engine.model_config, prompt.token_ids)
+            if len(prompt.token_ids) > most:
+                raise PromptError(f"the prompt has {len(prompt.token_ids)} tokens; encode takes max_model_len = {most}")
         if self.engine.model is None:
             raise ConfigError("encode computes in this process; make an LLM with worker='inline' for it")
         chunk = self.engine.config.max_num_batched_tokens

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from minillm.engine.prompts import EncodedPrompt
 from minillm.engine.request import Request
 from minillm.plan import TokenLogprobs
-from minillm.text import Detokenizer
+from minillm.text import Detokenizer, TokenDecoder
 
 OutputKind = Literal["cumulative", "delta", "final_only"]  # all so far, what is new, or nothing before the end
 OUTPUT_KINDS = ("cumulative", "delta", "final_only")
@@ -20,7 +20,7 @@ class Logprob(NamedTuple):
 
     logprob: float  # natural logarithm of its probability, before temperature and filters
     rank: int  # 1 is the likeliest token of the vocabulary
-    decoded_token: str | None  # the text it adds after the token before it; None without a tokenizer
+    decoded_token: str | None  # the text it adds to that before it, as by `token_texts`; None without a tokenizer
 
 
 @dataclass(slots=True)  # not frozen: that makes them more than twice as dear, and a step may make hundreds
@@ -56,16 +56,18 @@ class Completion:
     """
 
     def __init__(self, index: int, request: Request, tokenizer: PreTrainedTokenizerBase | None, streams: bool):
-        stop = request.params.stop_strings
+        params = request.params
         self.index = index
         self.request = request
         self.streams = streams
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self._tokenizer = tokenizer
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, stop, request.prompt_token_ids)
-        self._reads_all = tokenizer is not None and (streams or len(stop) > 0)
-        self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
+        self._detokenizer = Detokenizer.for_request(tokenizer, params, request.prompt_token_ids)
+        self._reads_all = tokenizer is not None and (streams or len(params.stop_strings) > 0)
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._namer = None  # tells the texts of tokens that log-probabilities are of
+        if tokenizer is not None and params.logprobs is not None:
+            self._namer = TokenDecoder(tokenizer, request.prompt_token_ids, skip_special_tokens=False)
         self._cumulative_logprob = 0.0
         self._news = ""  # text that has become final since the last `delta`
         self._num_told = 0  # tokens that the deltas so far have told
@@ -77,17 +79,15 @@ class Completion:
 
     def take(self, token_id: int | None, logprobs: TokenLogprobs | None) -> None:
         """Take note of the token the request has just got, if any, and of its end if that has come."""
-        if token_id is not None and self._reads_all:
-            self._news += self._detokenizer.add(token_id)
+        self.finish_reason, self.stop_reason = self.request.finish_reason, self.request.stop_reason
         if token_id is not None and self._logprobs is not None:
             self._take_logprobs(token_id, logprobs)
-        self.finish_reason, self.stop_reason = self.request.finish_reason, self.request.stop_reason
         if self._detokenizer is None:
             return
-        if self.finish_reason is not None:
-            if not self._reads_all:
-                self._detokenizer.extend(self.request.output_token_ids)
-            self._news += self._detokenizer.finish()
+        if self._reads_all:
+            self._news += self._detokenizer.take([] if token_id is None else [token_id], self.finish_reason)
+        elif self.finish_reason is not None:
+            self._news += self._detokenizer.take(self.request.output_token_ids, self.finish_reason)
         if self._detokenizer.stopped_by is not None:
             self.finish_reason, self.stop_reason = "stop", self._detokenizer.stopped_by
 
@@ -119,17 +119,12 @@ class Completion:
         values = {token_id: (found.logprob, found.rank)}
         for rank, (top_id, logprob) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1):
             values.setdefault(top_id, (logprob, rank))
-        texts = self._texts(values)
+        texts = [None] * len(values)
+        if self._namer is not None:
+            texts = self._namer.would_add(values, final=self.finish_reason is not None)
+            self._namer.add(token_id)
         self._logprobs.append({each: Logprob(*values[each], text) for each, text in zip(values, texts, strict=True)})
         self._cumulative_logprob += found.logprob
-
-    def _texts(self, token_ids: Sequence[int]) -> list[str | None]:
-        """What each would add after the token before; some tokenizers drop the space before a first word."""
-        if self._tokenizer is None:
-            return [None] * len(token_ids)
-        before = [*self.request.prompt_token_ids[-1:], *self.request.output_token_ids[-2:-1]][-1:]
-        num_before = len(self._tokenizer.decode(before))
-        return [self._tokenizer.decode([*before, token_id])[num_before:] for token_id in token_ids]
 
 
 class RequestState:
