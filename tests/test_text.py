@@ -1,12 +1,15 @@
 """Text becomes token ids with typed errors; token ids become text that streams whole characters and stops in time."""
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from minillm import encode, token_texts
 from minillm.errors import PromptError
-from minillm.text import Detokenizer
+from minillm.text import Detokenizer, encode_chat
 
 TEXTS = [
     "The fox saw a crêpe in the naïve café.",
@@ -61,6 +64,18 @@ def test_empty_text_is_refused_even_if_every_text_begins_with_a_token():
 
     with pytest.raises(PromptError, match="empty"):
         encode(BeginsEveryText(), "")
+
+
+@pytest.mark.parametrize("written", ["{{ bos_token }}", "<s>", ""])
+def test_a_conversation_begins_as_its_template_says_and_not_twice(written, byte_fallback_tokenizer):
+    """A tokenizer that begins every text with <s> does not add another one, nor one that the template leaves out."""
+    tokenizer = copy.deepcopy(byte_fallback_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = written + "{{ messages[0].content }}"
+    assert encode(tokenizer, "the fox")[0] == 1 == tokenizer.bos_token_id
+    text, token_ids = encode_chat(tokenizer, [{"role": "user", "content": "the fox"}])
+    assert token_ids.count(1) == (1 if written else 0) and token_ids[0] == (1 if written else token_ids[0])
+    assert text == ("<s>" if written else "") + "the fox"
 
 
 # --- streaming -------------------------------------------------------------------------------------------------------
