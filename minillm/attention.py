@@ -16,17 +16,20 @@ from torch import Tensor
 
 from minillm import masks
 from minillm.config import ModelConfig
+from minillm.errors import Count, KernelError, checked
 from minillm.kv_cache import KVCache, SlotCache
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@checked(error=KernelError)
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """[Tq, Hq, D] queries, [Tk, Hkv, D] keys, bool [Tq, Tk] -> [Hq, Tq, Tk] weights; rows sum to 1, or 0 if empty.
 
     With fewer key than query heads, neighbouring query heads share a key head (grouped-query attention).
     Any leading batch dimensions, the same for all three, are kept.
     """
+    _check_shapes(q, k, k, mask)
     k = k.repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)  # [Tk, Hq, D]
     scores = torch.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(q.shape[-1])  # [Hq, Tq, Tk]
     mask = mask.unsqueeze(-3)  # [1, Tq, Tk]
@@ -34,18 +37,40 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # a row of -inf alone would be NaN
 
 
+@checked(error=KernelError)
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The readable form: [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, D], bool [Tq, Tk] -> [Tq, Hq, D]; batch kept."""
+    _check_shapes(q, k, v, mask)
     weights = attention_weights(q, k, mask)  # [Hq, Tq, Tk]
     v = v.repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)  # [Tk, Hq, D]
     return torch.einsum("...hqk,...khd->...qhd", weights, v)
 
 
+@checked(error=KernelError)
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The fast twin of `masked_attention`, same shapes: torch's scaled_dot_product_attention."""
+    _check_shapes(q, k, v, mask)
     added = additive_mask(mask, group=q.shape[-2] // k.shape[-2], dtype=q.dtype)
     out = fused_attention(q, k.transpose(-3, -2), v.transpose(-3, -2), added)
     return out.masked_fill(~mask.any(dim=-1)[..., None, None], 0.0)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> None:
+    """Raises KernelError unless they are what attention takes."""
+    if (
+        q.ndim < 3
+        or k.ndim != q.ndim
+        or not k.shape[-2]
+        or q.shape[-2] % k.shape[-2]
+        or q.shape[-1] != k.shape[-1]
+        or v.shape != k.shape
+        or mask.dtype != torch.bool
+        or mask.shape[-2:] != (q.shape[-3], k.shape[-3])
+    ):
+        shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}, {mask.dtype} mask {[*mask.shape]}"
+        raise KernelError(
+            f"{shapes} do not go together; give [Tq, Hq, D], [Tk, Hkv, D] twice, bool [Tq, Tk], Hq a multiple of Hkv"
+        )
 
 
 def additive_mask(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -80,6 +105,7 @@ class CausalAttention:
     `score_entries` counts the query-key pairs scored, in one head of one layer.
     """
 
+    @checked
     def __init__(self, config: ModelConfig, kernel: Kernel = sdpa_attention):
         self.config = config
         self.kernel = kernel
@@ -99,6 +125,7 @@ class CachedAttention:
     `score_entries` counts the query-key pairs scored, in one head of one layer.
     """
 
+    @checked
     def __init__(self, config: ModelConfig, cache: KVCache, kernel: Kernel = sdpa_attention):
         self.config = config
         self.cache = cache
@@ -121,7 +148,8 @@ class BlockDiagonalAttention:
     itself and only the sum of length^2 pairs are scored, as a variable-length kernel does.
     """
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int], dense: bool, kernel: Kernel = sdpa_attention):
+    @checked
+    def __init__(self, config: ModelConfig, lengths: Sequence[Count], dense: bool, kernel: Kernel = sdpa_attention):
         self.config = config
         self.lengths = list(lengths)
         self.dense = dense

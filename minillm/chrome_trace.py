@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from minillm.errors import checked, write_text
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 PROCESS = 1
@@ -17,11 +18,10 @@ STEPS, HOST, DEVICE = 0, 1, 2  # threads; the requests follow in order of arriva
 Part = tuple[StepEvent, list[ScheduledTokens]]  # a step, and what it computed for one request
 
 
+@checked
 def save_chrome_trace(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path` as JSON that Perfetto opens; returns the path."""
-    path = Path(path)
-    path.write_text(json.dumps(chrome_trace(trace), separators=(",", ":")) + "\n")
-    return path
+    return write_text(path, json.dumps(chrome_trace(trace), separators=(",", ":")) + "\n")
 
 
 def chrome_trace(trace: Trace) -> dict:

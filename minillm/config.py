@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, Positive, check_fields, check_number
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,10 @@ class RopeConfig:
     factor: float = 1.0  # how many times longer the context becomes ("linear", "llama3")
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / this are stretched fully
     high_freq_factor: float = 4.0  # llama3: wavelengths below original / this are kept
-    original_max_position: int = 8192  # llama3: context of the first training, tokens
+    original_max_position: Positive = 8192  # llama3: context of the first training, tokens
 
     def __post_init__(self):
+        check_fields(self)
         if self.scaling not in ("default", "linear", "llama3"):
             raise ConfigError(f"RoPE scaling {self.scaling!r} is not one of 'default', 'linear', 'llama3'")
         if self.theta <= 0 or self.factor <= 0:
@@ -32,14 +33,16 @@ class RopeConfig:
 class ModelConfig:
     """A Llama-like decoder. Field names are those of transformers' and vLLM's configurations."""
 
-    vocab_size: int  # rows of the embedding, padding included
-    hidden_size: int  # width of the residual stream
-    intermediate_size: int  # width inside the gated MLP
-    num_hidden_layers: int  # decoder layers
-    num_attention_heads: int  # query heads, Hq
-    num_key_value_heads: int  # key-value heads, Hkv; fewer than Hq is grouped-query attention (Ainslie et al. 2023)
-    head_dim: int  # width of one head, D; need not be hidden_size / Hq
-    max_position_embeddings: int  # context: prompt + output tokens of one request
+    vocab_size: Positive  # rows of the embedding, padding included
+    hidden_size: Positive  # width of the residual stream
+    intermediate_size: Positive  # width inside the gated MLP
+    num_hidden_layers: Positive  # decoder layers
+    num_attention_heads: Positive  # query heads, Hq
+    num_key_value_heads: (
+        Positive  # key-value heads, Hkv; fewer than Hq is grouped-query attention (Ainslie et al. 2023)
+    )
+    head_dim: Positive  # width of one head, D; need not be hidden_size / Hq
+    max_position_embeddings: Positive  # context: prompt + output tokens of one request
     rms_norm_eps: float = 1e-6  # added to the mean square before the root
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False  # the output projection is the embedding matrix
@@ -47,23 +50,13 @@ class ModelConfig:
     attention_out_bias: bool = False  # Llama with attention_bias
     mlp_bias: bool = False  # Llama with mlp_bias
     qk_norm: bool = False  # Qwen3: RMSNorm over each head of q and k, before RoPE
-    sliding_windows: tuple[int | None, ...] = ()  # one entry a layer; None = sees everything; () = None for all
+    sliding_windows: tuple[Positive | None, ...] = ()  # one entry a layer; None = sees everything; () = None for all
     num_tokens: int | None = None  # ids that exist in the tokenizer; the rest of the vocabulary is never sampled
     eos_token_ids: tuple[int, ...] = ()  # any of them ends a request
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
+        check_number("rms_norm_eps", self.rms_norm_eps, "0 or a positive number", lambda eps: eps >= 0)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads "
@@ -75,8 +68,6 @@ class ModelConfig:
             raise ConfigError(
                 f"{len(self.sliding_windows)} sliding windows given for {self.num_hidden_layers} layers; give one each"
             )
-        if any(window is not None and window < 1 for window in self.sliding_windows):
-            raise ConfigError(f"sliding windows {self.sliding_windows} must be at least 1 token, or None")
         if self.num_tokens is not None and not 1 <= self.num_tokens <= self.vocab_size:
             raise ConfigError(f"num_tokens is {self.num_tokens}; it must lie in 1..vocab_size = {self.vocab_size}")
         for token_id in self.eos_token_ids:

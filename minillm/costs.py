@@ -9,16 +9,21 @@ import math
 from collections.abc import Iterable
 
 from minillm.config import ModelConfig
+from minillm.errors import ConfigError, Count, Positive, checked
 from minillm.kv_cache import kv_bytes_per_token
 from minillm.shapes import Card
 from minillm.trace import StepEvent
 
+MOST_STEPS = 2**20  # that `workload_seconds` goes through one by one
 
+
+@checked
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that take part in a matrix product for every token: all layers' and, once, the output head's."""
     return num_layer_parameters(config) + config.vocab_size * config.hidden_size
 
 
+@checked
 def num_layer_parameters(config: ModelConfig) -> int:
     """Weights of the matrix products inside the layers, without the output head."""
     attention = config.hidden_size * (2 * config.query_size + 2 * config.key_value_size)
@@ -26,13 +31,15 @@ def num_layer_parameters(config: ModelConfig) -> int:
     return config.num_hidden_layers * (attention + mlp)
 
 
-def tokenwise_flops(config: ModelConfig, num_tokens: int, num_logit_rows: int = 1) -> int:
+@checked
+def tokenwise_flops(config: ModelConfig, num_tokens: Count, num_logit_rows: Count = 1) -> int:
     """FLOP of the matrix products that treat each token alone; the output head runs for `num_logit_rows` of them."""
     head = config.vocab_size * config.hidden_size
     return 2 * num_tokens * num_layer_parameters(config) + 2 * num_logit_rows * head
 
 
-def attention_flops(config: ModelConfig, score_entries: int) -> int:
+@checked
+def attention_flops(config: ModelConfig, score_entries: Count) -> int:
     """FLOP of QK^T and of weights times V over all layers and heads, for `score_entries` query-key pairs a head.
 
     A dense n x n pass has n^2 entries and costs 4 * n^2 * Hq * D a layer; a causal kernel that skips the upper
@@ -41,28 +48,32 @@ def attention_flops(config: ModelConfig, score_entries: int) -> int:
     return 4 * score_entries * config.query_size * config.num_hidden_layers
 
 
-def naive_flops(config: ModelConfig, num_prompt_tokens: int, num_output_tokens: int) -> int:
+@checked
+def naive_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_tokens: Count) -> int:
     """FLOP of generating without a cache: pass i feeds all prompt + i tokens again, with dense scores."""
-    lengths = range(num_prompt_tokens, num_prompt_tokens + num_output_tokens)
-    return sum(tokenwise_flops(config, n) + attention_flops(config, n * n) for n in lengths)
+    begin, end = num_prompt_tokens, num_prompt_tokens + num_output_tokens
+    tokens = sum_below(end) - sum_below(begin)
+    squares = sum_of_squares_below(end) - sum_of_squares_below(begin)
+    return tokenwise_flops(config, tokens, num_output_tokens) + attention_flops(config, squares)
 
 
-def cached_flops(config: ModelConfig, num_prompt_tokens: int, num_output_tokens: int) -> int:
+@checked
+def cached_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_tokens: Count) -> int:
     """FLOP of generating with a KV cache: the prompt once, then one token a pass against all keys so far."""
-    n = num_prompt_tokens
+    n, later = num_prompt_tokens, max(0, num_output_tokens - 1)  # passes after the prompt's
     prefill = tokenwise_flops(config, n) + attention_flops(config, n * n)
-    contexts = range(n + 1, n + num_output_tokens)  # keys seen by each later pass, its own included
-    return prefill + sum(tokenwise_flops(config, 1) + attention_flops(config, keys) for keys in contexts)
+    return prefill + tokenwise_flops(config, later, later) + attention_flops(config, causal_entries(n, n + later))
 
 
+@checked
 def step_seconds(
     config: ModelConfig,
     card: Card,
-    num_tokens: int,
-    num_logit_rows: int,
-    cached_tokens: int = 0,
-    score_entries: int = 0,
-    dtype_bytes: int = 2,
+    num_tokens: Count,
+    num_logit_rows: Count,
+    cached_tokens: Count = 0,
+    score_entries: Count = 0,
+    dtype_bytes: Positive = 2,
 ) -> float:
     """Least time for one step: the larger of reading the weights once and the arithmetic, and reading the cache.
 
@@ -77,12 +88,16 @@ def step_seconds(
     return max(reading, flops / card.flops) + cache
 
 
-def prefill_seconds(config: ModelConfig, card: Card, num_tokens: int, dtype_bytes: int = 2) -> float:
+@checked
+def prefill_seconds(config: ModelConfig, card: Card, num_tokens: Count, dtype_bytes: Positive = 2) -> float:
     """Least time for the prompt's pass: the larger of its arithmetic (causal scores) and reading the weights once."""
     return step_seconds(config, card, num_tokens, 1, 0, causal_entries(0, num_tokens), dtype_bytes)
 
 
-def decode_seconds(config: ModelConfig, card: Card, context: int, batch_size: int = 1, dtype_bytes: int = 2) -> float:
+@checked
+def decode_seconds(
+    config: ModelConfig, card: Card, context: Count, batch_size: Positive = 1, dtype_bytes: Positive = 2
+) -> float:
     """Least time for one decode step of `batch_size` requests with `context` cached tokens each.
 
     Weights are read once for the whole batch or, with a large one, arithmetic takes longer; each request's cache is
@@ -91,30 +106,37 @@ def decode_seconds(config: ModelConfig, card: Card, context: int, batch_size: in
     return step_seconds(config, card, batch_size, batch_size, batch_size * context, dtype_bytes=dtype_bytes)
 
 
-def causal_entries(start: int, end: int) -> int:
+@checked
+def causal_entries(start: Count, end: Count) -> int:
     """Query-key pairs of the tokens at positions start .. end - 1, each of which sees itself and all before it."""
+    if start > end:
+        raise ConfigError(f"tokens from {start} to {end} are none; use start <= end")
     return (end * (end + 1) - start * (start + 1)) // 2
 
 
+@checked
 def workload_seconds(
-    config: ModelConfig, card: Card, lengths: Iterable[tuple[int, int]], dtype_bytes: int = 2
+    config: ModelConfig, card: Card, lengths: Iterable[tuple[Count, Positive]], dtype_bytes: Positive = 2
 ) -> float:
     """Least time for requests of (prompt, output) tokens if all run at once: the prompts, then decode step by step.
 
     The prompts' pass samples the first token of each; a request leaves with its last token. Whether their caches fit
     into the card's memory together is not asked.
     """
-    lengths = list(lengths)
+    longest = max((outputs for _, outputs in lengths), default=0)
+    if not 1 <= longest <= MOST_STEPS:
+        raise ConfigError(f"the longest of {len(lengths)} outputs has {longest} tokens; give 1 to {MOST_STEPS}")
     entries = sum(causal_entries(0, prompt) for prompt, _ in lengths)
     prompts = sum(prompt for prompt, _ in lengths)
     seconds = step_seconds(config, card, prompts, len(lengths), 0, entries, dtype_bytes)
-    for generated in range(1, max(outputs for _, outputs in lengths)):
+    for generated in range(1, longest):
         contexts = [prompt + generated for prompt, outputs in lengths if outputs > generated]
         seconds += step_seconds(config, card, len(contexts), len(contexts), sum(contexts), dtype_bytes=dtype_bytes)
     return seconds
 
 
-def trace_seconds(config: ModelConfig, card: Card, steps: Iterable[StepEvent], dtype_bytes: int = 2) -> float:
+@checked
+def trace_seconds(config: ModelConfig, card: Card, steps: Iterable[StepEvent], dtype_bytes: Positive = 2) -> float:
     """Least time for the steps a run has taken, as they were batched there.
 
     More than `workload_seconds` by what the batching cost: steps that were not full, tokens computed again, weights
@@ -135,6 +157,17 @@ def trace_seconds(config: ModelConfig, card: Card, steps: Iterable[StepEvent], d
     return seconds
 
 
-def compute_bound_batch(card: Card, dtype_bytes: int = 2) -> int:
+@checked
+def compute_bound_batch(card: Card, dtype_bytes: Positive = 2) -> int:
     """The smallest decode batch whose arithmetic takes at least as long as reading the weights: 2PB/F >= P*bytes/BW."""
     return math.ceil(card.flops * dtype_bytes / (2 * card.bandwidth))
+
+
+def sum_below(n: int) -> int:
+    """0 + 1 + ... + (n - 1)."""
+    return n * (n - 1) // 2
+
+
+def sum_of_squares_below(n: int) -> int:
+    """0 + 1 + 4 + ... + (n - 1)^2."""
+    return n * (n - 1) * (2 * n - 1) // 6

@@ -4,14 +4,25 @@ Every error a user can cause is a `MiniLLMError`. Its message names the value th
 and what to change. Each is raised before anything is allocated or computed.
 
 Below the errors stand the checks of arguments that raise them: each takes the name and the value of an argument and
-returns the value in plain Python types, so that numpy's numbers and one-time iterables are gone afterwards.
+returns the value in plain Python types, so that numpy's numbers and one-time iterables are gone afterwards. `checked`
+and `check_fields` check all arguments of a function, or all fields of a dataclass, by their annotations.
 """
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
+from pathlib import Path
 from reprlib import Repr
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin
+
+if TYPE_CHECKING:
+    import torch
 
 
 class MiniLLMError(ValueError):
@@ -71,7 +82,7 @@ _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 60
 def shown(value: object) -> str:
     """`repr` of a value, cut to a length that a message can hold; for an object without a usable one, its type."""
     try:
-        return _shorten.repr(value)
+        return " ".join(_shorten.repr(value).split())  # a tensor's has several lines
     except Exception:  # a repr is the caller's own code
         return f"<{type(value).__name__}>"
 
@@ -114,6 +125,15 @@ def check_number(name: str, value: object, wanted: str, accepts, *, error: type[
     return number
 
 
+MOST_SECONDS = 1e10  # 300 years: beyond, a moment as a float is coarser than the steps between moments
+
+
+def check_seconds(name: str, value: object, least: float = -MOST_SECONDS) -> float:
+    """A moment on a run's clock, or a stretch of time, in seconds."""
+    limits = f"seconds, from {least:g} to {MOST_SECONDS:g}"
+    return check_number(name, value, limits, lambda seconds: least <= seconds <= MOST_SECONDS)
+
+
 def check_choice(name: str, value: object, known: Sequence, *, error: type[MiniLLMError] = ConfigError):
     """One of `known`, by value and type: 1 equals True and is not meant."""
     for each in known:
@@ -141,3 +161,201 @@ def check_items(name: str, value: object, wanted: str, *, error: type[MiniLLMErr
     if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
         raise error(f"{name} is {shown(value)}; it must be a list of {wanted}")
     return tuple(value)
+
+
+def check_prompt_ids(value: object) -> list[int]:
+    """A prompt as a list of ints, read once. Raises PromptError for what is no sequence of whole numbers."""
+    if isinstance(value, str):
+        raise PromptError(f"the prompt is the text {shown(value[:20])}, not token ids; encode it first")
+    if isinstance(value, bytes | bytearray) or not isinstance(value, Sequence):
+        raise PromptError(
+            f"a prompt must be a str, a list of token ids or a dict, got {type(value).__name__}; "
+            "an array becomes a list with .tolist()"
+        )
+    if set(map(type, value)) <= {int}:  # so that a long prompt costs little
+        return list(value)
+    return [check_token_id(token_id, position) for position, token_id in enumerate(value)]
+
+
+def check_token_id(value: object, position: int) -> int:
+    """One id of a prompt as an int: whatever counts as a whole number, a tensor of one element included."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, RuntimeError, ValueError):  # an array has `__index__` too, and raises what it likes
+        raise PromptError(f"token id {shown(value)} at position {position} is no whole number") from None
+
+
+# --- all arguments at once -------------------------------------------------------------------------------------------
+
+MOST = 2**63 - 1  # of any number: what fits a tensor; a product of several still has room in a float
+Count = Annotated[int, 0]  # a whole number, at least 0
+Positive = Annotated[int, 1]  # at least 1
+_REFUSED = object()
+
+
+def checked(
+    function: Callable | None = None, *, error: type[MiniLLMError] = ConfigError, skip: Sequence[str] = ()
+) -> Callable:
+    """The function, with every argument checked against its annotation before it runs.
+
+    `int` is a whole number of 64 bits, `Count` and `Positive` one that is at least 0 or 1, `float` a finite number,
+    `Sequence[X]` any iterable of X (it arrives as a tuple), a class its instances, and so on in unions and Literals.
+    Arguments without an annotation, and those to `skip`, are not checked.
+    """
+    if function is None:
+        return functools.partial(checked, error=error, skip=skip)
+    names = list(inspect.signature(function).parameters)
+    kinds = {name: kind for name, kind in function.__annotations__.items() if name in names and name not in skip}
+
+    def check(name: str, value: object):
+        return check_kind(name, value, kinds[name], error=error) if name in kinds else value
+
+    @functools.wraps(function)
+    def with_checks(*args, **named):
+        known = [check(name, value) for name, value in zip(names, args, strict=False)]
+        named = {name: check(name, value) for name, value in named.items()}
+        return function(*known, *args[len(names) :], **named)
+
+    return with_checks
+
+
+def check_fields(instance: object, *, error: type[MiniLLMError] = ConfigError) -> None:
+    """The same for all fields of a dataclass; the first line of its `__post_init__`."""
+    for field in fields(instance):
+        value = check_kind(field.name, getattr(instance, field.name), field.type, error=error)
+        object.__setattr__(instance, field.name, value)  # the one moment at which a frozen one is not finished
+
+
+def check_kind(name: str, value: object, kind: object, *, error: type[MiniLLMError] = ConfigError):
+    """A value that is what an annotation says, in plain Python types."""
+    found = _converted(value, kind)
+    if found is _REFUSED:
+        raise error(f"{name} is {shown(value)}; it must be {_described(kind)}")
+    return found
+
+
+def _converted(value: object, kind: object):
+    """The value as the annotation has it, or _REFUSED."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return next((found for part in parts if (found := _converted(value, part)) is not _REFUSED), _REFUSED)
+    if origin is Annotated:
+        number = _converted_number(value, int)
+        return number if number is not _REFUSED and number >= parts[1] else _REFUSED
+    if origin is Literal:
+        return next((each for each in parts if type(value) is type(each) and value == each), _REFUSED)
+    if origin is Callable or kind is Callable:
+        return value if callable(value) else _REFUSED
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return _converted_items(value, origin, parts)
+    if kind in (int, float):
+        return _converted_number(value, kind)
+    if kind is None:
+        kind = NoneType
+    return value if not isinstance(kind, type) or isinstance(value, kind) else _REFUSED
+
+
+def _converted_number(value: object, kind: type):
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        return _REFUSED
+    try:
+        number = kind(value)
+    except OverflowError:  # a whole number beyond floats
+        return _REFUSED
+    if kind is int:
+        return number if abs(number) <= MOST else _REFUSED
+    return number if math.isfinite(number) else _REFUSED
+
+
+def _converted_items(value: object, origin: type, parts: tuple):
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        return _REFUSED
+    items = tuple(value)
+    if origin is tuple and parts[-1] is not Ellipsis:
+        if len(items) != len(parts):
+            return _REFUSED
+        items = tuple(map(_converted, items, parts))
+    else:
+        items = tuple(_converted(item, parts[0]) for item in items)
+    return _REFUSED if any(item is _REFUSED for item in items) else items
+
+
+def _described(kind: object) -> str:
+    """How an error names what an annotation asks for."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, parts))
+    if origin is Annotated:
+        return f"a whole number of 64 bits, at least {parts[1]}"
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if origin is Callable or kind is Callable:
+        return "a function"
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return f"a list, each item {_described(parts[0])}"
+    names = {
+        int: "a whole number of 64 bits",
+        float: "a finite number",
+        bool: "True or False",
+        None: "None",
+        NoneType: "None",
+    }
+    return names.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+
+
+def check_device(name: str, value: object) -> "torch.device":
+    """A torch device that is there, from itself or its name; for callers that have loaded torch."""
+    import torch
+
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as wrong:
+        raise ConfigError(f"{name} {shown(value)} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from wrong
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (found.index or 0) >= there.get(found.type, 0):
+        raise ConfigError(
+            f"{name} {shown(value)} is not there: torch sees {there['cuda']} CUDA devices; use 'cpu' or another"
+        )
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | Path, what: str, *, error: type[MiniLLMError] = ConfigError) -> str:
+    """The text of a file in UTF-8; `what` names it in the error, as in "the requests in"."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as wrong:
+        raise error(f"cannot read {what} {path}: it is not text in UTF-8") from wrong
+    except (OSError, ValueError, TypeError) as wrong:  # ValueError: a zero byte in its name; TypeError: no path at all
+        raise error(f"cannot read {what} {shown(path)}: {getattr(wrong, 'strerror', None) or wrong}") from wrong
+
+
+def write_text(path: str | Path, text: str, *, error: type[MiniLLMError] = ConfigError) -> Path:
+    """Write a file in UTF-8; returns its path."""
+    try:
+        path = Path(path)
+        path.write_text(text, encoding="utf-8")
+    except (OSError, ValueError, TypeError) as wrong:
+        raise error(f"cannot write {shown(path)}: {getattr(wrong, 'strerror', None) or wrong}") from wrong
+    return path
+
+
+def check_output_file(name: str, path: Path | None, *, error: type[MiniLLMError] = ConfigError) -> None:
+    """That a file can be written there, asked before the work that is to fill it; None is no file and passes."""
+    if path is None:
+        return
+    try:
+        target = path if path.exists() else path.parent
+        reason = "it is a folder" if path.is_dir() else None
+        if not path.exists() and not target.is_dir():
+            reason = f"there is no folder {target}"
+        elif not os.access(target, os.W_OK):
+            reason = f"{target} is not writable"
+    except (OSError, ValueError) as wrong:  # a name too long, or with a zero byte
+        reason = getattr(wrong, "strerror", None) or str(wrong)
+    if reason is not None:
+        raise error(f"{name} {shown(str(path))} cannot be written: {reason}")

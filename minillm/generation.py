@@ -6,6 +6,7 @@ All rungs share one loop; they differ in which tokens a forward pass gets and in
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,15 +14,40 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.attention import BlockDiagonalAttention, CachedAttention, CausalAttention, Kernel, sdpa_attention
 from minillm.config import ModelConfig
-from minillm.errors import ConfigError, PromptError, SamplingParamsError
+from minillm.errors import (
+    Positive,
+    PromptError,
+    SamplingParamsError,
+    check_items,
+    check_kind,
+    check_prompt_ids,
+    checked,
+)
 from minillm.kv_cache import KVCache
-from minillm.model import Decoder
 from minillm.sampling import make_generator, sample
 from minillm.sampling_params import SamplingParams, finish_reason, limited
 from minillm.text import Detokenizer
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 REQUEST_ID = "req 0"  # the one request of a rung that runs one at a time
+
+
+_takes = checked(skip=("prompt_token_ids", "prompts"))  # which `check_request` looks at
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What is asked of a model: a Decoder has it, and so may whatever stands in for one."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, attend: Callable) -> Tensor:
+        """[T] token ids at [T] positions -> [T, hidden]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, ids]."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +92,10 @@ class Pass:
     cached_tokens: int  # tokens held in a cache afterwards
 
 
+@_takes
 @torch.inference_mode()
 def generate_naive(
-    model: Decoder,
+    model: Model,
     prompt_token_ids: Sequence[int],
     params: SamplingParams = SamplingParams(),
     *,
@@ -86,8 +113,9 @@ def generate_naive(
     return _generate(model, forward, prompt_token_ids, params, tokenizer, on_token)
 
 
+@_takes
 def generate_cached(
-    model: Decoder,
+    model: Model,
     prompt_token_ids: Sequence[int],
     params: SamplingParams = SamplingParams(),
     *,
@@ -96,19 +124,21 @@ def generate_cached(
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
     """Keep keys and values: the prompt in one pass, then one new token a pass. Same errors as `generate_naive`."""
+    prompt_token_ids = check_prompt_ids(prompt_token_ids)
     whole_prompt = max(1, len(prompt_token_ids))
     return generate_chunked(
         model, prompt_token_ids, params, chunk_size=whole_prompt, tokenizer=tokenizer, on_token=on_token, kernel=kernel
     )
 
 
+@_takes
 @torch.inference_mode()
 def generate_chunked(
-    model: Decoder,
+    model: Model,
     prompt_token_ids: Sequence[int],
     params: SamplingParams = SamplingParams(),
     *,
-    chunk_size: int,
+    chunk_size: Positive,
     tokenizer: PreTrainedTokenizerBase | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     kernel: Kernel = sdpa_attention,
@@ -118,8 +148,7 @@ def generate_chunked(
     Same tokens as `generate_cached`; the largest pass, and so the peak of activation memory, is bounded by the chunk.
     Raises ConfigError for a chunk of no tokens, and the errors of `generate_naive`.
     """
-    if chunk_size < 1:
-        raise ConfigError(f"chunk_size is {chunk_size}; a pass computes at least 1 token")
+    prompt_token_ids = check_prompt_ids(prompt_token_ids)
     params = check_request(model.config, prompt_token_ids, params, tokenizer)
     capacity = len(prompt_token_ids) + params.max_tokens - 1  # the last token sampled is never fed back
     cache = KVCache(model.config, capacity, model.dtype, model.device)
@@ -136,9 +165,10 @@ def generate_chunked(
     return _generate(model, forward, prompt_token_ids, params, tokenizer, on_token)
 
 
+@_takes
 @torch.inference_mode()
 def generate_ragged(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     *,
@@ -152,11 +182,12 @@ def generate_ragged(
     otherwise each prompt's own pairs only. The results share one trace, and their counters are those of all together.
     Raises PromptError or SamplingParamsError before any work; `params` is one for all or one a prompt.
     """
-    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    prompts = check_items("prompts", prompts, "prompts", error=PromptError)
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     if len(params) != len(prompts):
         raise SamplingParamsError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
+    prompts = [check_prompt_ids(prompt) for prompt in prompts]
     params = [check_request(model.config, *each, tokenizer) for each in zip(prompts, params, strict=True)]
-    prompts = [[int(token_id) for token_id in prompt] for prompt in prompts]
     outputs = [OutputBuilder(model.config, own, tokenizer, prompt) for prompt, own in zip(prompts, params, strict=True)]
     generators = [make_generator(own, model.device) for own in params]
     began = time.perf_counter()
@@ -181,7 +212,7 @@ def generate_ragged(
     return [output.result(prompt, trace) for output, prompt in zip(outputs, prompts, strict=True)]
 
 
-def _ragged_pass(model: Decoder, sequences: list[list[int]], dense: bool, kernel: Kernel) -> tuple[Tensor, int]:
+def _ragged_pass(model: Model, sequences: list[list[int]], dense: bool, kernel: Kernel) -> tuple[Tensor, int]:
     """All sequences one behind the other -> (logits [R, V] of each one's last token, score entries)."""
     lengths = [len(sequence) for sequence in sequences]
     attend = BlockDiagonalAttention(model.config, lengths, dense, kernel)
@@ -192,7 +223,7 @@ def _ragged_pass(model: Decoder, sequences: list[list[int]], dense: bool, kernel
 
 
 def _generate(
-    model: Decoder,
+    model: Model,
     forward: Callable[[list[int]], Pass],
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
@@ -200,8 +231,8 @@ def _generate(
     on_token: Callable[[NewToken], None] | None,
 ) -> GenerationResult:
     """The loop that all rungs share: forward pass, sample, append, until something stops it."""
-    params = check_request(model.config, prompt_token_ids, params, tokenizer)
-    prompt = [int(token_id) for token_id in prompt_token_ids]
+    prompt = check_prompt_ids(prompt_token_ids)
+    params = check_request(model.config, prompt, params, tokenizer)
     output = OutputBuilder(model.config, params, tokenizer, prompt)
     generator = make_generator(params, model.device)
     began = time.perf_counter()
@@ -288,6 +319,7 @@ def check_request(
 
     Raises PromptError or SamplingParamsError for one that cannot.
     """
+    check_kind("params", params, SamplingParams, error=SamplingParamsError)
     check_token_ids(config, prompt_token_ids)
     num_prompt_tokens, context = len(prompt_token_ids), config.max_position_embeddings
     if num_prompt_tokens >= context:
@@ -313,8 +345,7 @@ def check_request(
 
 def check_token_ids(config: ModelConfig, token_ids: Sequence[int]) -> None:
     """Raises PromptError if there are none, or some that the model does not know."""
-    if isinstance(token_ids, str):
-        raise PromptError(f"the prompt is the text {token_ids[:20]!r}, not token ids; encode it first")
+    token_ids = check_prompt_ids(token_ids)
     if len(token_ids) == 0:
         raise PromptError("the prompt is empty; give at least one token id")
     for position, token_id in enumerate(token_ids):
@@ -324,11 +355,11 @@ def check_token_ids(config: ModelConfig, token_ids: Sequence[int]) -> None:
             )
 
 
-def as_tensor(token_ids: Sequence[int], model: Decoder) -> Tensor:
+def as_tensor(token_ids: Sequence[int], model: Model) -> Tensor:
     """[T] token ids on the model's device."""
     return torch.tensor(token_ids, dtype=torch.long, device=model.device)
 
 
-def positions(start: int, end: int, model: Decoder) -> Tensor:
+def positions(start: int, end: int, model: Model) -> Tensor:
     """[end - start] consecutive positions on the model's device."""
     return torch.arange(start, end, device=model.device)

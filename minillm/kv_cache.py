@@ -3,13 +3,24 @@
 Keys and values of old tokens never change under a causal mask, so they are computed once and kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm.config import ModelConfig
-from minillm.errors import CacheFullError, ConfigError
+from minillm.errors import (
+    CacheFullError,
+    ConfigError,
+    Count,
+    KernelError,
+    OutOfMemoryError,
+    Positive,
+    check_device,
+    check_number,
+    checked,
+)
 
 
 class KVCache:
@@ -20,20 +31,25 @@ class KVCache:
     fails half-way leaves the cache as it was.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device=None):
-        if capacity < 1:
-            raise ConfigError(f"cache capacity is {capacity} tokens; it must be at least 1")
+    @checked
+    def __init__(self, config: ModelConfig, capacity: Positive, dtype: torch.dtype, device=None):
         shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [L, capacity, Hkv, D]
-        self.values = torch.empty(shape, dtype=dtype, device=device)  # [L, capacity, Hkv, D]
+        self.keys = allocate(torch.empty, shape, dtype, device)  # [L, capacity, Hkv, D]
+        self.values = allocate(torch.empty, shape, dtype, device)  # [L, capacity, Hkv, D]
         self.capacity = capacity
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    @checked(error=KernelError)
+    def append(self, layer: Count, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store [T, Hkv, D] keys and values behind the cached ones; return views of all, [length + T, Hkv, D].
 
         Raises CacheFullError, and stores nothing, if the T tokens do not fit.
         """
+        if layer >= len(self.keys) or k.shape != v.shape or k.ndim != 3 or k.shape[1:] != self.keys.shape[2:]:
+            raise KernelError(
+                f"keys {[*k.shape]} and values {[*v.shape]} for layer {layer} do not fit a cache of {len(self.keys)} "
+                f"layers of [tokens, {self.keys.shape[2]}, {self.keys.shape[3]}]"
+            )
         end = self.length + k.shape[0]
         if end > self.capacity:
             raise CacheFullError(
@@ -44,7 +60,8 @@ class KVCache:
         self.values[layer, self.length : end] = v
         return self.keys[layer, :end], self.values[layer, :end]
 
-    def advance(self, num_tokens: int) -> None:
+    @checked
+    def advance(self, num_tokens: Count) -> None:
         """Count `num_tokens` as cached, after every layer has appended them. Raises CacheFullError past the end."""
         if self.length + num_tokens > self.capacity:
             raise CacheFullError(
@@ -66,16 +83,16 @@ class SlotCache:
     Values start as zeros and return to zeros, because a masked key still multiplies its value: 0 * NaN is NaN.
     """
 
-    def __init__(self, config: ModelConfig, num_slots: int, capacity: int, dtype: torch.dtype, device=None):
-        if num_slots < 1 or capacity < 1:
-            raise ConfigError(f"a cache of {num_slots} slots of {capacity} tokens is empty; both must be at least 1")
+    @checked
+    def __init__(self, config: ModelConfig, num_slots: Positive, capacity: Positive, dtype: torch.dtype, device=None):
         shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, Hkv, capacity, D]
-        self.values = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, Hkv, capacity, D]
+        self.keys = allocate(torch.zeros, shape, dtype, device)  # [L, S, Hkv, capacity, D]
+        self.values = allocate(torch.zeros, shape, dtype, device)  # [L, S, Hkv, capacity, D]
         self.capacity = capacity
         self.free_slots = list(range(num_slots))[::-1]
 
-    def take(self, num_tokens: int) -> int:
+    @checked
+    def take(self, num_tokens: Count) -> int:
         """A free slot for a request of at most `num_tokens`. Raises CacheFullError if there is none that fits."""
         if num_tokens > self.capacity or not self.free_slots:
             raise CacheFullError(
@@ -84,8 +101,11 @@ class SlotCache:
             )
         return self.free_slots.pop()
 
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
+    @checked
+    def release(self, slot: Count) -> None:
+        """Give a slot back. Raises ConfigError for one that is not taken."""
+        if slot >= self.keys.shape[1] or slot in self.free_slots:
+            raise ConfigError(f"slot {slot} is not taken; there are {self.keys.shape[1]}, free are {self.free_slots}")
         self.values[:, slot].zero_()
         self.free_slots.append(slot)
 
@@ -109,7 +129,17 @@ class SlotCache:
         return keys.index_select(0, chosen), values.index_select(0, chosen)
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int = 2) -> int:
+def allocate(make: Callable, shape: tuple[int, ...], dtype: torch.dtype, device) -> Tensor:
+    """A tensor of a cache, by torch.empty or torch.zeros. Raises OutOfMemoryError if there is no memory for it."""
+    device = None if device is None else check_device("device", device)
+    try:
+        return make(shape, dtype=dtype, device=device)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's, also for numbers beyond 64 bits
+        raise OutOfMemoryError(f"a cache of {[*shape]} numbers of {dtype} does not fit; make it smaller") from error
+
+
+@checked
+def kv_bytes_per_token(config: ModelConfig, dtype_bytes: Positive = 2) -> int:
     """Bytes one token adds to the cache: 2 (K and V) * layers * KV heads * head_dim * bytes of an element."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype_bytes
 
@@ -133,21 +163,22 @@ class MemoryFit:
         """Tokens whose keys and values fit, over all requests together."""
         return self.cache_bytes // self.bytes_per_token
 
-    def num_requests(self, tokens_each: int) -> int:
+    @checked
+    def num_requests(self, tokens_each: Positive) -> int:
         """Requests of `tokens_each` tokens (prompt and output) that fit at once."""
         return self.num_tokens // tokens_each
 
 
-def what_fits(config: ModelConfig, card_bytes: int, *, dtype_bytes: int = 2, reserved_share: float = 0.1) -> MemoryFit:
+@checked
+def what_fits(
+    config: ModelConfig, card_bytes: Positive, *, dtype_bytes: Positive = 2, reserved_share: float = 0.1
+) -> MemoryFit:
     """What a card of `card_bytes` holds of the model: weights, then as many tokens of cache as go in the rest.
 
     `reserved_share` of the card is kept free for activations, as vLLM's gpu_memory_utilization = 0.9 does.
     Raises ConfigError if a size is not positive or the share is outside [0, 1).
     """
-    if card_bytes <= 0 or dtype_bytes <= 0:
-        raise ConfigError(f"card_bytes ({card_bytes}) and dtype_bytes ({dtype_bytes}) must be positive")
-    if not 0 <= reserved_share < 1:
-        raise ConfigError(f"reserved_share is {reserved_share}; it must lie in [0, 1)")
+    check_number("reserved_share", reserved_share, "a share of the card, in [0, 1)", lambda share: 0 <= share < 1)
     return MemoryFit(
         card_bytes=card_bytes,
         weight_bytes=config.num_parameters * dtype_bytes,

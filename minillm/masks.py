@@ -8,10 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from minillm.errors import MaskError
+from minillm.errors import Count, MaskError, Positive, check_device, checked
+
+MOST_ENTRIES = 2**32  # of a mask, a byte each
+_takes = checked(error=MaskError)
 
 
-def causal(num_tokens: int, *, window: int | None = None, device=None) -> torch.Tensor:
+@_takes
+def causal(num_tokens: Count, *, window: Positive | None = None, device=None) -> torch.Tensor:
     """Lower-triangular mask [n, n]: token i sees tokens 0..i, itself included.
 
     `window` limits the view to the last `window` tokens, the looking one counted (Mistral 7B, section 2).
@@ -20,28 +24,31 @@ def causal(num_tokens: int, *, window: int | None = None, device=None) -> torch.
     return rectangular(num_tokens, num_tokens, window=window, device=device)
 
 
-def rectangular(num_queries: int, num_keys: int, *, window: int | None = None, device=None) -> torch.Tensor:
+@_takes
+def rectangular(num_queries: Count, num_keys: Count, *, window: Positive | None = None, device=None) -> torch.Tensor:
     """Causal mask [num_queries, num_keys] of the *last* `num_queries` tokens of a sequence of `num_keys`.
 
     The query in row r sits at position num_keys - num_queries + r. With one row this is a decode step (all True);
     with several it is a chunk of a prompt whose earlier part is already cached.
     Raises MaskError if there are more queries than keys, or a size is negative, or `window` < 1.
     """
-    if num_queries < 0 or num_queries > num_keys:
+    if num_queries > num_keys:
         raise MaskError(
             f"{num_queries} queries do not fit a sequence of {num_keys} keys: the queries are the last tokens of "
             "the sequence, so 0 <= num_queries <= num_keys"
         )
-    if window is not None and window < 1:
-        raise MaskError(f"window is {window}; a token sees at least itself, so use window >= 1 or None")
+    _check_size(num_queries, num_keys)
+    device = None if device is None else check_device("device", device)
     return visible(torch.arange(num_keys - num_queries, num_keys, device=device), num_keys, window)
 
 
-def visible(positions: torch.Tensor, num_keys: int, window: int | None = None) -> torch.Tensor:
+@_takes
+def visible(positions: torch.Tensor, num_keys: Count, window: Positive | None = None) -> torch.Tensor:
     """Which of its own sequence's first `num_keys` tokens each query sees: [..., Tq] positions -> [..., Tq, num_keys].
 
     Those up to itself, the last `window` of them where there is one; a query at position -1 sees nothing.
     """
+    _check_size(positions.numel(), num_keys)
     keys = torch.arange(num_keys, device=positions.device)
     mask = keys <= positions[..., None]
     if window is not None:
@@ -49,7 +56,10 @@ def visible(positions: torch.Tensor, num_keys: int, window: int | None = None) -
     return mask
 
 
-def left_padded(num_tokens: int, padded_length: int, *, window: int | None = None, device=None) -> torch.Tensor:
+@_takes
+def left_padded(
+    num_tokens: Count, padded_length: Count, *, window: Positive | None = None, device=None
+) -> torch.Tensor:
     """Causal mask [padded_length, padded_length] of a prompt with pads in front, as one row of a static batch has it.
 
     Pads see nothing and nobody sees them: their rows and columns are all False.
@@ -60,8 +70,15 @@ def left_padded(num_tokens: int, padded_length: int, *, window: int | None = Non
     )
 
 
+@_takes
 def padded(
-    num_queries: int, num_keys: int, num_rows: int, num_columns: int, *, window: int | None = None, device=None
+    num_queries: Count,
+    num_keys: Count,
+    num_rows: Count,
+    num_columns: Count,
+    *,
+    window: Positive | None = None,
+    device=None,
 ) -> torch.Tensor:
     """The rectangular mask of a request inside the larger [num_rows, num_columns] rectangle of its batch.
 
@@ -73,17 +90,26 @@ def padded(
             f"{num_queries} queries and {num_keys} keys do not fit a rectangle of {num_rows} x {num_columns}; "
             "pad to the longest request of the batch"
         )
+    _check_size(num_rows, num_columns)
+    device = None if device is None else check_device("device", device)
     mask = torch.zeros(num_rows, num_columns, dtype=torch.bool, device=device)
     own = rectangular(num_queries, num_keys, window=window, device=device)
     mask[num_rows - num_queries :, :num_keys] = own
     return mask
 
 
-def block_diagonal(lengths: Sequence[int], *, window: int | None = None, device=None) -> torch.Tensor:
+@_takes
+def block_diagonal(lengths: Sequence[Count], *, window: Positive | None = None, device=None) -> torch.Tensor:
     """Causal mask [n, n] of prompts laid one behind the other, n = sum of `lengths`: nobody sees another's tokens.
 
     Raises MaskError if a length is negative.
     """
-    if any(length < 0 for length in lengths):
-        raise MaskError(f"lengths {list(lengths)} must not be negative")
+    _check_size(sum(lengths), sum(lengths))
     return torch.block_diag(*(causal(length, window=window, device=device) for length in lengths)).bool()
+
+
+def _check_size(num_rows: int, num_columns: int) -> None:
+    if num_rows * num_columns > MOST_ENTRIES:
+        raise MaskError(
+            f"a mask of {num_rows} x {num_columns} has more than {MOST_ENTRIES} entries; compute fewer tokens at once"
+        )

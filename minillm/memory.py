@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minillm.config import ModelConfig
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, Positive, check_device, checked
 
 MASK_BYTES = 1  # a bool
 SCORE_TABLES = 3  # `attention_weights` holds three at once: scores, masked scores, and the softmax of these
@@ -31,7 +31,7 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+        self.device = check_device("device", device)
         self.peak_bytes = 0
 
     def __enter__(self) -> "PeakMemory":
@@ -110,8 +110,9 @@ class ActivationBytes:
         return max(self.attention, self.mlp_tokens)
 
 
+@checked
 def activation_bytes(
-    config: ModelConfig, chunk_size: int, num_keys: int, dtype_bytes: int = 2, *, fused: bool = False
+    config: ModelConfig, chunk_size: Positive, num_keys: Positive, dtype_bytes: Positive = 2, *, fused: bool = False
 ) -> ActivationBytes:
     """Bytes a pass over `chunk_size` tokens needs when they look at `num_keys` tokens, their own included.
 
@@ -119,10 +120,8 @@ def activation_bytes(
     to memory (FlashAttention, Dao et al. 2022). Norms and the few rows of logits are left out.
     Raises ConfigError for a chunk of no tokens, more tokens than keys, or bytes below 1.
     """
-    if not 1 <= chunk_size <= num_keys:
+    if chunk_size > num_keys:
         raise ConfigError(f"a chunk of {chunk_size} tokens looks at {num_keys} keys; use 1 <= chunk_size <= num_keys")
-    if dtype_bytes < 1:
-        raise ConfigError(f"dtype_bytes is {dtype_bytes}; a number takes at least 1")
     stream = 2 * config.hidden_size  # the residual stream and its normalised copy
     projected = config.query_size + 2 * config.key_value_size
     rotated = config.query_size + config.key_value_size
@@ -136,16 +135,15 @@ def activation_bytes(
     )
 
 
+@checked
 def chunk_that_fits(
-    config: ModelConfig, free_bytes: int, num_prompt_tokens: int, dtype_bytes: int = 2, *, fused: bool = False
+    config: ModelConfig, free_bytes: int, num_prompt_tokens: Positive, dtype_bytes: Positive = 2, *, fused: bool = False
 ) -> int:
     """The whole prompt if it fits in one pass, else the largest power of two whose last, dearest chunk fits.
 
     `free_bytes` is what is left beside the weights *and the cache of the whole prompt*: chunking makes neither smaller.
     Raises ConfigError if there is no prompt, or not even chunks of one token fit.
     """
-    if num_prompt_tokens < 1:
-        raise ConfigError(f"num_prompt_tokens is {num_prompt_tokens}; there must be at least 1")
     powers = [2**power for power in range(num_prompt_tokens.bit_length()) if 2**power < num_prompt_tokens]
     for chunk_size in [num_prompt_tokens, *reversed(powers)]:
         if activation_bytes(config, chunk_size, num_prompt_tokens, dtype_bytes, fused=fused).total <= free_bytes:

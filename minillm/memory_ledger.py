@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from minillm.errors import ConfigError, OutOfMemoryError
+from minillm.errors import ConfigError, Count, OutOfMemoryError, Positive, check_fields, check_number
 from minillm.plan import blocks_needed
 
 CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest is left to other programs
@@ -135,24 +135,18 @@ def mib(size: int) -> str:
 class CacheLimits:
     """What decides how large the pool is."""
 
-    max_num_seqs: int  # requests that run at the same time
-    max_num_batched_tokens: int  # tokens of one step
-    max_model_len: int  # prompt and output tokens of one request
-    block_size: int = 16  # tokens a block
+    max_num_seqs: Positive  # requests that run at the same time
+    max_num_batched_tokens: Positive  # tokens of one step
+    max_model_len: Positive  # prompt and output tokens of one request
+    block_size: Positive = 16  # tokens a block
     num_blocks: int | None = None  # the whole pool, the null block included; None = as many as are useful and fit
-    num_host_blocks: int | None = 0  # for requests that are swapped out; None = as many as the pool has
+    num_host_blocks: Count | None = 0  # for requests that are swapped out; None = as many as the pool has
     gpu_memory_utilization: float = 0.9  # share of the card that may be used; of no effect on the CPU
 
     def __post_init__(self):
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of the card, in (0, 1]"
-            )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_host_blocks is not None and self.num_host_blocks < 0:
-            raise ConfigError(f"num_host_blocks is {self.num_host_blocks}; use 0 for no swapping, or a positive number")
+        check_fields(self)
+        utilization = self.gpu_memory_utilization
+        check_number("gpu_memory_utilization", utilization, "a share of the card, in (0, 1]", lambda u: 0 < u <= 1)
         if self.num_blocks is not None and self.num_blocks < self.least_blocks:
             raise ConfigError(
                 f"num_blocks is {self.num_blocks}, but one request of max_model_len = {self.max_model_len} tokens "

@@ -7,7 +7,7 @@ numbers; what a card really reaches is measured by `minillm bench`.
 from dataclasses import dataclass
 
 from minillm.config import ModelConfig, RopeConfig
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,13 @@ class Card:
     """What bounds a device: how much it holds, how fast it reads that, how fast it multiplies."""
 
     name: str
-    memory_bytes: int  # decimal: a "24 GB" card is 24e9
+    memory_bytes: Positive  # decimal: a "24 GB" card is 24e9
     bandwidth: float  # bytes a second from device memory
     flops: float  # 16-bit matrix multiply-adds, counted as two operations, a second
 
     def __post_init__(self):
-        if min(self.memory_bytes, self.bandwidth, self.flops) <= 0:
+        check_fields(self)
+        if min(self.bandwidth, self.flops) <= 0:
             raise ConfigError(f"card {self.name!r} needs positive memory, bandwidth and flops")
 
 

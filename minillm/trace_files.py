@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from minillm.errors import MiniLLMError
+from minillm.errors import MiniLLMError, checked, read_text, write_text
 from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace, Why
 
 FORMAT, VERSION = "minillm trace", 1
@@ -25,6 +25,7 @@ class TraceFileError(MiniLLMError):
     """A trace file cannot be read, or cannot be written as JSON; names the line."""
 
 
+@checked(error=TraceFileError)
 def save_trace(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path`; returns the path. Raises TraceFileError for a time that is not finite."""
     lines = [{"format": FORMAT, "version": VERSION}]
@@ -34,9 +35,7 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     except ValueError as error:
         raise TraceFileError(f"cannot write the trace to {path}: a time in it is not finite") from error
-    path = Path(path)
-    path.write_text(text, encoding="utf-8")
-    return path
+    return write_text(path, text, error=TraceFileError)
 
 
 def _record(record) -> dict:
@@ -58,12 +57,7 @@ def _json(value):
 
 def load_trace(path: str | Path) -> Trace:
     """The trace in `path`. Raises TraceFileError, naming the line, for a file that `save_trace` cannot have made."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except OSError as error:
-        raise TraceFileError(f"cannot read the trace {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TraceFileError(f"cannot read the trace {path}: it is not text in UTF-8") from error
+    lines = read_text(path, "the trace", error=TraceFileError).rstrip("\n").split("\n")
     _check_header(path, lines[0])
     trace, known = Trace(), set()
     for number, line in enumerate(lines[1:], start=2):
@@ -74,7 +68,7 @@ def load_trace(path: str | Path) -> Trace:
 def _check_header(path: str | Path, line: str) -> None:
     try:
         header = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise TraceFileError(
@@ -94,8 +88,8 @@ class _Line:
         self.where = where
         try:
             self.content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise self._error(f"no JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+            raise self._error(f"no JSON ({getattr(error, 'msg', error)})") from error
 
     def _error(self, reason: str) -> TraceFileError:
         return TraceFileError(f"{self.where}: {reason}")

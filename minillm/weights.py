@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.checkpoints import find_checkpoint, safetensors_files
 from minillm.config import ModelConfig
-from minillm.errors import CheckpointError, ConfigError, shown
+from minillm.errors import CheckpointError, ConfigError, check_device, checked, shown
 from minillm.hf_config import load_tokenizer, read_config, read_json
 from minillm.linear import pack_linears
 from minillm.model import Decoder
@@ -34,6 +34,7 @@ class LoadedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
+@checked
 def load_model(
     name_or_path: str | Path = "storyteller",
     dtype: torch.dtype | str = torch.float32,
@@ -89,14 +90,7 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
 
 def as_device(device: torch.device | str) -> torch.device:
     """A torch device that is there. Raises ConfigError for one that is not."""
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from error
-    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
-        count = torch.cuda.device_count()
-        raise ConfigError(f"device {device!r} is not there: torch sees {count} CUDA devices; use 'cpu' or another")
-    return found
+    return check_device("device", device)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

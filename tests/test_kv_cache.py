@@ -66,7 +66,7 @@ def test_a_pass_that_does_not_fit_is_refused_and_changes_nothing():
 
 
 def test_a_cache_of_no_tokens_is_refused():
-    with pytest.raises(ConfigError, match="0 tokens"):
+    with pytest.raises(ConfigError, match="capacity is 0"):
         KVCache(SMALL, 0, torch.float32)
 
 

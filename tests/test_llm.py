@@ -162,7 +162,7 @@ def test_arrays_are_refused_with_what_to_do(llm):
     ("arguments", "error", "message"),
     [
         ({"sampling_params": [SamplingParams()]}, SamplingParamsError, "1 sampling parameters for 2 prompts"),
-        ({"sampling_params": [SamplingParams(), 5]}, SamplingParamsError, "must be SamplingParams, got int"),
+        ({"sampling_params": [SamplingParams(), 5]}, SamplingParamsError, "params is 5; it must be a SamplingParams"),
         ({"priority": [1]}, ConfigError, "1 priorities for 2 prompts"),
         ({"priority": [0, 1]}, ConfigError, "priority is 1, which scheduling_policy 'fcfs'"),
         ({"sampling_params": SamplingParams(max_tokens=2048)}, PromptError, "max_tokens = 2048 do not fit"),

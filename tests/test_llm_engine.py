@@ -129,11 +129,11 @@ def test_every_output_has_a_seed_of_64_bits():
     [
         (("a", [], TEN), PromptError, "empty"),
         (("a", [500], TEN), PromptError, "outside the vocabulary"),
-        ((7, PROMPT, TEN), PromptError, "request id 7 must be a str"),
+        ((7, PROMPT, TEN), PromptError, "request_id is 7"),
         (("busy", PROMPT, TEN), PromptError, "'busy' is in use"),
         (("a", PROMPT, SamplingParams(max_tokens=32)), PromptError, "41 tokens .* max_model_len is 40"),
         (("a", PROMPT, SamplingParams(max_tokens=2, stop="x")), SamplingParamsError, "need a tokenizer"),
-        (("a", PROMPT, "greedy"), SamplingParamsError, "got str"),
+        (("a", PROMPT, "greedy"), SamplingParamsError, "params is 'greedy'.*SamplingParams"),
         (("a", "text", TEN), PromptError, "no tokenizer"),
     ],
 )

@@ -79,7 +79,7 @@ def test_block_diagonal_lets_each_prompt_see_itself_alone(lengths, window):
     ("make", "numbers"),
     [
         (lambda: masks.rectangular(4, 3), ["4", "3"]),
-        (lambda: masks.rectangular(-1, 3), ["-1", "3"]),
+        (lambda: masks.rectangular(-1, 3), ["-1", "0"]),
         (lambda: masks.causal(-2), ["-2"]),
         (lambda: masks.causal(3, window=0), ["0", "1"]),
         (lambda: masks.causal(3, window=-1), ["-1", "1"]),

@@ -142,7 +142,7 @@ def test_a_fused_kernel_needs_no_table_of_scores():
 @pytest.mark.parametrize(
     ("chunk_size", "num_keys", "dtype_bytes", "told"),
     [
-        (0, 8, 2, "a chunk of 0 tokens looks at 8 keys"),
+        (0, 8, 2, "chunk_size is 0"),
         (9, 8, 2, "a chunk of 9 tokens looks at 8 keys"),
         (4, 8, 0, "dtype_bytes is 0"),
     ],

@@ -228,7 +228,7 @@ def test_an_id_in_use_is_refused():
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(PromptError, match="empty prompt"):
-        made_request("a", 0.0, 0, 1)
+        Request("a", [], SamplingParams())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import nbformat
 from nbformat import NotebookNode
 
-from minillm.errors import MiniLLMError
+from minillm.errors import MiniLLMError, check_kind, check_text, shown
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MANIFEST = ".manifest.json"
@@ -106,12 +106,13 @@ def source_folder() -> Path:
 
 def find_chapter(name: str, stems: list[str]) -> str:
     """The chapter that `name` means: its full name, its file name, or its number as in "3" or "03"."""
+    check_text("chapter", name, error=CourseError)
     wanted = name.removesuffix(".ipynb")
     wanted = wanted.zfill(2) if wanted.isdigit() else wanted
     for stem in stems:
         if wanted in (stem, stem.split("_")[0]):
             return stem
-    raise CourseError(f"there is no chapter {name!r}; choose from {', '.join(stems) or 'none'}")
+    raise CourseError(f"there is no chapter {shown(name)}; choose from {', '.join(stems) or 'none'}")
 
 
 def prepare(
@@ -119,9 +120,25 @@ def prepare(
 ) -> list[Prepared]:
     """Write the student copies of the chapters `names` (none given: all) into `folder`.
 
-    A copy the reader has changed is left alone unless `force` names its chapter.
+    A copy the reader has changed, into whatever, is left alone unless `force` names its chapter. Raises CourseError for
+    a chapter that does not exist, and for files that cannot be read or written.
     """
-    source = source or source_folder()
+    folder = Path(check_kind("folder", folder, str | Path, error=CourseError))
+    source = Path(check_kind("source", source, str | Path | None, error=CourseError) or source_folder())
+    names = check_kind("names", names, Sequence[str], error=CourseError)
+    force = check_kind("force", force, Sequence[str], error=CourseError)
+    try:
+        return _prepare(folder, names, force, source)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CourseError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CourseError(
+            f"cannot write the copies to {shown(str(getattr(error, 'filename', None) or folder))}: {reason}"
+        ) from error
+
+
+def _prepare(folder: Path, names: Sequence[str], force: Sequence[str], source: Path) -> list[Prepared]:
     stems = sorted(path.stem for path in source.glob("*.ipynb"))
     forced = {find_chapter(name, stems) for name in force}
     chosen = {find_chapter(name, stems) for name in names} | forced if names else set(stems)
@@ -145,7 +162,7 @@ def decide(path: Path, text: str, written: str | None, forced: bool) -> str:
     """What to do with a copy, given the hash of what we wrote there last (None: nothing)."""
     if not path.exists():
         return "new"
-    found = digest(path.read_text(encoding="utf-8"))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()  # it may be no text at all
     if found == digest(text):
         return "unchanged"
     if found == written:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from minillm.engine.request import Request
-from minillm.errors import ConfigError
+from minillm.errors import Count, Positive, check_whole, checked
 from minillm.plan import NULL_BLOCK, BlockMove, blocks_needed
 from minillm.trace import BlockUse
+
+MOST_BLOCKS = 2**26  # what is kept of a block takes about 100 bytes
 
 
 class BlockManagerError(AssertionError):
@@ -88,16 +90,18 @@ class BlockManager:
     `grow` makes room for writing, and copies or un-registers what stands in the way.
     """
 
+    @checked
     def __init__(
-        self, num_blocks: int, block_size: int = 16, *, num_host_blocks: int = 0, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: Positive = 16,
+        *,
+        num_host_blocks: Count = 0,
+        enable_prefix_caching: bool = True,
     ):
         """`num_blocks` is the whole pool, null block included. Raises ConfigError for a pool that can hold nothing."""
-        if num_blocks < 2:
-            raise ConfigError(f"num_blocks is {num_blocks}; the pool needs the null block and at least one more")
-        if block_size < 1:
-            raise ConfigError(f"block_size is {block_size}; a block must hold at least 1 token")
-        if num_host_blocks < 0:
-            raise ConfigError(f"num_host_blocks is {num_host_blocks}; use 0 for none or a positive number")
+        check_whole("num_blocks", num_blocks, 2, MOST_BLOCKS)  # the null block and at least one more
+        check_whole("num_host_blocks", num_host_blocks, 0, MOST_BLOCKS)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks

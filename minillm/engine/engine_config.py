@@ -4,9 +4,8 @@ import difflib
 from dataclasses import dataclass, fields
 
 from minillm.engine.paged_scheduler import PREEMPTION_MODES
-from minillm.engine.queue import POLICIES
 from minillm.engine.scheduler import SchedulerConfig
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, Count, Positive, check_choice, check_fields, check_number, check_whole
 from minillm.memory_ledger import CacheLimits
 from minillm.plan import ATTENTION_BACKENDS, RunnerOptions
 
@@ -17,13 +16,13 @@ WORKERS = ("inline", "process")
 class EngineConfig:
     """The engine arguments of `LLM`."""
 
-    block_size: int = 16  # tokens in a block of the cache
+    block_size: Positive = 16  # tokens in a block of the cache
     num_blocks: int | None = None  # the whole pool, its null block included; None = what the memory has room for
-    num_host_blocks: int | None = None  # to swap to; None = as many as `num_blocks` if preemption swaps, else none
+    num_host_blocks: Count | None = None  # to swap to; None = as many as `num_blocks` if preemption swaps, else none
     gpu_memory_utilization: float = 0.9  # share of a card's memory that weights, activations and cache may take
-    max_num_seqs: int = 64  # requests that run at the same time
-    max_num_batched_tokens: int = 512  # tokens pushed through the model in one step: the token budget
-    max_model_len: int | None = None  # prompt and output tokens of one request; None = the model's context
+    max_num_seqs: Positive = 64  # requests that run at the same time
+    max_num_batched_tokens: Positive = 512  # tokens pushed through the model in one step: the token budget
+    max_model_len: Positive | None = None  # prompt and output tokens of one request; None = the model's context
     enable_prefix_caching: bool = True  # requests that begin with the same tokens share the blocks of those
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step or waits
     scheduling_policy: str = "fcfs"  # "fcfs", "priority" or "sjf" (shortest predicted job first)
@@ -38,24 +37,15 @@ class EngineConfig:
     trace: bool = True  # record every step; False for an engine that runs for days
 
     def __post_init__(self):
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
-            _check_whole(name, getattr(self, name), 1)
-        for name, least in (("num_blocks", 2), ("num_host_blocks", 0), ("max_model_len", 1)):
-            if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), least)
-        if not self.ageing > 0:
-            raise ConfigError(f"ageing is {self.ageing}; it must be positive, or a request could wait for ever")
-        if not 0 <= self.watermark < 1:
-            raise ConfigError(f"watermark is {self.watermark}; it is a share of the pool and must lie in [0, 1)")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1]")
-        _check_one_of("scheduling_policy", self.scheduling_policy, POLICIES)
-        _check_one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
-        _check_one_of("worker", self.worker, WORKERS)
-        _check_one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        _check_one_of("async_scheduling", self.async_scheduling, (None, True, False))
-        _check_one_of("enforce_eager", self.enforce_eager, (True, False))
-        _check_one_of("fused_ops", self.fused_ops, (True, False))
+        check_fields(self)
+        if self.num_blocks is not None:
+            check_whole("num_blocks", self.num_blocks, 2)
+        check_number("watermark", self.watermark, "a share of the pool, in [0, 1)", lambda share: 0 <= share < 1)
+        utilization = self.gpu_memory_utilization
+        check_number("gpu_memory_utilization", utilization, "a share of the card, in (0, 1]", lambda u: 0 < u <= 1)
+        check_choice("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
+        check_choice("worker", self.worker, WORKERS)
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         self.scheduler_config(self.max_model_len or 1)  # the limits of a step must not contradict each other
 
     @classmethod
@@ -114,13 +104,3 @@ class EngineConfig:
             num_host_blocks=num_host_blocks,
             gpu_memory_utilization=self.gpu_memory_utilization,
         )
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {least}")
-
-
-def _check_one_of(name: str, value: object, known: tuple) -> None:
-    if value not in known or type(value) not in set(map(type, known)):  # 1 equals True and is not meant
-        raise ConfigError(f"{name} {value!r} is not one of {', '.join(map(str, known))}")

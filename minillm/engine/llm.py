@@ -16,7 +16,7 @@ from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.outputs import OutputKind, RequestOutput
 from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_prompt
 from minillm.engine.request import Request
-from minillm.errors import ConfigError, PromptError, SamplingParamsError, check_items
+from minillm.errors import ConfigError, PromptError, SamplingParamsError, check_items, check_kind, checked
 from minillm.generation import check_token_ids
 from minillm.model import Decoder
 from minillm.pooling import mean_hidden_state
@@ -40,6 +40,7 @@ class LLM:
     that the worker has ended, and with it every request.
     """
 
+    @checked
     def __init__(
         self,
         model: str | Path | Decoder = "storyteller",
@@ -105,7 +106,8 @@ class LLM:
         """
         prompts = as_prompts(prompts)
         params = self._one_each(sampling_params, len(prompts))
-        priorities = [0] * len(prompts) if priority is None else list(priority)
+        check_kind("use_tqdm", use_tqdm, bool)
+        priorities = [0] * len(prompts) if priority is None else check_kind("priority", priority, Sequence[int])
         if len(priorities) != len(prompts):
             raise ConfigError(f"{len(priorities)} priorities for {len(prompts)} prompts; give one for each")
         prepared = [self._prepare(*each) for each in zip(prompts, params, priorities, strict=True)]
@@ -191,7 +193,8 @@ class LLM:
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * num_prompts
+            return [SamplingParams() if params is None else params] * num_prompts
+        params = check_items("sampling_params", params, "SamplingParams", error=SamplingParamsError)
         if len(params) != num_prompts:
             raise SamplingParamsError(f"{len(params)} sampling parameters for {num_prompts} prompts; give one for each")
         return list(params)

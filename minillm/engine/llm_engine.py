@@ -7,7 +7,6 @@ while engine.has_unfinished_requests():
         ...
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +25,17 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.prompts import EncodedPrompt, Prompt, encode_prompt
 from minillm.engine.request import Request
 from minillm.engine.scheduler import RequestUpdate
-from minillm.errors import ConfigError, PromptError, SamplingParamsError, WorkerDiedError
+from minillm.errors import (
+    ConfigError,
+    PromptError,
+    SamplingParamsError,
+    WorkerDiedError,
+    check_choice,
+    check_kind,
+    check_seconds,
+    check_text,
+    checked,
+)
 from minillm.generation import check_request
 from minillm.hf_config import load_tokenizer, read_config
 from minillm.model import Decoder
@@ -42,6 +51,7 @@ class LLMEngine:
     Not for use from several threads at once.
     """
 
+    @checked
     def __init__(
         self,
         model: str | Path | Decoder = "storyteller",
@@ -149,13 +159,10 @@ class LLMEngine:
     ) -> tuple[EncodedPrompt, Request]:
         """Check a request as `add_request` does, and change nothing: what `add` takes."""
         self.check_alive()
-        encoded, params = encode_prompt(prompt, self.tokenizer), params or SamplingParams()
-        if not isinstance(request_id, str):
-            raise PromptError(f"request id {request_id!r} must be a str, got {type(request_id).__name__}")
-        if not isinstance(params, SamplingParams):
-            raise SamplingParamsError(f"sampling parameters must be SamplingParams, got {type(params).__name__}")
-        if not isinstance(priority, int):
-            raise ConfigError(f"priority is {priority!r}; it must be a whole number, the smallest first")
+        encoded, params = encode_prompt(prompt, self.tokenizer), SamplingParams() if params is None else params
+        check_text("request_id", request_id, error=PromptError)
+        check_kind("params", params, SamplingParams, error=SamplingParamsError)
+        check_kind("priority", priority, int)
         if priority != 0 and self.config.scheduling_policy != "priority":
             raise ConfigError(
                 f"priority is {priority}, which scheduling_policy {self.config.scheduling_policy!r} does not heed; "
@@ -180,12 +187,8 @@ class LLMEngine:
         arrival_time: float | None = None,
     ) -> None:
         """Add a request that `prepare` has made; see `add_request`."""
-        if output_kind not in OUTPUT_KINDS:
-            raise ConfigError(f"output_kind {output_kind!r} is not one of {', '.join(OUTPUT_KINDS)}")
-        if arrival_time is None:
-            arrival_time = self.scheduler.clock()
-        elif not (isinstance(arrival_time, int | float) and math.isfinite(arrival_time)):
-            raise ConfigError(f"arrival_time is {arrival_time!r}; it must be a finite number of seconds")
+        check_choice("output_kind", output_kind, OUTPUT_KINDS)
+        arrival_time = self.scheduler.clock() if arrival_time is None else check_seconds("arrival_time", arrival_time)
         prompt, request = prepared
         request.arrival_time = arrival_time
         with HeldInterrupts():
@@ -199,6 +202,7 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> bool:
         """End a request with all its outputs; nothing more is said of it. False, and no effect, if it has ended."""
+        check_text("request_id", request_id, error=PromptError)
         with HeldInterrupts():
             self._untold = [output for output in self._untold if output.request_id != request_id]
             state = self._states.pop(request_id, None)

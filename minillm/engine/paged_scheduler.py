@@ -14,7 +14,7 @@ from dataclasses import replace
 from minillm.engine.block_manager import BlockManager, Growth, blocks_needed
 from minillm.engine.request import PENDING_IDS, Request
 from minillm.engine.scheduler import RequestUpdate, Scheduler, SchedulerConfig, _new
-from minillm.errors import ConfigError, PromptError
+from minillm.errors import PromptError, check_choice, check_number, checked
 from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.trace import Preemption
 
@@ -29,6 +29,7 @@ class PagedScheduler(Scheduler):
     would soon be the one to give way. Raises ConfigError for an unknown mode.
     """
 
+    @checked
     def __init__(
         self,
         config: SchedulerConfig,
@@ -40,10 +41,8 @@ class PagedScheduler(Scheduler):
         watermark: float = 0.01,
     ):
         super().__init__(config, clock, trace)
-        if preemption_mode not in PREEMPTION_MODES:
-            raise ConfigError(f"preemption_mode {preemption_mode!r} is not one of {', '.join(PREEMPTION_MODES)}")
-        if not 0 <= watermark < 1:
-            raise ConfigError(f"watermark is {watermark}; it is a share of the pool and must lie in [0, 1)")
+        check_choice("preemption_mode", preemption_mode, PREEMPTION_MODES)
+        check_number("watermark", watermark, "a share of the pool, in [0, 1)", lambda share: 0 <= share < 1)
         self.block_manager = block_manager
         self.preemption_mode = preemption_mode
         self.num_reserved_blocks = math.ceil(watermark * block_manager.num_blocks)
@@ -55,6 +54,7 @@ class PagedScheduler(Scheduler):
 
     # --- arrival and end ---
 
+    @checked(error=PromptError)
     def add_request(self, request: Request) -> None:
         """Let a request wait for its turn, and with `params.n` > 1 as many.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from minillm.errors import PromptError
+from minillm.errors import PromptError, check_prompt_ids, check_text, shown
 from minillm.text import encode
 
 Prompt = str | Sequence[int] | Mapping  # a Mapping is vLLM's {"prompt": …} or {"prompt_token_ids": …}
@@ -38,35 +38,25 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
                 "give token ids"
             )
         return EncodedPrompt(encode(tokenizer, prompt), prompt)
-    return EncodedPrompt(_token_ids(prompt))
+    return EncodedPrompt(check_prompt_ids(prompt))
 
 
 def _encode_mapping(prompt: Mapping, tokenizer: PreTrainedTokenizerBase | None) -> EncodedPrompt:
     for key in prompt:
         if key not in PROMPT_KEYS:
-            raise PromptError(f"a prompt has no key {key!r}; there are {', '.join(PROMPT_KEYS)}")
-    salt = prompt.get("cache_salt", "")
-    if not isinstance(salt, str):
-        raise PromptError(f"cache_salt is {salt!r}; it must be a str")
+            raise PromptError(f"a prompt has no key {shown(key)}; there are {', '.join(PROMPT_KEYS)}")
+    salt = check_text("cache_salt", prompt.get("cache_salt", ""), error=PromptError)
     if "prompt_token_ids" in prompt:
-        return EncodedPrompt(_token_ids(prompt["prompt_token_ids"]), prompt.get("prompt"), salt)
+        text = prompt.get("prompt")
+        if text is not None:
+            check_text("prompt", text, error=PromptError)
+        return EncodedPrompt(check_prompt_ids(prompt["prompt_token_ids"]), text, salt)
     text = prompt.get("prompt")
     if not isinstance(text, str):
-        raise PromptError(f"the prompt {dict(prompt)!r} needs 'prompt' (a str) or 'prompt_token_ids' (a list of ids)")
-    return encode_prompt(text, tokenizer)._replace(cache_salt=salt)
-
-
-def _token_ids(prompt: object) -> list[int]:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
         raise PromptError(
-            f"a prompt must be a str, a list of token ids or a dict, got {type(prompt).__name__}; "
-            "an array becomes a list with .tolist()"
+            f"the prompt {shown(dict(prompt))} needs 'prompt' (a str) or 'prompt_token_ids' (a list of ids)"
         )
-    try:
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError:
-        position, wrong = next((i, each) for i, each in enumerate(prompt) if not _is_whole(each))
-        raise PromptError(f"token id {wrong!r} at position {position} is no whole number") from None
+    return encode_prompt(text, tokenizer)._replace(cache_salt=salt)
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -79,13 +69,15 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     numbers = [_is_whole(each) for each in prompts]
     if any(numbers) and not all(numbers):
         place = numbers.index(True)
-        raise PromptError(f"prompt {place} is the number {prompts[place]!r} among other prompts; put its ids in a list")
+        raise PromptError(
+            f"prompt {place} is the number {shown(prompts[place])} among other prompts; put its ids in a list"
+        )
     return [prompts] if prompts and all(numbers) else list(prompts)
 
 
 def _is_whole(value: object) -> bool:
     try:
         operator.index(value)  # arrays have `__index__` too, and raise unless they are a single whole number
-    except TypeError:
+    except (TypeError, RuntimeError, ValueError):
         return False
     return True

@@ -4,7 +4,7 @@ import heapq
 from itertools import count
 
 from minillm.engine.request import Request
-from minillm.errors import ConfigError
+from minillm.errors import check_choice, check_number
 
 POLICIES = ("fcfs", "priority", "sjf")
 
@@ -18,12 +18,8 @@ class WaitingQueue:
     """
 
     def __init__(self, policy: str = "fcfs", ageing: float = 1.0):
-        if policy not in POLICIES:
-            raise ConfigError(f"scheduling_policy {policy!r} is not one of {', '.join(POLICIES)}")
-        if not ageing > 0:
-            raise ConfigError(f"ageing is {ageing}; it must be positive, or a request could wait for ever")
-        self.policy = policy
-        self.ageing = ageing
+        self.policy = check_choice("scheduling_policy", policy, POLICIES)
+        self.ageing = check_number("ageing", ageing, "positive, or a request could wait for ever", lambda a: a > 0)
         self._heap: list[tuple[float, int, Request]] = []
         self._arrivals = count()
 

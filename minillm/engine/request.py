@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from minillm.errors import PromptError
+from minillm.errors import Count, PromptError, SamplingParamsError, check_kind, check_seconds, check_text, shown
 from minillm.plan import PENDING
 from minillm.sampling_params import SamplingParams, finish_reason, limited
 
@@ -68,15 +68,20 @@ class Request:
         `predicted_output_tokens` is what "sjf" sorts by; unknown, `max_tokens` stands in. Requests share cached
         prefixes only with those of the same `cache_salt`. Raises PromptError for an empty prompt.
         """
+        check_text("request_id", request_id, error=PromptError)
+        check_text("cache_salt", cache_salt, error=PromptError)
+        if isinstance(prompt_token_ids, str | bytes) or not isinstance(prompt_token_ids, Sequence):
+            raise PromptError(f"the prompt of {request_id!r} is {shown(prompt_token_ids)}; it must be a list of ids")
         if len(prompt_token_ids) == 0:
             raise PromptError(f"request {request_id!r} has an empty prompt; give at least one token id")
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
-        self.params = params
-        self.eos_token_ids = tuple(eos_token_ids)
-        self.arrival_time = arrival_time
-        self.priority = priority
-        self.predicted_output_tokens = predicted_output_tokens or params.max_tokens or FAR
+        self.params = check_kind("params", params, SamplingParams, error=SamplingParamsError)
+        self.eos_token_ids = check_kind("eos_token_ids", eos_token_ids, Sequence[int])
+        self.arrival_time = check_seconds("arrival_time", arrival_time)
+        self.priority = check_kind("priority", priority, int)
+        self.predicted_output_tokens = check_kind("predicted_output_tokens", predicted_output_tokens, Count | None)
+        self.predicted_output_tokens = self.predicted_output_tokens or params.max_tokens or FAR
         self.output_token_ids: list[int] = []
         self.num_prompt_tokens = len(prompt_token_ids)
         # Prompt and longest possible output; without `max_tokens` known as soon as a scheduler is asked.

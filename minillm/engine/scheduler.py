@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from minillm.engine.queue import WaitingQueue
+from minillm.engine.queue import POLICIES, WaitingQueue
 from minillm.engine.request import Request
-from minillm.errors import ConfigError, PromptError
+from minillm.errors import ConfigError, Positive, PromptError, check_choice, check_fields, check_number, checked
 from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
@@ -29,17 +29,17 @@ _new = tuple.__new__  # makes a NamedTuple in a third of the time; for the lines
 class SchedulerConfig:
     """The limits of a step."""
 
-    max_num_seqs: int = 16  # requests that run at the same time
-    max_num_batched_tokens: int = 512  # tokens pushed through the model in one step: the token budget
-    max_model_len: int = 2048  # prompt and output tokens of one request
+    max_num_seqs: Positive = 16  # requests that run at the same time
+    max_num_batched_tokens: Positive = 512  # tokens pushed through the model in one step: the token budget
+    max_model_len: Positive = 2048  # prompt and output tokens of one request
     scheduling_policy: str = "fcfs"  # "fcfs", "priority" or "sjf"
     ageing: float = 1.0  # rank units a waiting request gains a second (see WaitingQueue)
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step or waits
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
+        check_choice("scheduling_policy", self.scheduling_policy, POLICIES)
+        check_number("ageing", self.ageing, "positive, or a request could wait for ever", lambda ageing: ageing > 0)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): "
@@ -63,6 +63,7 @@ class RequestUpdate(NamedTuple):
 class BaseScheduler:
     """What all ways of batching share: arrival, the end, taking in results, the trace. They differ in `schedule`."""
 
+    @checked
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter, trace: bool = True):
         self.config = config
         self.clock = clock
@@ -87,6 +88,7 @@ class BaseScheduler:
             self._unwritten.clear()
         return self._trace
 
+    @checked(error=PromptError)
     def add_request(self, request: Request) -> None:
         """Let a request wait for its turn.
 
@@ -128,6 +130,7 @@ class BaseScheduler:
         """Requests that have arrived and do not run."""
         return len(self._requests) - len(self.running)
 
+    @checked(error=PromptError)
     def abort_request(self, request_id: str) -> bool:
         """End a request without further output; False, and no effect, if it is unknown or has ended."""
         return self.end_request(request_id, "abort")

@@ -3,27 +3,25 @@
 import time
 from collections.abc import Callable
 
-from minillm.errors import ConfigError
+from minillm.errors import check_seconds, checked
 
 
 class VirtualClock:
     """Time that passes only when it is told to: simulations are exact, repeatable and fast."""
 
     def __init__(self, now: float = 0.0):
-        self.now = now
+        self.now = check_seconds("now", now)
 
     def __call__(self) -> float:
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass. Raises ConfigError if `seconds` is negative."""
-        if seconds < 0:
-            raise ConfigError(f"a clock cannot be advanced by {seconds} s; time does not run backwards")
-        self.now += seconds
+        """Let time pass. Raises ConfigError if `seconds` is negative: time does not run backwards."""
+        self.now += check_seconds("seconds", seconds, 0)
 
     def advance_to(self, moment: float) -> None:
         """Let time pass until `moment`; nothing happens if that is over."""
-        self.now = max(self.now, moment)
+        self.now = max(self.now, check_seconds("moment", moment))
 
 
 class RealClock:
@@ -33,6 +31,7 @@ class RealClock:
     was computing; it stands still in a sleep, so all requests must then arrive at 0.
     """
 
+    @checked
     def __init__(self, timer: Callable[[], float] = time.perf_counter):
         self._timer = timer
         self._began = timer()
@@ -42,4 +41,4 @@ class RealClock:
 
     def advance_to(self, moment: float) -> None:
         """Sleep until `moment`; nothing happens if that is over."""
-        time.sleep(max(0.0, moment - self()))
+        time.sleep(max(0.0, check_seconds("moment", moment) - self()))

@@ -5,11 +5,21 @@ Both are linear in counts read off the plan (`StepWork`), so the reader can say 
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from minillm import costs
 from minillm.config import ModelConfig
-from minillm.errors import ConfigError
+from minillm.errors import (
+    ConfigError,
+    Positive,
+    check_choice,
+    check_fields,
+    check_items,
+    check_kind,
+    check_number,
+    check_seconds,
+    checked,
+)
 from minillm.kv_cache import kv_bytes_per_token
 from minillm.plan import SchedulerOutput
 from minillm.shapes import A100_80GB, H200, RTX_4090, SHAPES, Card
@@ -77,6 +87,7 @@ class StepWork(NamedTuple):
         return cls(plan.num_tokens, plan.num_tokens, len(plan.scheduled), 0, chunks, logit_rows, scores, keys)
 
 
+@runtime_checkable
 class CostModel(Protocol):
     """What the simulated executor asks."""
 
@@ -94,17 +105,16 @@ class Roofline:
     the cached keys and values and scoring them. Source: Williams, Waterman and Patterson 2009.
     """
 
-    def __init__(self, config: ModelConfig, card: Card, dtype_bytes: int = 2, launch_overhead: float | None = None):
+    @checked
+    def __init__(
+        self, config: ModelConfig, card: Card, dtype_bytes: Positive = 2, launch_overhead: float | None = None
+    ):
         """`launch_overhead` is in seconds a step; by default 9 launches a layer at 5 microseconds."""
         self.config = config
         self.card = card
         if launch_overhead is None:
             launch_overhead = config.num_hidden_layers * KERNELS_A_LAYER * LAUNCH_SECONDS
-        if dtype_bytes < 1 or launch_overhead < 0:
-            raise ConfigError(
-                f"dtype_bytes ({dtype_bytes}) must be at least 1, launch_overhead ({launch_overhead}) not negative"
-            )
-        self.launch_overhead = launch_overhead
+        self.launch_overhead = check_seconds("launch_overhead", launch_overhead, 0)
         self._read_weights = costs.matmul_parameters(config) * dtype_bytes / card.bandwidth
         self._per_slot = costs.tokenwise_flops(config, 1, num_logit_rows=0) / card.flops
         self._per_logit_row = costs.tokenwise_flops(config, 0, num_logit_rows=1) / card.flops
@@ -124,10 +134,8 @@ class Roofline:
 
 def preset(shape: str, card: str, launch_overhead: float | None = None) -> Roofline:
     """The roofline of a published shape on a card, in 16 bits, both by name. Raises ConfigError for unknown names."""
-    if shape not in SHAPES:
-        raise ConfigError(f"no shape {shape!r}; known are {', '.join(SHAPES)}")
-    if card not in CARDS:
-        raise ConfigError(f"no card {card!r}; known are {', '.join(CARDS)}")
+    check_choice("shape", shape, tuple(SHAPES))
+    check_choice("card", card, tuple(CARDS))
     return Roofline(SHAPES[shape], CARDS[card], launch_overhead=launch_overhead)
 
 
@@ -143,6 +151,11 @@ class Calibrated:
     per_logit_row: float
     per_score_entry: float
     per_key_read: float
+
+    def __post_init__(self):
+        check_fields(self)
+        for name, price in vars(self).items():
+            check_seconds(name, price, 0)
 
     def work(self, plan: SchedulerOutput) -> StepWork:
         """The counts of `ContiguousExecutor`, which was measured."""
@@ -165,6 +178,10 @@ class Calibrated:
         short ones; steps that took more than three times as long were disturbed, and are left out. Raises ConfigError
         for fewer pairs than prices.
         """
+        measured = check_items("measured", measured, "(StepWork, seconds) pairs")
+        for pair in measured:
+            work, seconds = check_kind("measured", pair, tuple[StepWork, float])
+            check_number("seconds", seconds, "a positive number", lambda s: s > 0)
         if len(measured) < len(cls.__dataclass_fields__):
             raise ConfigError(f"{len(measured)} measured steps cannot fix {len(cls.__dataclass_fields__)} prices")
         first = cls._fit(measured, [seconds for _, seconds in measured])

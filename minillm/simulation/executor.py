@@ -1,5 +1,6 @@
 """An executor without a model: says how long a step takes, and invents its tokens."""
 
+from minillm.errors import checked
 from minillm.plan import ModelOutput, SchedulerOutput
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import CostModel
@@ -13,6 +14,7 @@ class SimulatedExecutor:
     The tokens mean nothing, so a request's output ends by `max_tokens` alone: give its length there, with `ignore_eos`.
     """
 
+    @checked
     def __init__(self, cost_model: CostModel, clock: VirtualClock):
         self.cost_model = cost_model
         self.clock = clock

@@ -8,9 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Real
 
 from minillm.engine.scheduler import RequestUpdate
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, checked, shown
 from minillm.plan import SchedulerOutput
 from minillm.trace import Trace
 
@@ -24,9 +25,9 @@ class SLO:
     e2e: float = math.inf
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if not value > 0:
-                raise ConfigError(f"the limit on {name} is {value} s; it must be positive")
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+                raise ConfigError(f"the limit on {name} is {shown(value)}; it must be seconds, a positive number")
 
     def met_by(self, ttft: float, mean_itl: float, e2e: float) -> bool:
         """Whether a request with these times was served well."""
@@ -94,6 +95,7 @@ class Report:
         return "\n".join(lines)
 
 
+@checked
 def report(trace: Trace, slo: SLO = SLO()) -> Report:  # noqa: B008 - frozen
     """The figures of a finished run."""
     builder = ReportBuilder(slo)

@@ -1,10 +1,11 @@
 """One loop for real runs and simulations: requests arrive by the clock, steps are made until all have ended."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from minillm.engine.request import Request
 from minillm.engine.scheduler import BaseScheduler, RequestUpdate, Scheduler, SchedulerConfig
+from minillm.errors import check_choice, checked
 from minillm.plan import ModelOutput
 from minillm.plan import SchedulerOutput as Plan
 from minillm.simulation.clock import RealClock, VirtualClock
@@ -23,6 +24,7 @@ Clock = RealClock | VirtualClock
 OnStep = Callable[[Plan, list[RequestUpdate]], None]
 
 
+@runtime_checkable
 class Executor(Protocol):
     """What computes a plan: a model, or a simulation of one."""
 
@@ -30,6 +32,7 @@ class Executor(Protocol):
         """New tokens for the requests whose last planned token was computed."""
 
 
+@checked
 def run(
     scheduler: BaseScheduler,
     executor: Executor,
@@ -71,6 +74,7 @@ class PolicyRun(NamedTuple):
     requests: list[Request]  # with their outputs
 
 
+@checked
 def compare_policies(
     requests: Iterable[Request],
     config: SchedulerConfig,
@@ -84,7 +88,8 @@ def compare_policies(
     `executor`: a cost model simulates; a callable makes a real executor for each run, under a real clock. The requests
     given are left as they are: each run gets copies without output.
     """
-    requests = list(requests)
+    for policy in policies:
+        check_choice("policies", policy, tuple(POLICIES))
     runs = {}
     for policy in policies:
         clock = RealClock() if callable(executor) else VirtualClock()

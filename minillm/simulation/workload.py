@@ -3,41 +3,59 @@
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from minillm.engine.request import Request
-from minillm.errors import ConfigError
+from minillm.errors import (
+    MOST_SECONDS,
+    ConfigError,
+    Positive,
+    check_choice,
+    check_kind,
+    check_number,
+    check_seconds,
+    checked,
+    read_text,
+    write_text,
+)
 from minillm.sampling_params import SamplingParams
 
+MOST_REQUESTS = 10**7
 Draw = Callable[[random.Random], int]  # a length in tokens, at least 1
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
 
 
-def fixed(length: int) -> Draw:
+@checked
+def fixed(length: Positive) -> Draw:
     """Always the same length. Raises ConfigError if it is below 1."""
-    _check_lengths(length, length)
     return lambda rng: length
 
 
-def uniform(low: int, high: int) -> Draw:
+@checked
+def uniform(low: Positive, high: Positive) -> Draw:
     """Every length from `low` to `high`, both included, equally often. Raises ConfigError unless 1 <= low <= high."""
     _check_lengths(low, high)
     return lambda rng: rng.randint(low, high)
 
 
-def lognormal(median: float, sigma: float, longest: int) -> Draw:
+@checked
+def lognormal(median: float, sigma: float, longest: Positive) -> Draw:
     """Half below `median`, a long tail above: the logarithm is normal with deviation `sigma`. Cut off at `longest`.
 
     Raises ConfigError unless 1 <= median <= longest and sigma >= 0.
     """
     _check_lengths(median, longest)
-    if not sigma >= 0:
-        raise ConfigError(f"sigma is {sigma}; it must not be negative")
-    return lambda rng: min(longest, max(1, round(rng.lognormvariate(math.log(median), sigma))))
+    check_number("sigma", sigma, "0 or a positive number", lambda number: number >= 0)
+
+    def draw(rng: random.Random) -> int:
+        logarithm = min(math.log(longest), rng.normalvariate(math.log(median), sigma))  # else exp might overflow
+        return min(longest, max(1, round(math.exp(logarithm))))
+
+    return draw
 
 
 def _check_lengths(low: float, high: float) -> None:
@@ -57,6 +75,7 @@ def all_at_once() -> Iterator[float]:
 def poisson(rate: float, rng: random.Random) -> Iterator[float]:
     """`rate` requests a second on average, independent of each other. Raises ConfigError unless it is positive."""
     _check_positive("rate", rate)
+    check_kind("rng", rng, random.Random)
     now = 0.0
     while True:
         now += rng.expovariate(rate)
@@ -65,7 +84,7 @@ def poisson(rate: float, rng: random.Random) -> Iterator[float]:
 
 def bursts(size: int, every: float) -> Iterator[float]:
     """`size` requests together, every so many seconds. Raises ConfigError unless both are positive."""
-    _check_positive("burst size", size)
+    check_kind("size", size, Positive)
     _check_positive("seconds between bursts", every)
     index = 0
     while True:
@@ -74,21 +93,21 @@ def bursts(size: int, every: float) -> Iterator[float]:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} is {value}; it must be positive and finite")
+    check_number(name, value, "positive and finite", lambda number: number > 0)
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
+@checked
 def make_requests(
-    num_requests: int,
+    num_requests: Positive,
     prompt_length: Draw,
     output_length: Draw,
     *,
     arrivals: str = "at once",
     rate: float = 1.0,
-    burst_size: int = 16,
+    burst_size: Positive = 16,
     seed: int = 0,
 ) -> list[Request]:
     """Requests in order of arrival, their lengths drawn independently.
@@ -96,27 +115,37 @@ def make_requests(
     `arrivals`: "at once"; "poisson" with `rate` requests a second; "bursts" of `burst_size` requests, as far apart as
     makes `rate` a second. Raises ConfigError for bad values.
     """
-    if num_requests < 1:
-        raise ConfigError(f"num_requests is {num_requests}; ask for at least 1")
+    if num_requests > MOST_REQUESTS:
+        raise ConfigError(f"num_requests is {num_requests}; memory has room for about {MOST_REQUESTS}")
     rng = random.Random(f"lengths {seed}")
     times = arrival_times(arrivals, rate, burst_size, seed)
-    return [made_request(f"req {i}", next(times), prompt_length(rng), output_length(rng)) for i in range(num_requests)]
+    requests = []
+    for i in range(num_requests):
+        arrival = next(times)
+        if arrival > MOST_SECONDS:
+            raise ConfigError(
+                f"at a rate of {rate} a second request {i} of {num_requests} arrives beyond {MOST_SECONDS:g} s, where "
+                "time is too coarse to measure a step; raise the rate"
+            )
+        requests.append(made_request(f"req {i}", arrival, prompt_length(rng), output_length(rng)))
+    return requests
 
 
-def arrival_times(arrivals: str, rate: float, burst_size: int, seed: int) -> Iterator[float]:
+@checked
+def arrival_times(arrivals: str, rate: float, burst_size: Positive, seed: int) -> Iterator[float]:
     """The endless sequence of arrival times, in seconds, that `make_requests` takes from."""
     _check_positive("rate", rate)
     if arrivals == "at once":
         return all_at_once()
     if arrivals == "poisson":
         return poisson(rate, random.Random(f"arrivals {seed}"))
-    if arrivals == "bursts":
-        return bursts(burst_size, burst_size / rate)
-    raise ConfigError(f"arrivals {arrivals!r} is not one of 'at once', 'poisson', 'bursts'")
+    check_choice("arrivals", arrivals, ("at once", "poisson", "bursts"))
+    return bursts(burst_size, burst_size / rate)
 
 
+@checked
 def made_request(
-    request_id: str, arrival_time: float, num_prompt_tokens: int, num_output_tokens: int, **more
+    request_id: str, arrival_time: float, num_prompt_tokens: Positive, num_output_tokens: Positive, **more
 ) -> Request:
     """A request whose output has exactly the given length; its prompt is the ids 0, 1, 2, ..., which mean nothing."""
     params = _exactly(num_output_tokens)
@@ -138,10 +167,7 @@ def load_requests(path: str | Path) -> list[Request]:
 
     Optional: `request_id`, `arrival_time` (seconds, 0), `priority` (0). Raises ConfigError, naming the line.
     """
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read the requests in {path}: {error.strerror}") from error
+    lines = read_text(path, "the requests in").splitlines()
     requests = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not requests:
         raise ConfigError(f"{path} holds no requests; write one JSON object a line")
@@ -152,23 +178,23 @@ def _read_line(path: str | Path, number: int, line: str) -> Request:
     where = f"{path}, line {number}"
     try:
         given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is no JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(given, dict) or not given.keys() <= {"request_id", *_FILE_FIELDS}:
         raise ConfigError(f"{where} must be an object with the fields request_id, {', '.join(_FILE_FIELDS)} only")
     values = {name: given.get(name, default) for name, default in _FILE_FIELDS.items()}
-    for name in ("num_prompt_tokens", "num_output_tokens", "priority"):
-        if type(values[name]) is not int or (name != "priority" and values[name] < 1):
-            raise ConfigError(f"{where}: {name} is {values[name]!r}; it must be a whole number, lengths at least 1")
-    if type(values["arrival_time"]) not in (int, float) or not 0 <= values["arrival_time"] < math.inf:
-        raise ConfigError(f"{where}: arrival_time is {values['arrival_time']!r}; it must be seconds, 0 or more")
-    return made_request(str(given.get("request_id", f"req {number - 1}")), **values)
+    for name in ("num_prompt_tokens", "num_output_tokens"):
+        check_kind(f"{where}: {name}", values[name], Positive)
+    check_kind(f"{where}: priority", values["priority"], int)
+    check_seconds(f"{where}: arrival_time", values["arrival_time"], 0)
+    request_id = check_kind(f"{where}: request_id", given.get("request_id", f"req {number - 1}"), str | int)
+    return made_request(str(request_id), **values)
 
 
 def save_requests(path: str | Path, requests: list[Request]) -> None:
     """Write requests as `load_requests` reads them."""
     lines = []
-    for request in requests:
+    for request in check_kind("requests", requests, Iterable[Request]):
         values = (request.arrival_time, request.num_prompt_tokens, request.params.max_tokens, request.priority)
         lines.append(json.dumps({"request_id": request.request_id, **dict(zip(_FILE_FIELDS, values, strict=True))}))
-    Path(path).write_text("".join(line + "\n" for line in lines))
+    write_text(path, "".join(line + "\n" for line in lines))
