@@ -1,7 +1,8 @@
 """The shapes of well-known models and cards, for arithmetic: no weights, only `ModelConfig`s and data sheets.
 
 Model shapes are those of the published config.json files. Card figures are the vendors' dense (not sparse) peak
-numbers; what a card really reaches is measured by `minillm bench`.
+numbers; what a card really reaches is measured by `minillm bench`. Bandwidths and FLOP are sold in powers of ten,
+memory in powers of two: an "80 GB" card has 80 GiB.
 """
 
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from dataclasses import dataclass
 from minillm.config import ModelConfig, RopeConfig
 from minillm.errors import ConfigError, Positive, check_fields
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Card:
     """What bounds a device: how much it holds, how fast it reads that, how fast it multiplies."""
 
     name: str
-    memory_bytes: Positive  # decimal: a "24 GB" card is 24e9
+    memory_bytes: Positive
     bandwidth: float  # bytes a second from device memory
     flops: float  # 16-bit matrix multiply-adds, counted as two operations, a second
 
@@ -25,9 +28,9 @@ class Card:
             raise ConfigError(f"card {self.name!r} needs positive memory, bandwidth and flops")
 
 
-RTX_4090 = Card("RTX 4090 24 GB", 24_000_000_000, 1.008e12, 165e12)
-A100_80GB = Card("A100 80 GB", 80_000_000_000, 2.039e12, 312e12)
-H200 = Card("H200 141 GB", 141_000_000_000, 4.8e12, 989e12)
+RTX_4090 = Card("RTX 4090 24 GB", 24 * GIB, 1.008e12, 165e12)
+A100_80GB = Card("A100 80 GB", 80 * GIB, 2.039e12, 312e12)
+H200 = Card("H200 141 GB", 143_771 * 2**20, 4.8e12, 989e12)  # what its driver reports: a little less than 141 GiB
 CARDS = (RTX_4090, A100_80GB, H200)
 
 LLAMA_2_7B = ModelConfig(

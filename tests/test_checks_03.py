@@ -265,12 +265,12 @@ def test_requests_that_fit_accepts(right, capsys):
     [
         (lambda card, weights, per_token, tokens: card // (per_token * tokens), "Weights first"),
         (lambda card, weights, per_token, tokens: (card - weights) // (per_token * tokens), "not for minus some"),
-        (lambda card, weights, per_token, tokens: max(0, card - weights) / (per_token * tokens), "expected  20"),
+        (lambda card, weights, per_token, tokens: max(0, card - weights) / (per_token * tokens), "expected  23"),
         (
             lambda card, weights, per_token, tokens: -((weights - card) // (per_token * tokens)),
             "whole requests",
         ),
-        (lambda card, weights, per_token, tokens: max(0, card - weights) // per_token, "expected  20"),  # tokens
+        (lambda card, weights, per_token, tokens: max(0, card - weights) // per_token, "expected  23"),  # tokens
         (lambda card, weights, per_token, tokens: max(0, card - weights - 1) // (per_token * tokens), "exactly 3"),
     ],
     ids=["no weights", "negative", "not whole", "rounded up", "tokens", "one byte short"],

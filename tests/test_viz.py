@@ -18,6 +18,7 @@ from minillm.viz import (
     Bars,
     CacheGrowth,
     Curves,
+    InfluenceGrid,
     MaskGrid,
     PictureError,
     RecomputeGrid,
@@ -75,6 +76,7 @@ def boxes_of(figure, gid: str):
 
 
 PICTURES = {
+    "influence": lambda: InfluenceGrid(causal(4), TOKENS[:4], title="Measured"),
     "mask": lambda: MaskGrid(causal(4), TOKENS[:4], title="Causal"),
     "weights": lambda: AttentionWeights(torch.eye(3), TOKENS[:3]),
     "seconds": lambda: Timeline(one_request()),
@@ -131,6 +133,35 @@ def test_as_many_green_cells_and_marks_as_the_mask_allows_looks(mask):
     marks = next(child for child in axes.collections if isinstance(child, PathCollection))
     assert sum(green) == len(marks.get_offsets()) == int(mask.sum())
     assert [bool(cell) for cell in green] == mask.flatten().tolist()
+
+
+def test_influence_is_not_called_looking():
+    picture = InfluenceGrid(causal(3), TOKENS[:3], title="measured")
+    assert picture.text().splitlines()[0] == "replaced token →  Once  ␣upon  ␣a"
+    assert picture.caption(1) == "the row of token 1 ␣upon changes with: Once, ␣upon"
+    said = [text.get_text() for text in picture.figure().axes[0].texts] + [picture.figure().axes[0].get_xlabel()]
+    assert "replaced token →" in said and "row that\nchanged ↓" in said
+    for words in (picture.text(), picture.caption(1), picture.alt(), *said):
+        assert "look" not in words and "sees" not in words
+
+
+def test_a_column_can_be_framed_too():
+    (axes,) = MaskGrid(causal(4), highlight_row=3, highlight_column=2).figure().axes
+    assert [(patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axes.patches] == [
+        ((0, 3), 4, 1), ((2, 0), 1, 4),
+    ]  # fmt: skip
+    with pytest.raises(PictureError, match="highlight_column is 4"):
+        MaskGrid(causal(4), highlight_column=4)
+
+
+def test_shares_on_axes_of_the_same_length_can_be_compared():
+    shares = {"certain": {"Paris": 0.998}, "hesitant": {"John": 0.203}}
+    figure = side_by_side([Bars(values, x_end=1, width=3.0, title=name) for name, values in shares.items()]).figure()
+    assert [axes.get_xlim() for axes in figure.axes] == [(0, 1), (0, 1)]
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_position().y0 == figure.axes[1].get_position().y0  # side by side, not stacked
+    with pytest.raises(PictureError, match="ends at 1"):
+        Bars({"a": 1.1}, x_end=1)
 
 
 def test_weights_in_words_and_in_the_figure():

@@ -388,15 +388,15 @@ def test_waste_is_what_is_set_aside_without_a_token():
     tokens = {"0": 18, "1": 46, "2": 58}
     picture = ReservedAgainstPaged(tokens, {"0": 96}, {"0": 2, "1": 3, "2": 4}, 16, 160, external=64, title="Memory")
     assert picture.reserved == (18, 78, 64, 0) and picture.paged == (122, 22, 0, 16)
-    assert (picture.reserved.waste, picture.paged.waste) == (pytest.approx(142 / 160), pytest.approx(22 / 144))
+    assert (picture.reserved.waste, picture.paged.waste) == (pytest.approx(142 / 160), pytest.approx(22 / 160))
     assert picture.text().splitlines() == [
-        "reserved: 1 of 3 requests fit, 88.8% wasted",
+        "reserved: 1 of 3 requests fit, 88.8% of the memory wasted",
         "req 0  |" + "#" * 9 + "." * 39 + "| 18 of 96",
         "no room for 2 more",
         "memory |" + "#" * 6 + "." * 24 + "x" * 20 + "| 160 slots",
         "# holds tokens 11.2%   . empty 48.8%   x gaps too small 40.0%   a letter above is 2 slots",
         "",
-        "blocks of 16: 3 of 3 requests fit, 15.3% wasted",
+        "blocks of 16: 3 of 3 requests fit, 13.8% of the memory wasted",
         "req 0  |" + "#" * 9 + "." * 7 + "| 18 of 32",
         "req 1  |" + "#" * 23 + "." + "| 46 of 48",
         "req 2  |" + "#" * 29 + "." * 3 + "| 58 of 64",
@@ -406,6 +406,7 @@ def test_waste_is_what_is_set_aside_without_a_token():
     left, right = picture.figure().axes
     assert [box.get_width() for box in boxes_of(left, "0:empty") + boxes_of(right, "1:empty")] == [78, 2]
     assert "no room for 2 more" in [text.get_text() for text in left.texts]
+    assert {"76.2%", "13.8%", "10.0%"} <= {text.get_text() for text in right.texts}  # every slice says its share
     assert picture.alt().startswith("Memory: reserved: 1 of 3")
 
 

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.offsetbox import AnchoredOffsetbox, TextArea
 from matplotlib.patches import Rectangle
 
 from minillm.costs import compute_bound_batch, decode_seconds
+from minillm.kv_cache import kv_bytes_per_token
 from minillm.runtime.kernels.cuda.traffic import RECORD, Traffic
 from minillm.shapes import H200, LLAMA_2_7B, QWEN3_0_6B
 from minillm.trace import StepEvent, Trace
@@ -29,7 +31,7 @@ from minillm.viz import (
     stacked,
 )
 from minillm.viz.lanes import BESIDE
-from minillm.viz.palette import COMPUTES, IDLE, MASKED, PREPARES, READS, SEEN, WAITS
+from minillm.viz.palette import COMPUTES, IDLE, LIGHT_GREY, MASKED, PREPARES, READS, SEEN, WAITS
 
 
 def boxes(picture: Picture, gid: str) -> list[Rectangle]:
@@ -339,6 +341,20 @@ def test_the_roofline_says_how_many_tokens_a_second_a_marked_batch_is():
     assert dots == [pytest.approx((batch, 1000 * decode_seconds(LLAMA_2_7B, H200, 500, batch))) for batch in (51, 256)]
 
 
+def test_a_batch_that_does_not_fit_is_grey_and_has_no_speed():
+    picture = DecodeRoofline(LLAMA_2_7B, H200, 500)
+    weights, caches = 2 * LLAMA_2_7B.num_parameters, 500 * kv_bytes_per_token(LLAMA_2_7B)
+    most = picture.most_requests
+    assert weights + most * caches <= H200.memory_bytes < weights + (most + 1) * caches
+    assert f"more than {most:,} do not fit" in picture.summary()
+    rows = {line.split()[0]: line for line in picture.text().splitlines()}
+    assert "no room" in rows["1,024"] and "no room" not in rows["512"]
+    (axes,) = picture.figure().axes
+    (span,) = [patch for patch in axes.patches if patch.get_facecolor()[:3] == to_rgb(LIGHT_GREY)]
+    assert span.get_extents().x0 == pytest.approx(axes.transData.transform((most, 1))[0])
+    assert not DecodeRoofline(LLAMA_2_7B, H200, 500, [1, 256]).figure().axes[0].patches
+
+
 # --- lanes ---
 
 
@@ -427,11 +443,26 @@ def test_boxes_of_the_host_that_are_too_narrow_have_their_step_beside_them():
 
 def test_a_part_of_a_run_shows_what_else_the_device_does_then():
     picture = HostDeviceLanes(asynchronous(), first_step=2, num_steps=1)
-    assert spans(picture, "device") == [(0, 4, "D", "1"), (4, 9, "D", "2"), (9, 11, "_", "")]
-    assert spans(picture, "host")[:3] == [(0, 2, "L", "2"), (2, 4, "w", ""), (4, 6, "R", "1")]
+    assert spans(picture, "device") == [(0, 3, "D", "2"), (3, 5, "_", "")]
+    assert spans(picture, "host") == [(0, 3, "w", ""), (3, 5, "R", "2")]
     for first, count in ((3, None), (-1, 1), (2, 2), (0, 0)):
         with pytest.raises(PictureError, match="not in the trace"):
             HostDeviceLanes(asynchronous(), first_step=first, num_steps=count)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_as_many_steps_are_read_as_asked_for(overlap):
+    """Eight steps are eight, also where a ninth is launched before the eighth has been read."""
+    ends = [0.010 * (index + 1) for index in range(12)]
+    launched = [end - (0.014 if overlap else 0.009) for end in ends]
+    planned = [each - 0.001 for each in launched]
+    steps = [
+        event(i, end - 0.010, launched[i], (end - 0.0095, end - 0.001), end, planned=planned[i])
+        for i, end in enumerate(ends)
+    ]
+    picture = HostDeviceLanes(Trace(steps=steps), first_step=2, num_steps=8)
+    assert [span.label for span in picture.lanes["host"] if span.state is READS] == [str(i) for i in range(2, 10)]
+    assert [span.label for span in picture.lanes["device"] if span.label] == [str(i) for i in range(2, 10)]
 
 
 def test_a_device_clock_that_rounds_does_not_make_steps_overlap():
@@ -495,7 +526,8 @@ def test_the_device_waits_for_launches_but_not_within_a_graph():
         return [(*times, span.state.letter) for times, span in zip(microseconds, chart.lanes["device"], strict=True)]
 
     assert device(eager) == [
-        (0, 5, "_"), (5, 7, "A"), (7, 10, "_"), (10, 22, "B"), (22, 24, "A"), (24, 25, "C"),
+        (0, 5, "_"), (5, 7, "A"), (7, 10, "_"), (10, 22, "B"), (22, 23, "_"), (23, 25, "A"), (25, 26, "_"),
+        (26, 27, "C"),
     ]  # fmt: skip
     assert device(graph) == [
         (0, 8, "_"), (8, 10, "A"), (10, 11, "_"), (11, 23, "B"), (23, 24, "_"), (24, 26, "A"), (26, 27, "_"),
@@ -504,20 +536,27 @@ def test_the_device_waits_for_launches_but_not_within_a_graph():
     assert [span.label for span in eager.lanes["host"]] == ["A", "B", "A", "C"]
     assert len(graph.lanes["host"]) == 1
     assert picture.text().splitlines()[-1] == (
-        "4 kernels, 17 µs of work: one by one 25 µs, as a graph 28 µs: 0.893 times as fast"
+        "4 kernels, 17 µs of work: one by one 27 µs, as a graph 28 µs: 0.964 times as fast"
     )
     assert "A norm   B gemm   C rope" in picture.text()
     assert [axes.get_xlim() for axes in picture.figure().axes] == 2 * [pytest.approx((0, 28e-6))]
 
 
 def test_a_graph_saves_the_launches_of_many_small_kernels():
-    picture = LaunchOverhead([("k", 1e-6)] * 100, launch_seconds=5e-6, graph_seconds=10e-6)
+    picture = LaunchOverhead([("k", 1e-6)] * 100, launch_seconds=5e-6, graph_seconds=10e-6, gap_seconds=0)
     assert "one by one 501 µs, as a graph 110 µs: 4.55 times as fast" in picture.summary()
     assert "one by one: 100 launches" in picture.text()
 
 
+def test_a_replayed_kernel_is_not_free():
+    """262 kernels that read next to nothing take a quarter of a millisecond: the card needs a microsecond for each."""
+    _, graph = LaunchOverhead([("k", 1e-9)] * 262, launch_seconds=5e-6, graph_seconds=1e-5).pictures
+    assert graph.end == pytest.approx(1e-5 + 261e-6 + 262e-9)
+
+
 def test_kernels_of_less_than_a_nanosecond_are_kernels_too():
-    eager, graph = LaunchOverhead([("k", 4e-10)] * 3, launch_seconds=5e-6, graph_seconds=1e-5).pictures
+    kernels = [("k", 4e-10)] * 3
+    eager, graph = LaunchOverhead(kernels, launch_seconds=5e-6, graph_seconds=1e-5, gap_seconds=0).pictures
     assert [max(eager.device_use().gaps), max(graph.device_use().gaps)] == pytest.approx([5e-6, 1e-5])
     assert len(graph.device_use().gaps) == 1
 

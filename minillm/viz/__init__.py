@@ -19,7 +19,7 @@ from minillm.viz.block_replay import PoolState, pool_states
 from minillm.viz.blocks import BlockTables, BlockTableSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
 from minillm.viz.decode_tiles import DecodeTiles
-from minillm.viz.grids import AttentionWeights, MaskGrid
+from minillm.viz.grids import AttentionWeights, InfluenceGrid, MaskGrid
 from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
 from minillm.viz.launches import LaunchOverhead
 from minillm.viz.load import LoadCurves
@@ -45,6 +45,7 @@ __all__ = [
     "DecodeTiles",
     "DeviceUse",
     "HostDeviceLanes",
+    "InfluenceGrid",
     "LaneChart",
     "LaunchOverhead",
     "LoadCurves",

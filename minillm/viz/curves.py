@@ -264,8 +264,9 @@ class Bars(Picture):
     """Horizontal bars of counts, in one part each or stacked from several, against limits.
 
     `values`: name -> a number, or name -> {part -> number}. `limits`: name -> number, drawn as lines across; the text
-    then says which bars fit. `form` writes a number (e.g. `decimal_bytes`). Raises PictureError if there is no value,
-    or one below 0.
+    then says which bars fit. `form` writes a number (e.g. `decimal_bytes`). The axis ends at `x_end`, where given: the
+    whole of a share, or what panels side by side have in common. `width` is in inches, without the bars' names. Raises
+    PictureError if there is no value, one below 0, or one beyond `x_end`.
     """
 
     def __init__(
@@ -275,6 +276,8 @@ class Bars(Picture):
         limits: Mapping[str, float] | None = None,
         form: Callable[[float], str] = number,
         x_label: str = "",
+        x_end: float | None = None,
+        width: float = 5.2,
         title: str | None = None,
     ):
         self.values = {
@@ -287,6 +290,10 @@ class Bars(Picture):
         self.parts = list(dict.fromkeys(part for parts in self.values.values() for part in parts))
         self.form = form
         self.x_label = x_label
+        self.x_end, self.width = x_end, width
+        most = max([*map(self.total, self.values), *self.limits.values()])
+        if x_end is not None and most > x_end * (1 + 1e-6):
+            raise PictureError(f"a bar or limit of {most} does not fit on an axis that ends at {x_end}")
         self.title = title
 
     @property
@@ -313,10 +320,10 @@ class Bars(Picture):
 
     def _size(self) -> tuple[float, float]:
         extra = 0.3 * bool(self.x_label) + 0.35 * bool(any(self.parts)) + 0.25 * bool(self.limits)
-        return 5.2 + 0.09 * max(map(len, self.values)), 0.42 * len(self.values) + 0.6 + extra
+        return self.width + 0.09 * max(map(len, self.values)), 0.42 * len(self.values) + 0.6 + extra
 
     def _draw(self, axes, step: int | None = None) -> None:
-        top = 1.28 * max([*map(self.total, self.values), *self.limits.values(), 1e-12])
+        top = self.x_end or 1.28 * max([*map(self.total, self.values), *self.limits.values(), 1e-12])
         for row, (name, parts) in enumerate(self.values.items()):
             left = 0.0
             for part, amount in parts.items():

@@ -12,7 +12,7 @@ from minillm.viz.base import (
     text_width,
     token_labels,
 )
-from minillm.viz.palette import BLACK, GREEN, GREY, MAY_LOOK, MAY_NOT, WHITE
+from minillm.viz.palette import BLACK, CHANGED, GREEN, GREY, MAY_LOOK, MAY_NOT, SAME, WHITE
 
 MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border
 BORDER = "#BBBBBB"
@@ -24,6 +24,7 @@ class TokenGrid(Picture):
     """A grid [T_query, T_key]: row = the token that looks, column = the token it looks at. Steps = rows."""
 
     legend = ""
+    across, down = "looks at →", "looking\ntoken ↓"  # what the columns and the rows are
 
     def __init__(self, values, query_labels, key_labels, title, highlight_row):
         self.values = as_rows(values)
@@ -53,14 +54,14 @@ class TokenGrid(Picture):
         cells = [[self._cell_text(value) for value in row] for row in self.values]
         heads = self.key_labels or [str(column) for column in range(self.num_keys)]
         widths = [max(text_width(head), text_width(cells[0][column])) for column, head in enumerate(heads)]
-        label_width = max(map(text_width, [*rows, "looks at →"]))
+        label_width = max(map(text_width, [*rows, self.across]))
         lines = []
         if sum(widths) + 2 * len(widths) + label_width <= MAX_TEXT_WIDTH:
-            lines.append(pad("looks at →", label_width, right=True) + "  " + _joined(heads, widths))
+            lines.append(pad(self.across, label_width, right=True) + "  " + _joined(heads, widths))
         else:  # too wide: cells close together, and the labels are those of the rows
             widths = [text_width(cells[0][0])] * self.num_keys
             if self.key_labels and self.key_labels != self.query_labels:
-                lines.append("looks at → " + " ".join(self.key_labels))
+                lines.append(f"{self.across} " + " ".join(self.key_labels))
         for index, (label, row) in enumerate(zip(rows, cells, strict=True)):
             arrow = "  ←" if index == self.highlight_row else ""
             lines.append(pad(label, label_width, right=True) + "  " + _joined(row, widths).rstrip() + arrow)
@@ -79,7 +80,7 @@ class TokenGrid(Picture):
         return max(2.4, cell * self.num_keys + self._left()), cell * self.num_queries + top
 
     def _left(self) -> float:
-        return 0.15 + LETTER_WIDTH * max(map(text_width, [*(self.query_labels or []), "token ↓"]))
+        return 0.15 + LETTER_WIDTH * max(map(text_width, [*(self.query_labels or []), *self.down.split("\n")]))
 
     def _title_width(self) -> float:
         return self._size()[0] - self._left()
@@ -113,9 +114,9 @@ class TokenGrid(Picture):
     def _label_axes(self, axes, highlight: int | None) -> None:
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
-        axes.set_xlabel("looks at →", loc="left", color=GREY, size=SMALL_SIZE)
+        axes.set_xlabel(self.across, loc="left", color=GREY, size=SMALL_SIZE)
         axes.annotate(
-            "looking\ntoken ↓", (0, 1), (-4, 5), xycoords="axes fraction", textcoords="offset points",
+            self.down, (0, 1), (-4, 5), xycoords="axes fraction", textcoords="offset points",
             ha="right", va="bottom", color=GREY, size=SMALL_SIZE,
         )  # fmt: skip
         axes.tick_params(length=0, pad=3)
@@ -132,8 +133,8 @@ class MaskGrid(TokenGrid):
 
     `mask` is a tensor, an array or nested lists. Labels are tokens as the tokenizer cuts them (" upon"); where only one
     axis is labelled, the other takes its labels from it: a square mask all of them, fewer rows than columns the last.
-    Steps = rows. Raises PictureError if there are not as many labels as rows or columns, or if the mask is empty or
-    ragged.
+    `highlight_row` and `highlight_column` frame one of each. Steps = rows. Raises PictureError if there are not as many
+    labels as rows or columns, for a row or column that is not there, or if the mask is empty or ragged.
     """
 
     legend = f"{MAY_LOOK.letter} {MAY_LOOK.name}   {MAY_NOT.letter} {MAY_NOT.name}"
@@ -145,8 +146,20 @@ class MaskGrid(TokenGrid):
         key_labels: Sequence[str] | None = None,
         title: str | None = None,
         highlight_row: int | None = None,
+        highlight_column: int | None = None,
     ):
         super().__init__(mask, query_labels, key_labels, title, highlight_row)
+        if highlight_column is not None and not 0 <= highlight_column < self.num_keys:
+            raise PictureError(f"highlight_column is {highlight_column}; the mask has columns 0..{self.num_keys - 1}")
+        self.highlight_column = highlight_column
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        from matplotlib.patches import Rectangle
+
+        super()._draw(axes, step)
+        if self.highlight_column is not None:
+            frame = {"fill": False, "edgecolor": BLACK, "linewidth": 2, "linestyle": "--", "clip_on": False}
+            axes.add_patch(Rectangle((self.highlight_column, 0), 1, self.num_queries, **frame))
 
     def caption(self, step: int) -> str:
         seen = self._seen(step)
@@ -173,6 +186,29 @@ class MaskGrid(TokenGrid):
         looks = [(column + 0.5, row + 0.5) for row in range(self.num_queries) for column in self._seen(row)]
         if looks:
             axes.scatter(*zip(*looks, strict=True), s=(16 * self._cell_size()) ** 2, color=MAY_LOOK.ink, linewidth=0)
+
+
+class InfluenceGrid(MaskGrid):
+    """What was measured, not what is allowed: bool [T_row, T_token], whether a row changes if a token is replaced.
+
+    Through several layers influence reaches further than a mask lets a token look. Arguments, steps and errors are
+    those of `MaskGrid`.
+    """
+
+    across, down = "replaced token →", "row that\nchanged ↓"
+    legend = f"{CHANGED.letter} {CHANGED.name}   {SAME.letter} {SAME.name}"
+
+    def caption(self, step: int) -> str:
+        names = self.key_labels or [str(column) for column in range(self.num_keys)]
+        causes = ", ".join(names[column] for column in self._seen(step))
+        return f"the row of {self.row_name(step)} changes with: {causes or 'nothing'}"
+
+    def alt(self) -> str:
+        entries = sum(len(self._seen(row)) for row in range(self.num_queries))
+        return (
+            f"{self.title + ': ' if self.title else ''}{entries} of {self.num_queries * self.num_keys} pairs of a row "
+            "and a replaced token in which the row changed"
+        )
 
 
 class AttentionWeights(TokenGrid):

@@ -187,7 +187,8 @@ class HostDeviceLanes(LaneChart):
 
     The host schedules, prepares and launches a step, waits until the device has it, reads the tokens and updates; in
     between it is the caller's. What computes in the host's own thread does so while it is launched. `first_step` and
-    `num_steps` choose consecutive steps. Raises PictureError for a trace whose steps have no `launched` and `device`
+    `num_steps` choose consecutive steps: from when the one before has been read until the last has, so that as many are
+    read, whatever is launched meanwhile. Raises PictureError for a trace whose steps have no `launched` and `device`
     times, and for steps that are not in it.
     """
 
@@ -202,7 +203,8 @@ class HostDeviceLanes(LaneChart):
         if not 0 <= first_step <= last < len(trace.steps):
             raise PictureError(f"steps {first_step} to {last} are not in the trace, which has {len(trace.steps)}")
         host = host_spans(trace.steps)
-        begin = next(span.start for span in host if span.state is PREPARES and span.label == str(first_step))
+        planned = next(span.start for span in host if span.state is PREPARES and span.label == str(first_step))
+        begin = trace.steps[first_step - 1].end_time if first_step else planned
         device = device_spans(trace.steps)
         super().__init__({HOST: host, DEVICE: device}, window=(begin, trace.steps[last].end_time), title=title)
 

@@ -9,15 +9,16 @@ from minillm.viz.palette import BLACK, LIGHT_GREY, OWNER_COLORS, State
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LAUNCHES = State("L", "launches", LIGHT_GREY, BLACK)
 MOST_NAMES = 6  # kernels with a letter and a colour of their own
+GAP_SECONDS = 1e-6  # from the end of one kernel to the begin of the next: the order of magnitude on today's cards
 
 
 class LaunchOverhead(Panels):
     """Above, each of the kernels is launched by the host; below, one launch starts them all as a CUDA graph.
 
     `kernels`: (name, seconds on the device) in order, measured or assumed. `launch_seconds`: what the host needs for
-    one launch; the device begins a kernel when it has been launched and the one before has ended. `graph_seconds`: what
-    the host needs to launch the graph; `gap_seconds`: from one kernel of it to the next. Raises PictureError without
-    kernels, or for a time below 0.
+    one launch; the device begins a kernel when it has been launched, and `gap_seconds` after the one before has ended.
+    `graph_seconds`: what the host needs to launch the graph. Raises PictureError without kernels, or for a time below
+    0.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class LaunchOverhead(Panels):
         *,
         launch_seconds: float,
         graph_seconds: float,
-        gap_seconds: float = 0.0,
+        gap_seconds: float = GAP_SECONDS,
         title: str | None = None,
     ):
         times = [seconds for _, seconds in kernels]
@@ -37,17 +38,17 @@ class LaunchOverhead(Panels):
             )
         self.kernels = list(kernels)
         self.states = kernel_states([name for name, _ in kernels])
-        eager = self._one_by_one(launch_seconds)
+        eager = self._one_by_one(launch_seconds, gap_seconds)
         graph = self._as_graph(graph_seconds, gap_seconds)
         super().__init__([eager, graph], columns=1, share_x=True, title=title)
 
-    def _one_by_one(self, launch_seconds: float) -> LaneChart:
+    def _one_by_one(self, launch_seconds: float, gap_seconds: float) -> LaneChart:
         host, device, free = [], [], 0.0
         for index, (name, seconds) in enumerate(self.kernels):
             host.append(Span(index * launch_seconds, (index + 1) * launch_seconds, LAUNCHES, self.states[name].letter))
             begin = max(host[-1].end, free)
-            free = begin + seconds
-            device.append(Span(begin, free, self.states[name]))
+            device.append(Span(begin, begin + seconds, self.states[name]))
+            free = begin + seconds + gap_seconds
         title = f"launched one by one: {len(host):,} launch{'es' if len(host) > 1 else ''}"
         return LaneChart({HOST: host, DEVICE: device}, title=title)
 

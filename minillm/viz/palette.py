@@ -64,6 +64,8 @@ KEPT = State("c", "from the cache", "#EEEEEE", GREY)
 # Who may look at whom (mask grids).
 MAY_LOOK = State("#", "may look", GREEN, WHITE)
 MAY_NOT = State(".", "may not", WHITE, GREY)
+CHANGED = State("#", "changed", GREEN, WHITE)  # influence, measured
+SAME = State(".", "stayed the same", WHITE, GREY)
 
 # What a kernel's program does with a tile of keys (tiles), and what of a sector's bytes is asked for (memory access).
 SEEN = State("#", "seen", SKY_BLUE, BLACK)

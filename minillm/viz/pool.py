@@ -223,9 +223,8 @@ class Share(NamedTuple):
 
     @property
     def waste(self) -> float:
-        """The fragmented share of what is not free, 0 to 1."""
-        taken = self.held + self.empty + self.external
-        return (self.empty + self.external) / taken if taken else 0.0
+        """The fragmented share of the whole memory, 0 to 1."""
+        return (self.empty + self.external) / sum(self) if sum(self) else 0.0
 
 
 class ReservedAgainstPaged(Panels):
@@ -292,7 +291,8 @@ class _MemoryRows(Picture):
         self.share = Share(held, taken - held, external, capacity - taken - external)
         self.tokens, self.slots, self.capacity, self.block_size = tokens, slots, capacity, block_size
         self.scale = 1
-        self.title = f"{name}: {len(slots)} of {plural(len(tokens), 'request')} fit, {self.share.waste:.1%} wasted"
+        wasted = f"{self.share.waste:.1%} of the memory wasted"
+        self.title = f"{name}: {len(slots)} of {plural(len(tokens), 'request')} fit, {wasted}"
 
     def text(self) -> str:
         names = {request_id: request_label(request_id) for request_id in self.tokens}
@@ -339,11 +339,12 @@ class _MemoryRows(Picture):
             width = count / self.capacity * unit
             if count:
                 add_box(axes, start, whole, width, below, state, linewidth=0.6).set_gid(f"all:{state.name}")
-            if width > 0.14 * unit:
-                behind = {"facecolor": state.color, "edgecolor": "none", "pad": 1.2}
+            if count:
+                inside = width > 0.14 * unit
+                style = {"color": state.ink, "bbox": {"facecolor": state.color, "edgecolor": "none", "pad": 1.2}}
                 axes.text(
-                    start + width / 2, whole + below / 2, f"{count / self.capacity:.1%}", ha="center", va="center",
-                    size=SMALL_SIZE, color=state.ink, bbox=behind,
+                    start + width / 2, whole + below * (0.5 if inside else -0.4), f"{count / self.capacity:.1%}",
+                    ha="center", va="center", size=SMALL_SIZE, **(style if inside else {"color": BLACK}),
                 ).set_in_layout(False)  # fmt: skip
             start += width
         add_box(axes, 0, whole, unit, below, FREE, facecolor="none", edgecolor=BLACK, hatch="", linewidth=0.8)

@@ -6,7 +6,7 @@ from minillm.config import ModelConfig
 from minillm.shapes import Card
 from minillm.viz.base import SMALL_SIZE, PictureError, literal, number, plural, text_table
 from minillm.viz.curves import Curves, Look
-from minillm.viz.palette import BLACK, GREY, SERIES_COLORS
+from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, SERIES_COLORS
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 WEIGHTS, ARITHMETIC, CACHE = "reading the weights", "arithmetic", "reading the cache"
@@ -26,8 +26,9 @@ class DecodeRoofline(Curves):
     The three parts are dashed: reading the weights does not depend on B, arithmetic and the cache grow with it. The
     larger of the first two plus the cache is the thick line, `costs.decode_seconds`; right of the upright line
     arithmetic takes longer than the weights. `card` holds the ceilings, those of a data sheet or measured ones;
-    `measured` maps a batch to the seconds that a step of it took; at `marked` batches the line says how many tokens a
-    second that is. Raises PictureError for batches or measured times that are not above 0, or a context below 0.
+    `measured` maps a batch to the seconds that a step of it took; at `marked` batches the line says how many tokens
+    a second that is. Batches whose weights and caches are more than the card holds are grey. Raises PictureError
+    for batches or measured times that are not above 0, or a context below 0.
     """
 
     _title_pad = 22
@@ -45,7 +46,7 @@ class DecodeRoofline(Curves):
         title: str | None = None,
     ):
         from minillm.costs import compute_bound_batch, matmul_parameters, tokenwise_flops  # they bring torch along
-        from minillm.kv_cache import kv_bytes_per_token
+        from minillm.kv_cache import kv_bytes_per_token, what_fits
 
         self.measured, self.marked = dict(measured or {}), sorted(set(marked))
         self.batches = sorted({*batches, *self.measured})
@@ -57,6 +58,8 @@ class DecodeRoofline(Curves):
         self.card, self.context, self.compute_bound = card, context, compute_bound_batch(card, dtype_bytes)
         self.kv_bytes = kv_bytes_per_token(config, dtype_bytes)
         self.weight_bytes = matmul_parameters(config) * dtype_bytes
+        fit = what_fits(config, card.memory_bytes, dtype_bytes=dtype_bytes, reserved_share=0)
+        self.most_requests = fit.num_requests(context) if context else None  # None: without caches any number fits
         parts = {
             WEIGHTS: [self.weight_bytes / card.bandwidth for _ in self.batches],
             ARITHMETIC: [tokenwise_flops(config, batch, batch) / card.flops for batch in self.batches],
@@ -100,7 +103,12 @@ class DecodeRoofline(Curves):
         words = [f"from {plural(self.compute_bound, 'request')} on, arithmetic takes longer than reading the weights"]
         if self.context:
             words.append(f"from {self.cache_bound():,} on, reading {self.context:,} cached tokens each does")
+            words.append(f"more than {self.most_requests:,} do not fit into the card's memory")
         return "; ".join(words)
+
+    def fits(self, batch: int) -> bool:
+        """Whether weights and caches of so many requests are no more than the card holds, nothing else counted."""
+        return self.most_requests is None or batch <= self.most_requests
 
     def text(self) -> str:
         names = [name for name in self.series if name != MEASURED]
@@ -108,7 +116,7 @@ class DecodeRoofline(Curves):
         rows = []
         for index, batch in enumerate(self.batches):
             row = [f"{batch:,}", *(f"{self.series[name][index]:,.3f}" for name in names)]
-            rows.append([*row, self.most_tokens(batch), self.longest(index)])
+            rows.append([*row, self.most_tokens(batch) if self.fits(batch) else "no room", self.longest(index)])
             if self.measured:
                 rows[-1] += self._measured_cells(index)
         header += ["measured", "of the limit"] if self.measured else []
@@ -136,6 +144,7 @@ class DecodeRoofline(Curves):
             batches = sorted({*self.batches, self.compute_bound})
             line = next(line for line in axes.lines if line.get_label() == LEAST)
             line.set_data(batches, [1000 * self.seconds(batch) for batch in batches])
+        self._draw_what_does_not_fit(axes)
         for batch in self.marked:
             place = batch, 1000 * self.seconds(batch)
             axes.plot(*place, "o", color=BLACK, markersize=6)
@@ -144,6 +153,16 @@ class DecodeRoofline(Curves):
                 textcoords="offset points", size=SMALL_SIZE,
                 ha="right" if batch > self.batches[0] else "left",
             )  # fmt: skip
+
+    def _draw_what_does_not_fit(self, axes) -> None:
+        end = axes.get_xlim()[1]
+        if self.fits(self.batches[-1]):
+            return
+        axes.axvspan(max(self.most_requests, axes.get_xlim()[0]), end, facecolor=LIGHT_GREY, alpha=0.85, zorder=3)
+        axes.annotate(
+            literal(f"more than {self.most_requests:,}: no room "), (end, 1), (-3, -4), ha="right", va="top",
+            xycoords=("data", "axes fraction"), textcoords="offset points", rotation=90, size=SMALL_SIZE,
+        )  # fmt: skip
 
     def _turns(self) -> bool:
         return self.batches[0] < self.compute_bound < self.batches[-1]
