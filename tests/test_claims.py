@@ -1,0 +1,143 @@
+"""Numbers that the chapters' sentences state, beside the numbers that the package computes.
+
+A sentence that says a number says it twice: here it is computed. What a chapter prints is compared where it stands; this
+is about the text around it. Cells are named by their ids.
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from minillm import costs, kv_bytes_per_token, what_fits
+from minillm.course import notebooks
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.memory import activation_bytes
+from minillm.shapes import A100_80GB, CARDS, H200, LLAMA_2_7B, RTX_4090
+from minillm.simulation.cost_model import preset
+from minillm.simulation.run import compare_policies
+from minillm.simulation.workload import lognormal, make_requests
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = {path.stem[:2]: nbformat.read(path, as_version=4) for path in notebooks.chapters([])}
+CROSSING = costs.compute_bound_batch(RTX_4090)
+FIT = what_fits(LLAMA_2_7B, A100_80GB.memory_bytes)
+RESERVED = FIT.num_requests(4096)  # requests that reserve their whole context
+
+
+def cell(chapter: str, cell_id: str):
+    (found,) = [each for each in CHAPTERS[chapter].cells if each.id == cell_id]
+    return found
+
+
+def said(chapter: str, cell_id: str) -> str:
+    """The text of a cell, on one line."""
+    return " ".join(cell(chapter, cell_id).source.replace("\n> ", "\n").split())
+
+
+def printed(chapter: str, cell_id: str) -> str:
+    """What a cell printed when it was committed."""
+    return "\n".join(map(notebooks.readable, cell(chapter, cell_id).outputs))
+
+
+def test_memory_is_counted_as_it_is_sold():
+    assert [f"{card.memory_bytes / 1e9:.1f}" for card in CARDS] == ["25.8", "85.9", "150.8"]
+
+
+@pytest.mark.parametrize(
+    ("chapter", "cell_id", "words"),
+    [
+        ("03", "gpu-flat", f"{CROSSING} tokens on the RTX 4090"),
+        ("03", "what-fits-text", f"of an A100 are 80 GiB, {A100_80GB.memory_bytes / 1e9:.1f} GB"),
+        (
+            "04",
+            "fused-lesson",
+            f"{activation_bytes(LLAMA_2_7B, 1, 8192, fused=True).total / 1e3:.0f} kB for each token",
+        ),
+        ("04", "gpu-lesson", f"Below the crossing, {CROSSING} tokens"),
+        ("07", "factor-open", f"not all {RESERVED * 4096 // 500}"),
+        ("08", "factor", f"room for {RESERVED} requests that reserve 4,096 tokens each"),
+        ("08", "factor", f"the same {RESERVED} places"),
+        ("08", "factor", f"room for {FIT.num_tokens:,} tokens: {FIT.num_tokens // 16:,} blocks of 16"),
+        ("08", "factor-read", f"instead of {RESERVED}"),
+        ("09", "roofline-read", f"twice as many, {2 * costs.compute_bound_batch(H200)}, take twice as long"),
+        ("09", "gpu-limit-read", f"the card holds {H200.memory_bytes / 1e9:.1f} GB"),
+    ],
+)
+def test_a_number_in_a_sentence_is_the_computed_one(chapter, cell_id, words):
+    assert words in said(chapter, cell_id)
+
+
+def test_the_roofline_of_a_card_has_one_crossing():
+    """Chapter 1 looks for it, chapter 3 draws it, chapter 9 solves for it, and `costs` knows it."""
+    assert f"measured {CROSSING} tokens" in printed("01", "answer-crossing")
+    assert f"{CROSSING} tokens (RTX 4090" in printed("03", "gpu-floor-figure")
+    for card in CARDS:
+        assert f"{card.name:15} from {costs.compute_bound_batch(card)} requests on" in printed(
+            "09", "check-compute-bound-batch"
+        )
+    reading, at, below = (costs.step_seconds(LLAMA_2_7B, RTX_4090, n, n) for n in (1, CROSSING, CROSSING - 1))
+    assert reading == below < at
+
+
+def test_sixteen_users_share_a_step():
+    one, sixteen = (costs.decode_seconds(LLAMA_2_7B, RTX_4090, context=500, batch_size=size) for size in (1, 16))
+    assert "less than a third longer" in said("05", "why-read") and 1.2 < sixteen / one < 4 / 3
+    assert "less than a quarter of their speed" in said("05", "why-read") and 0.2 < 1 - one / sixteen < 0.25
+
+
+def test_few_of_the_padded_steps_are_wide():
+    requests = make_requests(12, lognormal(60, 1.2, 800), lognormal(50, 0.9, 300), seed=1)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=512, max_model_len=4096)
+    run = compare_policies(requests, config, preset("Llama-2-7B", "a100"), policies=["dynamic"])["dynamic"]
+    crossing = costs.compute_bound_batch(A100_80GB)
+    wide = sum(step.num_tokens > crossing for step in run.trace.steps)
+    words = f"of its {len(run.trace.steps)} steps have more slots than the {crossing} that hide"
+    assert wide == 6 and f"only six {words}" in said("07", "compare-read")
+
+
+def test_the_tail_of_the_real_run_is_not_called_short():
+    full, steps = map(int, re.search(r"all 8 places taken in (\d+) of (\d+) steps", printed("07", "real-counted")).groups())
+    assert f"a long tail, {steps - full} of the {steps} steps" in said("07", "real-read")
+
+
+def test_replayed_kernels_take_as_long_as_their_reading():
+    words = printed("09", "graphs-figure")
+    kernels, alone, graph = re.search(r"(\d+) kernels, (\d+) µs of work: .*, as a graph (\d+) µs", words).groups()
+    assert int(graph) - int(alone) - 10 == int(kernels) - 1  # a microsecond each, and the launch of the graph
+    assert f"replayed, {kernels} of them" in said("09", "graphs-read")
+    assert 0.9 < (int(kernels) - 1) / int(alone) < 1.1 and "together as long as all the reading" in said("09", "graphs-read")
+
+
+def test_the_factors_of_24_are_the_same_in_all_chapters():
+    bill = printed("08", "factor-table")
+    time, memory, both = re.search(r"freedom in time (\S+)x · room in memory (\S+)x = (\S+)x", bill).groups()
+    left = re.search(r"left: (\S+)x", bill)[1]
+    assert f"continuous   {RESERVED} places    {float(time):.1f}x" in printed("07", "factor-memory")
+    at_128 = re.search(r"continuous  128 places +(\S+)x", printed("07", "factor-memory"))[1]
+    assert f"was {float(time):.1f}x" in said("08", "factor") and f"128 places ({at_128}x)" in said("08", "factor")
+    assert f"only {memory} times as fast" in said("08", "factor-read")
+    assert f"{time}x from freedom in time and {memory}x from room in memory: {both}x" in said("09", "bill")
+    assert f"*{left}x left*" in said("09", "bill")
+    for words in (f"| {time}x |", f"| {memory}x |", f"{both}x is accounted for"):
+        assert words in said("09", "bill-read")
+    assert f"The first two, {both}x" in said("09", "recap")
+    least = re.search(r"without any launches: (\S+)x", printed("09", "bill-run"))[1]
+    assert f"| at most {least}x |" in said("09", "bill-read")
+    assert f"| the rest, {float(left) / float(least):.1f}x or more |" in said("09", "bill-read")
+
+
+def test_the_readme_counts_the_lines():
+    package = ROOT / "minillm"
+    core = ("attention", "config", "generation", "kv_cache", "linear", "masks", "model", "sampling")
+    lines = {name: sum(1 for _ in (package / f"{name}.py").open()) for name in core}
+    engine = sum(sum(1 for _ in path.open()) for path in (package / "engine").glob("*.py"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "is about 1,300 lines" in readme and abs(sum(lines.values()) - 1300) < 150
+    assert "is twice as long" in readme and 1.6 < engine / sum(lines.values()) < 2.4
+
+
+def test_a_token_of_cache_is_what_chapter_9_says():
+    assert "half a megabyte for each token" in said("09", "one-read")
+    assert kv_bytes_per_token(LLAMA_2_7B) == pytest.approx(0.5e6, rel=0.05)
