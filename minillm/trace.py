@@ -135,7 +135,7 @@ class Trace:
         return self.token_times(request_id)[0] - self.request(request_id).arrival_time
 
     def inter_token_latencies(self, request_id: str) -> list[float]:
-        """ITL (also TBT): seconds between consecutive output tokens; empty for a single token. Their mean is the TPOT."""
+        """ITL (also TBT): seconds between consecutive output tokens; empty for a single token. Its mean is the TPOT."""
         times = self.token_times(request_id)
         return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 

@@ -135,6 +135,13 @@ def test_as_many_green_cells_and_marks_as_the_mask_allows_looks(mask):
     assert [bool(cell) for cell in green] == mask.flatten().tolist()
 
 
+def test_the_same_weight_has_the_same_colour_in_every_row():
+    (axes,) = AttentionWeights(torch.eye(3), highlight_row=1).figure().axes
+    (cells,) = [each for each in axes.collections if isinstance(each, QuadMesh)]
+    colours = cells.get_array().reshape(3, 3, 3)
+    assert [tuple(colours[row, row]) for row in range(3)] == 3 * [pytest.approx(to_rgb(GREEN))]
+
+
 def test_influence_is_not_called_looking():
     picture = InfluenceGrid(causal(3), TOKENS[:3], title="measured")
     assert picture.text().splitlines()[0] == "replaced token →  Once  ␣upon  ␣a"

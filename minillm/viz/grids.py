@@ -253,12 +253,12 @@ class AttentionWeights(TokenGrid):
         return max(self.num_queries, self.num_keys) <= self.max_numbered
 
     def _colors(self, highlight: int | None):
-        return _blend(self.values, highlight)
+        return _blend(self.values, None)  # a paler row would show smaller weights than it has: the frame must do
 
     def _mark_cells(self, axes, highlight: int | None) -> None:
         for row in range(self.num_queries if self._numbered() else 0):
             for column, value in enumerate(self.values[row]):
-                ink = WHITE if value > 0.6 and highlight in (None, row) else BLACK
+                ink = WHITE if value > 0.6 else BLACK
                 place = {"x": column + 0.5, "y": row + 0.5, "ha": "center", "va": "center"}
                 axes.text(s=f"{value:.2f}", size=SMALL_SIZE, color=ink, in_layout=False, **place)
 
