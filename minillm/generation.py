@@ -24,7 +24,8 @@ from minillm.errors import (
     checked,
 )
 from minillm.kv_cache import KVCache
-from minillm.sampling import make_generator, sample
+from minillm.plan import NewRequest
+from minillm.sampling import LogitsProcessor, make_generator, make_processor, sample
 from minillm.sampling_params import SamplingParams, finish_reason, limited
 from minillm.text import Detokenizer
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
@@ -190,14 +191,15 @@ def generate_ragged(
     params = [check_request(model.config, *each, tokenizer) for each in zip(prompts, params, strict=True)]
     outputs = [OutputBuilder(model.config, own, tokenizer, prompt) for prompt, own in zip(prompts, params, strict=True)]
     generators = [make_generator(own, model.device) for own in params]
+    processors = [_processor(model, *each) for each in zip(prompts, params, strict=True)]
     began = time.perf_counter()
     trace = Trace([RequestRecord(f"req {i}", 0.0, len(prompt)) for i, prompt in enumerate(prompts)])
     while running := [i for i, output in enumerate(outputs) if output.finish_reason is None]:
         start_time = time.perf_counter() - began
         sequences = {i: prompts[i] + outputs[i].token_ids for i in running}
         logits, score_entries = _ragged_pass(model, list(sequences.values()), dense, kernel)
-        sampled = sample(logits, [params[i] for i in running], [generators[i] for i in running]).tolist()
-        for i, token_id in zip(running, sampled, strict=True):
+        how = ([each[i] for i in running] for each in (params, generators, processors))
+        for i, token_id in zip(running, sample(logits, *how).tolist(), strict=True):
             outputs[i].append(token_id)
         why = "recompute" if trace.steps else "prefill"
         event = StepEvent(
@@ -234,20 +236,25 @@ def _generate(
     prompt = check_prompt_ids(prompt_token_ids)
     params = check_request(model.config, prompt, params, tokenizer)
     output = OutputBuilder(model.config, params, tokenizer, prompt)
-    generator = make_generator(params, model.device)
+    generator, processor = make_generator(params, model.device), _processor(model, prompt, params)
     began = time.perf_counter()
     trace = Trace(requests=[RequestRecord(REQUEST_ID, 0.0, len(prompt))])
     while output.finish_reason is None:
         start_time = time.perf_counter()
         done = forward(prompt + output.token_ids)
         if done.logits is not None:
-            token_id = int(sample(done.logits[None], [params], [generator])[0])
+            token_id = int(sample(done.logits[None], [params], [generator], [processor])[0])
             text = output.append(token_id)
         now = time.perf_counter()
         trace.steps.append(_step_event(trace, done, start_time - began, now - began, output.finish_reason))
         if done.logits is not None and on_token is not None:
             on_token(NewToken(token_id, text, now))
     return output.result(prompt, trace)
+
+
+def _processor(model: Model, prompt: Sequence[int], params: SamplingParams) -> LogitsProcessor | None:
+    new = NewRequest.of(REQUEST_ID, params, prompt, eos_token_ids=model.config.eos_token_ids)
+    return make_processor(new, model.config.num_sampled_ids, model.device)
 
 
 def _step_event(trace: Trace, done: Pass, start_time: float, end_time: float, finish_reason: str | None) -> StepEvent:

@@ -5,6 +5,7 @@ wide middle. Layers run one after the other, so a deep model needs no more at it
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,3 +154,9 @@ def chunk_that_fits(
         f"chunks of a single token need {least:,} bytes beside weights and cache, {free_bytes:,} are free; "
         "shorten the prompt, use a smaller model, or free memory"
     )
+
+
+def to_device(numbers: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """[n] on the device. A GPU gets them from pinned memory, in its stream: nobody waits for it here."""
+    host = torch.tensor(list(numbers), dtype=dtype, pin_memory=torch.device(device).type == "cuda")
+    return host.to(device, non_blocking=True)

@@ -41,6 +41,29 @@ class NewRequest(NamedTuple):
     params: SamplingParams
     num_tokens_at_most: int  # prompt and longest possible output
     num_sampled: int = 0  # output tokens it has already, if a failed step made it new again: numbers it has drawn
+    prompt_token_ids: Sequence[int] = ()  # these three only if its `params` need them
+    output_token_ids: Sequence[int] = ()
+    ending_ids: Sequence[int] = ()  # eos and stop ids, forbidden before `params.min_tokens`
+
+    @classmethod
+    def of(
+        cls,
+        request_id: str,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] = (),
+    ) -> "NewRequest":
+        """What is to be known of a request that has these tokens, and a number for `max_tokens`."""
+        return cls(
+            request_id,
+            params,
+            len(prompt_token_ids) + params.max_tokens,
+            len(output_token_ids),
+            prompt_token_ids if params.reads_tokens else (),
+            tuple(output_token_ids) if params.penalizes else (),
+            (*params.stop_token_ids, *eos_token_ids) if params.min_tokens else (),
+        )
 
 
 class BlockMove(NamedTuple):
@@ -62,6 +85,13 @@ class TokenLogprobs(NamedTuple):
     rank: int  # of the sampled token; 1 is the likeliest
     top_ids: Sequence[int]  # likeliest first
     top_logprobs: Sequence[float]
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of consecutive tokens of a prompt."""
+
+    start: int  # position of the first of them
+    entries: Sequence[TokenLogprobs]
 
 
 class ScheduledRequest(NamedTuple):
@@ -113,6 +143,7 @@ class ModelOutput(NamedTuple):
     logprobs: Mapping[str, TokenLogprobs] = MappingProxyType({})  # of requests that ask for them
     failed: Mapping[str, str] = MappingProxyType({})  # requests that sample but got no token, and why
     device_times: tuple[float, float] | None = None  # when the device began and ended the step, on time.perf_counter
+    prompt_logprobs: Mapping[str, PromptLogprobs] = MappingProxyType({})  # of requests that ask for these
 
 
 class PendingOutput(Protocol):

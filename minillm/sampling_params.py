@@ -76,6 +76,11 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def reads_tokens(self) -> bool:
+        """True if whoever computes must know the tokens that the request has already."""
+        return self.penalizes or self.prompt_logprobs is not None
+
+    @property
     def changes_logits(self) -> bool:
         """True if something happens to the model's logits before the temperature."""
         return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
@@ -121,14 +126,11 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
 def _biases(name: str, value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise SamplingParamsError(f"{name} is {shown(value)}; it must be a dict from token ids to numbers")
-    return {
-        check_whole(f"a token id in {name}", token_id, 0, error=SamplingParamsError): check_number(
-            f"{name}[{shown(token_id)}]", bias, "a finite number", lambda _: True, error=SamplingParamsError
-        )
-        for token_id, bias in value.items()
-    }
+    token_ids = [check_whole(f"a token id in {name}", each, 0, error=SamplingParamsError) for each in value]
+    return {each: _bias(f"{name}[{each}]", bias) for each, bias in zip(token_ids, value.values(), strict=True)}
 
 
+_bias = _number("a number from -1e30 to 1e30", lambda x: abs(x) <= 1e30)
 _penalty = _number("a number from -2 to 2", lambda x: -2 <= x <= 2)
 _num_logprobs = _whole(0, MOST_LOGPROBS, "or None for none")
 
@@ -139,7 +141,7 @@ _CHECKS = {
     "min_p": _number("a number in [0, 1]", lambda x: 0 <= x <= 1),
     "presence_penalty": _penalty,
     "frequency_penalty": _penalty,
-    "repetition_penalty": _number("a positive number, above 1 against repetition", lambda x: x > 0),
+    "repetition_penalty": _number("a positive number from 1e-30 to 1e30; 1 for none", lambda x: 1e-30 <= x <= 1e30),
     "logit_bias": _biases,
     "min_tokens": _whole(0),
     "max_tokens": _whole(1, hint="or None for as many as fit"),

@@ -69,7 +69,7 @@ def plans(jobs, known, num_blocks, block_size):
             if job.joins > step or start is None:
                 continue
             if start == 0:
-                plan.new_requests.append(NewRequest(name, job.params, len(job.prompt) + job.params.max_tokens))
+                plan.new_requests.append(NewRequest.of(name, job.params, job.prompt))
                 tables[name] = []
             end = min(start + job.chunk, len(job.prompt)) if start < len(job.prompt) else start + 1
             number = start - len(job.prompt)  # of the output token that is fed

@@ -71,9 +71,9 @@ class SteppingExecutor(ContiguousExecutor):
     def execute_model(self, plan):
         sampled_from = []
 
-        def note(logits, params, generators):
+        def note(logits, *how):
             sampled_from.append(logits)
-            return sample(logits, params, generators)
+            return sample(logits, *how)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(contiguous, "sample", note)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from minillm import ModelConfig, SamplingParams
 from minillm.errors import SamplingParamsError
 from minillm.model import Decoder
-from minillm.sampling import make_generator, next_token_probabilities, sample
+from minillm.sampling import make_generator, next_token_probabilities, sample, token_logprobs
 from minillm.sampling_params import limited
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 3.0, 1.5, -4.0, 0.0, 2.5])
@@ -101,6 +101,99 @@ def test_a_single_candidate_is_always_drawn():
     for params in (SamplingParams(temperature=5.0, top_k=1), SamplingParams(temperature=5.0, top_p=1e-6)):
         drawn = sample(LOGITS.repeat(50, 1), [params] * 50, [make_generator(params)] * 50)
         assert set(drawn.tolist()) == {3}
+
+
+# --- ties ------------------------------------------------------------------------------------------------------------
+
+TIED = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 4}, [1, 2, 3, 5]),
+        ({"top_p": 0.01}, [1]),
+        ({"top_p": 0.4}, [1, 3]),  # each of the likeliest has 0.24
+        ({"min_p": 1.0}, [1, 3, 5]),
+        ({"min_p": 1.0, "top_k": 2}, [1, 3]),
+        ({"top_k": 4, "top_p": 0.95}, [1, 2, 3, 5]),
+    ],
+)
+def test_of_equal_logits_the_lower_ids_stay(dtype, filters, kept):
+    for temperature in (0.3, 1.0) if "top_p" not in filters else (1.0,):
+        params = SamplingParams(temperature=temperature, **filters)
+        both = next_token_probabilities(torch.stack([TIED, TIED.flip(0)]).to(dtype), params)
+        assert both[0].nonzero()[:, 0].tolist() == kept
+        assert len(both[1].nonzero()) == len(kept)  # the last of the equals are now the first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_candidate_is_the_greedy_one_in_every_dtype(dtype):
+    """Values a rounding apart: at float32's precision, or after the division, some are equal."""
+    spread = torch.finfo(dtype).eps
+    logits = 1 + spread * torch.randint(3, (200, 40), generator=torch.Generator().manual_seed(0)).to(dtype)
+    greedy = sample(logits, [SamplingParams()] * 200, [None] * 200).tolist()
+    assert greedy == logits.argmax(-1).tolist() and len(set(greedy)) > 3
+    for temperature in (0.7, 1.0, 3.0):
+        for one in ({"top_k": 1}, {"top_p": 1e-9}, {"top_k": 1, "min_p": 1.0}):
+            params = SamplingParams(temperature=temperature, **one)
+            assert sample(logits, [params] * 200, [make_generator(params)] * 200).tolist() == greedy
+    assert next_token_probabilities(logits, SamplingParams()).argmax(-1).tolist() == greedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("weights", "top_p", "num_kept"),
+    [
+        ([2, 1, 1], 0.5, 1),
+        ([2, 1, 1], 0.51, 2),
+        ([2, 1, 1], 0.75, 2),
+        ([5, 3, 2], 0.5, 1),
+        ([5, 3, 2], 0.8, 2),
+        ([7, 3], 0.7, 1),
+        ([1] * 10, 0.3, 3),
+        ([1] * 10, 0.7, 7),
+        ([1] * 7, 3 / 7, 3),
+    ],
+)
+def test_top_p_met_exactly_is_reached(dtype, weights, top_p, num_kept):
+    for shift in (0.0, 3.3, -20.0):
+        logits = torch.tensor(weights, dtype=torch.float64).log().add(shift).to(dtype)
+        kept = next_token_probabilities(logits, SamplingParams(temperature=1.0, top_p=top_p)).nonzero()[:, 0]
+        assert kept.tolist() == list(range(num_kept))
+
+
+def test_a_logit_that_is_no_number_is_not_filtered_away():
+    logits = torch.tensor([1.0, math.nan, 3.0, 2.0])
+    for filters in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}):
+        assert next_token_probabilities(logits, SamplingParams(temperature=1.0, **filters)).isnan().any()
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def test_the_rank_of_equally_likely_tokens_is_the_best_of_their_places():
+    """1 plus the number of likelier ones; the likeliest are listed with the lower id first."""
+    params = [SamplingParams(logprobs=k) for k in (0, 2, 3, 5, 7, 20)]
+    sampled = torch.tensor([5, 5, 0, 6, 2, 1])
+    found = token_logprobs(TIED.repeat(6, 1), params, sampled)
+    assert [found[row].rank for row in range(6)] == [1, 1, 7, 4, 4, 1]
+    order = [1, 3, 5, 2, 4, 6, 0]
+    assert [list(found[row].top_ids) for row in range(6)] == [order[: each.logprobs] for each in params]
+    expected = TIED.log_softmax(-1)
+    for row in range(6):
+        assert found[row].logprob == pytest.approx(expected[sampled[row]].item())
+        assert list(found[row].top_logprobs) == pytest.approx(expected[list(found[row].top_ids)].tolist())
+
+
+def test_log_probabilities_keep_float64():
+    logits = torch.tensor([[0.0, 1e-12]], dtype=torch.float64)
+    (entry,) = token_logprobs(logits, [SamplingParams(logprobs=1)], torch.tensor([0])).values()
+    assert entry.rank == 2 and entry.top_ids == [1]
 
 
 def chi_square(counts, probabilities) -> float:
@@ -209,8 +302,8 @@ NAN, INF = math.nan, math.inf
         ("logit_bias", [1, 2], "a dict from token ids to numbers"),
         ("logit_bias", {"5": 1.0}, "whole number, at least 0"),
         ("logit_bias", {-1: 1.0}, "whole number, at least 0"),
-        ("logit_bias", {5: NAN}, "a finite number"),
-        ("logit_bias", {5: "1"}, "a finite number"),
+        ("logit_bias", {5: NAN}, "a number from -1e30 to 1e30"),
+        ("logit_bias", {5: "1"}, "a number from -1e30 to 1e30"),
         ("min_tokens", -1, "at least 0"),
         ("min_tokens", 1.0, "at least 0"),
         ("include_stop_str_in_output", 1, "False, True"),

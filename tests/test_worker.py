@@ -26,6 +26,7 @@ from minillm.plan import (
     BlockMove,
     ModelOutput,
     NewRequest,
+    PromptLogprobs,
     ScheduledRequest,
     SchedulerOutput,
     TokenLogprobs,
@@ -95,6 +96,9 @@ PARAMS = st.builds(
     ignore_eos=st.booleans(),
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),
+    logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31), st.floats(-100, 100), max_size=3),
+    repetition_penalty=st.floats(0.1, 2),
+    include_stop_str_in_output=st.booleans(),
 )
 PARTS = st.builds(
     ScheduledRequest,
@@ -107,12 +111,13 @@ PARTS = st.builds(
     block_ids=IDS,
     num_recomputed=st.integers(0),
 )
+NEW_REQUESTS = st.builds(NewRequest, NAMES, PARAMS, st.integers(1), st.integers(0), IDS, IDS, IDS)
 PLANS = st.builds(
     SchedulerOutput,
     st.integers(0),
     FLOATS,
     scheduled=st.lists(PARTS, max_size=4),
-    new_requests=st.lists(st.builds(NewRequest, NAMES, PARAMS, st.integers(1)), max_size=2),
+    new_requests=st.lists(NEW_REQUESTS, max_size=2),
     finished_ids=st.lists(NAMES, max_size=2),
     preempted_ids=st.lists(NAMES, max_size=2),
     block_moves=st.lists(st.builds(BlockMove, st.sampled_from(["copy", "swap_out", "swap_in"]), IDS, IDS), max_size=2),
@@ -128,6 +133,7 @@ OUTPUTS = st.builds(
     st.dictionaries(NAMES, LOGPROBS, max_size=3),
     st.dictionaries(NAMES, NAMES, max_size=2),
     st.none() | st.tuples(FLOATS, FLOATS),
+    st.dictionaries(NAMES, st.builds(PromptLogprobs, st.integers(0), st.lists(LOGPROBS, max_size=2)), max_size=2),
 )
 
 

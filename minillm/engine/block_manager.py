@@ -341,8 +341,12 @@ class BlockManager:
         return prefixes
 
     def _cached_prefix(self, request: Request) -> list[int]:
-        """The registered blocks that the request's tokens begin with, leaving at least one token to compute."""
-        return list(self._hits(request)) if self.enable_prefix_caching else []
+        """The registered blocks that the request's tokens begin with, leaving at least one token to compute.
+
+        None for one that wants log-probabilities of its prompt: they are made while the prompt is computed.
+        """
+        finds = self.enable_prefix_caching and request.params.prompt_logprobs is None
+        return list(self._hits(request)) if finds else []
 
     def _hits(self, request: Request) -> Iterator[int]:
         most = (request.num_tokens - 1) // self.block_size

@@ -15,7 +15,7 @@ from minillm.engine.block_manager import BlockManager, Growth, blocks_needed
 from minillm.engine.request import PENDING_IDS, Request
 from minillm.engine.scheduler import RequestUpdate, Scheduler, SchedulerConfig, _new
 from minillm.errors import PromptError, check_choice, check_number, checked
-from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.trace import Preemption
 
 PREEMPTION_MODES = ("recompute", "swap")
@@ -200,9 +200,7 @@ class PagedScheduler(Scheduler):
             self._announced.add(request.request_id)
             if request.num_ever_computed == 0:  # else it is new only to an executor that had to forget it
                 request.num_cached_tokens = request.num_computed_tokens
-            num_sampled = len(request.output_token_ids)
-            new = NewRequest(request.request_id, request.params, request.num_tokens_at_most, num_sampled)
-            plan.new_requests.append(new)
+            plan.new_requests.append(request.announcement())
         self._set_milestone(request, request.num_computed_tokens)
         self.running[self.waiting.pop().request_id] = request
         return True
@@ -351,7 +349,7 @@ def children_of(request: Request) -> list[Request]:
             Request(
                 f"{request.request_id}.{i}",
                 request.prompt_token_ids,
-                replace(request.params, n=1, seed=seed),
+                replace(request.params, n=1, seed=seed, prompt_logprobs=None),
                 eos_token_ids=request.eos_token_ids,
                 arrival_time=request.arrival_time,
                 priority=request.priority,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from minillm.errors import Count, PromptError, SamplingParamsError, check_kind, check_seconds, check_text, shown
-from minillm.plan import PENDING
+from minillm.plan import PENDING, NewRequest
 from minillm.sampling_params import SamplingParams, finish_reason, limited
 
 FAR = sys.maxsize  # a milestone that is never reached
@@ -111,6 +111,11 @@ class Request:
             self.params = limited(self.params, self.num_prompt_tokens, most_tokens)
             self.predicted_output_tokens = min(self.predicted_output_tokens, self.params.max_tokens)
             self.num_tokens_at_most = self.num_prompt_tokens + self.params.max_tokens
+
+    def announcement(self) -> NewRequest:
+        """What an executor must know before its first tokens come."""
+        tokens = (self.prompt_token_ids, self.output_token_ids, self.eos_token_ids)
+        return NewRequest.of(self.request_id, self.params, *tokens)
 
     def token_ids(self, start: int, end: int) -> Sequence[int]:
         """The ids at positions start..end-1, from the prompt, the output, or across both.

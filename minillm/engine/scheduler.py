@@ -19,7 +19,7 @@ from typing import NamedTuple
 from minillm.engine.queue import POLICIES, WaitingQueue
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, Positive, PromptError, check_choice, check_fields, check_number, checked
-from minillm.plan import ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 _new = tuple.__new__  # makes a NamedTuple in a third of the time; for the lines that run once a token
@@ -227,7 +227,7 @@ class BaseScheduler:
         """The next waiting request becomes a running one."""
         request = self.waiting.pop()
         self.running[request.request_id] = request
-        plan.new_requests.append(NewRequest(request.request_id, request.params, request.num_tokens_at_most))
+        plan.new_requests.append(request.announcement())
         return request
 
     def _leave(self, ended: list[str]) -> list[str]:

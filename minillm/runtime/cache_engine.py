@@ -13,6 +13,7 @@ from torch import Tensor
 from minillm.config import ModelConfig
 from minillm.errors import ConfigError
 from minillm.kv_cache import kv_bytes_per_token
+from minillm.memory import to_device
 from minillm.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput
 
 
@@ -128,12 +129,6 @@ class CacheEngine:
         for block in _without_padding(self.block_tables[self.rows[request_id]]):
             for pool in (self.keys, self.values):
                 _finite(pool[:, block])
-
-
-def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """[n] int64 on the device. A GPU gets them from pinned memory, in its stream: nobody waits for it here."""
-    host = torch.tensor(list(numbers), dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
 
 
 def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -6,7 +6,7 @@ from minillm.attention import PaddedAttention, Part, RaggedAttention
 from minillm.kv_cache import SlotCache
 from minillm.model import Decoder
 from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
-from minillm.sampling import make_generator, sample
+from minillm.sampling import make_generator, make_processor, sample
 
 PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
 
@@ -21,7 +21,7 @@ class ContiguousExecutor:
         self.model = model
         self.cache = SlotCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
         self.slots: dict[str, int] = {}
-        self.params: dict[str, tuple] = {}  # sampling parameters and generator of every running request
+        self.params: dict[str, tuple] = {}  # sampling parameters, generator, logits processor of every running one
 
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
@@ -35,8 +35,8 @@ class ContiguousExecutor:
         request_ids = [part.request_id for part in plan.scheduled if part.samples]
         if not request_ids:
             return ModelOutput({}, score_entries)
-        params, generators = zip(*(self.params[request_id] for request_id in request_ids), strict=True)
-        token_ids = sample(self.model.logits(hidden[sampling]), params, generators)
+        how = zip(*(self.params[request_id] for request_id in request_ids), strict=True)
+        token_ids = sample(self.model.logits(hidden[sampling]), *how)
         return ModelOutput(dict(zip(request_ids, token_ids.tolist(), strict=True)), score_entries)
 
     def _follow(self, plan: SchedulerOutput) -> None:
@@ -47,7 +47,8 @@ class ContiguousExecutor:
                 del self.params[request_id]
         for new in plan.new_requests:
             self.slots[new.request_id] = self.cache.take(new.num_tokens_at_most)
-            self.params[new.request_id] = (new.params, make_generator(new.params))
+            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
+            self.params[new.request_id] = (new.params, make_generator(new.params), processor)
 
     def _part(self, scheduled: ScheduledRequest) -> Part:
         return Part(self.slots[scheduled.request_id], scheduled.start, len(scheduled.token_ids))

@@ -15,6 +15,7 @@ from minillm.errors import ConfigError
 from minillm.plan import ScheduledRequest, SchedulerOutput, blocks_needed
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.step_inputs import Layout, StepInputs, carve, carve_changes, new_buffer
+from minillm.sampling import LogitsProcessor
 from minillm.sampling_params import SamplingParams
 
 TABLE_ALIGNED = 16  # entries that a row of the tables is a multiple of: Triton compiles anew for other strides
@@ -28,6 +29,7 @@ class Announced(NamedTuple):
     seed: int
     num_prompt_tokens: int
     asks: bool  # for more than a temperature
+    processor: LogitsProcessor | None
 
 
 class Step(NamedTuple):

@@ -9,10 +9,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minillm.memory import to_device
 from minillm.memory_ledger import mib
 from minillm.model import Decoder
 from minillm.plan import (
@@ -21,11 +23,12 @@ from minillm.plan import (
     ModelOutput,
     NewRequest,
     PendingOutput,
+    PromptLogprobs,
     RunnerOptions,
     SchedulerOutput,
     TokenLogprobs,
 )
-from minillm.runtime.cache_engine import CacheEngine, to_device
+from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_batch import Announced, DeviceBatch, Step
 from minillm.runtime.device_queue import Queue, queue_for
 from minillm.runtime.fused_decoder import fused_forward
@@ -33,7 +36,15 @@ from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
 from minillm.runtime.kernels.dispatch import Backend
 from minillm.runtime.step_graph import bucket_sizes, record
 from minillm.runtime.step_inputs import Layout, StepInputs, buffer_size, carve, carve_changes
-from minillm.sampling import next_token_probabilities, token_logprobs
+from minillm.sampling import (
+    LogitsProcessor,
+    make_processor,
+    next_token_probabilities,
+    processed,
+    prompt_logprobs,
+    take,
+    token_logprobs,
+)
 from minillm.sampling_params import SamplingParams
 
 
@@ -42,8 +53,8 @@ class DeviceRunner:
 
     The others are drawn with random numbers that follow from a request's seed, the number of the token and its id
     alone: neither the other requests of the step matter nor how it is run, nor a restart. A step in which somebody asks
-    for top-k, top-p, min-p or log-probabilities is no graph, and reading log-probabilities waits for the step that was
-    launched behind it. `ops` are the small operations, `kernels/ops.py` or `kernels/triton_ops.py`.
+    for more than a temperature is no graph, and reading log-probabilities waits for the step that was launched behind
+    it. `ops` are the small operations, `kernels/ops.py` or `kernels/triton_ops.py`.
     """
 
     mask_bytes = 0  # kernels see by lengths
@@ -65,6 +76,7 @@ class DeviceRunner:
         self.fused = options.fused_ops
         self.queue = queue or queue_for(model.device)
         self.requests: dict[str, Announced] = {}
+        self.prompts: dict[str, Sequence[int]] = {}  # of those among them that want its log-probabilities
         self.batch = DeviceBatch(cache, options.max_num_seqs, options.max_model_len, model.device.type == "cuda")
         num_rows = options.max_num_seqs + 1
         self.tables = torch.zeros(num_rows, self.batch.width, dtype=torch.int32, device=model.device)
@@ -97,8 +109,9 @@ class DeviceRunner:
         if not plan.scheduled:
             return FinishedOutput(ModelOutput({}, 0))
         step = self.batch.prepare(plan, list(self.graphs))
-        params = [self.requests[request_id].params for request_id in step.sampled_ids] if step.asking else []
-        output = DeviceOutput(self.queue, step, params, self.batch.pinned)
+        asking = [self.requests[request_id] for request_id in step.sampled_ids] if step.asking else []
+        judged = self._judged(plan) if self.prompts else []
+        output = DeviceOutput(self.queue, step, asking, judged, self.batch.pinned)
         self.queue.run(partial(self._run, step, output))
         output.ended = self.queue.mark()
         return output
@@ -108,11 +121,27 @@ class DeviceRunner:
         changed = self.cache.follow(plan)
         for request_id in plan.finished_ids:
             self.requests.pop(request_id, None)
+            self.prompts.pop(request_id, None)
         for move in plan.block_moves:
             self.queue.run(partial(self.cache.move, move))
         for new in plan.new_requests:
-            self.requests[new.request_id] = announced(new)
+            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
+            self.requests[new.request_id] = announced(new, processor)
+            if new.params.prompt_logprobs is not None:
+                self.prompts[new.request_id] = new.prompt_token_ids
         self.batch.follow(changed, self.requests)
+
+    def _judged(self, plan: SchedulerOutput) -> list["JudgedPrompt"]:
+        """The parts of prompts that the step computes, of requests that want their log-probabilities."""
+        judged, first = [], 0
+        for part in sorted(plan.scheduled, key=lambda part: len(part.token_ids) > 1):  # as `DeviceBatch` has them
+            end = part.start + len(part.token_ids)
+            following = self.prompts.get(part.request_id, ())[part.start + 1 : end + 1]
+            if following:
+                most = self.requests[part.request_id].params.prompt_logprobs
+                judged.append(JudgedPrompt(part.request_id, part.start + 1, following, most, first))
+            first += end - part.start
+        return judged
 
     # --- on the device ---
 
@@ -137,6 +166,8 @@ class DeviceRunner:
         """[R + F] the new token of each request that gets one, and 0 for the others; -1 where it is not finite."""
         attend = KernelAttention(self.cache, self._attention_inputs(inputs, max_queries), self.backend)
         hidden = self._forward(self._token_ids(inputs), inputs.positions, attend)  # [T, hidden]
+        if output is not None and output.judged:
+            output.hidden, output.logits_of = hidden, self.model.logits
         found = []
         if len(inputs.sampled_rows):
             picked = hidden.index_select(0, inputs.picked) if len(inputs.picked) else hidden
@@ -178,14 +209,17 @@ class DeviceRunner:
         Requests with top-k, top-p or min-p draw, with the same random numbers, from what these leave of their logits.
         """
         temperatures, seeds, draws = inputs.temperatures, inputs.seeds, inputs.draws
-        token_ids = self.ops.sample_rows(logits, temperatures, seeds, draws)
-        if output is not None and output.params:
-            for params, rows in rows_by_filter(output.params):
+        asking = [] if output is None else output.asking
+        changed = processed(logits, [each.processor for each in asking])
+        token_ids = self.ops.sample_rows(changed, temperatures, seeds, draws)
+        if asking:
+            for params, rows in rows_by_filter([each.params for each in asking]):
                 rows = to_device(rows, logits.device)
-                kept = next_token_probabilities(logits.index_select(0, rows), params).log()  # -inf: dropped
+                kept = next_token_probabilities(changed.index_select(0, rows), params).log()  # -inf: dropped
                 numbers = (each.index_select(0, rows) for each in (seeds, draws))
                 ids = self.ops.sample_rows(kept, temperatures.new_ones(len(rows)), *numbers)
                 token_ids.index_copy_(0, rows, ids)
+            take(token_ids, [each.processor for each in asking])
             output.logits, output.sampled = logits, token_ids
         return token_ids
 
@@ -212,16 +246,31 @@ class DeviceRunner:
 # --- results ---
 
 
+class JudgedPrompt(NamedTuple):
+    """A part of a prompt whose log-probabilities are wanted."""
+
+    request_id: str
+    start: int  # position of the first token that is judged
+    token_ids: Sequence[int]  # those
+    most: int  # so many of the likeliest are told beside each
+    first_row: int  # of the hidden states that they are judged by
+
+
 class DeviceOutput:
     """A step that was launched. Reading it waits for this step alone, whatever was launched behind it.
 
-    `params`, of the requests that get a token, are given if one of them asks for more than a temperature.
+    `asking` are the requests that get a token, if one of them asks for more than a temperature.
     """
 
-    def __init__(self, queue: Queue, step: Step, params: Sequence[SamplingParams], pinned: bool):
-        self.params = params
-        self.logits: Tensor | None = None  # [R, ids], of a step whose `params` are given
+    def __init__(
+        self, queue: Queue, step: Step, asking: Sequence[Announced], judged: Sequence[JudgedPrompt], pinned: bool
+    ):
+        self.asking = asking
+        self.judged = judged
+        self.logits: Tensor | None = None  # [R, ids], of a step in which somebody is asking
         self.sampled: Tensor | None = None  # [R], the same of its tokens
+        self.hidden: Tensor | None = None  # [T, hidden], of a step in which prompts are judged
+        self.logits_of: Callable[[Tensor], Tensor] | None = None  # of such hidden states
         self._queue = queue
         self._step = step
         num_ids = len(step.sampled_ids) + len(step.checked_ids)
@@ -238,7 +287,7 @@ class DeviceOutput:
         if self._output is None:
             device_times = self._queue.wait(self.began, self.ended)
             self._output = self._read()._replace(device_times=device_times)
-            self.logits = self.sampled = None
+            self.logits = self.sampled = self.hidden = None
         return self._output
 
     def _read(self) -> ModelOutput:
@@ -252,15 +301,23 @@ class DeviceOutput:
         sampled = dict(zip(step.sampled_ids, token_ids, strict=False))  # token ids of the others are none
         for request_id in failed:
             sampled.pop(request_id, None)
-        logprobs = self._logprobs(failed) if self.params else {}
-        return ModelOutput(sampled, step.score_entries, logprobs=logprobs, failed=failed)
+        logprobs = self._logprobs(failed) if self.asking else {}
+        judged = {each.request_id: self._judge(each) for each in self.judged if each.request_id not in failed}
+        return ModelOutput(sampled, step.score_entries, logprobs=logprobs, prompt_logprobs=judged, failed=failed)
 
     @torch.inference_mode()
     def _logprobs(self, failed: dict[str, str]) -> dict[str, TokenLogprobs]:
         """Of the requests that ask for them and have not failed."""
-        entries = token_logprobs(self.logits, self.params, self.sampled.clamp(min=0))
+        params = [each.params for each in self.asking]
+        entries = token_logprobs(self.logits, params, self.sampled.clamp(min=0))
         request_ids = self._step.sampled_ids
         return {request_ids[row]: entry for row, entry in entries.items() if request_ids[row] not in failed}
+
+    @torch.inference_mode()
+    def _judge(self, part: JudgedPrompt) -> PromptLogprobs:
+        rows = self.hidden[part.first_row : part.first_row + len(part.token_ids)]
+        token_ids = to_device(part.token_ids, rows.device)
+        return PromptLogprobs(part.start, prompt_logprobs(self.logits_of, rows, token_ids, part.most))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -275,7 +332,7 @@ def free_bytes(device: torch.device) -> int:
 # --- requests ---
 
 
-def announced(new: NewRequest) -> Announced:
+def announced(new: NewRequest, processor: LogitsProcessor | None = None) -> Announced:
     """What is to be remembered of a request. One without a seed gets one that nobody has."""
     params = new.params
     return Announced(
@@ -283,7 +340,8 @@ def announced(new: NewRequest) -> Announced:
         temperature=0.0 if params.greedy else params.temperature,
         seed=secrets.randbits(63) if params.seed is None else params.seed,
         num_prompt_tokens=new.num_tokens_at_most - params.max_tokens,
-        asks=params.logprobs is not None or filters(params),
+        asks=params.logprobs is not None or params.changes_logits or filters(params),
+        processor=processor,
     )
 
 

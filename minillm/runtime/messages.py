@@ -8,7 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minillm.plan import BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput, TokenLogprobs
+from minillm.plan import (
+    BlockMove,
+    ModelOutput,
+    NewRequest,
+    PromptLogprobs,
+    ScheduledRequest,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 from minillm.sampling_params import SamplingParams
 
 
@@ -39,14 +47,27 @@ def plan_from(fields: Sequence[Any]) -> SchedulerOutput:
     """The plan that was encoded, sequences in it as lists. TypeError for a list that is not one."""
     plan = SchedulerOutput(*fields)
     plan.scheduled = [ScheduledRequest(*part) for part in plan.scheduled]
-    plan.new_requests = [NewRequest(name, SamplingParams(*params), *rest) for name, params, *rest in plan.new_requests]
+    plan.new_requests = [NewRequest(name, _params(fields), *rest) for name, fields, *rest in plan.new_requests]
     plan.block_moves = [BlockMove(*move) for move in plan.block_moves]
     return plan
+
+
+def _params(fields: Sequence[Any]) -> SamplingParams:
+    """The parameters that were encoded: in JSON even token ids are strings where they are keys."""
+    named = dict(zip((field.name for field in dataclasses.fields(SamplingParams)), fields, strict=True))
+    if named["logit_bias"] is not None:
+        named["logit_bias"] = {int(token_id): bias for token_id, bias in named["logit_bias"].items()}
+    return SamplingParams(**named)
 
 
 def output_from(fields: Sequence[Any]) -> ModelOutput:
     """The result that was encoded, sequences in it as lists. TypeError for a list that is not one."""
     output = ModelOutput(*fields)
     logprobs = {request_id: TokenLogprobs(*entry) for request_id, entry in output.logprobs.items()}
+    prompts = {
+        request_id: PromptLogprobs(start, [TokenLogprobs(*entry) for entry in entries])
+        for request_id, (start, entries) in output.prompt_logprobs.items()
+    }
     times = output.device_times
-    return output._replace(logprobs=logprobs, device_times=None if times is None else tuple(times))
+    times = None if times is None else tuple(times)
+    return output._replace(logprobs=logprobs, prompt_logprobs=prompts, device_times=times)

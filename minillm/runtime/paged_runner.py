@@ -1,18 +1,19 @@
 """Carries out plans on a paged cache: follows the block tables, prepares the inputs, one forward pass, new tokens."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.memory import to_device
 from minillm.model import Decoder
-from minillm.plan import PENDING, ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.plan import PENDING, ModelOutput, PromptLogprobs, ScheduledRequest, SchedulerOutput
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
-from minillm.sampling import make_generator, sample, token_logprobs
+from minillm.sampling import make_generator, make_processor, prompt_logprobs, sample, token_logprobs
 
 FEWEST_ROWS = 4  # that the CPU's matrix product takes at once: it does 2 or 3 one after the other, 3 slower than 4
 
@@ -25,14 +26,16 @@ def rows_computed(num_rows: int, device: torch.device) -> int:
 class PagedRunner:
     """Runs the plans of a `PagedScheduler` on a model.
 
-    It remembers of a request what plans do not repeat: its block table, its sampling parameters and its generator; and
-    of the last step what was sampled, because the next one may have been planned before that was known.
+    It remembers of a request what plans do not repeat: its block table, its sampling parameters, its generator and its
+    logits processor; and of the last step what was sampled, because the next one may have been planned before that was
+    known.
     """
 
     def __init__(self, model: Decoder, cache: CacheEngine):
         self.model = model
         self.cache = cache
-        self.params: dict[str, tuple] = {}  # sampling parameters and generator of every request that was announced
+        self.params: dict[str, tuple] = {}  # parameters, generator, logits processor of every request announced
+        self.prompts: dict[str, Sequence[int]] = {}  # of those among them that want its log-probabilities
         self.sampled: Mapping[str, int] = {}  # in the last step: what PENDING stands for in the next
         self.mask_bytes = 0  # of the last step
 
@@ -58,6 +61,12 @@ class PagedRunner:
     ) -> ModelOutput:
         token_ids, positions = self._padded(batch.token_ids), self._padded(batch.positions)
         hidden = self.model(token_ids, positions, attend)  # [T, hidden]
+        judged = self._judge_prompts(plan, hidden, newest_rows) if self.prompts else {}
+        output = self._sample_newest(plan, hidden, newest_rows)
+        return output._replace(prompt_logprobs={each: judged[each] for each in judged if each not in output.failed})
+
+    def _sample_newest(self, plan: SchedulerOutput, hidden: Tensor, newest_rows: dict[str, int]) -> ModelOutput:
+        """What comes of the requests' newest tokens, whose hidden states are in these rows."""
         failed, samplers = {}, newest_rows
         unfinished = [part[0] for part in plan.scheduled if not part[3]]  # request_id, samples: once a token as well
         if unfinished:
@@ -71,15 +80,34 @@ class PagedRunner:
         failed |= self._not_finite(list(samplers), logits)
         return self._sample(list(samplers), logits, failed)
 
+    def _judge_prompts(
+        self, plan: SchedulerOutput, hidden: Tensor, newest_rows: dict[str, int]
+    ) -> dict[str, PromptLogprobs]:
+        """Log-probabilities of prompts' tokens, each made of the hidden state before it."""
+        judged = {}
+        for request_id, start, token_ids, *_ in plan.scheduled:
+            following = self.prompts.get(request_id, ())[start + 1 : start + len(token_ids) + 1]
+            if following:
+                first = newest_rows[request_id] - len(token_ids) + 1
+                rows, ids = hidden[first : first + len(following)], to_device(following, hidden.device)
+                most = self.params[request_id][0].prompt_logprobs
+                judged[request_id] = PromptLogprobs(start + 1, prompt_logprobs(self.model.logits, rows, ids, most))
+        return judged
+
     def follow(self, plan: SchedulerOutput) -> None:
         """Do what the plan says of requests and blocks before anything is computed."""
         self.cache.follow(plan)
         for request_id in plan.finished_ids:
             self.params.pop(request_id, None)
+            self.prompts.pop(request_id, None)
         for move in plan.block_moves:
             self.cache.move(move)
         for new in plan.new_requests:
-            self.params[new.request_id] = (new.params, make_generator(new.params, self.model.device, new.num_sampled))
+            generator = make_generator(new.params, self.model.device, new.num_sampled)
+            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
+            self.params[new.request_id] = (new.params, generator, processor)
+            if new.params.prompt_logprobs is not None:
+                self.prompts[new.request_id] = new.prompt_token_ids
 
     def prepare(self, plan: SchedulerOutput) -> tuple[PagedBatch, dict[str, int]]:
         """The inputs of the step, and for every request in it the row of its newest token.
@@ -167,8 +195,8 @@ class PagedRunner:
             request_ids, logits = [request_ids[row] for row in rows], logits[rows]
         if not request_ids:
             return ModelOutput({}, 0, failed=failed)
-        params, generators = zip(*[self.params[request_id] for request_id in request_ids], strict=True)
-        token_ids = sample(logits, params, generators)
+        params, *how = zip(*[self.params[request_id] for request_id in request_ids], strict=True)
+        token_ids = sample(logits, params, *how)
         asked = token_logprobs(logits, params, token_ids)
         return ModelOutput(
             dict(zip(request_ids, token_ids.tolist(), strict=True)),

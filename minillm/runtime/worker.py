@@ -31,11 +31,16 @@ from minillm.runtime.kernels import ops
 from minillm.runtime.kernels.dispatch import Backend, choose
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.step_graph import bucket_sizes
+from minillm.sampling import PROMPT_ROWS
 from minillm.sampling_params import MOST_LOGPROBS, SamplingParams
 from minillm.weights import load_decoder, locate
 
 # All that sampling can be asked to do at once, as the worst step does for every request.
-DEAREST_PARAMS = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.01, seed=0, logprobs=MOST_LOGPROBS)
+DEAREST_PARAMS = SamplingParams(
+    temperature=1.0, top_k=2, top_p=0.5, min_p=0.01, seed=0, max_tokens=1, min_tokens=1, logit_bias={0: 1.0},
+    presence_penalty=1.0, frequency_penalty=1.0, repetition_penalty=2.0, logprobs=MOST_LOGPROBS,
+    prompt_logprobs=MOST_LOGPROBS,
+)  # fmt: skip
 GRAPH_BYTES = 16 << 20  # room for one graph's list of kernels and their arguments; reasoned, not measured
 RECORDING_BYTES = 64 << 20  # room for workspaces that libraries take for recordings; reasoned, not measured
 
@@ -218,7 +223,7 @@ def worst_plan(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: in
 
 def decode_plan(num_seqs: int, max_model_len: int, block_size: int) -> SchedulerOutput:
     """A step of so many requests with one new token each, at the end of the context, as in `worst_plan`."""
-    return _plan_of([1] * num_seqs, SamplingParams(temperature=1.0), max_model_len, block_size)
+    return _plan_of([1] * num_seqs, SamplingParams(temperature=1.0, max_tokens=1), max_model_len, block_size)
 
 
 def _plan_of(chunks: Sequence[int], params: SamplingParams, max_model_len: int, block_size: int) -> SchedulerOutput:
@@ -226,6 +231,8 @@ def _plan_of(chunks: Sequence[int], params: SamplingParams, max_model_len: int, 
     plan = SchedulerOutput(step=0, start_time=0.0, num_tokens=sum(chunks))
     for index, chunk in enumerate(chunks):
         name, start = f"profile {index}", max_model_len - chunk
-        plan.new_requests.append(NewRequest(name, params, max_model_len))
+        # Log-probabilities of prompts are made one after the other, a few rows at a time: once is enough.
+        prompt = [0] * (1 if index else start + 1 + PROMPT_ROWS)
+        plan.new_requests.append(NewRequest(name, params, max_model_len, prompt_token_ids=prompt))
         plan.scheduled.append(ScheduledRequest(name, start, [0] * chunk, True, "prefill", block_ids=table))
     return plan
