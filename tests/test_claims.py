@@ -70,7 +70,7 @@ def test_a_number_in_a_sentence_is_the_computed_one(chapter, cell_id, words):
 
 def test_the_roofline_of_a_card_has_one_crossing():
     """Chapter 1 looks for it, chapter 3 draws it, chapter 9 solves for it, and `costs` knows it."""
-    assert f"measured {CROSSING} tokens" in printed("01", "answer-crossing")
+    assert f"computed {CROSSING} tokens" in printed("01", "answer-crossing")
     assert f"{CROSSING} tokens (RTX 4090" in printed("03", "gpu-floor-figure")
     for card in CARDS:
         assert f"{card.name:15} from {costs.compute_bound_batch(card)} requests on" in printed(
@@ -142,3 +142,12 @@ def test_the_readme_counts_the_lines():
 def test_a_token_of_cache_is_what_chapter_9_says():
     assert "half a megabyte for each token" in said("09", "one-read")
     assert kv_bytes_per_token(LLAMA_2_7B) == pytest.approx(0.5e6, rel=0.05)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_what_a_cost_model_says_is_not_called_measured(chapter):
+    """A cell that asks the roofline or the simulator, and prints a prediction, says that it computed or simulated."""
+    models = re.compile(r"costs\.\w+_(seconds|flops)|kv_bytes_per_token|compare_policies|\bsimulate\(|\bRTX_4090\b")
+    for each in notebooks.code_cells(CHAPTERS[chapter]):
+        if models.search(each.source) and "checks.prediction(" in each.source:
+            assert "found=" in each.source, each.id
