@@ -131,12 +131,12 @@ def test_the_factors_of_24_are_the_same_in_all_chapters():
 
 def test_the_readme_counts_the_lines():
     package = ROOT / "minillm"
-    core = ("attention", "config", "generation", "kv_cache", "linear", "masks", "model", "sampling")
+    core = ("attention", "config", "generation", "kv_cache", "linear", "masks", "model")
     lines = {name: sum(1 for _ in (package / f"{name}.py").open()) for name in core}
     engine = sum(sum(1 for _ in path.open()) for path in (package / "engine").glob("*.py"))
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "is about 1,300 lines" in readme and abs(sum(lines.values()) - 1300) < 150
-    assert "is twice as long" in readme and 1.6 < engine / sum(lines.values()) < 2.4
+    assert "is twice as long" in readme and 1.7 < engine / sum(lines.values()) < 2.4
 
 
 def test_a_token_of_cache_is_what_chapter_9_says():
