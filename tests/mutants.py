@@ -128,7 +128,7 @@ def main() -> None:
         told, _ = verdict(module, SOURCES[module])
         assert told == "survived", f"{module}: its tests fail without a mutant"
 
-    verdicts, survivors = Counter(), []
+    verdicts = Counter()
     for module, mutant in itertools.islice(random_mutants(modules, arguments.seed), arguments.count):
         told, seconds = verdict(module, mutant)
         verdicts[told] += 1
@@ -137,11 +137,10 @@ def main() -> None:
         place = f"minillm/{module}:{re.search('[0-9]+', line)[0]}"
         print(f"{verdicts.total():3} {told:8} {seconds:5.1f} s  {place}", flush=True)
         if told == "survived":
-            survivors.append("\n".join([place, *changes]))
+            print(*changes, sep="\n", flush=True)
 
     caught = verdicts.total() - verdicts["survived"]
-    print("\nSurvivors", *survivors, sep="\n\n")
-    print(f"\nseed {arguments.seed}: {caught} of {verdicts.total()} caught, {caught / verdicts.total():.1%}", verdicts)
+    print(f"seed {arguments.seed}: {caught} of {verdicts.total()} caught, {caught / verdicts.total():.1%}", verdicts)
 
 
 if __name__ == "__main__":
