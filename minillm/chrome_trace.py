@@ -26,7 +26,9 @@ def save_chrome_trace(trace: Trace, path: str | Path) -> Path:
 
 def chrome_trace(trace: Trace) -> dict:
     """The JSON object of a trace: metadata first, then events and counters in order of time."""
-    times = [record.arrival_time for record in trace.requests] + [step.start_time for step in trace.steps]
+    times = [step.start_time for step in trace.steps]
+    if not trace.dropped_steps:  # else it is not known what those who came before have done
+        times += [record.arrival_time for record in trace.requests]
     clock = _Clock(min(times, default=0.0))
     parts = _parts_by_request(trace)
     threads = {record.request_id: thread for thread, record in enumerate(trace.requests, start=DEVICE + 1)}
@@ -50,7 +52,8 @@ class _Clock:
 
 def _names(trace: Trace) -> Iterator[dict]:
     """Metadata: what the process and the threads are called, and in which order they stand."""
-    yield {"ph": "M", "pid": PROCESS, "tid": STEPS, "name": "process_name", "args": {"name": "minillm"}}
+    name = f"minillm ({trace.dropped})" if trace.dropped else "minillm"
+    yield {"ph": "M", "pid": PROCESS, "tid": STEPS, "name": "process_name", "args": {"name": name}}
     names = {STEPS: "steps"}
     if any(step.launched is not None for step in trace.steps):
         names[HOST] = "host"
@@ -96,7 +99,7 @@ def _device_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
 
 def _request_events(thread: int, record: RequestRecord, parts: list[Part], clock: _Clock) -> Iterator[dict]:
     """The request from arrival to end, and in it every stretch of waiting and every step."""
-    now = begin = clock(record.arrival_time)
+    now = begin = max(0, clock(record.arrival_time))
     inner = []
     for step, computed in parts:
         start, end = max(now, clock(step.start_time)), clock(step.end_time)

@@ -2,7 +2,12 @@
 
 A run, whether of the ladder, the engine or the simulator, appends one `StepEvent` for each forward pass. Pictures and
 metrics read the `Trace` and nothing else, so the same figure draws a simulated run, a CPU run and a GPU run.
-Times are seconds on the run's own clock; position 0 is a request's first token.
+Position 0 is a request's first token.
+
+All times are seconds on one clock, the run's own, which begins at 0 when the scheduler or engine is made. A token has
+the time at which the step that computed it ended: then its id has been read, whether or not anybody has been told. So
+TTFT and ITL say when tokens were computed, under every way of batching. A request has ended when it leaves the batch
+with its result: with its last token, except in a static batch, where it leaves with all others.
 """
 
 from collections.abc import Iterator
@@ -13,16 +18,17 @@ Why = Literal["prefill", "decode", "recompute", "padding"]
 WASTE = ("padding", "recompute")  # tokens computed for nothing, or for the second time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """What is known of a request when it arrives."""
 
-    request_id: str
+    request_id: str  # unique in the trace: "a#2" is the second request there that its caller named "a"
     arrival_time: float  # seconds
     num_prompt_tokens: int
+    caller_id: str | None = None  # the id its caller gave it, if that is not `request_id`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScheduledTokens:
     """Consecutive tokens of one request, computed in one step."""
 
@@ -40,7 +46,7 @@ class ScheduledTokens:
         return self.start + self.num_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Preemption:
     """A running request that gave its blocks to others before the step."""
 
@@ -49,7 +55,7 @@ class Preemption:
     num_tokens: int  # tokens whose keys and values left the pool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockUse:
     """Who holds the blocks of a paged pool; the four sum to its size."""
 
@@ -64,7 +70,7 @@ class BlockUse:
         return self.used + self.cached + self.free + self.null
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepEvent:
     """One forward pass: who took part with how many tokens, and what was left waiting.
 
@@ -107,10 +113,24 @@ class StepEvent:
 
 @dataclass
 class Trace:
-    """Requests in order of arrival and steps in order of time."""
+    """Requests in order of arrival and steps in order of time.
+
+    A run that goes on for long keeps its last steps only: `dropped_steps` were before the first one here, and
+    `dropped_requests` had ended with them.
+    """
 
     requests: list[RequestRecord] = field(default_factory=list)
     steps: list[StepEvent] = field(default_factory=list)
+    dropped_steps: int = 0
+    dropped_requests: int = 0
+
+    @property
+    def dropped(self) -> str:
+        """What is missing, in words: "the first 200 steps and 3 requests are not kept"; "" if nothing is."""
+        if not self.dropped_steps and not self.dropped_requests:
+            return ""
+        requests = f"{self.dropped_requests:,} request" + ("" if self.dropped_requests == 1 else "s")
+        return f"the first {self.dropped_steps:,} steps and {requests} are not kept"
 
     def request(self, request_id: str) -> RequestRecord:
         """The record of one request. Raises KeyError for an id that is not in the trace."""
@@ -130,9 +150,22 @@ class Trace:
         """When each output token of the request came into being, in seconds on the run's clock."""
         return [step.end_time for step, part in self.parts(request_id) for _ in range(part.num_sampled)]
 
+    def knows_first_token(self, record: RequestRecord, part: ScheduledTokens) -> bool:
+        """Whether `part`, the first one here that brought the request a token, brought it its very first."""
+        return not self.dropped_steps or part.end == record.num_prompt_tokens
+
     def ttft(self, request_id: str) -> float:
-        """Time to first token: arrival to first output token, seconds."""
-        return self.token_times(request_id)[0] - self.request(request_id).arrival_time
+        """Time to first token: arrival to the end of the step that computed the first output token, seconds.
+
+        Raises LookupError if the request has no token yet, or the step of its first one is not kept.
+        """
+        record = self.request(request_id)
+        for step, part in self.parts(request_id):
+            if part.num_sampled:
+                if not self.knows_first_token(record, part):
+                    raise LookupError(f"the step of the first token of {request_id!r} is gone: {self.dropped}")
+                return step.end_time - record.arrival_time
+        raise LookupError(f"request {request_id!r} has no token in this trace")
 
     def inter_token_latencies(self, request_id: str) -> list[float]:
         """ITL (also TBT): seconds between consecutive output tokens; empty for a single token. Its mean is the TPOT."""

@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 MOST_REQUESTS = 40  # rows drawn unless more are asked for
@@ -70,9 +71,7 @@ def block_lines(trace) -> list[str]:
 
 def beginning(trace, num_requests: int):
     """The trace with its first requests only, up to the step in which the last of them takes part."""
-    from minillm.trace import Trace
-
     requests = trace.requests[: max(1, num_requests)]
     wanted = {record.request_id for record in requests}
     busy = [i for i, step in enumerate(trace.steps) if any(part.request_id in wanted for part in step.scheduled)]
-    return Trace(requests, trace.steps[: busy[-1] + 1] if busy else trace.steps)
+    return replace(trace, requests=requests, steps=trace.steps[: busy[-1] + 1] if busy else trace.steps)

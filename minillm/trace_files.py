@@ -5,7 +5,8 @@
     {"step": {"step": 0, "start_time": 0.0, "end_time": 0.2, "scheduled": [{"request_id": "a", ...}]}}
 
 The names are those of `minillm.trace`; fields at their default are left out, so a file from before a field was there
-can still be read. Times are written in full.
+can still be read. Where only the last steps were kept, the header says so: "dropped_steps", "dropped_requests". Times
+are written in full.
 """
 
 import json
@@ -19,6 +20,7 @@ from minillm.errors import MiniLLMError, checked, read_text, write_text
 from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace, Why
 
 FORMAT, VERSION = "minillm trace", 1
+DROPPED = ("dropped_steps", "dropped_requests")
 
 
 class TraceFileError(MiniLLMError):
@@ -28,7 +30,8 @@ class TraceFileError(MiniLLMError):
 @checked(error=TraceFileError)
 def save_trace(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path`; returns the path. Raises TraceFileError for a time that is not finite."""
-    lines = [{"format": FORMAT, "version": VERSION}]
+    dropped = {name: getattr(trace, name) for name in DROPPED if getattr(trace, name)}
+    lines = [{"format": FORMAT, "version": VERSION, **dropped}]
     lines += [{"request": _record(request)} for request in trace.requests]
     lines += [{"step": _record(step)} for step in trace.steps]
     try:
@@ -58,14 +61,14 @@ def _json(value):
 def load_trace(path: str | Path) -> Trace:
     """The trace in `path`. Raises TraceFileError, naming the line, for a file that `save_trace` cannot have made."""
     lines = read_text(path, "the trace", error=TraceFileError).rstrip("\n").split("\n")
-    _check_header(path, lines[0])
-    trace, known = Trace(), set()
+    trace, known = Trace(**_read_header(path, lines[0])), set()
     for number, line in enumerate(lines[1:], start=2):
         _Line(f"{path}, line {number}", line).add_to(trace, known)
     return trace
 
 
-def _check_header(path: str | Path, line: str) -> None:
+def _read_header(path: str | Path, line: str) -> dict[str, int]:
+    """What the first line says was dropped."""
     try:
         header = json.loads(line)
     except (ValueError, RecursionError):
@@ -79,6 +82,11 @@ def _check_header(path: str | Path, line: str) -> None:
             f"{path}, line 1: the trace is of version {header.get('version')!r}, this minillm reads {VERSION}; "
             "record it again or update minillm"
         )
+    dropped = {name: header.get(name, 0) for name in DROPPED}
+    for name, count in dropped.items():
+        if not _is_count(count):
+            raise TraceFileError(f"{path}, line 1: {name} is {count!r}; it must be a whole number, 0 or more")
+    return dropped
 
 
 class _Line:
@@ -186,7 +194,7 @@ NAMES: Reader = (lambda value: isinstance(value, list) and all(isinstance(each, 
 WHY: Reader = (lambda value: value in get_args(Why), f"one of {', '.join(get_args(Why))}")
 MODE: Reader = (lambda value: value in MODES, f"one of {', '.join(MODES)}")
 READERS: dict[type, dict[str, Reader | Objects]] = {
-    RequestRecord: {"request_id": NAME, "arrival_time": TIME, "num_prompt_tokens": COUNT},
+    RequestRecord: {"request_id": NAME, "arrival_time": TIME, "num_prompt_tokens": COUNT, "caller_id": NAME},
     ScheduledTokens: {
         "request_id": NAME,
         "start": COUNT,

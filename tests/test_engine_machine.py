@@ -33,6 +33,7 @@ from minillm.errors import PromptError
 from minillm.plan import PENDING, BlockMove, ModelOutput, SchedulerOutput
 from minillm.sampling_params import SamplingParams, finish_reason
 from minillm.simulation.clock import VirtualClock
+from minillm.simulation.report import report
 
 VOCABULARY = 3
 BAD = -1  # the history of a slot that holds NaN
@@ -248,6 +249,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.executor = self.executor_class(num_blocks, block_size, num_host_blocks)
         self.expected = {}
+        self.lives = []  # every request there was, in order of arrival
         self.launched = deque()
         self.longest = min(MAX_MODEL_LEN, (num_blocks - 1) * block_size + 1)  # the last token is never fed back
         self.texts = [[0] * 16, [0, 1] * 8]  # what prompts may begin with
@@ -283,6 +285,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(request.children) == n - 1
             for each in (request, *request.children):
                 self.expected[each.request_id] = Expectation(each, *alone(each))
+                self.seen["an id used again"] += any(each.request_id == life.request_id for life in self.lives)
+                self.lives.append(each)
         self.refuse_what_cannot_be()
 
     @rule(count=st.sampled_from([1, 2, 4, 8]))
@@ -558,11 +562,24 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.expected, f"not finished after {most} steps"
         while self.launched:
             self.read()
+        self.check_trace()
         self.executor.execute_model(self.scheduler.schedule())
         assert not self.executor.tables and not self.executor.params
         self.scheduler.reset_prefix_cache()
         self.manager.check()
         assert self.manager.usage.free == self.manager.num_blocks - 1
+
+    def check_trace(self):
+        """A record for each life, and in its steps as many tokens as were read; figures can be made of it."""
+        trace = self.scheduler.trace
+        assert len({record.request_id for record in trace.requests}) == len(trace.requests)
+        for record, request in zip(trace.requests, self.lives, strict=True):
+            assert (record.caller_id or record.request_id) == request.request_id
+            assert len(trace.token_times(record.request_id)) == len(request.output_token_ids)
+            assert all(time >= record.arrival_time for time in trace.token_times(record.request_id))
+        figures = report(trace)
+        assert figures.num_requests == len(self.lives)
+        assert figures.output_tokens == sum(len(request.output_token_ids) for request in self.lives)
 
 
 def picked(names, which):
@@ -592,6 +609,7 @@ def test_the_engine_keeps_its_promises_whatever_happens(policy, preemption_mode)
     machine = type("Machine", (EngineMachine,), {"policy": policy, "preemption_mode": preemption_mode, "seen": seen})
     run(machine, 60, phases=settings().phases)
     paths = {"chunk", "prefix hit", "copy", "gave way", "failed step", "length", "stop", "error", "abort", "reset"}
+    paths.add("an id used again")
     if preemption_mode == "swap":
         paths |= {"swap_out", "swap_in"}
     assert paths <= set(+seen), f"the machine did not get everywhere: {seen}"

@@ -320,7 +320,82 @@ def test_a_stream_never_begun_holds_nothing_and_one_aborted_from_outside_ends(ll
     stream = llm.stream(ONCE, SamplingParams(max_tokens=100))
     first = next(stream)
     assert llm.engine.abort_request(first.request_id)
-    assert list(stream) == []
+    (last,) = stream
+    assert last.finished and last.outputs[0].finish_reason == "abort"
+    assert last.request_id == first.request_id and last.outputs[0].token_ids == []
+
+
+def aborting(llm, monkeypatch, request_ids, after):
+    """Abort these requests through the engine when so many steps have been launched."""
+    right, calls = llm.engine.executor.launch, []
+
+    def launch(plan):
+        calls.append(plan)
+        if len(calls) == after:
+            for request_id in request_ids(plan):
+                assert llm.engine.abort_request(request_id)
+        return right(plan)
+
+    monkeypatch.setattr(llm.engine.executor, "launch", launch)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_aborted_through_the_engine_comes_back_with_what_it_had(llm, monkeypatch, n):
+    params = SamplingParams(temperature=1.0, seed=3, n=n, max_tokens=12, logprobs=0)
+    whole = llm.generate([ONCE, "The fox"], params, **QUIET)
+    first = []
+
+    def request_ids(plan):
+        first.append(min(int(part.request_id.split(".")[0].removeprefix("req ")) for part in plan.scheduled))
+        return [f"req {first[0]}"]
+
+    aborting(llm, monkeypatch, request_ids, after=5)
+    cut, other = llm.generate([ONCE, "The fox"], params, **QUIET)
+    for got, expected in zip(cut.outputs, whole[0].outputs, strict=True):
+        num_tokens = len(got.token_ids)
+        assert got.finish_reason == "abort" and got.stop_reason is None and 1 <= num_tokens <= 4
+        assert got.token_ids == expected.token_ids[:num_tokens] and expected.text.startswith(got.text)
+        assert len(got.logprobs) == num_tokens
+    assert cut.finished and [each.token_ids for each in other.outputs] == [each.token_ids for each in whole[1].outputs]
+
+
+def test_if_all_are_aborted_the_call_ends_and_the_next_is_right(llm, monkeypatch):
+    params = SamplingParams(max_tokens=9)
+    with monkeypatch.context() as patch:
+        aborting(llm, patch, lambda plan: [part.request_id for part in plan.scheduled], after=3)
+        outputs = llm.generate([ONCE, "The fox"], params, **QUIET)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["abort", "abort"]
+    assert_is(llm.generate(ONCE, params, **QUIET)[0].outputs[0], alone(llm, ONCE, params))
+
+
+def test_an_aborted_stream_loses_nothing_it_had_not_told(llm):
+    """A stop string may begin in the text that is held back; what was computed for others to read comes first."""
+    params = SamplingParams(max_tokens=30, stop="never in a story")
+    expected = alone(llm, ONCE, SamplingParams(max_tokens=30))
+    stream = llm.stream(ONCE, params)
+    pieces = [next(stream) for _ in range(3)]
+    llm.generate("The fox", SamplingParams(max_tokens=4), **QUIET)
+    llm.engine.abort_request(pieces[0].request_id)
+    pieces += stream
+    token_ids = [token_id for piece in pieces for token_id in piece.outputs[0].token_ids]
+    assert [piece.finished for piece in pieces[:-1]] == [False] * (len(pieces) - 1) and pieces[-1].finished
+    assert len(token_ids) >= 6 and token_ids == list(expected.token_ids[: len(token_ids)])
+    told = "".join(piece.outputs[0].text for piece in pieces)
+    assert told == alone(llm, ONCE, SamplingParams(max_tokens=len(token_ids))).text
+
+
+def test_an_id_that_the_engines_caller_uses_is_neither_taken_nor_ended(llm):
+    params = SamplingParams(max_tokens=5)
+    number = int(llm.generate(ONCE, params, **QUIET)[0].request_id.removeprefix("req "))
+    stream = llm.stream(ONCE, params)  # gets its id now, and begins later
+    llm.engine.add_request(f"req {number + 1}", "The fox", params, output_kind="final_only")
+    llm.engine.add_request(f"req {number + 2}", "The fox", params, output_kind="final_only")
+    with pytest.raises(PromptError, match=f"'req {number + 1}' is in use"):
+        next(stream)
+    assert llm.engine.is_unfinished(f"req {number + 1}")
+    assert llm.generate(ONCE, params, **QUIET)[0].request_id == f"req {number + 3}"
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
 
 
 def test_streams_may_be_interleaved_with_each_other_and_with_generate(llm):

@@ -1,6 +1,9 @@
 """LLMEngine: what a step tells and to whom, and what is left when requests, rows, steps or the worker fail."""
 
 import dataclasses
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -174,14 +177,116 @@ def test_an_abort_after_the_first_output_has_ended_ends_the_others(engine):
     assert engine.has_unfinished_requests() and engine.abort_request("a")
 
 
+def ended_one_of_two(engine):
+    """A request of two outputs, the first of which has ended and been told, by a stop id; its tokens are [7, ...]."""
+    params = SamplingParams(temperature=2.0, seed=5, n=2, max_tokens=15, ignore_eos=True)
+    engine.add_request("a", PROMPT, params)
+    first = run(engine)[-1].outputs[0].token_ids[0]
+    engine.add_request("a", PROMPT, dataclasses.replace(params, stop_token_ids=[first]))
+    while engine.is_unfinished("a") and not engine._states["a"].completions[0].finish_reason:
+        engine.step()
+    assert engine.is_unfinished("a") and engine._states["a"].completions[1].finish_reason is None
+
+
+def test_an_id_is_in_use_until_all_its_outputs_have_ended_and_been_told(engine):
+    ended_one_of_two(engine)
+    engine.add_request("b", PROMPT, TEN, output_kind="final_only")
+    for refused in (engine.add_request, engine.prepare):
+        with pytest.raises(PromptError, match="'a' is in use"):
+            refused("a", PROMPT, TEN)
+    told = {output.request_id: output for output in run(engine) if output.finished}
+    assert [len(each.token_ids) for each in told["a"].outputs] == [1, 15]
+    assert told["b"].outputs[0].token_ids == alone(engine, PROMPT, TEN)
+    engine.add_request("a", PROMPT, TEN, output_kind="final_only")
+    assert run(engine)[-1].outputs[0].token_ids == alone(engine, PROMPT, TEN)
+
+
+def test_an_id_is_in_use_while_its_end_has_not_been_told(checkpoint, monkeypatch):
+    """Ctrl-C comes when the step is over, and before it has told."""
+    engine = make_engine(checkpoint("llama"))
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=1))
+    right = engine._outputs
+
+    def interrupted(changed):
+        outputs = right(changed)
+        os.kill(os.getpid(), signal.SIGINT)
+        return outputs
+
+    monkeypatch.setattr(engine, "_outputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    assert engine.is_unfinished("a")
+    with pytest.raises(PromptError, match="'a' is in use"):
+        engine.add_request("a", PROMPT, TEN)
+    (output,) = engine.step()
+    assert output.finished and not engine.is_unfinished("a")
+    engine.add_request("a", PROMPT, TEN)
+    assert engine.abort_request("a")
+
+
+def test_an_abort_ends_no_stranger_whose_id_is_that_of_an_output_that_has_ended(engine):
+    params = SamplingParams(temperature=2.0, seed=5, n=2, max_tokens=15, ignore_eos=True)
+    engine.add_request("a", PROMPT, params)
+    second = run(engine)[-1].outputs[1].token_ids[0]
+    engine.add_request("a", PROMPT, dataclasses.replace(params, stop_token_ids=[second]))
+    while not engine._states["a"].completions[1].finish_reason:
+        engine.step()
+    engine.add_request("a.1", PROMPT, TEN, output_kind="final_only")
+    assert engine.abort_request("a")
+    assert [output.outputs[0].token_ids for output in run(engine)] == [alone(engine, PROMPT, TEN)]
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+@pytest.mark.parametrize("kinds", [("final_only", "delta"), ("delta", "final_only"), ("final_only", "cumulative")])
+def test_a_second_life_speaks_as_it_was_asked_to_whatever_the_first_did(engine, kinds, aborted):
+    lengths = {"final_only": [10], "delta": [1] * 10, "cumulative": list(range(1, 11))}
+    for kind in kinds:
+        engine.add_request("a", PROMPT, TEN, output_kind=kind)
+        if aborted and kind == kinds[0]:
+            engine.step()
+            engine.abort_request("a")
+        else:
+            assert [len(output.outputs[0].token_ids) for output in run(engine)] == lengths[kind]
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta", "final_only"])
+def test_metrics_are_the_times_of_the_trace(engine, kind):
+    engine.add_request("first", PROMPT, TEN, output_kind=kind, arrival_time=0.0)
+    engine.add_request("two", PROMPT, SamplingParams(temperature=2.0, seed=1, n=2, max_tokens=4), output_kind=kind)
+    told = run(engine)
+    trace, life = engine.trace, {}
+    for record in trace.requests:
+        life[record.caller_id or record.request_id] = record.request_id  # the latest of each
+    times = {name: trace.token_times(life[name]) for name in ("first", "two", "two.1")}
+    last = {output.request_id: output.metrics for output in told if output.finished}
+    assert (last["first"].arrival_time, trace.request(life["two"]).arrival_time) == (0.0, last["two"].arrival_time)
+    assert (last["first"].first_token_time, last["first"].last_token_time) == (times["first"][0], times["first"][-1])
+    both = sorted(times["two"] + times["two.1"])
+    assert (last["two"].first_token_time, last["two"].last_token_time) == (both[0], both[-1])
+    ongoing = [output.metrics.last_token_time for output in told if output.request_id == "first"]
+    assert ongoing == (times["first"][-1:] if kind == "final_only" else times["first"])
+
+
+def test_a_request_aborted_before_its_first_token_has_no_times_of_tokens(engine):
+    told = []
+    engine.add(engine.prepare("a", PROMPT, TEN), on_abort=told.append)
+    engine.abort_request("a")
+    (output,) = told
+    assert output.finished and output.outputs[0].finish_reason == "abort" and output.outputs[0].token_ids == []
+    assert output.metrics.first_token_time is None and output.metrics.last_token_time is None
+
+
 def test_priorities_and_arrival_times_reach_the_scheduler(checkpoint):
     engine = make_engine(checkpoint("llama"), scheduling_policy="priority", max_num_seqs=1)
     for name, priority in (("low", 9), ("high", -9)):
         engine.add_request(name, PROMPT, SamplingParams(max_tokens=2, ignore_eos=True), priority=priority)
     ended = [output.request_id for output in run(engine) if output.finished]
     assert ended == ["high", "low"]
-    engine.add_request("c", PROMPT, TEN, arrival_time=1.5)
-    assert engine.trace.request("c").arrival_time == 1.5
+    engine.add_request("c", PROMPT, TEN, arrival_time=-1.5)
+    assert engine.trace.request("c").arrival_time == -1.5
+    with pytest.raises(ConfigError, match="later than now, .* by the engine's clock"):
+        engine.add_request("d", PROMPT, TEN, arrival_time=time.time())  # of another clock
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -466,6 +466,32 @@ def test_a_simulated_trace_can_be_drawn(capsys, tmp_path):
     assert "req 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_requests_of_one_id_in_a_file_are_told_apart(capsys, tmp_path, policy):
+    """Whether they follow each other or are under way together."""
+    lines = [{"request_id": "a", "arrival_time": time} for time in (0.0, 0.0, 9.0)] + [{"request_id": "a#2"}]
+    lengths = {"num_prompt_tokens": 3, "num_output_tokens": 4}
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line | lengths) + "\n" for line in lines))
+    trace = str(tmp_path / "t.jsonl")
+    options = ["--file", str(tmp_path / "requests.jsonl"), "--policy", policy, "--trace", trace]
+    assert cli.main(["simulate", *options]) == 0
+    said = capsys.readouterr().out
+    assert cli.main(["trace", trace]) == 0
+    drawn = capsys.readouterr().out
+    for name in ("a", "a#2", "a#3", "a#2#2"):
+        assert f"\n{name} " in drawn
+    assert "4 of 4 finished" in said and "4 of 4 finished" in drawn
+
+
+def test_a_second_life_in_a_run_is_reported_by_steps_and_by_the_trace_alike():
+    lives = [made_request("a", time, 3, 4) for time in (0.0, 50.0)]
+    figures, clock = ReportBuilder(), VirtualClock()
+    scheduler = POLICIES["continuous"](SchedulerConfig(2, 16, 64), clock)
+    trace = run(scheduler, SimulatedExecutor(preset("Llama-2-7B", "a100"), clock), lives, clock, figures=figures)
+    assert figures.report() == report(trace) and report(trace).num_finished == 2
+    assert [record.request_id for record in trace.requests] == ["a", "a#2"]
+
+
 def test_simulate_reads_requests_from_a_file(capsys, tmp_path):
     workload.save_requests(tmp_path / "requests.jsonl", some_requests(3))
     assert cli.main(["simulate", "--file", str(tmp_path / "requests.jsonl"), "--model", "Qwen3-8B"]) == 0

@@ -16,12 +16,11 @@ from collections import deque
 from typing import NamedTuple
 
 from minillm.engine.paged_scheduler import PagedScheduler
+from minillm.engine.recorder import MOST_IN_FLIGHT
 from minillm.engine.request import Request
 from minillm.engine.scheduler import RequestUpdate, _new
 from minillm.plan import ModelOutput, SchedulerOutput
 from minillm.trace import Preemption
-
-MOST_IN_FLIGHT = 2  # plans: one whose tokens are not known yet, and the one made meanwhile
 
 
 class StepOrderError(AssertionError):
@@ -80,6 +79,7 @@ class AsyncScheduler(PagedScheduler):
         _, requests, self._preemptions = self._in_flight[0]
         updates, ended, discarded = [], [], set()
         running, token_of, failed = self.running, output.token_ids, output.failed
+        now = self.last_end = self.clock()
         for request, part in zip(requests, plan.scheduled, strict=True):
             request_id, start, token_ids, samples, _, _, _, _ = part
             if request.finish_reason is not None:
@@ -88,6 +88,7 @@ class AsyncScheduler(PagedScheduler):
             if failed and request_id in failed:
                 self._fail(request, failed[request_id])
                 ended.append(request)
+                discarded.add(request_id)
                 updates.append(RequestUpdate(request_id, None, "error"))
                 continue
             num_computed_tokens = start + len(token_ids)
@@ -95,13 +96,16 @@ class AsyncScheduler(PagedScheduler):
                 self._pass_milestone(request, num_computed_tokens)
             if samples:
                 token_id = token_of[request_id]
+                request.last_token_time = now
+                if num_computed_tokens == request.num_prompt_tokens:
+                    request.first_token_time = now
                 if request.fill_in(token_id):
                     ended.append(request)
                 updates.append(_new(RequestUpdate, (request_id, token_id, request.finish_reason)))
         self.just_left = self._left_by_abort + self._end_requests(ended)
         self._left_by_abort = []
         self._in_flight.popleft()
-        if self._trace is not None:
+        if self._recorder is not None:
             self._note_step(plan, output, discarded)
         return updates
 
@@ -118,6 +122,7 @@ class AsyncScheduler(PagedScheduler):
             self._release_children(request)  # it may have given way when its prompt had been computed, and not forked
             if request.request_id not in self.running:
                 self._forget(request)
+                self._record_end(request)
         self._leave([request_id for request_id in ids if request_id in self.running])
         return ids
 

@@ -34,7 +34,8 @@ class EngineConfig:
     attention_backend: str = "auto"  # "reference", "cuda", "triton" or "flash"; "auto" = the fastest that will do
     enforce_eager: bool = False  # on a GPU: no CUDA graphs, every kernel is launched from Python
     fused_ops: bool = True  # on a GPU: neighbouring small operations run as one kernel
-    trace: bool = True  # record every step; False for an engine that runs for days
+    trace: bool = True  # record what happens in each step
+    max_trace_steps: Positive | None = 10_000  # the last so many are kept; None = all, for a run that ends soon
 
     def __post_init__(self):
         check_fields(self)

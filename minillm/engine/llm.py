@@ -16,7 +16,15 @@ from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.outputs import OutputKind, RequestOutput
 from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_prompt
 from minillm.engine.request import Request
-from minillm.errors import ConfigError, PromptError, SamplingParamsError, check_items, check_kind, checked
+from minillm.errors import (
+    ConfigError,
+    MiniLLMError,
+    PromptError,
+    SamplingParamsError,
+    check_items,
+    check_kind,
+    checked,
+)
 from minillm.generation import check_token_ids
 from minillm.model import Decoder
 from minillm.pooling import mean_hidden_state
@@ -102,7 +110,8 @@ class LLM:
         """One output a prompt, in their order. A list of whole numbers is one prompt.
 
         `sampling_params`: one for all, or one for each prompt; `priority`: one number for each, the smallest first. If
-        anything fails on the way, or is interrupted, the requests of this call are ended and their blocks are back.
+        anything fails on the way, or is interrupted, the requests of this call are ended and their blocks are back. One
+        that is aborted through the engine meanwhile has what it had got by then, with the finish reason "abort".
         """
         prompts = as_prompts(prompts)
         params = self._one_each(sampling_params, len(prompts))
@@ -151,7 +160,8 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """What is new after each step, as soon as it is there: the texts in a row are the whole text.
 
-        Close the iterator early, or let go of it, and the request is ended. Several streams may run side by side.
+        Close the iterator early, or let go of it, and the request is ended. If it is aborted through the engine, the
+        last output says so: its finish reason is "abort". Several streams may run side by side.
         """
         return self._stream(self._prepare(prompt, sampling_params))
 
@@ -200,7 +210,9 @@ class LLM:
         return list(params)
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None, priority: int = 0) -> Prepared:
-        return self.engine.prepare(f"req {next(self._numbers)}", prompt, params, priority)
+        request_ids = (f"req {number}" for number in self._numbers)
+        request_id = next(each for each in request_ids if not self.engine.is_unfinished(each))
+        return self.engine.prepare(request_id, prompt, params, priority)
 
     def _run(self, prepared: list[Prepared], use_tqdm: bool) -> list[RequestOutput]:
         """Add the requests, and compute until all have ended."""
@@ -233,9 +245,6 @@ class LLM:
                     yield output
                     if output.finished:
                         return
-                if not self.engine.is_unfinished(request_id):  # ended from outside
-                    self.engine.check_alive()
-                    return
                 self._step()
         finally:
             self._end(request_id)
@@ -243,17 +252,25 @@ class LLM:
     def _add(
         self, prepared: Prepared, kind: OutputKind, take: Callable[[RequestOutput], None], now: float | None = None
     ) -> None:
-        self.engine.add(prepared, kind, now)
-        self._takers[prepared[1].request_id] = take
+        request_id = prepared[1].request_id
+        self._takers[request_id] = take
+        try:
+            self.engine.add(prepared, kind, now, on_abort=self._hand_out)
+        except MiniLLMError:  # the id, if it is in use, is somebody else's: not to be ended here
+            del self._takers[request_id]
+            raise
 
     def _step(self) -> None:
         """One step of the engine, for all calls that are under way: streams may be interleaved with anything."""
         for output in self.engine.step():
-            take = self._takers.get(output.request_id)
-            if take is not None:
-                take(output)
+            self._hand_out(output)
+
+    def _hand_out(self, output: RequestOutput) -> None:
+        take = self._takers.get(output.request_id)
+        if take is not None:
+            take(output)
 
     def _end(self, request_id: str) -> None:
         """No effect on a request that has ended by itself, but that its outputs are not waited for any more."""
-        self.engine.abort_request(request_id)
-        self._takers.pop(request_id, None)
+        if self._takers.pop(request_id, None) is not None:
+            self.engine.abort_request(request_id)

@@ -7,9 +7,8 @@ while engine.has_unfinished_requests():
         ...
 """
 
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, Request
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.prompts import EncodedPrompt, Prompt, encode_prompt
 from minillm.engine.request import Request
-from minillm.engine.scheduler import RequestUpdate
+from minillm.engine.scheduler import RequestUpdate, id_in_use
 from minillm.errors import (
     ConfigError,
     PromptError,
@@ -39,7 +38,7 @@ from minillm.errors import (
 from minillm.generation import check_request
 from minillm.hf_config import load_tokenizer, read_config
 from minillm.model import Decoder
-from minillm.plan import ModelOutput, PendingOutput, SchedulerOutput, TokenLogprobs
+from minillm.plan import PendingOutput, SchedulerOutput, TokenLogprobs
 from minillm.sampling_params import SamplingParams
 from minillm.trace import Trace
 from minillm.weights import load_decoder, locate
@@ -101,19 +100,18 @@ class LLMEngine:
             num_host_blocks=self.ledger.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._began = began = time.perf_counter()
         self._is_async = runs_ahead(config, device if self.model is None else self.model.device)
         make_scheduler = AsyncScheduler if self._is_async else PagedScheduler
         self.scheduler = make_scheduler(
             limits,
             block_manager,
-            clock=lambda: time.perf_counter() - began,
             trace=config.trace,
+            max_trace_steps=config.max_trace_steps,
             preemption_mode=config.preemption_mode,
             watermark=config.watermark,
         )
         self._launched: deque[tuple[SchedulerOutput, PendingOutput]] = deque()  # steps whose tokens are not read yet
-        self._states: dict[str, RequestState] = {}  # requests that have not ended, by the id of their caller
+        self._states: dict[str, RequestState] = {}  # by their caller's ids, until all has ended and been told
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
         self._silent: set[str] = set()  # of the scheduler's ids: nothing to do before they end
         self._untold: list[RequestOutput] = []  # of steps that were over when Ctrl-C came
@@ -121,7 +119,10 @@ class LLMEngine:
 
     @property
     def trace(self) -> Trace | None:
-        """What happened so far, by the engine's clock (seconds since it was made); None if it is not recorded."""
+        """What happened so far, by the engine's clock (seconds since it was made); None if it is not recorded.
+
+        The last `max_trace_steps` steps. It does not grow: ask again for what comes later.
+        """
         return self.scheduler.trace
 
     def has_unfinished_requests(self) -> bool:
@@ -129,7 +130,7 @@ class LLMEngine:
         return self.scheduler.has_unfinished_requests() or bool(self._untold)
 
     def is_unfinished(self, request_id: str) -> bool:
-        """True while this request waits or runs, in any of its outputs."""
+        """True until all outputs of this request have ended and `step` has told of it: so long its id is in use."""
         return request_id in self._states
 
     # --- requests come and go ---
@@ -147,7 +148,8 @@ class LLMEngine:
         """Let a request wait for its turn. A smaller `priority` goes first, where the policy heeds it.
 
         `prompt`: a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}; the last two with a "cache_salt" if
-        its prefixes are to be shared with its like alone. `arrival_time` by the engine's clock, now by default.
+        its prefixes are to be shared with its like alone. `arrival_time` by the engine's clock, now by default. An id
+        can be used again as soon as the last output of its request has been told.
         `output_kind` says what `step` tells: all so far ("cumulative"), what is new ("delta"), or all at the end
         ("final_only", which saves work). Raises PromptError, SamplingParamsError or ConfigError, and then nothing has
         changed; WorkerDiedError after the worker's end.
@@ -161,6 +163,7 @@ class LLMEngine:
         self.check_alive()
         encoded, params = encode_prompt(prompt, self.tokenizer), SamplingParams() if params is None else params
         check_text("request_id", request_id, error=PromptError)
+        self._check_id(request_id)
         check_kind("params", params, SamplingParams, error=SamplingParamsError)
         check_kind("priority", priority, int)
         if priority != 0 and self.config.scheduling_policy != "priority":
@@ -180,20 +183,36 @@ class LLMEngine:
         self.scheduler.check(request)
         return encoded, request
 
+    def _check_id(self, request_id: str) -> None:
+        """An id is free as soon as its last output has been told, whatever of it the scheduler still knows."""
+        if request_id in self._states:
+            raise PromptError(id_in_use(request_id))
+
     def add(
         self,
         prepared: tuple[EncodedPrompt, Request],
         output_kind: OutputKind = "cumulative",
         arrival_time: float | None = None,
+        on_abort: Callable[[RequestOutput], None] | None = None,
     ) -> None:
-        """Add a request that `prepare` has made; see `add_request`."""
+        """Add a request that `prepare` has made; see `add_request`.
+
+        If it is aborted, `on_abort` is told what `step` has not been able to tell, the end with it.
+        """
         check_choice("output_kind", output_kind, OUTPUT_KINDS)
-        arrival_time = self.scheduler.clock() if arrival_time is None else check_seconds("arrival_time", arrival_time)
+        now = self.scheduler.clock()
+        arrival_time = now if arrival_time is None else check_seconds("arrival_time", arrival_time)
+        if arrival_time > now:
+            raise ConfigError(
+                f"arrival_time is {arrival_time}, later than now, {now:.3f} by the engine's clock, which began when it "
+                "was made; take the time from `scheduler.clock()`, or leave it out"
+            )
         prompt, request = prepared
+        self._check_id(request.request_id)
         request.arrival_time = arrival_time
         with HeldInterrupts():
             self.scheduler.add_request(request)
-            state = RequestState(prompt, request, self.tokenizer, output_kind)
+            state = RequestState(prompt, request, self.tokenizer, output_kind, on_abort)
             self._states[request.request_id] = state
             for completion in state.completions:
                 self._completions[completion.request.request_id] = (state, completion)
@@ -201,16 +220,24 @@ class LLMEngine:
                     self._silent.add(completion.request.request_id)
 
     def abort_request(self, request_id: str) -> bool:
-        """End a request with all its outputs; nothing more is said of it. False, and no effect, if it has ended."""
+        """End a request with all its outputs; `step` says nothing more of it, and its id is free.
+
+        False, and no effect, if no request has this id.
+        """
         check_text("request_id", request_id, error=PromptError)
         with HeldInterrupts():
-            self._untold = [output for output in self._untold if output.request_id != request_id]
             state = self._states.pop(request_id, None)
             if state is None:
                 return False
-            for completion in state.completions:
+            untold = [output for output in self._untold if output.request_id == request_id]
+            self._untold = [output for output in self._untold if output.request_id != request_id]
+            unfinished = [completion for completion in state.completions if completion.finish_reason is None]
+            for completion in unfinished:  # the ids of the others may be somebody else's by now
                 self.scheduler.end_request(completion.request.request_id, "abort")
                 self._forget(completion)
+            if state.on_abort is not None:
+                for output in (*untold, *state.aborted(unfinished)):
+                    state.on_abort(output)
             return True
 
     def reset_prefix_cache(self) -> int:
@@ -235,6 +262,9 @@ class LLMEngine:
             if self._launched:
                 self._read_next(interrupts)
         told, self._untold = self._untold, []
+        for output in told:
+            if output.finished:
+                del self._states[output.request_id]
         return told
 
     def _launch_next(self, interrupts: HeldInterrupts) -> bool:
@@ -256,17 +286,10 @@ class LLMEngine:
         plan, pending = self._launched[0]
         with self._retracting(plan):
             with interrupts.let_through():
-                output = self._by_own_clock(pending.result())
+                output = pending.result()
             updates = self.scheduler.update(plan, output)
             self._launched.popleft()
         self._untold += self._outputs(self._changed(updates, output.logprobs))
-
-    def _by_own_clock(self, output: ModelOutput) -> ModelOutput:
-        """The output with the device's times, which are those of time.perf_counter, on the engine's clock."""
-        if output.device_times is None:
-            return output
-        begin, end = output.device_times
-        return output._replace(device_times=(begin - self._began, end - self._began))
 
     @contextmanager
     def _retracting(self, plan: SchedulerOutput) -> Iterator[None]:
@@ -298,14 +321,8 @@ class LLMEngine:
         return changed
 
     def _outputs(self, changed: dict[RequestState, list[Completion]]) -> list[RequestOutput]:
-        outputs = []
-        for state, completions in changed.items():
-            output = state.output(completions)
-            if output is not None:
-                outputs.append(output)
-                if output.finished:
-                    del self._states[output.request_id]
-        return outputs
+        outputs = (state.output(completions) for state, completions in changed.items())
+        return [output for output in outputs if output is not None]
 
     def _forget(self, completion: Completion) -> None:
         self._completions.pop(completion.request.request_id, None)

@@ -1,6 +1,6 @@
 """What the engine says about a request, as vLLM puts it, and the state from which that is made step by step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,8 +32,20 @@ class CompletionOutput:
     token_ids: list[int]  # an eos or stop token included
     cumulative_logprob: float | None  # of all tokens sampled so far; None unless logprobs were asked for
     logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids: the sampled token and the likeliest ones
-    finish_reason: str | None = None  # "stop", "length" or "error"; None while it runs
+    finish_reason: str | None = None  # "stop", "length", "error" or "abort"; None while it runs
     stop_reason: int | str | None = None  # the stop id or stop string that matched; for "error", why
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds by the engine's clock, which begins at 0 when the engine is made.
+
+    A token has the time at which the step that computed it had been read, as in the trace.
+    """
+
+    arrival_time: float
+    first_token_time: float | None  # of the output that had one first; None before
+    last_token_time: float | None  # of the newest token of all outputs; None before the first
 
 
 @dataclass(slots=True)
@@ -46,6 +58,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]  # n of them; of a request that streams, those with anything new
     finished: bool  # all n have ended
     num_cached_tokens: int  # of the prompt, found in the prefix cache
+    metrics: RequestMetrics
 
 
 class Completion:
@@ -136,8 +149,10 @@ class RequestState:
         request: Request,
         tokenizer: PreTrainedTokenizerBase | None,
         output_kind: OutputKind,
+        on_abort: "Callable[[RequestOutput], None] | None" = None,
     ):
         self.request = request
+        self.on_abort = on_abort
         self.prompt = prompt
         self.output_kind = output_kind
         streams = output_kind != "final_only"
@@ -163,4 +178,20 @@ class RequestState:
             outputs=outputs,
             finished=finished,
             num_cached_tokens=self.request.num_cached_tokens,
+            metrics=self._metrics(),
+        )
+
+    def aborted(self, unfinished: Sequence[Completion]) -> Iterator[RequestOutput]:
+        """What to say of a request whose last outputs were aborted; nothing if all had ended before."""
+        for completion in unfinished:
+            completion.take(None, None)
+        if unfinished:
+            yield self.output(unfinished)
+
+    def _metrics(self) -> RequestMetrics:
+        requests = [completion.request for completion in self.completions if completion.request.output_token_ids]
+        return RequestMetrics(
+            arrival_time=self.request.arrival_time,
+            first_token_time=min([request.first_token_time for request in requests], default=None),
+            last_token_time=max([request.last_token_time for request in requests], default=None),
         )

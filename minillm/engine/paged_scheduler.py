@@ -7,14 +7,13 @@ host memory ("swap"). Neither changes what it says.
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from minillm.engine.block_manager import BlockManager, Growth, blocks_needed
 from minillm.engine.request import PENDING_IDS, Request
 from minillm.engine.scheduler import RequestUpdate, Scheduler, SchedulerConfig, _new
-from minillm.errors import PromptError, check_choice, check_number, checked
+from minillm.errors import Positive, PromptError, check_choice, check_number, checked
 from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.trace import Preemption
 
@@ -34,13 +33,14 @@ class PagedScheduler(Scheduler):
         self,
         config: SchedulerConfig,
         block_manager: BlockManager,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
         trace: bool = True,
         *,
+        max_trace_steps: Positive | None = None,
         preemption_mode: str = "recompute",
         watermark: float = 0.01,
     ):
-        super().__init__(config, clock, trace)
+        super().__init__(config, clock, trace, max_trace_steps=max_trace_steps)
         check_choice("preemption_mode", preemption_mode, PREEMPTION_MODES)
         check_number("watermark", watermark, "a share of the pool, in [0, 1)", lambda share: 0 <= share < 1)
         self.block_manager = block_manager
@@ -97,7 +97,8 @@ class PagedScheduler(Scheduler):
             self._forget(request)
             if finish_reason == "abort":
                 for child in request.children:
-                    ended |= self.end_request(child.request_id, "abort")
+                    if self._requests.get(child.request_id) is child:  # else it has ended, and its id is free
+                        self.end_request(child.request_id, "abort")
             else:
                 self._release_children(request)
         return ended
@@ -281,7 +282,8 @@ class PagedScheduler(Scheduler):
             mode, request.num_writable = "swap", 0
         request.num_preemptions += 1
         plan.preempted_ids.append(request.request_id)
-        self._preemptions.append(Preemption(request.request_id, mode, num_tokens))
+        traced_id = request.request_id if self._recorder is None else self._recorder.name(request.request_id)
+        self._preemptions.append(Preemption(traced_id, mode, num_tokens))
         self.waiting.push(request)
 
     # --- what a step brought ---
@@ -334,7 +336,7 @@ class PagedScheduler(Scheduler):
         preempted, self._untraced = (*self._untraced, *self._preemptions), []
         copies = [move for move in plan.block_moves if move.kind == "copy"]
         return {
-            "preempted": preempted,
+            "preempted": tuple(preempted),
             "copied_blocks": tuple(pair for move in copies for pair in zip(move.sources, move.targets, strict=True)),
             "blocks": self.block_manager.usage,
         }

@@ -39,6 +39,8 @@ class Request:
         "num_computed_tokens",
         "finish_reason",
         "stop_reason",
+        "first_token_time",
+        "last_token_time",
         "cache_salt",
         "queue_number",
         "num_cached_tokens",
@@ -90,6 +92,8 @@ class Request:
         self.num_computed_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.first_token_time: float | None = None  # when it had been read, by the scheduler's clock
+        self.last_token_time: float | None = None  # of the newest token
         self.cache_salt = cache_salt
         self.queue_number: int | None = None  # place among equals, given by the queue once and for all
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when the request was first admitted

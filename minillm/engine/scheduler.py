@@ -9,18 +9,18 @@ and a worker in another process:
     updates = scheduler.update(plan, output)
 """
 
-import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from minillm.engine.queue import POLICIES, WaitingQueue
+from minillm.engine.recorder import Recorder
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, Positive, PromptError, check_choice, check_fields, check_number, checked
 from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace import Trace
 
 _new = tuple.__new__  # makes a NamedTuple in a third of the time; for the lines that run once a token
 
@@ -64,29 +64,38 @@ class BaseScheduler:
     """What all ways of batching share: arrival, the end, taking in results, the trace. They differ in `schedule`."""
 
     @checked
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter, trace: bool = True):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        clock: Callable[[], float] | None = None,
+        trace: bool = True,
+        *,
+        max_trace_steps: Positive | None = None,
+    ):
+        """`clock` tells seconds, by default those since the scheduler was made; requests arrive by the same clock.
+
+        `trace` records the steps: the last `max_trace_steps`, or all.
+        """
         self.config = config
-        self.clock = clock
+        self.clock = seconds_from_now() if clock is None else clock
+        self._host_time_at_zero = host_time_at_zero(self.clock)
         self.waiting = WaitingQueue(config.scheduling_policy, config.ageing)
         self.running: dict[str, Request] = {}  # in order of admission
         self.just_left: list[str] = []  # left the batch with a result in the last update
-        self._trace = Trace() if trace else None
-        self._unwritten: list[Callable[[], StepEvent]] = []  # steps that nobody has looked at in the trace
+        self.last_end = -math.inf  # when the results of the last step were read
+        self._last_traced_end = -math.inf  # of the step before
+        self._recorder = Recorder(max_trace_steps) if trace else None
         self._requests: dict[str, Request] = {}  # all that have not ended
         self._left_by_abort: list[str] = []  # left with a result since the last update, freed by an abort
         self._left: list[str] = []  # have left the batch since the last plan
         self._step = 0
-        self._last_end = -math.inf  # when the last step that the trace knows ended
 
     @property
     def trace(self) -> Trace | None:
-        """The log so far; None if none is kept. Steps are written down when somebody looks: a running engine has no
-        time to.
+        """The log so far, which does not grow afterwards; None if none is kept. Events are made when somebody looks: a
+        running engine has no time to.
         """
-        if self._unwritten:
-            self._trace.steps += [write() for write in self._unwritten]
-            self._unwritten.clear()
-        return self._trace
+        return None if self._recorder is None else self._recorder.trace
 
     @checked(error=PromptError)
     def add_request(self, request: Request) -> None:
@@ -113,14 +122,14 @@ class BaseScheduler:
                 f"({request.num_prompt_tokens} prompt + max_tokens {request.params.max_tokens}), max_model_len is "
                 f"{limit}; shorten the prompt or lower max_tokens"
             )
-        if request.request_id in self._requests:
-            raise PromptError(f"request id {request.request_id!r} is in use; give each request its own")
+        request_id = request.request_id
+        if request_id in self._requests or request_id in self.running or request_id in self._left_by_abort:
+            raise PromptError(id_in_use(request_id))  # who has ended in a batch that goes on is not done with either
 
     def _arrive(self, request: Request) -> None:
         self._requests[request.request_id] = request
-        if self._trace is not None:
-            record = RequestRecord(request.request_id, request.arrival_time, request.num_prompt_tokens)
-            self._trace.requests.append(record)
+        if self._recorder is not None:
+            self._recorder.arrive(request, self._step)
 
     def has_unfinished_requests(self) -> bool:
         """True while anything waits or runs."""
@@ -144,11 +153,15 @@ class BaseScheduler:
         if request is None:
             return False
         request.finish_reason, request.stop_reason = finish_reason, stop_reason
-        left = self._leave([request_id]) if request_id in self.running else []
+        if request_id in self.running:
+            left = self._leave([request_id])
+        else:
+            left = []
+            self._record_end(request)
         if finish_reason == "abort":
             self._left_by_abort += left
         elif left or finish_reason == "stop":  # it may have given way after the step that computed its last token
-            self._trace_late_end([request_id])
+            self._record_late_end(request_id)
         return True
 
     def schedule(self) -> SchedulerOutput:
@@ -160,16 +173,19 @@ class BaseScheduler:
 
         Requests that were aborted while the step ran are skipped.
         """
-        updates, ended = [], []
+        updates, ended, discarded = [], [], set()
         running, token_of, failed = self.running, output.token_ids, output.failed
+        now = self.last_end = self.clock()
         for part in plan.scheduled:
             request_id, start, token_ids, samples, _, _, _, _ = part
             request = running.get(request_id)
             if request is None or request.finish_reason is not None:
-                continue  # aborted meanwhile; a new request of the same id would still be waiting
+                discarded.add(request_id)  # aborted meanwhile; a new request of the same id would still be waiting
+                continue
             if failed and request_id in failed:
                 request.finish_reason, request.stop_reason = "error", failed[request_id]
                 ended.append(request_id)
+                discarded.add(request_id)
                 updates.append(RequestUpdate(request_id, None, "error"))
                 continue
             num_computed_tokens = start + len(token_ids)
@@ -178,6 +194,9 @@ class BaseScheduler:
                 self._pass_milestone(request, num_computed_tokens)
             if samples:
                 token_id = token_of[request_id]
+                request.last_token_time = now
+                if num_computed_tokens == request.num_prompt_tokens:
+                    request.first_token_time = now
                 if request.append(token_id):
                     ended.append(request_id)
                 updates.append(_new(RequestUpdate, (request_id, token_id, request.finish_reason)))
@@ -185,8 +204,8 @@ class BaseScheduler:
             del self._requests[request_id]
         self.just_left = self._left_by_abort + (self._leave(ended) if ended else [])
         self._left_by_abort = []
-        if self._trace is not None:
-            self._note_step(plan, output)
+        if self._recorder is not None:
+            self._note_step(plan, output, discarded)
         return updates
 
     # --- the parts of a step ---
@@ -234,63 +253,64 @@ class BaseScheduler:
         """Requests have ended: take them out of the batch; returns those that left it with a result, not by abort."""
         left = [self.running.pop(request_id) for request_id in ended]
         self._left += ended
+        for request in left:
+            self._record_end(request)
         return [request.request_id for request in left if request.finish_reason != "abort"]
 
-    def _note_step(self, plan: SchedulerOutput, output: ModelOutput, discarded: Collection[str] = ()) -> None:
-        """Keep what the trace will say of the step; whoever looks at the trace has it written.
+    # --- what the trace will say ---
+
+    def _note_step(self, plan: SchedulerOutput, output: ModelOutput, discarded: Collection[str]) -> None:
+        """Keep what the trace will say of the step.
 
         Steps in the trace do not overlap: one that was planned before the last one's end starts there. Nothing came of
         the parts of `discarded` requests.
         """
-        start, end = max(plan.start_time, self._last_end), self.clock()
-        self._last_end = end
-        event = functools.partial(
-            StepEvent,
-            step=plan.step,
-            start_time=start,
-            end_time=end,
-            finished=tuple(self.just_left),
-            num_waiting=self.num_waiting(),
-            score_entries=output.score_entries,
-            cached_tokens=sum([request.num_computed_tokens for request in self.running.values()]),
-            planned=None if start == plan.start_time else plan.start_time,
-            launched=plan.launched,
-            device=output.device_times,
+        zero = self._host_time_at_zero
+        start = max(plan.start_time, self._last_traced_end)
+        self._last_traced_end = self.last_end
+        fields = {
+            "start_time": start,
+            "end_time": self.last_end,
+            "num_waiting": self.num_waiting(),
+            "score_entries": output.score_entries,
+            "cached_tokens": sum([request.num_computed_tokens for request in self.running.values()]),
+            "planned": None if start == plan.start_time else plan.start_time,
+            "launched": plan.launched,
+            "device": None if output.device_times is None else tuple(moment - zero for moment in output.device_times),
             **self._traced_memory(plan),
-        )
-        self._unwritten.append(lambda: event(scheduled=tuple(traced_parts(plan, discarded))))
+        }
+        self._recorder.note(plan, discarded, self.just_left, fields)
 
     def _traced_memory(self, plan: SchedulerOutput) -> dict:
         """Further fields of the step's event."""
         return {}
 
-    def _trace_late_end(self, request_ids: list[str]) -> None:
-        """Requests have ended by what their last token meant: they left with the step that computed it."""
-        if self.trace is not None and self.trace.steps:
-            last = self.trace.steps[-1]
-            self.trace.steps[-1] = replace(last, finished=(*last.finished, *request_ids))
+    def _record_end(self, request: Request) -> None:
+        """A request has ended, and left the batch if it was in it."""
+        if self._recorder is not None:
+            ran = request.num_computed_tokens > 0 or request.num_ever_computed > 0 or request.num_preemptions > 0
+            self._recorder.end(request.request_id, ran)
+
+    def _record_late_end(self, request_id: str) -> None:
+        if self._recorder is not None:
+            self._recorder.end_late(request_id)
 
 
-def traced_parts(plan: SchedulerOutput, discarded: Collection[str] = ()) -> Iterator[ScheduledTokens]:
-    """What a plan computes, padding and what had been computed before included, as the trace records it.
+def id_in_use(request_id: str) -> str:
+    """Why a request of this id is refused."""
+    return f"request id {request_id!r} is in use; give each request its own, or wait for the last output of that one"
 
-    What was computed for requests that had ended by then, `discarded`, was like padding: for nothing.
-    """
-    for part in plan.scheduled:
-        request_id, start, num_tokens, again = part.request_id, part.start, len(part.token_ids), part.num_recomputed
-        sampled, table = int(part.samples), (part.first_block, tuple(part.block_ids))
-        if request_id in discarded:
-            yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, *table)
-            continue
-        if 0 < again < num_tokens:
-            yield ScheduledTokens(request_id, start, again, "recompute", 0, *table)
-            yield ScheduledTokens(request_id, start + again, num_tokens - again, part.why, sampled)
-        else:
-            yield ScheduledTokens(request_id, start, num_tokens, "recompute" if again else part.why, sampled, *table)
-        if plan.row_length is not None and plan.row_length > num_tokens:
-            yield ScheduledTokens(request_id, start, plan.row_length - num_tokens, "padding")
-    for request_id in plan.padding_rows:
-        yield ScheduledTokens(request_id, 0, plan.row_length, "padding")
+
+def seconds_from_now() -> Callable[[], float]:
+    """A clock that begins at 0."""
+    began = time.perf_counter()
+    return lambda: time.perf_counter() - began
+
+
+def host_time_at_zero(clock: Callable[[], float]) -> float:
+    """What time.perf_counter says when the clock says 0: devices tell their times by that."""
+    now = clock()
+    return time.perf_counter() - now
 
 
 class Scheduler(BaseScheduler):

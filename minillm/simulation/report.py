@@ -1,7 +1,8 @@
 """What a run achieved: throughput, latencies, goodput, waste. Read from a Trace, or gathered while the run goes on.
 
 Times are seconds. TTFT runs from a request's arrival to its first token, ITL from one token to the next, E2E from the
-arrival to the moment the request leaves the batch: in a static batch that is when the whole batch ends.
+arrival to the moment the request leaves the batch: in a static batch that is when the whole batch ends. A token has
+the time at which the step that computed it ended, not that at which somebody was told (see `minillm.trace`).
 """
 
 import math
@@ -55,7 +56,7 @@ class Report:
     num_requests: int  # that arrived
     num_finished: int
     num_steps: int
-    makespan: float  # seconds from the first arrival to the end of the last step
+    makespan: float  # seconds from the first arrival, or the first step that is kept, to the end of the last step
     output_tokens: int
     output_tokens_per_second: float
     requests_per_second: float  # finished ones
@@ -67,6 +68,7 @@ class Report:
     useful_tokens: int  # those of them that were neither padding nor computed a second time
     mean_waiting: float  # requests waiting, averaged over the makespan
     slo: SLO
+    dropped: str = ""  # what was before the steps reported, which are then the last of a longer run
 
     @property
     def utilisation(self) -> float:
@@ -79,7 +81,8 @@ class Report:
         return asdict(self) | {"utilisation": self.utilisation, "slo": slo}
 
     def __str__(self) -> str:
-        lines = [
+        lines = [f"note          {self.dropped}"] if self.dropped else []
+        lines += [
             f"requests      {self.num_finished} of {self.num_requests} finished in {self.makespan:.2f} s, "
             f"{self.num_steps} steps",
             f"throughput    {self.output_tokens_per_second:.1f} output tokens/s, {self.requests_per_second:.2f} "
@@ -97,14 +100,26 @@ class Report:
 
 @checked
 def report(trace: Trace, slo: SLO = SLO()) -> Report:  # noqa: B008 - frozen
-    """The figures of a finished run."""
-    builder = ReportBuilder(slo)
+    """The figures of a finished run, or of its last steps if the trace has dropped the others.
+
+    A request whose first token is not among those has no TTFT: it is left out there, and meets any limit on it.
+    """
+    builder = ReportBuilder(slo, trace.dropped)
+    records = {record.request_id: record for record in trace.requests}
     for record in trace.requests:
         builder.arrive(record.request_id, record.arrival_time)
+    if trace.dropped_steps and trace.steps:
+        builder.begin_at(trace.steps[0].start_time)
+    seen = set()
     for step in trace.steps:
-        sampled = [part.request_id for part in step.scheduled for _ in range(part.num_sampled)]
+        sampled = [part for part in step.scheduled for _ in range(part.num_sampled)]
+        for part in sampled:
+            if part.request_id not in seen and not trace.knows_first_token(records[part.request_id], part):
+                builder.began_before(part.request_id)
+            seen.add(part.request_id)
+        ids = [part.request_id for part in sampled]
         builder.add_step(
-            step.start_time, step.end_time, step.num_tokens, step.num_useful, sampled, step.finished, step.num_waiting
+            step.start_time, step.end_time, step.num_tokens, step.num_useful, ids, step.finished, step.num_waiting
         )
     return builder.report()
 
@@ -112,20 +127,29 @@ def report(trace: Trace, slo: SLO = SLO()) -> Report:  # noqa: B008 - frozen
 class ReportBuilder:
     """Gathers the figures step by step, in memory that grows with the requests under way, not with the steps."""
 
-    def __init__(self, slo: SLO = SLO()):  # noqa: B008 - frozen
+    def __init__(self, slo: SLO = SLO(), dropped: str = ""):  # noqa: B008 - frozen
         self.slo = slo
+        self.dropped = dropped
         self._under_way: dict[str, _Progress] = {}
         self._ttft, self._itl, self._e2e = Counter(), Counter(), Counter()  # seconds -> how often
         self._num_requests = self._num_finished = self._num_good = 0
         self._num_steps = self._output_tokens = self._slots = self._useful = 0
         self._waiting_seconds = 0.0  # requests waiting times how long
-        self._first_arrival, self._end = math.inf, -math.inf
+        self._begin, self._end = math.inf, -math.inf
 
     def arrive(self, request_id: str, arrival_time: float) -> None:
         """A request has arrived."""
         self._under_way[request_id] = _Progress(arrival_time)
         self._num_requests += 1
-        self._first_arrival = min(self._first_arrival, arrival_time)
+        self._begin = min(self._begin, arrival_time)
+
+    def begin_at(self, moment: float) -> None:
+        """The time that is reported begins here, whenever the requests arrived."""
+        self._begin = moment
+
+    def began_before(self, request_id: str) -> None:
+        """The first token of this request was before the first step."""
+        self._under_way[request_id].knows_first_token = False
 
     def add(
         self, plan: SchedulerOutput, updates: list[RequestUpdate], left: Iterable[str], end: float, waiting: int
@@ -157,7 +181,8 @@ class ReportBuilder:
                 self._itl[end - progress.last_token] += 1
             else:
                 progress.first_token = end
-                self._ttft[end - progress.arrival] += 1
+                if progress.knows_first_token:
+                    self._ttft[end - progress.arrival] += 1
             progress.last_token = end
             progress.num_tokens += 1
         for request_id in finished:
@@ -170,11 +195,12 @@ class ReportBuilder:
         self._output_tokens += progress.num_tokens
         e2e = end - progress.arrival
         self._e2e[e2e] += 1
-        self._num_good += self.slo.met_by(progress.first_token - progress.arrival, progress.mean_itl, e2e)
+        ttft = progress.first_token - progress.arrival if progress.knows_first_token else 0.0
+        self._num_good += self.slo.met_by(ttft, progress.mean_itl, e2e)
 
     def report(self) -> Report:
         """The figures so far."""
-        makespan = max(0.0, self._end - self._first_arrival) if self._num_steps else 0.0
+        makespan = max(0.0, self._end - self._begin) if self._num_steps else 0.0
         output_tokens = self._output_tokens + sum(progress.num_tokens for progress in self._under_way.values())
         rate = 1 / makespan if makespan else 0.0
         return Report(
@@ -193,16 +219,18 @@ class ReportBuilder:
             useful_tokens=self._useful,
             mean_waiting=self._waiting_seconds * rate,
             slo=self.slo,
+            dropped=self.dropped,
         )
 
 
 class _Progress:
     """The times of one request under way."""
 
-    __slots__ = ("arrival", "first_token", "last_token", "num_tokens")
+    __slots__ = ("arrival", "knows_first_token", "first_token", "last_token", "num_tokens")
 
     def __init__(self, arrival: float):
         self.arrival = arrival
+        self.knows_first_token = True
         self.first_token = self.last_token = 0.0
         self.num_tokens = 0
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -165,13 +166,27 @@ _FILE_FIELDS = {"arrival_time": 0.0, "num_prompt_tokens": None, "num_output_toke
 def load_requests(path: str | Path) -> list[Request]:
     """Requests from JSON lines, in order of arrival: one object each with `num_prompt_tokens` and `num_output_tokens`.
 
-    Optional: `request_id`, `arrival_time` (seconds, 0), `priority` (0). Raises ConfigError, naming the line.
+    Optional: `request_id`, `arrival_time` (seconds, 0), `priority` (0). The second request that is called "a" becomes
+    "a#2", so that they may even be under way together. Raises ConfigError, naming the line.
     """
     lines = read_text(path, "the requests in").splitlines()
     requests = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not requests:
         raise ConfigError(f"{path} holds no requests; write one JSON object a line")
+    _tell_apart(requests)
     return sorted(requests, key=lambda request: request.arrival_time)
+
+
+def _tell_apart(requests: Iterable[Request]) -> None:
+    """Number those that are called like one before them."""
+    taken: set[str] = set()
+    times = Counter[str]()
+    for request in requests:
+        given = request.request_id
+        while request.request_id in taken:
+            times[given] += 1
+            request.request_id = f"{given}#{times[given] + 1}"
+        taken.add(request.request_id)
 
 
 def _read_line(path: str | Path, number: int, line: str) -> Request:

@@ -65,8 +65,13 @@ class Activity:
         self.unit = unit
         self.num_steps = len(trace.steps)
         self.request_ids = [record.request_id for record in trace.requests]
-        self.begin = min(trace.steps[0].start_time, *(record.arrival_time for record in trace.requests), math.inf)
+        first_start = trace.steps[0].start_time
+        arrivals = [] if trace.dropped_steps else [record.arrival_time for record in trace.requests]
+        self.begin = min([first_start, *arrivals])
         self._records = {record.request_id: record for record in trace.requests}
+        self._began_before = {  # what they did until then is not known
+            record.request_id for record in trace.requests if trace.dropped_steps and record.arrival_time < first_start
+        }
         self._parts = parts_by_request(trace)
         self._preempted = preemptions_by_request(trace)
         self._finish = {request_id: index for index, step in enumerate(trace.steps) for request_id in step.finished}
@@ -129,7 +134,7 @@ class Activity:
         states = self.states(request_id)
         stretched: list[Box] = []
         shortest = SHORTEST_WAIT * self.end()
-        now = self._records[request_id].arrival_time - self.begin
+        now = max(0.0, self._records[request_id].arrival_time - self.begin)
         for box in computing:
             before = stretched[-1].last_step if stretched else None
             if box.start - now > shortest and (before is None or box.first_step > before + 1):
@@ -145,12 +150,18 @@ class Activity:
     # --- latencies ---
 
     def ttft(self, request_id: str) -> float | None:
-        """Time to first token in this unit, or None if the request got none."""
+        """Time to first token in this unit; None if the request got none, or the trace does not tell any more."""
         sampled = self._sampling_steps(request_id)
         if not sampled:
             return None
-        arrival = self._records[request_id].arrival_time - self.begin
+        record = self._records[request_id]
+        first = next(part for part in self._parts[request_id][sampled[0]] if part.num_sampled)
+        if not self.trace.knows_first_token(record, first):
+            return None
+        arrival = record.arrival_time - self.begin
         if self.unit != "s":
+            if request_id in self._began_before:
+                return None
             arrival = self._spans[next(index for index, state in enumerate(self.states(request_id)) if state)][0]
         return self._spans[sampled[0]][1] - arrival
 

@@ -346,6 +346,16 @@ def token_labels(labels: Sequence[str] | None, count: int, what: str) -> list[st
     return [token_label(label) for label in labels]
 
 
+def titled(title: str | None, dropped: str) -> str | None:
+    """The title of a picture, with what its trace has dropped."""
+    return title if not dropped else f"{title} ({dropped})" if title else dropped
+
+
+def noted(text: str, dropped: str) -> str:
+    """The text of a picture, with a line on what its trace has dropped."""
+    return f"{text}\n{dropped}" if dropped else text
+
+
 def request_label(request_id: str) -> str:
     """ "req 1" for the id "1"; an id that begins with a letter stands for itself."""
     return f"req {request_id}" if request_id[:1].isdigit() else request_id

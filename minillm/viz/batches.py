@@ -13,12 +13,14 @@ from minillm.viz.base import (
     add_box,
     add_legend,
     literal,
+    noted,
     number,
     pad,
     plural,
     request_label,
     text_table,
     text_width,
+    titled,
 )
 from minillm.viz.palette import BLACK, STATES, State
 from minillm.viz.strip import StepStrip
@@ -56,7 +58,8 @@ class BatchComposition(Picture):
             raise PictureError(f"budget is {budget}; a step computes at least 1 token")
         self.tokens = [tokens_by_kind(step) for step in trace.steps]
         self.budget = budget
-        self.title = title
+        self.dropped = trace.dropped
+        self.title = titled(title, self.dropped)
         self.num_steps = len(self.tokens)
         self.kinds = [kind for kind in KINDS if any(tokens[kind] for tokens in self.tokens)]
 
@@ -90,7 +93,7 @@ class BatchComposition(Picture):
             notes.append(f"| the budget of {plural(self.budget, 'token')}")
         if len(bars) < self.num_steps:
             notes.append("numbers are means of the steps")
-        return f"{text_table(header, cells)}\n{'   '.join(notes)}\n{self.summary()}"
+        return noted(f"{text_table(header, cells)}\n{'   '.join(notes)}\n{self.summary()}", self.dropped)
 
     def _letters(self, bar: Bar, scale: float) -> str:
         """The bar's letters; a kind that occurs has at least one."""

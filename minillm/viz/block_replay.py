@@ -142,6 +142,10 @@ class Replay:
         tokens: Mapping[str, Sequence[str]] | None = None,
         num_blocks: int | None = None,
     ):
+        if trace.dropped_steps:
+            raise PictureError(
+                f"{trace.dropped}, in which block tables began; record the run with a larger max_trace_steps"
+            )
         named = [block for step in trace.steps for part in step.scheduled for block in part.block_ids]
         if not named:
             raise PictureError("the trace has no block tables; record it from a scheduler with a paged cache")

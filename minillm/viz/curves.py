@@ -14,8 +14,10 @@ from minillm.viz.base import (
     both_bytes,
     decimal_bytes,
     literal,
+    noted,
     number,
     text_table,
+    titled,
 )
 from minillm.viz.palette import BLACK, BLUE, SERIES_COLORS, SERIES_HATCHES, SERIES_MARKERS, SKY_BLUE, WHITE
 
@@ -207,7 +209,8 @@ class CacheGrowth(Picture):
             raise PictureError("the trace has no steps, so there is no growth to draw")
         self.cached_tokens = [step.cached_tokens for step in trace.steps]
         self.bytes_per_token = bytes_per_token
-        self.title = title
+        self.dropped = trace.dropped
+        self.title = titled(title, self.dropped)
         self.num_steps = len(self.cached_tokens)
 
     def text(self) -> str:
@@ -216,7 +219,7 @@ class CacheGrowth(Picture):
             tokens = self.cached_tokens[step]
             size = tokens * self.bytes_per_token
             rows.append([str(step), f"{tokens:,}", f"{size:,}", decimal_bytes(size), binary_bytes(size)])
-        return text_table(["step", "cached tokens", "bytes", "decimal", "binary"], rows)
+        return noted(text_table(["step", "cached tokens", "bytes", "decimal", "binary"], rows), self.dropped)
 
     def _listed(self) -> list[int]:
         """All steps of a short run; of a long one about twenty, the last always."""

@@ -20,9 +20,11 @@ from minillm.viz.base import (
     add_legend,
     add_letter,
     literal,
+    noted,
     number,
     pad,
     plural,
+    titled,
 )
 from minillm.viz.palette import BLACK, COMPUTES, IDLE, PREPARES, READS, WAITS, State
 
@@ -206,7 +208,13 @@ class HostDeviceLanes(LaneChart):
         planned = next(span.start for span in host if span.state is PREPARES and span.label == str(first_step))
         begin = trace.steps[first_step - 1].end_time if first_step else planned
         device = device_spans(trace.steps)
-        super().__init__({HOST: host, DEVICE: device}, window=(begin, trace.steps[last].end_time), title=title)
+        super().__init__(
+            {HOST: host, DEVICE: device}, window=(begin, trace.steps[last].end_time), title=titled(title, trace.dropped)
+        )
+        self.dropped = trace.dropped
+
+    def text(self) -> str:
+        return noted(super().text(), self.dropped)
 
     def _draw(self, axes, step: int | None = None) -> None:
         super()._draw(axes, step)

@@ -11,6 +11,7 @@ from minillm.viz.base import (
     add_legend,
     plural,
     text_table,
+    titled,
 )
 from minillm.viz.palette import BLACK
 from minillm.viz.timeline import AXES_WIDTH, Timeline, legend_states
@@ -39,10 +40,7 @@ class PolicyTimelines(Panels):
     def text(self) -> str:
         timelines = list(self.timelines.values())
         column, columns = columns_of(self.longest, whole=self.unit != "s")
-        charts = [
-            "\n".join([f"{name}: {timeline.measures()}", *timeline.chart(column, columns)])
-            for name, timeline in self.timelines.items()
-        ]
+        charts = ["\n".join([timeline.title, *timeline.chart(column, columns)]) for timeline in timelines]
         key = f"a column is {timelines[0].amount(column)}\n{legend(timelines)}"
         return "\n\n".join([*charts, key, self._table()])
 
@@ -98,7 +96,7 @@ class _CompactTimeline(Timeline):
         self.name = name
         self.num_slots = sum(step.num_tokens for step in trace.steps)
         self.num_useful = sum(step.num_useful for step in trace.steps)
-        self.title = f"{name}: {self.measures()}"
+        self.title = f"{titled(name, trace.dropped)}: {self.measures()}"
 
     def measures(self) -> str:
         """The makespan and what was computed."""

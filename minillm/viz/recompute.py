@@ -12,11 +12,13 @@ from minillm.viz.base import (
     add_box,
     add_legend,
     literal,
+    noted,
     number,
     pad,
     plural,
     request_label,
     text_width,
+    titled,
     token_labels,
 )
 from minillm.viz.palette import AGAIN, BLACK, GREY, KEPT, NEW, State
@@ -65,7 +67,8 @@ class RecomputeGrid(Picture):
             raise PictureError(f"request {self.request_id!r} took part in no step of the trace")
         self.num_positions = 1 + max(max(each.new | each.again) for each in self.passes)
         self.labels = _labels(token_labels, self.num_positions)
-        self.title = title
+        self.dropped = trace.dropped
+        self.title = titled(title, self.dropped)
         self.num_steps = len(self.passes)
 
     @property
@@ -93,7 +96,7 @@ class RecomputeGrid(Picture):
         ]
         states = [state for state in (NEW, AGAIN, KEPT) if any(self._uses(state))]
         legend = "   ".join(f"{state.letter} {state.name}" for state in states)
-        return "\n".join(line.rstrip() for line in [*lines, legend, self.summary()])
+        return noted("\n".join(line.rstrip() for line in [*lines, legend, self.summary()]), self.dropped)
 
     def _text_row(self, each: Pass, short: bool) -> tuple[str, str]:
         totals = f"{each.computed} / {len(each.new)}"

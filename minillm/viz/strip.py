@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from minillm.trace import Trace
-from minillm.viz.base import Panels, Picture, PictureError
+from minillm.viz.base import Panels, Picture, PictureError, noted, titled
 
 MOST_FRAMES = 6  # chosen for the static picture
 
@@ -21,7 +21,7 @@ class StepStrip(Picture):
         if not trace.steps:
             raise PictureError("the trace has no steps, so there is nothing to draw")
         self.trace = trace
-        self.title = title
+        self.title = titled(title, trace.dropped)
         self.num_steps = len(looks)
         changes = [index for index, look in enumerate(looks) if index == 0 or look != looks[index - 1]]
         self.chosen = tuple(changes[:MOST_FRAMES] if steps is None else steps)
@@ -37,7 +37,7 @@ class StepStrip(Picture):
         return Panels([self.frame(step, alone=False) for step in self.chosen], title=self.title)
 
     def text(self) -> str:
-        return self.strip().text()
+        return noted(self.strip().text(), self.trace.dropped)
 
     def alt(self) -> str:
         return f"{self.title + ': ' if self.title else ''}" + "; ".join(map(self.caption, self.chosen))

@@ -12,12 +12,14 @@ from minillm.viz.base import (
     add_legend,
     add_letter,
     literal,
+    noted,
     number,
     pad,
     plural,
     request_label,
     text_table,
     text_width,
+    titled,
     token_label,
 )
 from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, STATES, WAITING, State
@@ -52,18 +54,19 @@ class Timeline(Activity, Picture):
         sampled_tokens: dict[str, Sequence[str]] | None = None,
     ):
         super().__init__(trace, unit)
-        self.title = title
+        self.title = titled(title, trace.dropped)
         self.sampled_tokens = sampled_tokens or {}
 
     # --- text ---
 
     def text(self) -> str:
         if self.unit == "s":
-            return self._text_in_milliseconds()
+            return noted(self._text_in_milliseconds(), self.trace.dropped)
         every_step = self.unit == "steps" and self.num_steps <= MOST_LINES * MOST_COLUMNS
         column, columns = (1.0, self.num_steps) if every_step else columns_of(self.end(), whole=True)
         note = [] if column == 1 else [f"a column is {number(column)} {self.unit}"]
-        return "\n".join([*self.chart(column, columns), *note, legend([self])])
+        text = "\n".join([*self.chart(column, columns), *note, legend([self])])
+        return noted(text, self.trace.dropped)
 
     def chart(self, column: float, num_columns: int) -> list[str]:
         """A line of letters a request below a ruler, a letter for `column` units; long ones go on below."""

@@ -1,0 +1,207 @@
+"""Writes a run down as a `Trace` while it goes on.
+
+A running engine has no time to write events, and nobody may ever look. So a few numbers of each step are kept, about 12
+bytes per request that decodes, and events are made of them when somebody asks for the trace.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from minillm.engine.request import Request
+from minillm.plan import ScheduledRequest, SchedulerOutput
+from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+
+MOST_IN_FLIGHT = 2  # plans: one whose tokens are not known yet, and the one made meanwhile
+PLAIN = (1, "decode", True, 0, (), 0)  # what `lean` makes of a part that decodes one token
+
+
+class Recorder:
+    """The trace of a run: its last `max_steps` steps (None: all) and the requests that are under way or named there.
+
+    A caller may use an id again. The trace calls its second life "a#2", so that no two records have one id.
+    """
+
+    def __init__(self, max_steps: int | None = None):
+        self._steps: deque[NotedStep | StepEvent] = deque(maxlen=max_steps)
+        self._num_steps = 0  # ever noted
+        self._records: dict[str, RequestRecord] = {}  # in order of arrival
+        self._lives: dict[str, list[tuple[int, str]]] = {}  # of ids used again: from which step on which id means them
+        self._ended: deque[tuple[int, str]] = deque()  # a record may go when so many steps are dropped
+        self._never_ran: deque[str] = deque()  # ended in no step
+        self._num_dropped_requests = 0
+        self._trace: Trace | None = None  # as last asked for, while nothing has happened since
+
+    # --- requests ---
+
+    def arrive(self, request: Request, next_step: int) -> None:
+        """A request has come; it can take part from step `next_step` on."""
+        caller_id = request.request_id
+        request_id = self._free_id(caller_id)
+        if request_id != caller_id:
+            lives = [life for life in self._lives.get(caller_id, [(-1, caller_id)]) if life[0] != next_step]
+            self._lives[caller_id] = [*lives[-MOST_IN_FLIGHT:], (next_step, request_id)]
+        named = None if request_id == caller_id else caller_id
+        record = RequestRecord(request_id, request.arrival_time, request.num_prompt_tokens, named)
+        self._records[request_id] = record
+        self._trace = None
+
+    def _free_id(self, caller_id: str) -> str:
+        """The caller's id, or "id#n" for its n-th life."""
+        lives = self._lives.get(caller_id)
+        if lives is None and caller_id not in self._records:
+            return caller_id
+        number = 1 if lives is None else int(lives[-1][1].removeprefix(f"{caller_id}#"))
+        while (request_id := f"{caller_id}#{number + 1}") in self._records:
+            number += 1
+        return request_id
+
+    def name(self, caller_id: str, step: int | None = None) -> str:
+        """The trace's id of the request that had this id when `step` was planned; by default the one that has it."""
+        lives = self._lives.get(caller_id)
+        if lives is None:
+            return caller_id
+        return next((name for first, name in reversed(lives) if step is None or step >= first), lives[0][1])
+
+    def end(self, caller_id: str, ran: bool) -> None:
+        """The request has ended, and leaves; `ran`: it has taken part in a step."""
+        if self._steps.maxlen is None:
+            return  # everything is kept
+        request_id = self.name(caller_id)
+        if ran:
+            self._ended.append((self._num_steps + MOST_IN_FLIGHT, request_id))
+        else:
+            self._never_ran.append(request_id)
+        self._drop_records()
+
+    def _drop_records(self) -> None:
+        """Let go of requests that have ended, in steps that are not kept any more or long ago in none."""
+        while self._ended and self._ended[0][0] <= self._num_steps - len(self._steps):
+            self._drop_record(self._ended.popleft()[1])
+        while len(self._never_ran) > (self._steps.maxlen or 0):
+            self._drop_record(self._never_ran.popleft())
+
+    def _drop_record(self, request_id: str) -> None:
+        record = self._records.pop(request_id)
+        self._num_dropped_requests += 1
+        lives = self._lives.get(record.caller_id)
+        if lives is not None and lives[-1][1] == request_id:
+            del self._lives[record.caller_id]
+        self._trace = None
+
+    # --- steps ---
+
+    def note(self, plan: SchedulerOutput, discarded: Collection[str], finished: Sequence[str], fields: Mapping) -> None:
+        """Keep what the trace will say of a step.
+
+        Nothing came of the parts of `discarded` requests. `fields` are those of `StepEvent` that the plan does not say.
+        """
+        names = {}
+        if self._lives:
+            involved = {*(part[0] for part in plan.scheduled), *plan.padding_rows, *finished}
+            names = {each: self.name(each, plan.step) for each in involved & self._lives.keys()}
+        noted = NotedStep(plan, discarded, finished, fields, names)
+        last = self._steps[-1] if self._steps else None
+        if isinstance(last, NotedStep) and last.request_ids == noted.request_ids:
+            noted.request_ids = last.request_ids  # the same object for many steps
+        self._steps.append(noted)
+        self._num_steps += 1
+        self._drop_records()
+        self._trace = None
+
+    def end_late(self, caller_id: str) -> None:
+        """A request has ended by what its last token meant: it left with the step that computed it."""
+        if self._steps:
+            last = self._steps[-1]
+            finished = (*last.finished, self.name(caller_id))
+            if isinstance(last, NotedStep):
+                last.finished = finished
+            else:
+                self._steps[-1] = replace(last, finished=finished)
+            self._trace = None
+
+    @property
+    def trace(self) -> Trace:
+        """All that is kept so far. It does not change; ask again for what comes later."""
+        if self._trace is None:
+            written = (each.write() if isinstance(each, NotedStep) else each for each in self._steps)
+            self._steps = deque(written, self._steps.maxlen)
+            num_dropped = self._num_steps - len(self._steps)
+            self._trace = Trace(
+                list(self._records.values()), list(self._steps), num_dropped, self._num_dropped_requests
+            )
+        return self._trace
+
+
+class NotedStep:
+    """What is kept of a step: ids and positions of all who took part, more only of those who do not just decode."""
+
+    __slots__ = (
+        "step",
+        "request_ids",
+        "starts",
+        "others",
+        "row_length",
+        "padding_rows",
+        "discarded",
+        "finished",
+        "more",
+    )
+
+    def __init__(
+        self,
+        plan: SchedulerOutput,
+        discarded: Collection[str],
+        finished: Sequence[str],
+        more: Mapping,
+        names: Mapping[str, str],
+    ):
+        parts = plan.scheduled
+        self.step = plan.step
+        self.request_ids = tuple([part[0] for part in parts])
+        self.starts = array("I", [part[1] for part in parts])
+        self.others = {
+            row: lean(part)
+            for row, part in enumerate(parts)
+            if part[6] or part[7] or not part[3] or part[4] != "decode" or len(part[2]) != 1  # else it is PLAIN
+        }
+        self.row_length = plan.row_length
+        self.padding_rows = tuple(plan.padding_rows)
+        self.discarded = [row for row, each in enumerate(self.request_ids) if each in discarded] if discarded else ()
+        self.finished = tuple(finished)
+        self.more = more
+        if names:
+            for field in ("request_ids", "padding_rows", "finished"):
+                setattr(self, field, tuple([names.get(each, each) for each in getattr(self, field)]))
+
+    def write(self) -> StepEvent:
+        """The step as the trace has it."""
+        return StepEvent(step=self.step, scheduled=tuple(self._parts()), finished=self.finished, **self.more)
+
+    def _parts(self) -> Iterator[ScheduledTokens]:
+        """What was computed, padding and what had been computed before included.
+
+        What was computed for requests that had ended by then was like padding: for nothing.
+        """
+        for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
+            num_tokens, why, samples, first_block, block_ids, again = self.others.get(row, PLAIN)
+            table, sampled = (first_block, block_ids), int(samples)
+            if row in self.discarded:
+                yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, *table)
+                continue
+            if 0 < again < num_tokens:
+                yield ScheduledTokens(request_id, start, again, "recompute", 0, *table)
+                yield ScheduledTokens(request_id, start + again, num_tokens - again, why, sampled)
+            else:
+                yield ScheduledTokens(request_id, start, num_tokens, "recompute" if again else why, sampled, *table)
+            if self.row_length is not None and self.row_length > num_tokens:
+                yield ScheduledTokens(request_id, start, self.row_length - num_tokens, "padding")
+        for request_id in self.padding_rows:
+            yield ScheduledTokens(request_id, 0, self.row_length, "padding")
+
+
+def lean(part: ScheduledRequest) -> tuple:
+    """A part without its id, its position and its tokens."""
+    _, _, token_ids, samples, why, first_block, block_ids, again = part
+    return len(token_ids), why, samples, first_block, tuple(block_ids), again
