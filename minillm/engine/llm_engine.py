@@ -289,6 +289,11 @@ class LLMEngine:
                 output = pending.result()
             updates = self.scheduler.update(plan, output)
             self._launched.popleft()
+        for request_id, found in output.prompt_logprobs.items():
+            # Its id may be another request's by now. That one reads no cache and computes its whole prompt later: what
+            # it has from here is replaced before it is told.
+            if request_id in self._completions:
+                self._completions[request_id][0].take_prompt_logprobs(found)
         self._untold += self._outputs(self._changed(updates, output.logprobs))
 
     @contextmanager

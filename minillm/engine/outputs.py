@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.engine.prompts import EncodedPrompt
 from minillm.engine.request import Request
-from minillm.plan import TokenLogprobs
+from minillm.plan import PromptLogprobs, TokenLogprobs
 from minillm.text import Detokenizer, TokenDecoder
 
 OutputKind = Literal["cumulative", "delta", "final_only"]  # all so far, what is new, or nothing before the end
@@ -19,7 +19,7 @@ class Logprob(NamedTuple):
     """One token that could have stood at a place of an output."""
 
     logprob: float  # natural logarithm of its probability, before temperature and filters
-    rank: int  # 1 is the likeliest token of the vocabulary
+    rank: int  # 1 is the likeliest token of the vocabulary; 1 plus the number of likelier ones
     decoded_token: str | None  # the text it adds to that before it, as by `token_texts`; None without a tokenizer
 
 
@@ -59,6 +59,30 @@ class RequestOutput:
     finished: bool  # all n have ended
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     metrics: RequestMetrics
+    # If asked for: one for each of prompt_token_ids, None for the first, which follows nothing. In "delta" outputs they
+    # are told once, with the first. What was not computed before a request failed is None.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+class LogprobNamer:
+    """Puts log-probabilities into the form in which they are told, place by place: with the texts of their tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, before: Sequence[int]):
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, before, skip_special_tokens=False)
+
+    def add(self, token_id: int, found: TokenLogprobs, final: bool) -> dict[int, Logprob]:
+        """The token at this place first, then the likeliest ones by rank; a token is listed once.
+
+        `final`: no token comes behind it, so that an unfinished character is told with it.
+        """
+        values = {token_id: (found.logprob, found.rank)}
+        for rank, (top_id, logprob) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1):
+            values.setdefault(top_id, (logprob, rank))
+        texts = [None] * len(values)
+        if self._decoder is not None:
+            texts = self._decoder.would_add(values, final=final)
+            self._decoder.add(token_id)
+        return {each: Logprob(*values[each], text) for each, text in zip(values, texts, strict=True)}
 
 
 class Completion:
@@ -78,9 +102,7 @@ class Completion:
         self._detokenizer = Detokenizer.for_request(tokenizer, params, request.prompt_token_ids)
         self._reads_all = tokenizer is not None and (streams or len(params.stop_strings) > 0)
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._namer = None  # tells the texts of tokens that log-probabilities are of
-        if tokenizer is not None and params.logprobs is not None:
-            self._namer = TokenDecoder(tokenizer, request.prompt_token_ids, skip_special_tokens=False)
+        self._namer = None if params.logprobs is None else LogprobNamer(tokenizer, request.prompt_token_ids)
         self._cumulative_logprob = 0.0
         self._news = ""  # text that has become final since the last `delta`
         self._num_told = 0  # tokens that the deltas so far have told
@@ -94,7 +116,8 @@ class Completion:
         """Take note of the token the request has just got, if any, and of its end if that has come."""
         self.finish_reason, self.stop_reason = self.request.finish_reason, self.request.stop_reason
         if token_id is not None and self._logprobs is not None:
-            self._take_logprobs(token_id, logprobs)
+            self._logprobs.append(self._namer.add(token_id, logprobs, final=self.finish_reason is not None))
+            self._cumulative_logprob += logprobs.logprob
         if self._detokenizer is None:
             return
         if self._reads_all:
@@ -127,18 +150,6 @@ class Completion:
             stop_reason=self.stop_reason,
         )
 
-    def _take_logprobs(self, token_id: int, found: TokenLogprobs) -> None:
-        """The sampled token first, then the likeliest ones by rank; a token is listed once."""
-        values = {token_id: (found.logprob, found.rank)}
-        for rank, (top_id, logprob) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1):
-            values.setdefault(top_id, (logprob, rank))
-        texts = [None] * len(values)
-        if self._namer is not None:
-            texts = self._namer.would_add(values, final=self.finish_reason is not None)
-            self._namer.add(token_id)
-        self._logprobs.append({each: Logprob(*values[each], text) for each, text in zip(values, texts, strict=True)})
-        self._cumulative_logprob += found.logprob
-
 
 class RequestState:
     """A request of the engine's caller with its n outputs."""
@@ -155,11 +166,36 @@ class RequestState:
         self.on_abort = on_abort
         self.prompt = prompt
         self.output_kind = output_kind
+        self._tokenizer = tokenizer
         streams = output_kind != "final_only"
         self.completions = [
             Completion(index, each, tokenizer, streams) for index, each in enumerate([request, *request.children])
         ]
         self._num_unfinished = len(self.completions)
+        self._prompt_entries: dict[int, TokenLogprobs] = {}  # by position
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # the same as they are told
+
+    def take_prompt_logprobs(self, found: PromptLogprobs) -> None:
+        """Take note of those of a part of the prompt; a part that is computed again replaces what was there."""
+        if self.request.params.prompt_logprobs is not None:
+            self._prompt_entries.update(enumerate(found.entries, start=found.start))
+
+    def _tell_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """A request has its first output when its prompt has been computed: all is known then."""
+        if self.request.params.prompt_logprobs is None:
+            return None
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = list(self._named_prompt())
+        elif self.output_kind == "delta":
+            return None
+        return self._prompt_logprobs
+
+    def _named_prompt(self) -> Iterator[dict[int, Logprob] | None]:
+        token_ids, found = self.prompt.token_ids, self._prompt_entries
+        namer = LogprobNamer(self._tokenizer, token_ids[:1])
+        for position, token_id in enumerate(token_ids):
+            final = position == len(token_ids) - 1
+            yield namer.add(token_id, found[position], final) if position in found else None
 
     def output(self, changed: Sequence[Completion]) -> RequestOutput | None:
         """What to say after a step that brought something for `changed`; None before the end if only that counts."""
@@ -179,6 +215,7 @@ class RequestState:
             finished=finished,
             num_cached_tokens=self.request.num_cached_tokens,
             metrics=self._metrics(),
+            prompt_logprobs=self._tell_prompt_logprobs(),
         )
 
     def aborted(self, unfinished: Sequence[Completion]) -> Iterator[RequestOutput]:
