@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm import checks
-from minillm.checks.base import Case, CheckFailed, NotWrittenYet, run_check, same_value
+from minillm.checks.base import Case, CheckFailed, NotWrittenYet, describe, run_check, same_value
 
 CASES = [Case((2,), 4, "multiply by itself"), Case((3,), 9, "multiply by itself")]
 
@@ -147,6 +147,54 @@ def test_a_message_has_one_line_for_what_prints_on_several():
     assert "got       array (3, 3) [0, 0, 0" in str(failure.value)
 
 
+@pytest.mark.parametrize("answer", ["wrong", None, [[0.0], [0.0, 0.0]], torch.zeros(2), torch.zeros(3, 2), object])
+def test_an_answer_of_another_shape_is_shown_whole(answer):
+    case = Case((0,), torch.ones(2, 2), "")
+    with pytest.raises(CheckFailed) as failure:
+        run_check("table", lambda _: answer, [case])
+    assert str(failure.value).splitlines()[2:4] == [
+        f"  got       {describe(answer)}",
+        "  expected  tensor (2, 2) [1, 1, 1, 1]",
+    ]
+
+
+def test_beside_a_large_mask_an_answer_of_another_shape_leaves_its_side_empty():
+    expected = torch.ones(9, 2, dtype=torch.bool)
+    for answer in ([1, 2], torch.ones(9, 2), torch.ones(3, 2, dtype=torch.bool)):
+        with pytest.raises(CheckFailed) as failure:
+            run_check("mask", lambda _, answer=answer: answer, [Case((0,), expected, "")])
+        lines = str(failure.value).splitlines()
+        assert (lines[4], lines[13]) == (f"{'':12}yours  expected", f"{'':12}{'':5}  ##  ←")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.arange(12), "tensor (12,) [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]"),
+        (torch.arange(13), "tensor (13,) [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …]"),
+        (np.array([[0.123456, 2]]), "array (1, 2) [0.1235, 2]"),
+        (np.float32(0.5), "0.5"),
+        (torch.eye(3).bool(), "mask (3, 3) #../.#./..#"),
+        (torch.ones(8, 1).bool(), "mask (8, 1) #/#/#/#/#/#/#/#"),
+        (torch.ones(9, 1).bool(), "mask (9, 1)"),
+        (torch.ones(1, 400).bool(), "mask (1, 400) " + "#" * 400),
+        (torch.ones(1, 401).bool(), "tensor (1, 401) [" + "True, " * 12 + "…]"),
+        (torch.ones(2).bool(), "tensor (2,) [True, True]"),
+        ([[True, False]], "mask (1, 2) #."),
+        ([(np.bool_(True), np.bool_(False))], "mask (1, 2) #."),
+        ([[True], [True, False]], "[[True], [True, False]]"),
+        ([[1, 0]], "[[1, 0]]"),
+        ([[]], "[[]]"),
+        ([], "[]"),
+        (len, "len"),
+        ("a" * 198, "'" + "a" * 198 + "'"),
+        ("a" * 199, "'" + "a" * 196 + "…"),
+    ],
+)
+def test_how_a_value_is_shown(value, text):
+    assert describe(value).strip() == text
+
+
 def test_a_cell_that_needs_answers_names_the_stubs():
     def solved(x):
         return x
@@ -208,6 +256,10 @@ def test_a_function_is_written_once_its_stub_is_gone():
         (((np.bool_(True), torch.tensor(False)),), torch.tensor([[True, False]])),
         ([], []),
         (torch.zeros(0), []),
+        (1 + 5e-7, 1.0),
+        (5e-10, 0),
+        (np.array([1 + 5e-6]), torch.ones(1)),
+        (torch.tensor([9e-7]), torch.zeros(1)),
     ],
 )
 def test_the_same_numbers_in_another_container_are_the_same(got, expected):
@@ -227,8 +279,14 @@ def test_the_same_numbers_in_another_container_are_the_same(got, expected):
         ("3", 3),
         (np.bool_(True), 1),
         (torch.tensor([True]), 1),
+        (torch.zeros(0), True),
+        (torch.zeros(0), 0),
         (1 + 1e-5, 1.0),
         (2180.001, 2180),
+        (1 + 1e-7, 1),
+        (1 + 2e-6, 1.0),
+        (1e-8, 0),
+        (torch.tensor([1 + 3e-5]), torch.ones(1)),
         (3 + 0j, 3),
         (10**400, 3),
         (float("nan"), 0.0),

@@ -69,6 +69,21 @@ def test_tokens_computed_again_are_told_apart_from_new_ones():
     assert sum(part.num_tokens for part in again) == lost > 0
     assert [part.why for part in new] == ["prefill", *["decode"] * 11]
     assert sum(part.num_tokens for part in new) == 4 + 11  # the last token is never fed back
+    assert [part.start for part in new] == [0, *range(4, 15)]
+
+
+def test_a_part_says_which_blocks_are_new_to_the_executor():
+    """The whole table of a request that joins, then what the table has grown by; an executor keeps the rest."""
+    scheduler = scheduler_of(num_blocks=9)
+    scheduler.add_request(request("a", num_prompt=6, max_tokens=8))
+    parts = []
+    while scheduler.has_unfinished_requests():
+        (part,) = step(scheduler).scheduled
+        parts.append((part.start, len(part.token_ids), part.first_block, tuple(part.block_ids)))
+    decodes = [(start, 1, 0, ()) for start in range(6, 13)]
+    decodes[2], decodes[6] = (8, 1, 2, (3,)), (12, 1, 3, (4,))
+    assert parts == [(0, 6, 0, (1, 2)), *decodes]
+    assert all(event.planned is None for event in scheduler.trace.steps)  # each starts when it is planned
 
 
 def test_a_request_that_never_fits_is_refused_with_both_numbers():

@@ -387,7 +387,40 @@ def test_a_report_of_a_trace_made_by_hand():
     assert (figures.slots_computed, figures.useful_tokens, figures.utilisation) == (12, 8, 8 / 12)
     assert figures.mean_waiting == (2 * 1 + 1 * 2) / 5
     assert json.loads(json.dumps(figures.as_dict()))["slo"] == {"ttft": 1.6, "itl": None, "e2e": 5.0}
-    assert "12 computed, 8 useful (66.7%)" in str(figures) and "4750.00" in str(figures)
+    assert str(figures).splitlines() == [
+        "requests      2 of 2 finished in 5.00 s, 3 steps",
+        "throughput    1.0 output tokens/s, 0.40 requests/s, goodput 0.20 requests/s",
+        "slots         12 computed, 8 useful (66.7%)",
+        "mean waiting  0.8 requests",
+        "                      mean         p50         p90         p99         max   (ms)",
+        "TTFT               1750.00     1500.00     2000.00     2000.00     2000.00",
+        "ITL                1666.67     2000.00     2000.00     2000.00     2000.00",
+        "E2E                4750.00     4500.00     5000.00     5000.00     5000.00",
+    ]
+
+
+def test_a_limit_met_exactly_is_met_and_each_limit_counts():
+    times = {"ttft": 1.5, "mean_itl": 2.0, "e2e": 4.5}
+    exact = SLO(ttft=1.5, itl=2.0, e2e=4.5)
+    assert exact.met_by(**times)
+    for name, value in times.items():
+        assert not exact.met_by(**{**times, name: math.nextafter(value, 9)})
+    assert SLO().met_by(**dict.fromkeys(times, 1e9))
+
+
+def test_a_report_counts_tokens_of_those_under_way_but_no_end_without_a_token():
+    figures = ReportBuilder(SLO(itl=1.5))
+    for request_id, arrival in ("late", 3.0), ("early", 1.0), ("aborted", 2.0), ("under way", 2.0):
+        figures.arrive(request_id, arrival)
+    figures.add_step(4.0, 5.0, 8, 7, ["late", "early"], ["late", "aborted"], 2)
+    figures.add_step(6.0, 6.5, 1, 1, ["early", "under way"], [], 0)
+    figures.add_step(7.0, 8.0, 1, 1, ["early"], ["early"], 1)
+    report = figures.report()
+    assert (report.num_requests, report.num_finished, report.num_steps, report.output_tokens) == (4, 2, 3, 5)
+    assert (report.makespan, report.mean_waiting) == (7.0, 3 / 7)  # from the earliest arrival, whoever was told first
+    assert (report.requests_per_second, report.goodput) == (2 / 7, 2 / 7)  # one token has no gap; gaps of 1.5 s are met
+    assert report.e2e == Spread(4.5, 2.0, 7.0, 7.0, 7.0) and report.itl == Spread(1.5, 1.5, 1.5, 1.5, 1.5)
+    assert (report.slots_computed, report.useful_tokens) == (10, 9)
 
 
 def test_the_trace_says_the_same_of_one_request():
