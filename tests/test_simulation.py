@@ -452,6 +452,14 @@ def test_a_report_before_the_first_step_is_empty():
     assert figures.ttft == Spread(None, None, None, None, None) and "-" in str(figures)
 
 
+def test_a_run_that_took_no_time_has_no_rates():
+    figures = ReportBuilder()
+    figures.arrive("a", 1.0)
+    figures.add_step(1.0, 1.0, 1, 1, ["a"], ["a"], 1)
+    report = figures.report()
+    assert (report.output_tokens, report.output_tokens_per_second, report.requests_per_second) == (1, 0.0, 0.0)
+
+
 def test_percentiles_are_the_smallest_sample_that_so_many_do_not_exceed():
     assert spread(Counter(range(1, 101))) == Spread(50.5, 50, 90, 99, 100)
     assert spread(Counter([3.0])) == Spread(3.0, 3.0, 3.0, 3.0, 3.0)
