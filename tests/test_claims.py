@@ -151,3 +151,20 @@ def test_what_a_cost_model_says_is_not_called_measured(chapter):
     for each in notebooks.code_cells(CHAPTERS[chapter]):
         if models.search(each.source) and "checks.prediction(" in each.source:
             assert "found=" in each.source, each.id
+
+
+@pytest.mark.parametrize(
+    ("chapter", "cell_id", "pictures"),
+    [("02", "influence-picture", 2), ("02", "window-reach", 1), ("06", "influence", 1), ("06", "mended", 2)],
+)
+def test_influence_is_drawn_as_influence(chapter, cell_id, pictures):
+    """Measured is which row changes with which token; who looks at whom is what a mask says."""
+    assert printed(chapter, cell_id).count("replaced token →") == pictures
+    assert printed(chapter, cell_id).count("looks at →") == (cell_id == "window-reach")  # the mask beside it
+
+
+def test_attention_pads_even_if_slots_do_not():
+    found = re.search(r"requests: (\S+) computed, (\S+) needed", printed("07", "real-attention"))
+    computed, needed = (int(count.replace(",", "")) for count in found.groups())
+    assert computed > needed
+    assert "Inside attention a kernel may still pad, and ours does" in said("07", "erratum-gain").replace("> ", "")
