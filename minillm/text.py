@@ -149,6 +149,7 @@ class TokenDecoder:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)  # several times as fast
         self._skip = skip_special_tokens
         self._last: list[int] = []  # the token before; decoders look at no more than that
+        self._last_alone = ""  # what it says by itself
         self._bytes = b""  # of a character that is not whole yet
         self._errors = "replace"  # one U+FFFD for all bytes of a broken character, or, "surrogateescape", for each
         self._held: list[int] = []  # tokens of which it is not known what bytes they leave unfinished
@@ -162,18 +163,17 @@ class TokenDecoder:
             return ""
         data = self._bytes_of(token_id, alone)
         if data is None or (not self._last and UNFINISHED not in alone):  # a text's first space may be dropped
-            return self._add_text(token_id)
+            return self._add_text(token_id, alone)
         new = self._release(len(self._held))
         self._bytes += data
-        self._last = [token_id]
+        self._last, self._last_alone = [token_id], alone
         return new + self._whole_characters()
 
     def add_all(self, token_ids: Sequence[int]) -> str:
         """As `add` for each, but decoded at once where that gives the same; only `finish` may follow."""
-        before = self._decode(self._last)
         text = self._decode([*self._last, *token_ids])
-        new = text[len(before) :]
-        if self._bytes or self._held or not text.startswith(before) or UNFINISHED in new:
+        new = text[len(self._last_alone) :]
+        if self._bytes or self._held or not text.startswith(self._last_alone) or UNFINISHED in new:
             return "".join(map(self.add, token_ids))
         return new
 
@@ -195,12 +195,15 @@ class TokenDecoder:
             return ""
         return self._decode([token_id], skip=False)
 
-    def _add_text(self, token_id: int) -> str:
-        new = self._whole_characters(final=True)
-        self._held = [*self._held, token_id]
-        if not self._after_last(self._held).endswith(UNFINISHED):
-            return new + self._release(len(self._held))
-        return new + self._release(len(self._held) - LONGEST_CHARACTER + 1)  # what so many cannot finish is broken
+    def _add_text(self, token_id: int, alone: str) -> str:
+        broken = self._whole_characters(final=True) if self._bytes else ""
+        held = [*self._held, token_id]
+        new = self._after_last(held)
+        if not new.endswith(UNFINISHED):
+            self._last, self._last_alone, self._held = [token_id], alone, []
+            return broken + new
+        self._held = held
+        return broken + self._release(len(held) - LONGEST_CHARACTER + 1)  # what so many cannot finish is broken
 
     def _release(self, count: int) -> str:
         """The text of the first tokens that are held."""
@@ -209,6 +212,7 @@ class TokenDecoder:
         released, self._held = self._held[:count], self._held[count:]
         new = self._after_last(released)
         self._last = released[-1:]
+        self._last_alone = self._decode(self._last)
         return new
 
     def _whole_characters(self, final: bool = False) -> str:
@@ -231,16 +235,17 @@ class TokenDecoder:
         return None
 
     def _after_last(self, token_ids: list[int]) -> str:
-        return self._decode([*self._last, *token_ids])[len(self._decode(self._last)) :]
+        return self._decode([*self._last, *token_ids])[len(self._last_alone) :]
 
     def _last_spoken(self, token_ids: Sequence[int]) -> list[int]:
-        """The last tokens that are not skipped, as many as a character may need and one more."""
+        """The last of the tokens that are not skipped, back to one in which no character is unfinished."""
         spoken = []
         for token_id in reversed(token_ids):
-            if not (self._skip and self.special_name(token_id)):
+            alone = self._decode([token_id])
+            if alone or not self.special_name(token_id):
                 spoken.append(token_id)
-            if len(spoken) > LONGEST_CHARACTER:
-                break
+                if UNFINISHED not in alone or len(spoken) == LONGEST_CHARACTER:
+                    break
         return spoken[::-1]
 
     def _decode(self, token_ids: Sequence[int], skip: bool | None = None) -> str:
@@ -316,7 +321,7 @@ class Detokenizer:
         if self._num_exempt_tokens > 0:
             self._num_exempt_tokens -= 1
             self._num_exempt = len(self._pending)
-        return self._give_out(self._num_final())
+        return self._give_out(self._num_final() if self.stop else len(self._pending))
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """As `add` for each, if there are no stop strings and nobody waits for the text; only `finish` may follow."""
@@ -335,7 +340,7 @@ class Detokenizer:
 
     def _give_out(self, num_characters: int) -> str:
         """The first characters of the pending text, or those before a stop string if there is one."""
-        found = self._first_stop()
+        found = self._first_stop() if self.stop else None
         if found is not None:
             num_characters, self.stopped_by = found
         new = self._pending[:num_characters]
