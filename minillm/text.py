@@ -121,14 +121,14 @@ def _check_parts_were_read(messages: Sequence[Mapping], text: str) -> None:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
     """The text each token adds to those before it, leading space included: the labels of masks and timelines.
 
     Special tokens have their names. Joined they are the text of all tokens: a character of several tokens is the text
-    of its last one, and the others add "".
+    of its last one, and the others add "". `before` are the tokens before the first, such as the prompt of an output.
     """
-    decoder = TokenDecoder(tokenizer, skip_special_tokens=False)
-    texts = [decoder.add(token_id) for token_id in token_ids]
+    decoder = TokenDecoder(tokenizer, [int(token_id) for token_id in before], skip_special_tokens=False)
+    texts = [decoder.add(int(token_id)) for token_id in token_ids]
     return [*texts[:-1], texts[-1] + decoder.finish()] if texts else []
 
 
@@ -227,7 +227,7 @@ class TokenDecoder:
         if len(alone) > 1 and UNFINISHED not in alone:
             return None
         piece = self._tokenizer.convert_ids_to_tokens(token_id) or ""
-        if BYTE_PIECE.fullmatch(piece) and piece != alone:
+        if BYTE_PIECE.fullmatch(piece):
             self._errors = "surrogateescape"
             return bytes.fromhex(piece[3:5])
         if UNFINISHED in alone and all(character in BYTE_CHARACTERS for character in piece):

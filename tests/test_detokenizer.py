@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -230,6 +232,7 @@ def test_the_texts_of_tokens_joined_are_the_whole_text(kind, data):
     token_ids = data.draw(st.sampled_from([token_ids, token_ids[:-1], token_ids[1:]]))
     labels = token_texts(KINDS[kind], token_ids)
     assert len(labels) == len(token_ids) and "".join(labels) == decoded(kind, token_ids)
+    assert token_texts(KINDS[kind], np.array(token_ids[1:], int), torch.tensor(token_ids[:1])) == labels[1:]
     decoder = TokenDecoder(KINDS[kind], skip_special_tokens=False)
     for place, (token_id, label) in enumerate(zip(token_ids, labels, strict=True)):
         others = data.draw(st.lists(st.integers(0, len(KINDS[kind]) - 1), max_size=2))

@@ -27,7 +27,7 @@ def timeline() -> Picture:
     model, tokenizer = load_model("storyteller")
     params = SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
     result = generate_cached(model, encode(tokenizer, RUNNING_EXAMPLE), params, tokenizer=tokenizer)
-    tokens = {result.trace.requests[0].request_id: token_texts(tokenizer, result.token_ids)}
+    tokens = {result.trace.requests[0].request_id: token_texts(tokenizer, result.token_ids, result.prompt_token_ids)}
     title = f"The prompt's {len(result.prompt_token_ids)} tokens in one pass, then one token a pass"
     return Timeline(result.trace, unit="steps", sampled_tokens=tokens, title=title)
 
