@@ -54,6 +54,7 @@ def test_memory_is_counted_as_it_is_sold():
             "fused-lesson",
             f"{activation_bytes(LLAMA_2_7B, 1, 8192, fused=True).total / 1e3:.0f} kB for each token",
         ),
+        ("04", "repository", f"in powers of ten, as below, {RTX_4090.memory_bytes / 1e9:.1f} GB"),
         ("04", "gpu-lesson", f"Below the crossing, {CROSSING} tokens"),
         ("07", "factor-open", f"not all {RESERVED * 4096 // 500}"),
         ("08", "factor", f"room for {RESERVED} requests that reserve 4,096 tokens each"),

@@ -406,7 +406,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def decimal_bytes(count: float) -> str:
-    """Bytes in powers of ten, as disks and data sheets count: 5242880 -> "5.24 MB"."""
+    """Bytes in powers of ten, as disks and bandwidths are sold: 5242880 -> "5.24 MB"."""
     return _scaled_bytes(count, 1000, ("B", "kB", "MB", "GB", "TB"))
 
 
