@@ -32,7 +32,7 @@ TESTS = {
     "engine/paged_scheduler.py": ["test_paged_scheduler.py", "test_engine_machine.py"],
     "engine/async_scheduler.py": ["test_async_scheduling.py"],
     "engine/block_manager.py": ["test_block_manager.py", "test_engine_machine.py"],
-    "runtime/paged_runner.py": ["test_device_runner.py", "test_engine_end_to_end.py"],
+    "runtime/paged_runner.py": ["test_llm_engine.py", "test_prompt_logprobs.py", "test_engine_end_to_end.py"],
     "simulation/report.py": ["test_simulation.py"],
 }
 # `is` for `==` holds for small integers, `|` mostly stands in types, and the last two want to be told a name.
@@ -105,6 +105,9 @@ def warm_up() -> None:
     """Import what takes seconds, and nothing of minillm. Found examples are not made smaller: one is enough here."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     import torch
+
+    if not torch.cuda.is_available():  # as in conftest.py, before transformers imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
     from hypothesis import Phase, settings

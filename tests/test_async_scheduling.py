@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-from hypothesis import settings
 
 from minillm.engine.async_scheduler import AsyncScheduler, InFlight
 from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
@@ -124,7 +123,7 @@ PATHS |= {"chunk", "prefix hit", "copy", "length", "stop", "error", "abort", "re
 def test_the_engine_keeps_its_promises_with_a_step_in_flight(policy, preemption_mode):
     seen = Counter()
     machine = type("Machine", (AsyncMachine,), {"policy": policy, "preemption_mode": preemption_mode, "seen": seen})
-    run(machine, 80, phases=settings().phases)
+    run(machine, 80)
     paths = PATHS | ({"swap_out", "swap_in"} if preemption_mode == "swap" else set())
     assert paths <= set(+seen), f"the machine did not get everywhere: {paths - set(+seen)}, {seen}"
 
