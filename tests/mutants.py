@@ -21,13 +21,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Which tests belong to which module, the quickest first: a mutant that the first one kills never meets the last.
 TESTS = {
-    "text.py": ["test_text.py", "test_detokenizer.py", "test_llm.py"],
-    "sampling.py": ["test_sampling.py", "test_llm_engine.py"],
-    "sampling_params.py": ["test_sampling.py", "test_llm_engine.py"],
+    "text.py": ["test_text.py", "test_detokenizer.py"],
+    "sampling.py": ["test_sampling.py", "test_logits_processors.py"],
+    "sampling_params.py": ["test_sampling.py", "test_logits_processors.py", "test_wrong_input.py"],
     "checks/base.py": ["test_checks_base.py"],
     "engine/request.py": ["test_scheduler.py", "test_llm_engine.py", "test_engine_machine.py"],
-    "engine/outputs.py": ["test_llm_engine.py", "test_detokenizer.py"],
+    "engine/outputs.py": ["test_detokenizer.py", "test_llm_engine.py"],
     "engine/queue.py": ["test_scheduler.py"],
+    "engine/recorder.py": ["test_recorder.py"],
     "engine/scheduler.py": ["test_scheduler.py", "test_paged_scheduler.py", "test_engine_machine.py"],
     "engine/paged_scheduler.py": ["test_paged_scheduler.py", "test_engine_machine.py"],
     "engine/async_scheduler.py": ["test_async_scheduling.py"],
