@@ -1,6 +1,7 @@
 """The command `minillm`: one `Command` a subcommand, which imports what it needs only when it runs.
 
-Errors the user can put right (`MiniLLMError`) are one line on stderr and exit code 2.
+Errors the user can put right (`MiniLLMError`, and what the system says of files) are one line on stderr and exit code
+2.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillm import __version__
-from minillm.errors import MiniLLMError
+from minillm.errors import MiniLLMError, PromptError
 from minillm.simulation import command as simulate
 from minillm.trace_command import add_trace_arguments, run_trace
 
@@ -34,16 +35,30 @@ class Command(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    print_anything()
     try:
         return COMMANDS[arguments.command].run(arguments)
     except MiniLLMError as error:
-        print(f"minillm: {error}", file=sys.stderr)
-        return USER_ERROR
+        return refuse(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever reads our output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit is quiet too
         return CLOSED_PIPE
+    except OSError as error:  # such as a full disk
+        return refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def refuse(reason: str) -> int:
+    """Say in one line what the user can put right."""
+    print(f"minillm: {' '.join(reason.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def print_anything() -> None:
+    """Let no run be lost to a character that stdout's encoding does not have: it is printed as \\xe9."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,6 +98,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     import minillm
 
+    if not arguments.chat:
+        check_can_be_printed(arguments.prompt)
     params = minillm.SamplingParams(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -113,6 +130,18 @@ def run_generate(arguments: argparse.Namespace) -> int:
     print()
     print(summary(len(prompt_ids), start, token_times), file=sys.stderr)
     return 0
+
+
+def check_can_be_printed(prompt: str) -> None:
+    """Raises PromptError for a prompt that stdout's encoding cannot repeat."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        prompt.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt's character {prompt[error.start]!a} cannot be printed in {encoding}; set "
+            "PYTHONIOENCODING=utf-8, or leave it out"
+        ) from error
 
 
 def encode_prompt(tokenizer, prompt: str, chat: bool) -> list[int]:

@@ -321,6 +321,19 @@ def check_device(name: str, value: object) -> "torch.device":
     return found
 
 
+def check_options(options: object, at_least_one: Sequence[str] = (), files: Sequence[str] = ()) -> None:
+    """Options of a command, by the names of their attributes: numbers from 1 to a million, and files to be written."""
+
+    def said(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    for name in at_least_one:
+        if getattr(options, name) is not None:
+            check_whole(said(name), getattr(options, name), 1, 10**6)
+    for name in files:
+        check_output_file(said(name), getattr(options, name))
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -344,18 +357,23 @@ def write_text(path: str | Path, text: str, *, error: type[MiniLLMError] = Confi
     return path
 
 
-def check_output_file(name: str, path: Path | None, *, error: type[MiniLLMError] = ConfigError) -> None:
+def check_output_file(name: str, path: str | Path | None, *, error: type[MiniLLMError] = ConfigError) -> None:
     """That a file can be written there, asked before the work that is to fill it; None is no file and passes."""
-    if path is None:
-        return
-    try:
-        target = path if path.exists() else path.parent
-        reason = "it is a folder" if path.is_dir() else None
-        if not path.exists() and not target.is_dir():
-            reason = f"there is no folder {target}"
-        elif not os.access(target, os.W_OK):
-            reason = f"{target} is not writable"
-    except (OSError, ValueError) as wrong:  # a name too long, or with a zero byte
-        reason = getattr(wrong, "strerror", None) or str(wrong)
+    reason = None if path is None else _why_not_writable(Path(path))
     if reason is not None:
         raise error(f"{name} {shown(str(path))} cannot be written: {reason}")
+
+
+def _why_not_writable(path: Path) -> str | None:
+    try:
+        os.stat(path)
+        target = path
+    except FileNotFoundError:
+        target = path.parent
+    except (OSError, ValueError) as wrong:  # ValueError: a zero byte in its name
+        return getattr(wrong, "strerror", None) or str(wrong)
+    if path.is_dir():
+        return "it is a folder"
+    if not target.exists():
+        return f"there is no folder {target}"
+    return None if os.access(target, os.W_OK) else f"{target} is not writable"

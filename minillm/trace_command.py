@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from minillm.errors import check_options
+
 MOST_REQUESTS = 40  # rows drawn unless more are asked for
 UNITS = ("s", "steps", "slots")
 
@@ -27,6 +29,7 @@ def run_trace(arguments: argparse.Namespace) -> int:
     from minillm.trace_files import load_trace
     from minillm.viz import Timeline
 
+    check_options(arguments, at_least_one=("requests",), files=("svg", "png", "chrome"))
     trace = load_trace(arguments.file)
     picture = Timeline(beginning(trace, arguments.requests), arguments.unit)
     print(picture.text())

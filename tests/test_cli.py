@@ -1,12 +1,16 @@
 """The command line: it streams, measures, and answers a user's mistake with one line and exit code 2."""
 
+import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from minillm import cli
+from minillm.trace import Trace
+from minillm.trace_files import save_trace
 
 SUMMARY = r"(\d+) prompt tokens, (\d+) output tokens, TTFT [\d.]+ ms, mean ITL ([\d.]+ ms|-), [\d.]+ tokens/s\n"
 PROMPT = "Once upon a time"
@@ -92,24 +96,232 @@ def test_chat_answers_without_repeating_the_question(capsys):
 
 # Mistakes -----------------------------------------------------------------------------------------
 
-MISTAKES = {
-    "empty prompt": ["generate", ""],
-    "max_tokens": ["generate", PROMPT, "--max-tokens", "0"],
-    "temperature": ["generate", PROMPT, "--temperature", "-1"],
-    "top_p": ["generate", PROMPT, "--top-p", "1.5"],
-    "model": ["generate", PROMPT, "--model", "no-such-model"],
-    "context": ["generate", "word " * 5000],
-    "chapter": ["learn", "77"],
+HUGE = str(10**30)
+OPTIONS = {  # command -> option -> values that are refused; "" is the argument without an option
+    "generate": {
+        "": ["", "word " * 5000, "half \ud800"],
+        "--max-tokens": ["0", "-1", HUGE],
+        "--temperature": ["-1", "nan", "inf"],
+        "--top-k": ["-5"],
+        "--top-p": ["1.5", "nan", "0"],
+        "--min-p": ["nan", "-1", "2"],
+        "--seed": [HUGE],
+        "--stop": [""],
+        "--device": ["mps:7", "cuda:99", "meta", "xpu", "nonsense", ""],
+        "--model": ["no-such-model", "", "a-folder", "an-empty-file", "a\nb", "missing/folder/of/names"],
+    },
+    "learn": {"": ["77", "", "x"], "--force": ["77"], "--dir": ["an-empty-file", "an-empty-file/below", "a" * 300]},
+    "simulate": {
+        "--prompt-length": [
+            "80~nan",
+            "80~inf",
+            "80~-1",
+            "0~1",
+            "nan~1",
+            "0",
+            "-5",
+            "5-",
+            "10-5",
+            "x",
+            "",
+            "1~2~3",
+            HUGE,
+        ],
+        "--output-length": ["0", "9-1", "80~x"],
+        "--launch-ms": ["nan", "inf", "-1", "1e300"],
+        "--arrivals poisson --rate": ["1e-308", "nan", "inf", "-1", "0", "1e-9"],
+        "--arrivals bursts --rate": ["1e-308", "nan"],
+        "--burst-size": ["0", "-1"],
+        "--requests": ["0", "-1", HUGE],
+        "--max-num-seqs": ["0", "-1", HUGE],
+        "--max-num-batched-tokens": ["0", HUGE],
+        "--seed": [HUGE],
+        "--slo-ttft-ms": ["nan", "-1", "0"],
+        "--slo-itl-ms": ["nan"],
+        "--slo-e2e-ms": ["-inf"],
+        "--model": ["x"],
+        "--card": [""],
+        "--file": ["a-folder", "missing", "an-empty-file", "latin-1", "nested", "digits", "half", "a\0b", "a" * 300],
+        "--json": ["missing/x.json", "a-folder", "an-empty-file/x", "a\0b", "a" * 300],
+        "--trace": ["missing/x.jsonl", "a-folder"],
+    },
+    "trace": {
+        "": ["a-folder", "missing", "an-empty-file", "latin-1", "nested", "digits", "half"],
+        "a-trace --requests": ["0", "-1"],
+        "a-trace --svg": ["missing/x.svg", "a-folder"],
+        "a-trace --png": ["missing/x.png", "a-folder"],
+        "a-trace --chrome": ["missing/x.json", "a-folder"],
+    },
+    "bench batching": {
+        "--requests": ["0", HUGE],
+        "--max-num-seqs": ["0", "-1"],
+        "--repeats": ["0", "-3"],
+        "--json": ["missing/x.json", "a-folder"],
+    },
+    "bench engine": {
+        "--requests": ["0", HUGE],
+        "--repeats": ["0", "-3"],
+        "--json": ["missing/x.json", "a-folder"],
+    },
+    "bench simulator": {"--repeats": ["0", "-3"], "--json": ["missing/x.json", "a-folder"]},
+    "bench gpu": {
+        "--budget": ["nan", "inf", "-1", "0"],
+        "--repeats": ["0", HUGE],
+        "--json": ["missing/x.json", "a-folder"],
+        "--show": ["a-folder", "missing", "an-empty-file", "latin-1", "nested", "half"],
+        "--peer": ["x", ":", "no_such_module:make", "broken:make", "json:no_such"],
+        "--only": ["", "x", "w1,"],
+        "--dry-run --json": ["missing/x.json"],
+        "--resume --json": ["missing.json"],
+    },
+    "storyteller train": {
+        "--steps": ["0", "-1", HUGE],
+        "--finish-steps": ["-1"],
+        "--documents": ["0"],
+        "--seed": [HUGE],
+        "--device": ["mps:7", "nonsense", ""],
+        "--threads": ["0", "-1", HUGE],
+        "--log-every": ["0", "-1"],
+        "--save-every": ["0"],
+        "--out": ["an-empty-file", "an-empty-file/below", "a" * 300],
+    },
+    "storyteller eval": {
+        "--cases": ["0", "-1"],
+        "--threads": ["0"],
+        "--checkpoint": ["missing", "a-folder", "an-empty-file", "a-recipe"],
+        "--json": ["missing/x.json", "a-folder"],
+        "--card": ["missing/x.md", "missing", "an-empty-file", "latin-1", "a-folder"],
+    },
 }
+NEEDS_THE_MODEL = [("generate", ""), ("storyteller eval", "--checkpoint")]  # where something must be loaded to know
+MISTAKES = [
+    (command, option, value)
+    for command, options in OPTIONS.items()
+    for option, values in options.items()
+    for value in values
+]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, mistake):
+@pytest.fixture
+def given_files(tmp_path, monkeypatch):
+    """What the mistakes above name, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *MISTAKES[mistake])
-    assert code == cli.USER_ERROR
+    Path("a-folder").mkdir()
+    Path("a-recipe").mkdir()
+    Path("a-recipe/training.json").write_text('{"steps": 1}')
+    Path("an-empty-file").touch()
+    Path("latin-1").write_bytes("é".encode("latin-1"))
+    Path("nested").write_text("[" * 100_000)
+    Path("digits").write_text('{"num_prompt_tokens": ' + "1" * 5000 + ', "num_output_tokens": 1}')
+    Path("half").write_text('{"num_prompt_tokens": 3')
+    Path("broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    save_trace(Trace(), "a-trace")
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch):
+    """A mistake that can be known before is told before anything is loaded or computed."""
+
+    def computes(*_, **__):
+        raise AssertionError("something was computed before the mistake was told")
+
+    for name in (
+        "minillm.load_model",
+        "minillm.simulation.run.run",
+        "minillm.trace_command.beginning",
+        "minillm.bench.batching.load",
+        "minillm.bench.engine.measure_shape",
+        "minillm.bench.simulator.load",
+        "minillm.bench.gpu.command.measure",
+        "minillm.storyteller.train.build_tokenizer",
+        "minillm.storyteller.evaluate.Storyteller.load",
+    ):
+        monkeypatch.setattr(name, computes)
+
+
+@pytest.mark.parametrize(("command", "option", "value"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, request, given_files, command, option, value):
+    if not (
+        (command, option) in NEEDS_THE_MODEL
+        or command == "generate"
+        and option in ("--model", "--device", "--max-tokens")
+    ):
+        request.getfixturevalue("nothing_computed")
+    told = [PROMPT] if command == "generate" and option else []
+    joined = [f"{option.split()[-1]}={value}"] if option else [value]
+    code, out, err = run(capsys, *command.split(), *told, *option.split()[:-1], *joined)
+    assert (code, out) == (cli.USER_ERROR, "")
     assert err.startswith("minillm: ") and err.count("\n") == 1
-    assert out == ""
+
+
+def test_a_spread_of_lengths_however_wide_is_simulated(capsys):
+    code, out, _ = run(capsys, "simulate", "--requests=20", "--prompt-length=80~1000")
+    assert code == 0 and "20 of 20 finished" in out and "nan" not in out
+
+
+def test_a_copy_that_is_no_text_is_the_readers(capsys, tmp_path):
+    run(capsys, "learn", "01", "--dir", str(tmp_path))
+    copy = next(tmp_path.glob("01_*.ipynb"))
+    for broken in (b"\xff\xfe", b"", b"{"):
+        copy.write_bytes(broken)
+        (tmp_path / ".manifest.json").write_bytes(broken)  # ours, and as easily broken
+        code, out, _ = run(capsys, "learn", "01", "--dir", str(tmp_path))
+        assert (code, out[:4], copy.read_bytes()) == (0, "kept", broken)
+
+
+def test_a_copy_that_is_a_folder_is_a_mistake(capsys, tmp_path):
+    run(capsys, "learn", "01", "--dir", str(tmp_path))
+    copy = next(tmp_path.glob("01_*.ipynb"))
+    copy.unlink()
+    copy.mkdir()
+    code, _, err = run(capsys, "learn", "01", "--dir", str(tmp_path))
+    assert (code, err.count("\n")) == (cli.USER_ERROR, 1) and copy.name in err
+
+
+def test_a_file_that_may_not_be_written_is_a_mistake(capsys, given_files, nothing_computed, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # who runs the tests may be allowed everything
+    code, _, err = run(capsys, "simulate", "--json=an-empty-file")
+    assert (code, err) == (
+        cli.USER_ERROR,
+        "minillm: --json 'an-empty-file' cannot be written: an-empty-file is not writable\n",
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, where every disk is full")
+def test_a_full_disk_is_one_line(capsys):
+    code, _, err = run(capsys, "simulate", "--requests=1", "--json=/dev/full")
+    assert (code, err.count("\n")) == (cli.USER_ERROR, 1) and "No space left" in err
+
+
+def in_ascii(monkeypatch) -> io.BytesIO:
+    """What is printed from now on, to a terminal that knows ASCII only."""
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    return printed
+
+
+def test_a_prompt_that_cannot_be_printed_is_a_mistake(monkeypatch, capsys, nothing_computed):
+    in_ascii(monkeypatch)
+    assert cli.main(["generate", "é"]) == cli.USER_ERROR
+    told = capsys.readouterr().err
+    assert (
+        told.startswith("minillm: the prompt's character '\\xe9' cannot be printed in ascii") and told.count("\n") == 1
+    )
+
+
+def test_text_that_cannot_be_printed_ends_no_run(monkeypatch):
+    """What the model says is not known before: it is printed as well as it can be."""
+    import minillm
+    from minillm.generation import NewToken
+
+    def fake(model, prompt_ids, params, *, tokenizer, on_token):
+        on_token(NewToken(1, " café", 1e9))
+
+    printed = in_ascii(monkeypatch)
+    monkeypatch.setattr(minillm, "generate_cached", fake)
+    assert cli.main(["generate", PROMPT]) == 0
+    assert printed.getvalue().decode() == PROMPT + " caf\\xe9\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["tell"], ["generate"], ["generate", "a", "--max-tokens", "many"]])

@@ -207,7 +207,7 @@ def test_each_broken_notebook_is_found(breaking):
 
 def test_an_unknown_chapter_is_named(tmp_path):
     save(chapter("x"), tmp_path)
-    with pytest.raises(SystemExit, match="no chapter 09"):
+    with pytest.raises(student.CourseError, match="no chapter 09"):
         notebooks.main(["09", "--dir", str(tmp_path)])
 
 

@@ -25,6 +25,7 @@ from minillm.bench.measure import (
 )
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import check_options
 from minillm.sampling_params import SamplingParams
 from minillm.simulation.cost_model import Calibrated
 from minillm.simulation.report import Report
@@ -68,7 +69,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timer", default="cpu", choices=list(TIMERS), help="cpu: undisturbed by other programs")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_options(arguments, at_least_one=("requests", "max_num_seqs", "repeats"), files=("json",))
+    return arguments
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

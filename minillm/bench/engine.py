@@ -39,7 +39,7 @@ from minillm.bench.contenders import (
     write_random_checkpoint,
 )
 from minillm.bench.measure import TIMERS, surroundings
-from minillm.errors import ConfigError
+from minillm.errors import check_options
 from minillm.generation import as_tensor, positions
 from minillm.hf_config import read_config
 from minillm.model import Decoder
@@ -111,9 +111,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scheduler", action="store_true", help="what a step costs besides the model, alone")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    for name in ("requests", "repeats"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
+    check_options(arguments, at_least_one=("requests", "repeats"), files=("json",))
     return arguments
 
 

@@ -21,6 +21,7 @@ from minillm.bench.measure import (
 )
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
+from minillm.errors import check_options
 from minillm.simulation.cost_model import Calibrated
 
 
@@ -84,7 +85,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs a workload; the median counts")
     parser.add_argument("--timer", default="cpu", choices=list(TIMERS), help="cpu: undisturbed by other programs")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_options(arguments, at_least_one=("repeats",), files=("json",))
+    return arguments
 
 
 def config_of(workload: Workload) -> SchedulerConfig:

@@ -17,6 +17,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from minillm.course.student import CourseError, read_notebook
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 CELL_TIMEOUT_S = 120
 
@@ -220,7 +222,7 @@ def readable(output: NotebookNode) -> str:
 
 def rebuild(path: Path, refresh: bool) -> list[str]:
     """Execute one chapter and write it in canonical form; returns what its author still has to put right."""
-    before = nbformat.read(path, as_version=4)
+    before = read_notebook(path)
     give_ids(before.cells)
     notebook = execute(nbformat.from_dict(before), path.parent)
     untagged = [c.id for c in code_cells(notebook) if any(map(is_widget, c.outputs)) and WIDGET not in tags(c)]
@@ -238,10 +240,9 @@ def as_text(notebook: NotebookNode) -> str:
 
 def check(path: Path) -> list[str]:
     """The problems of a chapter as it lies on disk, without running it."""
-    text = path.read_text(encoding="utf-8")
-    notebook = nbformat.reads(text, as_version=4)
+    notebook = read_notebook(path)
     found = problems(notebook)
-    if not found and as_text(canonicalise(notebook)) != text:
+    if not found and as_text(canonicalise(notebook)) != path.read_text(encoding="utf-8"):
         found.append("is not written canonically")
     return found
 
@@ -249,9 +250,11 @@ def check(path: Path) -> list[str]:
 def chapters(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
     """The notebooks whose name starts with one of `names`, in order; all of them when no name is given."""
     found = sorted(folder.glob("*.ipynb"))
+    if not found:
+        raise CourseError(f"there are no notebooks in {folder}")
     unknown = [name for name in names if not any(path.name.startswith(name) for path in found)]
     if unknown:
-        raise SystemExit(f"no chapter {', '.join(unknown)}; there are {', '.join(path.stem for path in found)}")
+        raise CourseError(f"no chapter {', '.join(unknown)}; there are {', '.join(path.stem for path in found)}")
     return [path for path in found if not names or path.name.startswith(tuple(names))]
 
 
@@ -263,8 +266,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, default=NOTEBOOKS, help="the folder of the notebooks")
     arguments = parser.parse_args(argv)
 
+    try:
+        return rebuild_or_check(chapters(arguments.names, arguments.dir), arguments)
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def rebuild_or_check(paths: list[Path], arguments: argparse.Namespace) -> int:
+    """Say what was found in each chapter; 1 if there is anything to put right."""
     failed = False
-    for path in chapters(arguments.names, arguments.dir):
+    for path in paths:
         try:
             found = check(path) if arguments.check else rebuild(path, arguments.refresh)
         except CellExecutionError as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import nbformat
 from nbformat import NotebookNode
 
-from minillm.errors import MiniLLMError, check_kind, check_text, shown
+from minillm.errors import MiniLLMError, check_kind, check_text, read_text, shown
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MANIFEST = ".manifest.json"
@@ -171,7 +171,16 @@ def decide(path: Path, text: str, written: str | None, forced: bool) -> str:
 
 
 def copy_as_text(path: Path) -> str:
-    return nbformat.writes(student_copy(nbformat.read(path, as_version=4))) + "\n"
+    return nbformat.writes(student_copy(read_notebook(path))) + "\n"
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """Raises CourseError for a file that is no notebook."""
+    text = read_text(path, "the chapter", error=CourseError)
+    try:
+        return nbformat.reads(text, as_version=4)
+    except Exception as error:  # nbformat raises what it likes
+        raise CourseError(f"{path} is no notebook: {shown(str(error))}") from error
 
 
 def digest(text: str) -> str:

@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, check_options, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from minillm.simulation.run import run as run_to_the_end
     from minillm.trace_files import save_trace
 
+    check_options(arguments, at_least_one=("max_num_seqs", "max_num_batched_tokens"), files=("json", "trace"))
     launch_overhead = None if arguments.launch_ms is None else arguments.launch_ms / 1000
     cost_model = preset(arguments.model, arguments.card, launch_overhead)
     requests = requests_of(arguments)
@@ -128,7 +129,7 @@ def write_json(path: Path, arguments: argparse.Namespace, report, seconds: float
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     settings = {name: value for name, value in settings.items() if name not in ("command", "json", "trace")}
     content = {"settings": settings, "report": report.as_dict(), "seconds_to_simulate": round(seconds, 3)}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

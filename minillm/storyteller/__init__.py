@@ -1,7 +1,7 @@
 """The language model we ship: a corpus generator, its training, its evaluation and the trained weights.
 
-`vocabulary` and `corpus` import the standard library only, the rest torch, tokenizers and transformers, nothing else of
-minillm. Importing this package loads no model: `CHECKPOINT_DIR` is where the weights lie.
+`vocabulary` and `corpus` import the standard library only, the rest torch, tokenizers and transformers, of minillm only
+its errors. Importing this package loads no model: `CHECKPOINT_DIR` is where the weights lie.
 """
 
 from pathlib import Path

@@ -22,6 +22,7 @@ import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minillm.errors import CheckpointError, ConfigError, check_options, check_whole, read_text
 from minillm.storyteller import CHECKPOINT_DIR, corpus, train
 from minillm.storyteller import vocabulary as words
 
@@ -75,16 +76,25 @@ class Storyteller(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> "Storyteller":
-        return cls(AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+        """Raises CheckpointError for a folder that transformers cannot load."""
+        try:
+            return cls(AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+        except Exception as error:  # transformers raises what it likes
+            raise CheckpointError(f"transformers cannot load the checkpoint in {folder}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_options(args, at_least_one=("cases",), files=("json", "card"))
+    check_whole("--threads", args.threads, 1, 1024)
+    if args.card:
+        split_card(Path(args.card))
+    recipe = recipe_of(Path(args.checkpoint))
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
     storyteller = Storyteller.load(Path(args.checkpoint))
     figures = []
-    for figure in measure_all(storyteller, args.cases, recipe_of(Path(args.checkpoint))):
+    for figure in measure_all(storyteller, args.cases, recipe):
         figures.append(figure)
         print(table_line(figure), flush=True)
     seconds = time.perf_counter() - started
@@ -109,8 +119,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def recipe_of(folder: Path) -> train.Recipe:
-    """The recipe that a checkpoint was trained with."""
-    return train.Recipe(**json.loads((folder / "training.json").read_text()))
+    """The recipe that a checkpoint was trained with. Raises CheckpointError if it does not say."""
+    text = read_text(folder / "training.json", "the recipe of a storyteller,", error=CheckpointError)
+    try:
+        return train.Recipe(**json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'training.json'} is no recipe of a storyteller: {error}") from error
 
 
 def measure_all(storyteller: Storyteller, cases: int, recipe: train.Recipe) -> Iterator[Figure]:
@@ -364,10 +378,17 @@ def record(storyteller: Storyteller, figures: list[Figure], args: argparse.Names
 
 def update_card(card: Path, recorded: dict) -> None:
     """Replace what stands between the two marks of the model card by the figures just recorded."""
-    before, rest = card.read_text().split(CARD_MARKS[0])
-    after = rest.split(CARD_MARKS[1])[1]
+    before, after = split_card(card)
     measured = f"Measured on {recorded['date']} on {recorded['machine']} in {recorded['seconds']} s."
     card.write_text(f"{before}{CARD_MARKS[0]}\n{measured}\n\n{card_table(recorded['figures'])}\n{CARD_MARKS[1]}{after}")
+
+
+def split_card(card: Path) -> tuple[str, str]:
+    """What stands before and behind the figures in the model card. Raises ConfigError without the two marks."""
+    parts = re.split("|".join(map(re.escape, CARD_MARKS)), read_text(card, "the model card"))
+    if len(parts) != 3:
+        raise ConfigError(f"{card} does not hold the two lines {' and '.join(CARD_MARKS)}, once each")
+    return parts[0], parts[2]
 
 
 def card_table(figures: list[dict]) -> str:

@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from minillm.errors import MOST, check_device, check_options, check_whole
 from minillm.storyteller import corpus, forward
 
 CHAT_TEMPLATE = (
@@ -59,9 +60,14 @@ class Recipe:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    device = check_device("--device", args.device)
+    check_options(args, at_least_one=("steps", "documents", "log_every", "save_every"))
+    check_whole("--threads", args.threads, 1, 1024)
+    check_whole("--finish-steps", args.finish_steps, 0, 10**6)
+    check_whole("--seed", args.seed, -MOST, MOST)
     torch.set_num_threads(args.threads)
     recipe = Recipe(steps=args.steps, finish_steps=args.finish_steps, documents=args.documents, seed=args.seed)
-    train(recipe, Path(args.out), args.device, args.log_every, args.save_every, args.compile)
+    train(recipe, Path(args.out), device, args.log_every, args.save_every, args.compile)
     return 0
 
 

@@ -17,7 +17,7 @@ from minillm.bench.gpu.ceilings import copy_ceiling, gemm_ceiling, measured_card
 from minillm.bench.gpu.scale import DRY, FULL, Scale
 from minillm.bench.gpu.session import KIND, DeviceLost, Session, described_error, new_record
 from minillm.bench.gpu.supervisor import DEVICE_LOST, supervise
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, check_number, check_options
 
 BUDGET = 530.0  # seconds: within ten minutes with the start of Python and an entry that overruns
 CPU_MEMORY_BYTES = 2**30  # stands for a card's memory in a dry run
@@ -96,9 +96,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace, scale: Scale) -> None:
     """Raises ConfigError for options that make no sense, before anything is measured."""
-    for name, value in (("--repeats", arguments.repeats), ("--budget", arguments.budget)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    check_options(arguments, at_least_one=("repeats",), files=("json",))
+    check_number("--budget", arguments.budget, "a number of seconds, at least 1", lambda seconds: seconds >= 1)
     wanted_parts(arguments)
     for path in arguments.peer:
         peers.find_factory(path)

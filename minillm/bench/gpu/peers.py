@@ -81,7 +81,7 @@ def find_factory(path: str) -> Callable[..., Peer]:
         raise ConfigError(f"--peer {path!r} is not of the form package.module:factory")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # it is somebody's own code
         raise ConfigError(
             f"--peer {path!r}: {module_name} cannot be imported ({error}); put it on PYTHONPATH"
         ) from error

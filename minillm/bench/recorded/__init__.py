@@ -6,7 +6,7 @@ A file comes here as `minillm bench gpu --json` wrote it. Dry runs are refused.
 import json
 from pathlib import Path
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, read_text
 
 FOLDER = Path(__file__).parent
 FIELDS = ("schema", "kind", "date", "machine", "parts")  # of every record
@@ -29,8 +29,8 @@ def load(file: Path) -> dict:
 def read(file: Path) -> dict:
     """What `minillm bench` wrote, dry runs as well. Raises ConfigError if it is something else."""
     try:
-        run = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        run = json.loads(read_text(file, "the recorded run"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as a recorded run: {error}") from error
     missing = [name for name in FIELDS if not isinstance(run, dict) or name not in run]
     if missing:
