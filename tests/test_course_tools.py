@@ -205,10 +205,21 @@ def test_each_broken_notebook_is_found(breaking):
     assert len(notebooks.problems(notebook)) == 1
 
 
-def test_an_unknown_chapter_is_named(tmp_path):
+def test_an_unknown_chapter_and_a_folder_without_any_are_named(tmp_path, capsys):
     save(chapter("x"), tmp_path)
-    with pytest.raises(student.CourseError, match="no chapter 09"):
-        notebooks.main(["09", "--dir", str(tmp_path)])
+    assert notebooks.main(["09", "--dir", str(tmp_path)]) == 2
+    assert "no chapter 09" in capsys.readouterr().err
+    assert notebooks.main(["--dir", str(tmp_path / "missing")]) == 2
+    assert "no notebooks in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"{", b"[]", b'{"nbformat": 4}', b"null"])
+def test_what_is_no_notebook_is_told_so(tmp_path, capsys, content):
+    (tmp_path / "01_broken.ipynb").write_bytes(content)
+    assert notebooks.main(["--check", "--dir", str(tmp_path)]) == 2
+    assert "01_broken.ipynb" in capsys.readouterr().err
+    with pytest.raises(student.CourseError, match="01_broken"):
+        student.prepare(tmp_path / "learn", source=tmp_path)
 
 
 # Student copies -----------------------------------------------------------------------------------
