@@ -77,11 +77,15 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the text to continue, or with --chat the message to answer")
     parser.add_argument("--model", default="storyteller", help="storyteller, a checkpoint folder or a hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, help="by default as many as fit the model's context")
+    parser.add_argument("--min-tokens", type=int, default=0, help="the text does not end before so many")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0 is all")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this mass")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against what is there already")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, help="the same for the text alone, from -2 to 2")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, help="the same for each time it is there")
     parser.add_argument("--seed", type=int, help="makes a sampled text repeatable")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
@@ -105,6 +109,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         min_p=arguments.min_p,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        repetition_penalty=arguments.repetition_penalty,
+        min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens,
         stop=tuple(arguments.stop),
         seed=arguments.seed,

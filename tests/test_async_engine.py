@@ -76,6 +76,9 @@ PARAMS = st.builds(
     max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
     stop_token_ids=st.sampled_from([(), (), range(0, 200, 5)]),
     logprobs=st.sampled_from([None, None, 2]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 1.2]),
+    min_tokens=st.sampled_from([0, 0, 1]),
+    prompt_logprobs=st.sampled_from([None, None, 1]),
 )
 REQUESTS = st.lists(
     st.tuples(

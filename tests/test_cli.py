@@ -75,6 +75,22 @@ def test_the_text_streams_token_by_token(monkeypatch, capsys):
     assert seen == [PROMPT + " there", " was"]
 
 
+def test_every_option_arrives_and_without_any_nothing_is_asked(monkeypatch):
+    import minillm
+
+    seen = []
+    monkeypatch.setattr(minillm, "generate_cached", lambda model, prompt, params, **more: seen.append(params))
+    monkeypatch.setattr(cli, "summary", lambda *measured: "")
+    options = {
+        "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -1.0,
+        "frequency_penalty": 0.25, "seed": 4, "min_tokens": 2, "max_tokens": 9,
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert cli.main(["generate", PROMPT]) == cli.main(["generate", PROMPT, *given, "--stop", "x"]) == 0
+    assert seen == [minillm.SamplingParams(), minillm.SamplingParams(**options, stop="x")]
+    assert seen[0].max_tokens is None  # as many as fit
+
+
 def test_a_seed_repeats_a_sampled_text(capsys):
     command = ["generate", PROMPT, "--temperature", "1", "--top-p", "0.95", "--max-tokens", "30", "--seed"]
     assert run(capsys, *command, "7")[1] == run(capsys, *command, "7")[1]
@@ -101,7 +117,11 @@ OPTIONS = {  # command -> option -> values that are refused; "" is the argument 
     "generate": {
         "": ["", "word " * 5000, "half \ud800"],
         "--max-tokens": ["0", "-1", HUGE],
+        "--min-tokens": ["-1"],
         "--temperature": ["-1", "nan", "inf"],
+        "--repetition-penalty": ["0", "nan", "-1"],
+        "--presence-penalty": ["2.5", "nan"],
+        "--frequency-penalty": ["-2.5", "inf"],
         "--top-k": ["-5"],
         "--top-p": ["1.5", "nan", "0"],
         "--min-p": ["nan", "-1", "2"],

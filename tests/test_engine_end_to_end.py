@@ -32,6 +32,8 @@ CONFIG = EngineConfig(
 )
 STOPS = range(6)  # with these, an output ends after about 30 tokens by itself
 
+ASKED = [{}, {"repetition_penalty": 1.4}, {}, {"presence_penalty": 0.8, "frequency_penalty": 0.5}, {"min_tokens": 1}]
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -54,6 +56,7 @@ def jobs() -> list[Job]:
             n=2 if number % 8 == 3 else 1,
             max_tokens=rng.randint(1, 25),
             stop_token_ids=STOPS,
+            **ASKED[number % len(ASKED)],
         )
         made.append(Job(f"r{number}", PREFIXES[number % 4] + tail, params, rng.randint(-3, 3)))
     return made
