@@ -106,6 +106,7 @@ class SlotCache:
         """Give a slot back. Raises ConfigError for one that is not taken."""
         if slot >= self.keys.shape[1] or slot in self.free_slots:
             raise ConfigError(f"slot {slot} is not taken; there are {self.keys.shape[1]}, free are {self.free_slots}")
+        self.keys[:, slot].zero_()
         self.values[:, slot].zero_()
         self.free_slots.append(slot)
 

@@ -14,7 +14,8 @@ from minillm.errors import ConfigError, Count, OutOfMemoryError, Positive, check
 from minillm.plan import blocks_needed
 
 CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest is left to other programs
-ROOM_FOR_PREFIXES = 2  # the pool holds at most so many times what the running requests use; the rest caches prefixes
+CPU_POOL_BYTES = 4 * 2**30  # most that a pool takes of the machine's memory where nobody says how large it is to be
+ROOM_FOR_PREFIXES = 2  # beside a card the pool holds at most so many times what running requests use, to cache prefixes
 NULL_BLOCKS = 1  # the block that stands for padding
 MIB = 2**20
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
@@ -139,7 +140,7 @@ class CacheLimits:
     max_num_batched_tokens: Positive  # tokens of one step
     max_model_len: Positive  # prompt and output tokens of one request
     block_size: Positive = 16  # tokens a block
-    num_blocks: int | None = None  # the whole pool, the null block included; None = as many as are useful and fit
+    num_blocks: int | None = None  # the whole pool, the null block included; None = see `plan_cache`
     num_host_blocks: Count | None = 0  # for requests that are swapped out; None = as many as the pool has
     gpu_memory_utilization: float = 0.9  # share of the card that may be used; of no effect on the CPU
 
@@ -164,21 +165,27 @@ class CacheLimits:
         """The smallest pool in which every request can run: the longest one, alone."""
         return self.blocks_per_request + NULL_BLOCKS
 
-    @property
-    def most_blocks(self) -> int:
-        """The largest pool of any use: all running requests at their longest, and as much again for prefixes."""
+    def most_blocks(self, profile: MemoryProfile) -> int:
+        """The largest pool that is taken unasked.
+
+        On the CPU, whose memory other programs use too: room for all running requests at their longest, CPU_POOL_BYTES
+        at most, but always for one request. Beside a card as much again for prefixes.
+        """
+        running = self.max_num_seqs * self.blocks_per_request + NULL_BLOCKS
+        if profile.on_cpu:
+            return max(self.least_blocks, min(running, CPU_POOL_BYTES // profile.bytes_per_block))
         return ROOM_FOR_PREFIXES * self.max_num_seqs * self.blocks_per_request + NULL_BLOCKS
 
 
 def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
-    """How many blocks the engine gets: `limits.num_blocks`, or as many as the budget holds and are of use.
+    """How many blocks the engine gets: `limits.num_blocks`, or as many as the budget holds, `most_blocks` at most.
 
     Blocks asked for by number may take all that is available. Raises OutOfMemoryError, before the pool is allocated,
     if what was asked for does not fit, or less than one request of `max_model_len` does.
     """
     if limits.num_blocks is None:
         total = profile.budget(limits.gpu_memory_utilization)
-        num_blocks = min(limits.most_blocks, _blocks_that_fit(profile, limits, total))
+        num_blocks = min(limits.most_blocks(profile), _blocks_that_fit(profile, limits, total))
         if num_blocks < limits.least_blocks:
             raise OutOfMemoryError(_too_small(profile, limits, total, num_blocks))
     else:

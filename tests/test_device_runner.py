@@ -266,6 +266,19 @@ def test_a_request_that_is_not_finite_fails_alone(load, way, place):
     assert runner.newest.min() >= 0
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_number_that_is_not_finite_in_a_chunk_that_gives_no_token_is_enough(load, value):
+    model = load(KIND, torch.float64)
+    hook = model.register_forward_hook(lambda model, inputs, hidden: hidden[-1, 5].fill_(value) and None)
+    try:
+        _, outputs = run(
+            device_runner_of(model, EAGER), [Job("a", random_token_ids(9, 190), SamplingParams(max_tokens=1), chunk=4)]
+        )
+    finally:
+        hook.remove()
+    assert list(outputs[0].failed) == ["a"]
+
+
 def test_a_failed_request_has_no_log_probabilities(load):
     model = load(KIND, torch.float64)
     with torch.no_grad():

@@ -355,6 +355,23 @@ def test_nan_in_the_first_chunk_of_a_prompt_is_noticed_there_and_not_shared(chec
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("num_tokens", [12, 1], ids=["several tokens", "one token"])
+def test_one_number_that_is_not_finite_in_a_chunk_that_gives_no_token_is_enough(checkpoint, value, num_tokens):
+    """Of either sign, and only in the hidden state of the chunk's newest token."""
+    engine = make_engine(checkpoint("llama"), max_num_batched_tokens=num_tokens, max_num_seqs=1)
+
+    def spoil(model, inputs, hidden):
+        hidden[-1, 5] = value
+
+    engine.model.register_forward_hook(spoil)
+    engine.add_request("bad", random_token_ids(25), TEN)
+    (failed,) = engine.step()
+    assert failed.finished and failed.outputs[0].finish_reason == "error"
+    assert engine.scheduler.block_manager.usage.cached == 0
+    assert_idle(engine)
+
+
 def test_nan_in_a_chunk_of_one_token_is_noticed_there_and_not_shared(checkpoint):
     """A budget of one token a step fills blocks without a chunk of several ever being computed."""
     engine = make_engine(checkpoint("llama"), max_num_batched_tokens=1, max_num_seqs=1)

@@ -14,7 +14,7 @@ from minillm.config import ModelConfig
 from minillm.errors import ConfigError
 from minillm.kv_cache import kv_bytes_per_token
 from minillm.memory import to_device
-from minillm.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput
+from minillm.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput, blocks_needed
 
 
 class CacheEngine:
@@ -122,13 +122,23 @@ class CacheEngine:
             else:
                 pool.index_copy_(1, to_device(move.targets, pool.device), blocks.transpose(0, 1))
 
-    def scrub(self, request_id: str) -> None:
-        """Make the request's keys and values finite: whoever gets its blocks next must not meet its NaNs."""
-        if request_id not in self.rows:
-            return
-        for block in _without_padding(self.block_tables[self.rows[request_id]]):
+    def clear(self, changed: Sequence[ScheduledRequest]) -> None:
+        """Zeros in the blocks that these parts brought, where the request has stored nothing yet.
+
+        A kernel that masks reads whole blocks, and their last owners may have left something there that is not finite.
+        """
+        new_blocks = []
+        for part in changed:
+            table = self.block_tables[self.rows[part.request_id]]
+            first, num_stored = divmod(part.start, self.block_size)
+            if num_stored and first >= part.first_block:  # shared until now, or swapped in
+                for pool in (self.keys, self.values):
+                    pool[:, table[first], num_stored:] = 0
+            first = max(part.first_block, blocks_needed(part.start, self.block_size))
+            new_blocks += table[first : part.first_block + len(part.block_ids)].tolist()
+        if new_blocks:
             for pool in (self.keys, self.values):
-                _finite(pool[:, block])
+                pool.index_fill_(1, to_device(new_blocks, pool.device), 0)
 
 
 def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -143,10 +153,6 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def _finite(x: Tensor) -> None:
-    torch.nan_to_num_(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _without_padding(row: np.ndarray) -> list[int]:

@@ -96,12 +96,13 @@ class PagedRunner:
 
     def follow(self, plan: SchedulerOutput) -> None:
         """Do what the plan says of requests and blocks before anything is computed."""
-        self.cache.follow(plan)
+        changed = self.cache.follow(plan)
         for request_id in plan.finished_ids:
             self.params.pop(request_id, None)
             self.prompts.pop(request_id, None)
         for move in plan.block_moves:
             self.cache.move(move)
+        self.cache.clear(changed)
         for new in plan.new_requests:
             generator = make_generator(new.params, self.model.device, new.num_sampled)
             processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
@@ -172,7 +173,7 @@ class PagedRunner:
         return torch.from_numpy(values).to(self.model.device)
 
     def _not_finite(self, request_ids: list[str], values: Tensor) -> dict[str, str]:
-        """The requests whose row of [R, ...] values is not finite, and how to say so; their cache is made finite.
+        """The requests whose row of [R, ...] values is not finite, and how to say so.
 
         Before its last chunk a request has no logits, but whatever is not finite in its cache has reached the hidden
         state of its newest token: nothing of it gets into the prefix cache.
@@ -181,8 +182,6 @@ class PagedRunner:
         if finite.all():
             return {}
         failed = [request_id for request_id, good in zip(request_ids, finite.tolist(), strict=True) if not good]
-        for request_id in failed:
-            self.cache.scrub(request_id)
         return {
             request_id: f"what the model computed for request {request_id!r} is not finite; its cache was discarded"
             for request_id in failed
