@@ -242,19 +242,21 @@ def test_the_texts_of_tokens_joined_are_the_whole_text(kind, data):
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("num_tokens", range(1, 9))
-def test_decoded_tokens_of_an_output_joined_are_its_text(kind, num_tokens):
+def test_decoded_tokens_of_an_output_joined_are_its_text(kind, num_tokens, streams):
     """The prompt ends within a character, and so do some of the outputs."""
     token_ids = [*bytes_of(kind, "🦊".encode()), *ids_of(kind, "b"), *bytes_of(kind, "🦊".encode())][1 : num_tokens + 1]
     prompt = [id_of(kind, "a"), bytes_of(kind, b"\xf0")[0]]
     request = Request("a", prompt, SamplingParams(logprobs=2, max_tokens=num_tokens))
-    completion = Completion(0, request, KINDS[kind], streams=False)
+    completion, news = Completion(0, request, KINDS[kind], streams=streams), ""
     for token_id in token_ids:
         request.append(token_id)
         completion.take(token_id, TokenLogprobs(-1.0, 1, [token_id, id_of(kind, "b")], [-1.0, -2.0]))
+        news += completion.delta().text
     output = completion.cumulative()
     said = [entry[token_id].decoded_token for entry, token_id in zip(output.logprobs, token_ids, strict=True)]
-    assert output.finish_reason == "length" and "".join(said) == output.text
+    assert output.finish_reason == "length" and "".join(said) == output.text == news
     assert output.text == decoded(kind, [*prompt, *token_ids]).removeprefix("a")
     others = [entry[id_of(kind, "b")].decoded_token for entry in output.logprobs]
     assert others[0].endswith("b") and others[0].startswith("\ufffd"), "the character would never be whole"
