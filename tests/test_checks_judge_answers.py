@@ -387,7 +387,7 @@ def padding_per_row(lengths):
 def rows_in_tuples(prompts, pad_id):
     length = max(map(len, prompts))
     rows = [(*[pad_id] * (length - len(prompt)), *prompt) for prompt in prompts]
-    return tuple(rows), (range(len(prompt) - length, len(prompt)) for prompt in prompts)
+    return tuple(rows), [range(len(prompt) - length, len(prompt)) for prompt in prompts]
 
 
 @wrong(checks.left_pad)
@@ -471,7 +471,7 @@ def positions_with_a_gap(lengths):
 
 @right(checks.last_rows)
 def rows_from_a_map(lengths):
-    return (Fraction(end - 1) for end in np.cumsum(lengths).tolist())
+    return map(lambda end: end - 1, np.cumsum(lengths))  # noqa: C417
 
 
 @wrong(checks.last_rows)
