@@ -75,7 +75,7 @@ class GenerationResult:
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    text: str | None  # None without a tokenizer; ends before a stop string
+    text: str | None  # None without a tokenizer; ends before a stop string or stop id
     finish_reason: str  # "stop": eos, stop id or stop string; "length": max_tokens
     stop_reason: int | str | None  # the stop id or stop string that matched; None for eos and length
     counters: Counters

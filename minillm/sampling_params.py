@@ -36,8 +36,8 @@ class SamplingParams:
     min_tokens: int = 0  # output tokens before an eos or stop id can be sampled, or a stop string ends the output
     max_tokens: int | None = None  # output tokens at most; None = as many as fit
     stop: str | Sequence[str] = ()  # strings that end the output and are cut from it; one alone needs no list
-    stop_token_ids: Sequence[int] = ()  # ids that end the output, like eos; the id itself is kept
-    include_stop_str_in_output: bool = False  # True: the output ends behind the stop string instead of before it
+    stop_token_ids: Sequence[int] = ()  # ids that end the output, like eos; the id is kept, but not its text
+    include_stop_str_in_output: bool = False  # True: the text ends behind the stop string or stop id, not before it
     ignore_eos: bool = False  # go on after an eos token, up to max_tokens
     seed: int | None = None  # of this request's own generator; None = a fresh one
     n: int = 1  # outputs for the same prompt; the i-th is seeded with seed + i

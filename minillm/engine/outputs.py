@@ -28,7 +28,7 @@ class CompletionOutput:
     """One output of a request. For a request that streams: what is new in it."""
 
     index: int  # 0 to n - 1
-    text: str | None  # None without a tokenizer; ends before a stop string
+    text: str | None  # None without a tokenizer; ends before a stop string or stop id
     token_ids: list[int]  # an eos or stop token included
     cumulative_logprob: float | None  # of all tokens sampled so far; None unless logprobs were asked for
     logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids: the sampled token and the likeliest ones
