@@ -247,4 +247,7 @@ def rope_config(parameters: dict) -> RopeConfig:
         )
         for ours in ROPE_READS[kind]
     }
+    context = numbers.get("original_max_position")  # tokens: a whole number, however it is written
+    if context is not None and context.is_integer():
+        numbers["original_max_position"] = int(context)
     return RopeConfig(scaling=kind, **numbers)

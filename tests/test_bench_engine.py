@@ -188,7 +188,7 @@ def test_static_batches_wait_for_their_longest_output(folder, jobs, monkeypatch)
 @pytest.mark.parametrize("option", ["--repeats", "--requests"])
 def test_nothing_to_measure_is_refused(option, capsys):
     assert cli.main(["bench", "engine", option, "0"]) == cli.USER_ERROR
-    assert f"{option} is 0; it must be at least 1" in capsys.readouterr().err
+    assert f"{option} is 0; it must be a whole number" in capsys.readouterr().err
 
 
 class StoppedManager:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm import cli, shapes, weights
+from minillm import cli, hf_config, shapes
 from minillm.bench import recorded
 from minillm.bench.contenders import Job
 from minillm.bench.gpu import ceilings, command, kernels, models, peers, report, serving, supervisor, timing, workloads
@@ -81,7 +81,7 @@ def test_w3_has_exponential_outputs_up_to_the_cap():
 @pytest.mark.parametrize("name", [*shapes.SHAPES, "tiny"])
 def test_transformers_gets_the_same_shape(name):
     shape = (shapes.SHAPES | {"tiny": TINY})[name]
-    assert weights.model_config(models.transformers_config(shape), ()) == shape
+    assert hf_config.model_config(models.transformers_config(shape), ()) == shape
 
 
 def test_a_shape_with_a_window_is_refused():
@@ -602,8 +602,8 @@ def test_another_machine_does_not_go_on_with_a_record(dry_run, tmp_path, capsys)
     "options, message",
     [
         (["--only", "w1,w9"], "--only 'w9' is not one of ceilings, kernels, w1, w2, w3, ablation"),
-        (["--repeats", "0"], "--repeats is 0; it must be at least 1"),
-        (["--budget", "0.5"], "--budget is 0.5; it must be at least 1"),
+        (["--repeats", "0"], "--repeats is 0; it must be a whole number"),
+        (["--budget", "0.5"], "--budget is 0.5; it must be a number of seconds, at least 1"),
         (["--resume"], "--resume goes on with the file of --json"),
     ],
 )
