@@ -83,15 +83,16 @@ class Hourglass:
         signal.alarm(120)
 
 
-def verdict(module: str, code: str) -> tuple[str, float]:
+def verdict(module: str, code: str, quiet: bool = True) -> tuple[str, float]:
     """What the module's tests say of this source (`killed`, `timeout` or `survived`), and their seconds of CPU."""
     import pytest
 
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
+        if quiet:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
         Hourglass.pytest_runtest_logstart()
         import_instead(module, code)
         os._exit(pytest.main(OPTIONS + [str(ROOT / "tests" / test) for test in TESTS[module]], [Hourglass]))
@@ -129,8 +130,9 @@ def main() -> None:
     warm_up()
 
     for module in modules:
-        told, _ = verdict(module, SOURCES[module])
-        assert told == "survived", f"{module}: its tests fail without a mutant"
+        print(module, flush=True)
+        told, _ = verdict(module, SOURCES[module], quiet=False)
+        assert told == "survived", f"{module}: its tests fail without a mutant ({told})"
 
     verdicts = Counter()
     for module, mutant in itertools.islice(random_mutants(modules, arguments.seed), arguments.count):

@@ -316,12 +316,14 @@ class EngineMachine(RuleBasedStateMachine):
             self.compute(plan, meanwhile=lambda: self.end(which, trouble))
 
     @busy
-    @rule(which=choices, what=st.sampled_from(["abort", "stop", "reset"]))
-    def something_between_two_steps(self, which, what):
-        if what == "reset":
-            self.reset_prefix_cache()
-        else:
-            self.end(which, what)
+    @rule(which=choices, how=st.sampled_from(["abort", "stop"]))
+    def end_between_two_steps(self, which, how):
+        self.end(which, how)
+
+    @busy
+    @rule()
+    def reset_between_two_steps(self):
+        self.reset_prefix_cache()
 
     # --- the parts of what may happen ---
 
