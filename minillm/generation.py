@@ -1,6 +1,7 @@
 """The ladder of ways to generate: each function gives the same tokens as the one before, with less work.
 
 All rungs share one loop; they differ in which tokens a forward pass gets and in the `attend` it is handed.
+They make tokens and text of one output a prompt: `n`, `logprobs` and `prompt_logprobs` are for the engine.
 """
 
 import time
