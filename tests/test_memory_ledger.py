@@ -194,7 +194,18 @@ def peaks_of_a_run(executor: ModelExecutor, num_blocks: int, num_ids: int) -> li
     for index in range(8):
         length = draw.choice([47, 40, 33, 20])
         params = SamplingParams(
-            temperature=1, top_k=50, top_p=0.9, min_p=0.01, seed=index, logprobs=20, max_tokens=min(48 - length, 10)
+            temperature=1,
+            top_k=50,
+            top_p=0.9,
+            min_p=0.01,
+            seed=index,
+            logprobs=20,
+            max_tokens=min(48 - length, 10),
+            presence_penalty=1.0,
+            repetition_penalty=1.5,
+            logit_bias={1: 1.0},
+            min_tokens=1,
+            prompt_logprobs=20,
         )
         scheduler.add_request(Request(f"req {index}", random_token_ids(length, num_ids, index), params))
     peaks = []
