@@ -90,6 +90,7 @@ def verdict(module: str, code: str, quiet: bool = True) -> tuple[str, float]:
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
         if quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
