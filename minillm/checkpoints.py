@@ -160,11 +160,9 @@ def check_has_config(where: str, present: Iterable[str]) -> None:
 
 
 def refuse_gguf(where: str, present: Iterable[str]) -> None:
-    """Say how GGUF files, which have no safetensors beside them, become a checkpoint."""
+    """Name the other format of what has no safetensors. Raises CheckpointError."""
     files = sorted(name for name in present if name.endswith(".gguf"))
     if files:
         raise CheckpointError(
-            f"{where} has its weights as GGUF only ({files[0]}); take the model it was made from, or let transformers "
-            f"write it as safetensors: AutoModelForCausalLM.from_pretrained(folder, gguf_file={files[0]!r})"
-            ".save_pretrained(other_folder), and the same for AutoTokenizer"
+            f"{where} has its weights as GGUF only ({files[0]}); take the model that it was made from, in safetensors"
         )

@@ -28,8 +28,12 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that need a CUDA device say why they are skipped where there is none."""
+def pytest_collection_modifyitems(config, items):
+    """Tests that need a CUDA device, or a real model, say why they are skipped where there is none."""
+    if config.getoption("-m") != "real":
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason="needs a real model and minutes; make test-real runs it"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

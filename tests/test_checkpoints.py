@@ -40,11 +40,11 @@ def test_an_empty_folder_of_a_hub_models_name_says_so(monkeypatch, tmp_path):
         load_model("someone/something")
 
 
-def test_a_folder_of_gguf_says_how_it_becomes_a_checkpoint(copy):
+def test_a_folder_of_gguf_says_what_to_take_instead(copy):
     folder = copy()
     (folder / "model.safetensors").rename(folder / "tiny-q8.gguf")
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="GGUF only .tiny-q8.gguf.*gguf_file='tiny-q8.gguf'"):
+        with pytest.raises(CheckpointError, match="GGUF only .tiny-q8.gguf.*safetensors"):
             load_model(folder, skip_tokenizer_init=True)
         (folder / "config.json").unlink(missing_ok=True)  # as most repositories of GGUF files have it
 

@@ -17,7 +17,7 @@ from minillm import (
     sdpa_attention,
 )
 from minillm.config import RopeConfig
-from minillm.model import rope_frequencies
+from minillm.model import rope_frequencies, rope_rotation
 from tiny_models import BASE, KINDS, TOLERANCE, all_logits, difference, random_token_ids
 
 PROMPT = random_token_ids(100)
@@ -80,6 +80,19 @@ def test_moving_every_position_alike_changes_nothing(load):
     with torch.inference_mode():
         at_0, at_50 = (model.logits(model(ids, here + start, CausalAttention(model.config))) for start in (0, 50))
     assert difference(at_50, at_0) <= TOLERANCE[torch.float32]  # angles are rounded to float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_angles_of_rope_are_exact_where_bfloat16_has_no_such_position(dtype):
+    """257 and 1001 need more than bfloat16's 8 binary digits: rounded before the product, an angle is off by 1."""
+    positions = torch.tensor([0, 1, 257, 1001])
+    frequencies = 10_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    angles = torch.cat((positions[:, None] * frequencies,) * 2, dim=-1)  # [4, 64], each frequency twice
+    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(32)
+    cos, signed_sin = rope_rotation(rope_frequencies(RopeConfig(), 64), positions, dtype)
+    allowed = torch.finfo(torch.bfloat16).eps / 2 if dtype == torch.bfloat16 else 2e-4
+    assert (cos[:, 0].double() - angles.cos()).abs().max() <= allowed
+    assert (signed_sin[:, 0].double() - sign * angles.sin()).abs().max() <= allowed
 
 
 # --- broken twins: each makes one mistake that a reader could make, and the comparison above must notice it ----------

@@ -1,8 +1,12 @@
 """Checkpoints load whole, in shards and in any dtype; whatever does not fit is refused with its name."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from minillm import LLM, SamplingParams, load_model
 from minillm.errors import CheckpointError, ConfigError
@@ -131,6 +135,41 @@ def test_old_checkpoints_may_carry_rope_frequencies(copy):
 def test_an_unknown_dtype_lists_the_known(checkpoint):
     with pytest.raises(ConfigError, match="'int8'.*float32, bfloat16"):
         load_model(checkpoint("llama"), dtype="int8")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from minillm.hf_config import read_config
+from minillm.weights import load_decoder
+
+def load(folder):
+    return load_decoder(folder, read_config(folder), torch.float32, "cpu", pack=True)
+
+def memory(name):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+
+small, large = map(Path, sys.argv[1:])
+load(small)  # whatever is imported or set up when first needed
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+before = memory("VmRSS")
+model = load(large)
+print(memory("VmHWM") - before, sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_loading_needs_little_more_memory_than_the_model(checkpoint, tmp_path):
+    """By the kernel's count, mapped files included: neither the whole file is in memory nor all layers twice."""
+    size = {"vocab_size": 3000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
+    AutoModelForCausalLM.from_config(LlamaConfig(**BASE | size)).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", MEASURE, checkpoint("llama"), tmp_path]
+    peak, held = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert held > 60e6
+    assert peak < 1.4 * held
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
