@@ -73,6 +73,14 @@ def test_number_of_parameters_is_that_of_transformers(kind, load, load_reference
     assert model.config.num_parameters == sum(weight.numel() for weight in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_angles_are_those_of_positions_that_bfloat16_does_not_have(dtype):
+    """Of the whole numbers above 256, bfloat16 has every second; of those above 512, every fourth."""
+    cos, signed_sin = rope_rotation(rope_frequencies(RopeConfig(), 8), torch.tensor([257, 1001]), dtype)
+    assert cos[:, 0, 0].tolist() == pytest.approx([math.cos(257), math.cos(1001)], abs=5e-3)
+    assert signed_sin[:, 0, 4].tolist() == pytest.approx([math.sin(257), math.sin(1001)], abs=5e-3)
+
+
 def test_moving_every_position_alike_changes_nothing(load):
     """RoPE is relative: why the twin with wrong positions below shifts only half of them."""
     model = load("llama", torch.float64)
