@@ -77,6 +77,21 @@ def test_an_id_that_looks_like_a_second_life_is_not_taken_for_one():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_an_end_by_what_the_last_token_meant_is_in_the_step_that_computed_it(looked_at):
+    run = Run()
+    scheduler = run.scheduler
+    for name in ("a", "b", "c"):
+        run.add(name)
+    assert scheduler.end_request("c", "stop", "text") and scheduler.trace.steps == []
+    plan = scheduler.schedule()
+    scheduler.update(plan, ModelOutput({"a": 7, "b": 7}, 0))
+    if looked_at:
+        assert scheduler.trace.steps[-1].finished == ()
+    assert scheduler.end_request("a", "stop", "text") and scheduler.end_request("b", "stop", "text")
+    assert [step.finished for step in scheduler.trace.steps] == [("a", "b")]
+
+
 def test_what_was_computed_for_an_aborted_life_is_not_the_next_ones():
     run = Run()
     run.add("a", 2)
