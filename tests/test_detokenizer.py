@@ -356,10 +356,15 @@ def test_names_of_special_tokens_stop_and_are_not_in_the_text(kind, stop, text, 
     stop = [stop] if isinstance(stop, str) else stop
     _, detokenizer = stream(kind, token_ids, [id_of(kind, "a")], stop=stop)
     assert (detokenizer.text, detokenizer.stopped_by) == (text, stopped_by)
-    at_once = Detokenizer(KINDS[kind], stop, [id_of(kind, "a")])
-    assert (at_once.take(token_ids, "length"), at_once.stopped_by) == (text, stopped_by)
     included = text_of(kind, token_ids, [id_of(kind, "a")], stop=stop, include_stop=True)
     assert included == text + (stopped_by or "")
+
+
+def test_the_name_of_the_last_token_of_all_stops_too():
+    a, end = id_of("byte-level", "a"), id_of("byte-level", "<|end|>")
+    detokenizer = Detokenizer(KINDS["byte-level"], ["a<|end|>"])
+    assert (detokenizer.take([a], None), detokenizer.take([end], "length")) == ("", "")
+    assert detokenizer.stopped_by == "a<|end|>"
 
 
 def test_special_tokens_that_no_stop_string_holds_cost_nothing():

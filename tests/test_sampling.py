@@ -330,6 +330,39 @@ def test_a_bad_parameter_is_refused_with_its_value_and_limit(field, value, limit
         assert str(value)[:20] in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "limits", "beyond"),
+    [
+        ("temperature", [0.0, 1e9], [-1e-9]),
+        ("top_k", [-1, 0, 1], [-2]),
+        ("top_p", [1e-9, 1.0], [0.0, math.nextafter(1, 2)]),
+        ("min_p", [0.0, 1.0], [-1e-9, math.nextafter(1, 2)]),
+        ("presence_penalty", [-2.0, 2.0], [math.nextafter(-2, -3), math.nextafter(2, 3)]),
+        ("frequency_penalty", [-2.0, 2.0], [math.nextafter(-2, -3), math.nextafter(2, 3)]),
+        ("repetition_penalty", [1e-30, 1e30], [0.9e-30, 1.1e30]),
+        ("logit_bias", [{0: 1e30}, {1: -1e30}], [{0: 1.1e30}, {1: -1.1e30}, {-1: 1.0}]),
+        ("min_tokens", [0, 1], [-1]),
+        ("max_tokens", [1], [0]),
+        ("seed", [-(2**63), 2**63 - 1], [-(2**63) - 1, 2**63]),
+        ("n", [1], [0]),
+        ("logprobs", [0, 20], [-1, 21]),
+        ("prompt_logprobs", [0, 20], [-1, 21]),
+    ],
+)
+def test_a_limit_itself_is_accepted_and_nothing_beyond(field, limits, beyond):
+    for value in limits:
+        assert getattr(SamplingParams(**{field: value}), field) == value
+    for value in beyond:
+        with pytest.raises(SamplingParamsError, match=field):
+            SamplingParams(**{field: value})
+
+
+def test_the_seeds_of_all_outputs_have_64_bits():
+    assert SamplingParams(seed=2**63 - 3, n=3).n == 3
+    with pytest.raises(SamplingParamsError, match=f"seed {2**63 - 2} . 2 for the last of n = 3"):
+        SamplingParams(seed=2**63 - 2, n=3)
+
+
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(SamplingParamsError, match="empty string"):
         SamplingParams(stop=("end", ""))
