@@ -226,6 +226,11 @@ def a_tokenizer(vocabulary: dict[str, int], end: str | None = "end") -> PreTrain
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
 
 
+@pytest.mark.parametrize(("highest", "num_tokens"), [(5, 6), (198, 199), (500, 199)])
+def test_a_vocabulary_with_holes_can_say_its_highest_id(highest, num_tokens, copy):
+    assert read_config(copy(), a_tokenizer({"a": 0, "b": 1, "c": highest}, end=None)).num_tokens == num_tokens
+
+
 def test_generation_stops_at_an_end_that_only_the_tokenizer_knows(copy):
     folder = copy()
     (folder / "generation_config.json").unlink()

@@ -16,6 +16,7 @@ from minillm.engine.prompts import encode_prompt
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, OutOfMemoryError, PromptError, SamplingParamsError, WorkerDiedError
 from minillm.plan import TokenLogprobs
+from minillm.runtime.paged_runner import rows_computed
 from minillm.sampling import token_logprobs
 from minillm.text import Detokenizer
 from tiny_models import random_token_ids
@@ -516,3 +517,9 @@ def test_tokens_decoded_at_once_give_the_text_of_one_after_the_other(data, kind,
 def test_a_prompt_given_as_text_and_ids_is_the_ids():
     encoded = encode_prompt({"prompt": "what they mean", "prompt_token_ids": (3, 4)}, None)
     assert (encoded.token_ids, encoded.text, encoded.cache_salt) == ([3, 4], "what they mean", "")
+
+
+def test_a_cpu_computes_four_rows_for_two_or_three():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [rows_computed(count, cpu) for count in range(7)] == [0, 1, 4, 4, 4, 5, 6]
+    assert [rows_computed(count, gpu) for count in range(7)] == list(range(7))

@@ -77,6 +77,15 @@ def test_an_id_that_looks_like_a_second_life_is_not_taken_for_one():
     ]  # fmt: skip
 
 
+def test_parts_behind_a_discarded_one_are_told():
+    recorder = Recorder()
+    parts = [ScheduledRequest(name, 4, [7], True, "decode", 0, (), name == "c") for name in "abc"]
+    recorder.note(SchedulerOutput(0, 0.0, parts), {"b"}, (), {"start_time": 0.0, "end_time": 1.0})
+    (step,) = recorder.trace.steps
+    told = [(part.request_id, part.start, part.why, part.num_sampled) for part in step.scheduled]
+    assert told == [("a", 4, "decode", 1), ("b", 4, "padding", 0), ("c", 4, "recompute", 1)]
+
+
 @pytest.mark.parametrize("looked_at", [False, True])
 def test_an_end_by_what_the_last_token_meant_is_in_the_step_that_computed_it(looked_at):
     run = Run()

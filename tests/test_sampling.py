@@ -1,5 +1,6 @@
 """Sampling draws from the distribution its parameters describe, request by request; bad parameters are refused."""
 
+import dataclasses
 import json
 import math
 from dataclasses import fields, replace
@@ -396,6 +397,11 @@ def test_what_can_be_read_once_is_read_once_and_kept():
     assert params.stop_token_ids == (3, 4)
     assert replace(params, n=1) == params
     assert SamplingParams(stop={"a"}, stop_token_ids={3}) == SamplingParams(stop=["a"], stop_token_ids=np.array([3]))
+
+
+def test_parameters_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().top_k = 5
 
 
 def test_what_the_caller_changes_later_changes_nothing():
