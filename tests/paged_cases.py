@@ -7,6 +7,7 @@ blocks, and the output before the call. `kernels` is any module with decode, pre
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # In units of values drawn from N(0, 1): 2 to 3 roundings of an output near 1, weights being rounded too.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NULL, POISON = 0, 1  # blocks of NaN: the null block, and what is behind a request's own blocks in its table
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan():
+    """What torch.empty hands out: outputs, and the parts that splits leave for the combine kernel."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class Paged(NamedTuple):

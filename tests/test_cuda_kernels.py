@@ -25,6 +25,7 @@ from paged_cases import (
     check_store,
     paged,
     random_queries,
+    uninitialized_memory_is_nan,  # noqa: F401 - for every test here
 )
 
 VERSIONS = cuda.VERSIONS
@@ -47,14 +48,6 @@ class Version(NamedTuple):
 
 def on_cpu(*arguments, **options):
     return paged(*arguments, device="cpu", **options)
-
-
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    """What torch.empty hands out: outputs, and the parts that splits leave for the combine kernel."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # --- against float64 ---
