@@ -181,7 +181,7 @@ class TokenDecoder:
         """No more tokens come: return what was held back, with unfinished characters shown as U+FFFD."""
         return self._whole_characters(final=True) + self._release(len(self._held))
 
-    def would_add(self, token_ids: Sequence[int], final: bool = False) -> list[str]:
+    def would_add(self, token_ids: Sequence[int], *, final: bool) -> list[str]:
         """What each of these would add if it were the next token; with `final`, if it were the last one."""
         texts = []
         for token_id in token_ids:

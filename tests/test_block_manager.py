@@ -784,6 +784,9 @@ def test_the_check_finds_every_planted_corruption():
         with pytest.raises(BlockManagerError) as caught:
             manager.check()
         assert any(letter.isdigit() for letter in str(caught.value)), corrupt.__name__
+        told = {miss_a_reference: "reference count", count_a_reference_twice: "reference count"}
+        told[repeat_an_entry] = "holds a block twice"
+        assert told.get(corrupt, "") in str(caught.value)
 
 
 def test_the_check_prints_the_numbers():

@@ -77,6 +77,23 @@ def test_an_id_that_looks_like_a_second_life_is_not_taken_for_one():
     ]  # fmt: skip
 
 
+def test_an_id_is_the_newest_life_s_while_older_records_go_and_new_again_after_all_have():
+    run = Run(max_trace_steps=2)
+    recorder = run.scheduler._recorder
+    for _ in range(3):
+        run.add("a", num_outputs=1)
+        run.step()
+    run.add("a", num_outputs=9)
+    run.step(8)
+    assert recorder.name("a") == "a#4" and [each.request_id for each in run.scheduler.trace.requests] == ["a#4"]
+    run.step()
+    run.add("b", num_outputs=9)
+    trace = run.step(9)
+    assert [each.request_id for each in trace.requests] == ["b"] and trace.dropped_requests == 4
+    run.add("a", num_outputs=1)
+    assert [each.request_id for each in run.step().requests] == ["b", "a"]
+
+
 def test_parts_behind_a_discarded_one_are_told():
     recorder = Recorder()
     parts = [ScheduledRequest(name, 4, [7], True, "decode", 0, (), name == "c") for name in "abc"]
@@ -84,6 +101,19 @@ def test_parts_behind_a_discarded_one_are_told():
     (step,) = recorder.trace.steps
     told = [(part.request_id, part.start, part.why, part.num_sampled) for part in step.scheduled]
     assert told == [("a", 4, "decode", 1), ("b", 4, "padding", 0), ("c", 4, "recompute", 1)]
+
+
+def test_padding_is_told_in_tokens():
+    recorder = Recorder()
+    parts = [
+        ScheduledRequest("a", 0, [7] * 5, True, "prefill", 0, (), 0),
+        ScheduledRequest("b", 0, [7] * 2, True, "prefill", 0, (), 0),
+    ]
+    recorder.note(
+        SchedulerOutput(0, 0.0, parts, row_length=5, padding_rows=["c"]), (), (), {"start_time": 0.0, "end_time": 1.0}
+    )
+    told = [(part.request_id, part.num_tokens, part.why) for part in recorder.trace.steps[0].scheduled]
+    assert told == [("a", 5, "prefill"), ("b", 2, "prefill"), ("b", 3, "padding"), ("c", 5, "padding")]
 
 
 @pytest.mark.parametrize("looked_at", [False, True])

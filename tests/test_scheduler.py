@@ -247,6 +247,12 @@ def test_impossible_limits_are_refused(limits):
         scheduler_of(**limits)
 
 
+@pytest.mark.parametrize("options", [{"trace": "yes"}, {"clock": 5}, {"max_trace_steps": 0}, {"max_trace_steps": 1.5}])
+def test_options_of_a_wrong_kind_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Scheduler(SchedulerConfig(), **options)
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_abort_is_idempotent_and_final(kind):
     scheduler = scheduler_of(kind, max_num_seqs=2)

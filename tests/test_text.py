@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from minillm import encode, token_texts
-from minillm.errors import PromptError
+from minillm.errors import ConfigError, PromptError
 from minillm.text import Detokenizer, encode_chat
 
 TEXTS = [
@@ -76,6 +76,23 @@ def test_a_conversation_begins_as_its_template_says_and_not_twice(written, byte_
     text, token_ids = encode_chat(tokenizer, [{"role": "user", "content": "the fox"}])
     assert token_ids.count(1) == (1 if written else 0) and token_ids[0] == (1 if written else token_ids[0])
     assert text == ("<s>" if written else "") + "the fox"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "the fox>"),
+        ({"add_generation_prompt": False}, "the fox"),
+        ({"add_generation_prompt": False, "continue_final_message": True}, "the fox"),
+    ],
+)
+def test_an_answer_is_begun_or_the_last_message_goes_on(options, text, byte_fallback_tokenizer):
+    tokenizer = copy.deepcopy(byte_fallback_tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+    messages = [{"role": "user", "content": "the fox"}]
+    assert encode_chat(tokenizer, messages, **options)[0] == text
+    with pytest.raises(ConfigError, match="set add_generation_prompt=False"):
+        encode_chat(tokenizer, messages, continue_final_message=True)
 
 
 # --- streaming -------------------------------------------------------------------------------------------------------
