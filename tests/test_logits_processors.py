@@ -107,6 +107,10 @@ def test_a_request_counts_the_tokens_it_gets_and_its_neighbours_logits_stay(dtyp
     assert torch.equal(logits, before)
 
 
+def test_the_token_of_a_request_that_failed_does_no_harm():
+    processor_of(SamplingParams(frequency_penalty=1.0), num_ids=3).take(torch.tensor([-1]))
+
+
 def test_penalties_come_before_temperature_and_filters():
     """Bias makes the unlikely token likeliest: min_p = 1 and top_k = 1 keep it alone, at any temperature."""
     logits = torch.tensor([[4.0, 1.0, 0.0]]).repeat(20, 1)

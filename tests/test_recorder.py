@@ -94,6 +94,15 @@ def test_an_id_is_the_newest_life_s_while_older_records_go_and_new_again_after_a
     assert [each.request_id for each in run.step().requests] == ["b", "a"]
 
 
+def test_of_requests_that_ended_before_they_ran_as_many_are_kept_as_steps():
+    run = Run(max_trace_steps=2)
+    for number in range(5):
+        run.add(f"r{number}")
+        assert run.scheduler.abort_request(f"r{number}")
+    trace = run.scheduler.trace
+    assert [each.request_id for each in trace.requests] == ["r3", "r4"] and trace.dropped_requests == 3
+
+
 def test_parts_behind_a_discarded_one_are_told():
     recorder = Recorder()
     parts = [ScheduledRequest(name, 4, [7], True, "decode", 0, (), name == "c") for name in "abc"]

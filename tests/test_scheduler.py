@@ -247,6 +247,10 @@ def test_impossible_limits_are_refused(limits):
         scheduler_of(**limits)
 
 
+def test_the_limits_that_nobody_gives():
+    assert SchedulerConfig() == SchedulerConfig(16, 512, 2048, "fcfs", 1.0, True)
+
+
 @pytest.mark.parametrize("options", [{"trace": "yes"}, {"clock": 5}, {"max_trace_steps": 0}, {"max_trace_steps": 1.5}])
 def test_options_of_a_wrong_kind_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

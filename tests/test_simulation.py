@@ -462,6 +462,7 @@ def test_a_run_that_took_no_time_has_no_rates():
 
 def test_percentiles_are_the_smallest_sample_that_so_many_do_not_exceed():
     assert spread(Counter(range(1, 101))) == Spread(50.5, 50, 90, 99, 100)
+    assert spread(Counter(range(1, 1001))) == Spread(500.5, 500, 900, 990, 1000)
     assert spread(Counter([3.0])) == Spread(3.0, 3.0, 3.0, 3.0, 3.0)
     assert spread(Counter({1.0: 98, 2.0: 1, 9.0: 1})) == Spread(pytest.approx(1.09), 1.0, 1.0, 2.0, 9.0)
 

@@ -78,6 +78,14 @@ def test_a_conversation_begins_as_its_template_says_and_not_twice(written, byte_
     assert text == ("<s>" if written else "") + "the fox"
 
 
+@pytest.mark.parametrize("content", [5, {"text": "a"}, b"a", True])
+def test_content_that_is_no_text_and_no_parts_is_refused(content, byte_fallback_tokenizer):
+    tokenizer = copy.deepcopy(byte_fallback_tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(PromptError, match="the content of message 0 is"):
+        encode_chat(tokenizer, [{"role": "user", "content": content}])
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
