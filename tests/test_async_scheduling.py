@@ -5,8 +5,12 @@ from collections import Counter
 import pytest
 
 from minillm.engine.async_scheduler import AsyncScheduler, InFlight
+from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
-from minillm.plan import PENDING
+from minillm.engine.scheduler import SchedulerConfig
+from minillm.plan import PENDING, ModelOutput
+from minillm.simulation.clock import VirtualClock
+from minillm.simulation.workload import made_request
 from test_engine_machine import EngineMachine, FakeExecutor, StepFailed, run
 
 # --- the engine's promises, with a step in flight --------------------------------------------------------------------
@@ -219,3 +223,21 @@ def test_every_planted_bug_is_found(broken, preemption_mode):
     machine = type("BrokenMachine", (AsyncMachine,), {part: broken, "preemption_mode": preemption_mode})
     with pytest.raises((AssertionError, LookupError)):
         run(machine, 1000)
+
+
+def test_a_request_knows_when_its_first_and_its_last_token_were_read():
+    clock = VirtualClock()
+    config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler = AsyncScheduler(config, BlockManager(9, 4), clock=clock)
+    request = made_request("a", 0.0, 6, 3)
+    scheduler.add_request(request)
+    times, launched = [], [scheduler.schedule()]
+    while launched:
+        plan = scheduler.schedule()
+        launched += [plan] if plan.scheduled else []
+        clock.advance(1.0)
+        plan = launched.pop(0)
+        scheduler.update(plan, ModelOutput({part.request_id: 7 for part in plan.scheduled if part.samples}, 0))
+        times.append((request.first_token_time, request.last_token_time))
+    assert times == [(None, None), (2.0, 2.0), (2.0, 3.0), (2.0, 4.0)]
+    assert [step.planned for step in scheduler.trace.steps] == [None, 0.0, 1.0, 2.0]

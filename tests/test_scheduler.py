@@ -247,6 +247,26 @@ def test_impossible_limits_are_refused(limits):
         scheduler_of(**limits)
 
 
+def test_a_request_knows_when_its_first_and_its_last_token_came():
+    clock = VirtualClock()
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4), clock=clock)
+    request = made_request("a", 0.0, 6, 3)
+    scheduler.add_request(request)
+    times = []
+    while scheduler.has_unfinished_requests():
+        plan = scheduler.schedule()
+        clock.advance(1.0)
+        scheduler.update(plan, ModelOutput({part.request_id: 7 for part in plan.scheduled if part.samples}, 0))
+        times.append((request.first_token_time, request.last_token_time))
+    assert times == [(None, None), (2.0, 2.0), (2.0, 3.0), (2.0, 4.0)]
+
+
+@pytest.mark.parametrize("ageing", [0.0, -0.5])
+def test_ageing_that_is_not_positive_is_refused(ageing):
+    with pytest.raises(ConfigError, match="ageing"):
+        WaitingQueue("fcfs", ageing)
+
+
 def test_the_limits_that_nobody_gives():
     assert SchedulerConfig() == SchedulerConfig(16, 512, 2048, "fcfs", 1.0, True)
 
