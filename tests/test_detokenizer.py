@@ -346,6 +346,7 @@ AB_END = ["a", "<|end|>", "b", "a", "<|begin|>", "<|end|>", "b"]
         (["<|begin|>", "<|end|>"], "a", "<|end|>"),
         (["ba", "<|begin|>"], "a", "ba"),
         ("ab", "", "ab"),  # as the text says it
+        (["<|end|>x", "ab"], "", "ab"),  # also where names are looked at
         ("b<|end|>", "abab", None),
         ("<|end|>a", "abab", None),
         (["end", "|>"], "abab", None),  # a name is there as a whole or not at all

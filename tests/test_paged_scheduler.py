@@ -72,6 +72,41 @@ def test_tokens_computed_again_are_told_apart_from_new_ones():
     assert [part.start for part in new] == [0, *range(4, 15)]
 
 
+def test_who_gave_way_is_told_by_the_name_of_that_life_and_without_a_trace_by_nobody():
+    for trace in (True, False):
+        scheduler = scheduler_of(num_blocks=5, watermark=0, trace=trace)
+        scheduler.add_request(request("b", max_tokens=1))
+        step(scheduler)
+        for name in "ab":
+            scheduler.add_request(request(name))
+        preempted = []
+        while scheduler.has_unfinished_requests():
+            preempted += step(scheduler).preempted_ids
+        assert preempted[0] == "b"
+        if trace:
+            assert {each.request_id for event in scheduler.trace.steps for each in event.preempted} == {"b#2"}
+
+
+def test_the_other_outputs_of_a_prompt_are_requests_with_one_output_and_the_next_seeds():
+    scheduler = scheduler_of(num_blocks=9)
+    parent = Request("a", [1, 1], SamplingParams(max_tokens=2, n=3, seed=5, temperature=1.0, prompt_logprobs=0))
+    scheduler.add_request(parent)
+    told = [(each.request_id, each.params.n, each.params.seed, each.params.prompt_logprobs) for each in parent.children]
+    assert told == [("a.1", 1, 6, None), ("a.2", 1, 7, None)]
+
+
+def test_what_was_cached_counts_when_a_request_first_joins():
+    scheduler = PagedScheduler(LIMITS, BlockManager(12, 4), preemption_mode="recompute")
+    first, second = request("a", num_prompt=9, max_tokens=1), request("b", num_prompt=9, max_tokens=4)
+    for each in (first, second):
+        scheduler.add_request(each)
+        step(scheduler)
+    scheduler.retract(scheduler.schedule())  # it begins again, and finds what it has computed itself as well
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 8)
+
+
 def test_a_part_says_which_blocks_are_new_to_the_executor():
     """The whole table of a request that joins, then what the table has grown by; an executor keeps the rest."""
     scheduler = scheduler_of(num_blocks=9)

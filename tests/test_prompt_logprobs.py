@@ -142,12 +142,14 @@ def test_a_request_that_fails_says_what_it_knows(checkpoint):
 
 def test_their_texts_are_those_of_the_prompt():
     with LLM(num_blocks=40, max_model_len=200, verbose=False) as llm:
-        (output,) = llm.generate(
-            "Once upon a time, there was", SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False
-        )
-    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    said = [entry[token_id].decoded_token for token_id, entry in pairs]
-    assert llm.tokenizer.decode(output.prompt_token_ids[:1]) + "".join(said) == output.prompt
+        whole, broken = (llm.tokenizer.encode(f"Once upon a time, there was{end}") for end in ("", " a 🦊"))
+        for token_ids in (whole, broken[:-1]):
+            params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+            (output,) = llm.generate({"prompt_token_ids": token_ids}, params, use_tqdm=False)
+            pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            said = [entry[token_id].decoded_token for token_id, entry in pairs]
+            assert llm.tokenizer.decode(token_ids[:1]) + "".join(said) == llm.tokenizer.decode(token_ids)
+    assert said[-1].endswith("\N{REPLACEMENT CHARACTER}")
 
 
 def test_an_id_used_again_while_its_old_prompt_is_in_flight_has_its_own(checkpoint, model):
