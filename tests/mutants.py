@@ -35,7 +35,7 @@ TESTS = {
         "test_recorder.py",
         "test_engine_machine.py",
     ],
-    "engine/paged_scheduler.py": ["test_paged_scheduler.py", "test_engine_machine.py"],
+    "engine/paged_scheduler.py": ["test_paged_scheduler.py", "test_engine_machine.py", "test_async_scheduling.py"],
     "engine/async_scheduler.py": ["test_async_scheduling.py"],
     "engine/block_manager.py": ["test_block_manager.py", "test_engine_machine.py"],
     "runtime/paged_runner.py": ["test_llm_engine.py", "test_prompt_logprobs.py", "test_engine_end_to_end.py"],

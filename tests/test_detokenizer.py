@@ -407,3 +407,29 @@ def test_a_special_token_behind_min_tokens_stops():
     for min_tokens, text, num_tokens in ((1, "a", 2), (2, "a", 3), (3, "ab", 4)):
         given_out, detokenizer = stream("byte-level", token_ids, stop=["<|end|>"], min_tokens=min_tokens)
         assert (detokenizer.text, len(given_out) - 1) == (text, num_tokens)
+
+
+# --- one output of a request -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("streams", "stop", "texts", "finish_reason"),
+    [
+        (True, [], ["b", "a", "b", "a", "b"], "length"),
+        (True, ["ab"], ["b", "", ""], "stop"),
+        (False, ["ab"], ["b", "", ""], "stop"),  # somebody has to look for it
+        (False, [], ["", "", "", "", "babab"], "length"),  # made once, at the end
+        (True, ["bb"], ["", "b", "a", "b", "ab"], "length"),
+    ],
+)
+def test_the_text_of_an_output_comes_as_early_as_somebody_waits_for_it(streams, stop, texts, finish_reason):
+    request = Request("r", [id_of("byte-level", "a")], SamplingParams(max_tokens=5, stop=stop))
+    output, told = Completion(0, request, KINDS["byte-level"], streams), []
+    while output.finish_reason is None:
+        token_id = id_of("byte-level", "ba"[len(told) % 2])
+        request.append(token_id)
+        output.take(token_id, None)
+        told.append(output.delta().text)
+    assert (told, output.finish_reason) == (texts, finish_reason)
+    assert output.cumulative().text == "".join(texts)
+    assert output.hears_each_token == (streams or bool(stop))
