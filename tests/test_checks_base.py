@@ -117,6 +117,12 @@ def test_of_a_large_tensor_the_first_row_that_differs_is_shown():
         assert lines[3] == "  expected  row 2: tensor (9,) [0, 0, 0, 0, 0, 0, 0, 0, 0]"
 
 
+def test_a_row_of_a_tensor_of_three_dimensions_is_a_table():
+    expected = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 2, 2)
+    with pytest.raises(CheckFailed, match=r"got       row 1: tensor \(2, 2\) \[0, 0, 0, 0\]"):
+        run_check("table", lambda _: torch.zeros(2, 2, 2), [Case((0,), expected, "")])
+
+
 def test_a_large_mask_is_drawn_beside_the_expected_one():
     expected = torch.ones(17, 17, dtype=torch.bool).tril()
     got = expected.clone()

@@ -103,6 +103,27 @@ def test_of_requests_that_ended_before_they_ran_as_many_are_kept_as_steps():
     assert [each.request_id for each in trace.requests] == ["r3", "r4"] and trace.dropped_requests == 3
 
 
+def test_who_ran_before_a_step_failed_is_dropped_with_its_steps():
+    run = Run(PagedScheduler, block_manager=BlockManager(20, 4), max_trace_steps=3)
+    run.add("a", num_outputs=9)
+    run.step()
+    run.scheduler.retract(run.scheduler.schedule())
+    assert run.scheduler.abort_request("a")
+    run.add("b", num_outputs=20)
+    trace = run.step(8)
+    assert [each.request_id for each in trace.requests] == ["b"] and trace.dropped_requests == 1
+
+
+def test_an_end_by_what_the_last_token_meant_reaches_who_has_given_way():
+    run = Run(PagedScheduler, block_manager=BlockManager(5, 4, enable_prefix_caching=False), watermark=0)
+    for name in ("a", "b"):
+        run.add(name, num_prompt_tokens=4, num_outputs=12)
+    while "b" in run.scheduler.running or not run.scheduler.trace.steps:
+        trace = run.step()
+    assert "b" not in trace.steps[-1].finished and run.scheduler.end_request("b", "stop", "text")
+    assert run.scheduler.trace.steps[-1].finished[-1] == "b"
+
+
 def test_parts_behind_a_discarded_one_are_told():
     recorder = Recorder()
     parts = [ScheduledRequest(name, 4, [7], True, "decode", 0, (), name == "c") for name in "abc"]

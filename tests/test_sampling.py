@@ -399,6 +399,14 @@ def test_what_can_be_read_once_is_read_once_and_kept():
     assert SamplingParams(stop={"a"}, stop_token_ids={3}) == SamplingParams(stop=["a"], stop_token_ids=np.array([3]))
 
 
+def test_who_reads_tokens_and_who_changes_logits():
+    asked = [{}, {"logprobs": 1}, {"prompt_logprobs": 0}, {"min_tokens": 1}, {"logit_bias": {1: 1.0}}]
+    asked += [{"presence_penalty": -1}, {"frequency_penalty": 0.5}, {"repetition_penalty": 1.1}]
+    told = [(each.reads_tokens, each.changes_logits, each.penalizes) for each in (SamplingParams(**a) for a in asked)]
+    no, changes = (False, False, False), (False, True, False)
+    assert told == [no, no, (True, False, False), changes, changes, *[(True, True, True)] * 3]
+
+
 def test_parameters_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().top_k = 5

@@ -78,6 +78,14 @@ def test_a_conversation_begins_as_its_template_says_and_not_twice(written, byte_
     assert text == ("<s>" if written else "") + "the fox"
 
 
+@pytest.mark.parametrize("message", ["the fox", {"role": "user"}, {"content": "a"}, {"tool_calls": []}, 5, None])
+def test_what_is_no_message_is_refused(message, byte_fallback_tokenizer):
+    tokenizer = copy.deepcopy(byte_fallback_tokenizer)
+    tokenizer.chat_template = "the fox"
+    with pytest.raises(PromptError, match="message 1 is .*it needs 'role' and 'content'"):
+        encode_chat(tokenizer, [{"role": "assistant", "tool_calls": []}, message])
+
+
 @pytest.mark.parametrize("content", [5, {"text": "a"}, b"a", True])
 def test_content_that_is_no_text_and_no_parts_is_refused(content, byte_fallback_tokenizer):
     tokenizer = copy.deepcopy(byte_fallback_tokenizer)
