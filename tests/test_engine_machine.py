@@ -549,11 +549,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert set(self.scheduler.running) <= set(self.expected)
 
     def teardown(self):
-        if not hasattr(self, "scheduler"):
-            return
-        if sys.exc_info()[0] is None:
-            self.run_to_the_end()
-        self.patch.undo()
+        try:
+            if hasattr(self, "scheduler") and sys.exc_info()[0] is None:
+                self.run_to_the_end()
+        finally:  # or all tests behind a planted bug would run with its hash
+            if hasattr(self, "patch"):
+                self.patch.undo()
 
     def run_to_the_end(self):
         most = 20 + 4 * sum(expected.request.num_tokens_at_most for expected in self.expected.values())

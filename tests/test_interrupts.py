@@ -14,18 +14,12 @@ from tiny_models import random_token_ids
 
 KIND = "llama"
 OTHER = random_token_ids(9, seed=2)
+pytestmark = pytest.mark.usefixtures("default_handler")
 SIX = SamplingParams(temperature=1.0, seed=4, max_tokens=6, ignore_eos=True)
 
 
 def ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def default_handler():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():

@@ -202,7 +202,7 @@ def test_an_id_is_in_use_until_all_its_outputs_have_ended_and_been_told(engine):
     assert run(engine)[-1].outputs[0].token_ids == alone(engine, PROMPT, TEN)
 
 
-def test_an_id_is_in_use_while_its_end_has_not_been_told(checkpoint, monkeypatch):
+def test_an_id_is_in_use_while_its_end_has_not_been_told(checkpoint, monkeypatch, default_handler):
     """Ctrl-C comes when the step is over, and before it has told."""
     engine = make_engine(checkpoint("llama"))
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=1))
