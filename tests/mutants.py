@@ -25,7 +25,7 @@ TESTS = {
     "sampling.py": ["test_sampling.py", "test_logits_processors.py"],
     "sampling_params.py": ["test_sampling.py", "test_logits_processors.py", "test_wrong_input.py"],
     "checks/base.py": ["test_checks_base.py"],
-    "engine/request.py": ["test_scheduler.py", "test_llm_engine.py", "test_engine_machine.py"],
+    "engine/request.py": ["test_scheduler.py", "test_async_scheduling.py", "test_engine_machine.py"],
     "engine/outputs.py": ["test_detokenizer.py", "test_llm_engine.py", "test_prompt_logprobs.py"],
     "engine/queue.py": ["test_scheduler.py"],
     "engine/recorder.py": ["test_recorder.py"],

@@ -117,6 +117,14 @@ def test_of_a_large_tensor_the_first_row_that_differs_is_shown():
         assert lines[3] == "  expected  row 2: tensor (9,) [0, 0, 0, 0, 0, 0, 0, 0, 0]"
 
 
+def test_no_answer_at_all_is_told_so_where_one_is_wanted():
+    with pytest.raises(CheckFailed, match="got       None\n  expected  4\n  hint      Your function returned nothing"):
+        run_check("square", lambda x: None, CASES)
+    run_check("nothing", lambda x: None, [Case((1,), None, "")])
+    with pytest.raises(CheckFailed, match="expected  None\n  hint      say nothing"):
+        run_check("nothing", lambda x: 5, [Case((1,), None, "say nothing")])
+
+
 def test_a_row_of_a_tensor_of_three_dimensions_is_a_table():
     expected = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 2, 2)
     with pytest.raises(CheckFailed, match=r"got       row 1: tensor \(2, 2\) \[0, 0, 0, 0\]"):

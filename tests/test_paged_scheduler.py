@@ -95,6 +95,16 @@ def test_the_other_outputs_of_a_prompt_are_requests_with_one_output_and_the_next
     assert told == [("a.1", 1, 6, None), ("a.2", 1, 7, None)]
 
 
+def test_every_block_can_be_shared_from_the_step_that_fills_it():
+    manager = BlockManager(12, 4)
+    scheduler = PagedScheduler(LIMITS, manager)
+    a = request("a", num_prompt=3, max_tokens=15)
+    scheduler.add_request(a)
+    for _ in range(14):
+        step(scheduler)
+        assert len(manager._block_of_key) == a.num_computed_tokens // 4
+
+
 def test_what_was_cached_counts_when_a_request_first_joins():
     scheduler = PagedScheduler(LIMITS, BlockManager(12, 4), preemption_mode="recompute")
     first, second = request("a", num_prompt=9, max_tokens=1), request("b", num_prompt=9, max_tokens=4)

@@ -133,6 +133,17 @@ def test_parts_behind_a_discarded_one_are_told():
     assert told == [("a", 4, "decode", 1), ("b", 4, "padding", 0), ("c", 4, "recompute", 1)]
 
 
+def test_what_is_computed_again_and_a_prompt_of_one_token_are_told_as_such():
+    recorder = Recorder()
+    parts = [
+        ScheduledRequest("a", 0, [7] * 5, True, "prefill", 0, (), 2),
+        ScheduledRequest("b", 0, [7], True, "prefill", 0, (), 0),
+    ]
+    recorder.note(SchedulerOutput(0, 0.0, parts), (), (), {"start_time": 0.0, "end_time": 1.0})
+    told = [(part.request_id, part.start, part.num_tokens, part.why) for part in recorder.trace.steps[0].scheduled]
+    assert told == [("a", 0, 2, "recompute"), ("a", 2, 3, "prefill"), ("b", 0, 1, "prefill")]
+
+
 def test_padding_is_told_in_tokens():
     recorder = Recorder()
     parts = [

@@ -41,6 +41,10 @@ def test_encode_and_decode_are_inverse(tokenizer):
         assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
+def test_special_tokens_have_their_names(tokenizer):
+    assert token_texts(tokenizer, [tokenizer.eos_token_id, *encode(tokenizer, "The")[:1]])[0] == "<|endoftext|>"
+
+
 def test_token_texts_keep_their_leading_space(tokenizer):
     labels = token_texts(tokenizer, encode(tokenizer, "The fox saw"))
     assert "".join(labels) == "The fox saw"
