@@ -151,7 +151,9 @@ def test_a_large_mask_is_drawn_beside_the_expected_one():
 
 def test_a_small_mask_stays_on_one_line_in_any_container():
     for answer in (torch.eye(2).bool(), [[True, False], [False, True]], np.eye(2, dtype=bool)):
-        with pytest.raises(CheckFailed, match=r"got       mask \(2, 2\) #./.#\n  expected  mask \(2, 2\) ##/##"):
+        with pytest.raises(
+            CheckFailed, match=r"got       mask \(2, 2\) #./.#\n  expected  mask \(2, 2\) ##/##\n  hint"
+        ):
             run_check("mask", lambda _, answer=answer: answer, [Case((0,), torch.ones(2, 2).bool(), "")])
 
 

@@ -407,6 +407,12 @@ def test_who_reads_tokens_and_who_changes_logits():
     assert told == [no, no, (True, False, False), changes, changes, *[(True, True, True)] * 3]
 
 
+def test_what_nobody_asks_for_is_off():
+    params = SamplingParams()
+    assert (params.ignore_eos, params.include_stop_str_in_output, params.n, params.min_tokens) == (False, False, 1, 0)
+    assert (params.stop, params.stop_token_ids, params.logprobs, params.prompt_logprobs) == ((), (), None, None)
+
+
 def test_parameters_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().top_k = 5
