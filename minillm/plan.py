@@ -13,7 +13,7 @@ from minillm.trace import Why
 
 NULL_BLOCK = 0  # never handed out: what the padding of a rectangle of block tables points at
 PENDING = -1  # in place of a token id: what the request's last step sampled, which only the executor may know yet
-ATTENTION_BACKENDS = ("auto", "reference", "cuda", "triton", "flash")
+ATTENTION_BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "flash")
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:

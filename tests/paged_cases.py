@@ -13,7 +13,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # In units of values drawn from N(0, 1): 2 to 3 roundings of an output near 1, weights being rounded too.
-TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NULL, POISON = 0, 1  # blocks of NaN: the null block, and what is behind a request's own blocks in its table
 
 

@@ -1,6 +1,5 @@
 """The small operations beside what `model.py` computes, fused beside not fused, and the forward pass made of them."""
 
-import math
 from collections import Counter as Multiset
 from types import SimpleNamespace
 
@@ -10,15 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.config import ModelConfig, RopeConfig
+from minillm.config import ModelConfig
 from minillm.errors import KernelError
-from minillm.model import Decoder, rope_frequencies, rope_rotation, rotate
+from minillm.model import Decoder
 from minillm.runtime import fused_decoder
 from minillm.runtime.fused_decoder import fused_forward
-from minillm.runtime.kernel_attention import KernelAttention
-from minillm.runtime.kernels import dispatch, ops
-from test_kernel_attention import cache_of, step_of
-from tiny_models import KINDS, LADDER_TOLERANCE, difference, random_token_ids
+from minillm.runtime.kernels import ops
+from operation_cases import (
+    DEVICE,
+    both_forwards,
+    check_add_rms_norm,
+    check_norm_rotate_store,
+    check_silu_mul,
+    integers,
+    random,
+)
+from tiny_models import KINDS, LADDER_TOLERANCE, difference
 
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
@@ -26,45 +32,10 @@ from minillm.runtime.kernels import triton_ops  # noqa: E402
 from planted import compiled, with_bug
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
-# Relative to values near 1: some roundings, of which torch makes one after each operation.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
-
-
-def integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
-
-def assert_near(ours: Tensor, expected: Tensor) -> None:
-    assert ours.dtype == expected.dtype
-    tolerance = TOLERANCE[ours.dtype]
-    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 # --- add_rms_norm, silu_mul ---
-
-
-def check_add_rms_norm(fused, dtype: torch.dtype, num_tokens: int = 3, size: int = 100) -> None:
-    x, residual = random(num_tokens, size, dtype=dtype), random(num_tokens, size, dtype=dtype, seed=1)
-    residual[0] *= 1e-3  # small enough for eps to count
-    x[0] *= 1e-3
-    weight, eps = random(size, dtype=dtype, seed=2), 1e-5
-    total = residual + x
-    out = fused.add_rms_norm(x, residual, weight, eps)
-    assert torch.equal(residual, total)
-    assert_near(out, F.rms_norm(total, (size,), weight, eps))
-
-
-def check_silu_mul(fused, dtype: torch.dtype, num_tokens: int = 3, size: int = 1100) -> None:
-    gate_up = 3 * random(num_tokens, 2 * size, dtype=dtype)
-    gate_up[0, :2] = torch.tensor([-100.0, 100.0])
-    gate, up = gate_up.chunk(2, dim=-1)
-    assert_near(fused.silu_mul(gate_up), F.silu(gate) * up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,34 +61,6 @@ def test_silu_mul(size, dtype):
 # --- norm_rotate_store ---
 
 
-def check_norm_rotate_store(fused, dtype: torch.dtype, head_size: int = 32, heads=(6, 3), normed=True) -> None:
-    num_heads, num_kv_heads = heads
-    qkv = random(5, (num_heads + 2 * num_kv_heads) * head_size, dtype=dtype)
-    qkv[1] *= 1e-3  # small enough for eps to count
-    weights = [1 + random(head_size, dtype=dtype, seed=seed) if normed else None for seed in (1, 2)]
-    positions = torch.tensor([0, 7, 100, 3, 1], device=DEVICE)
-    rotation = rope_rotation(rope_frequencies(RopeConfig(), head_size).to(DEVICE), positions, dtype)
-    slots = integers(20, -1, 33, 47, 16)
-    # The layer in the middle of three: what is written beside it shows.
-    pool = torch.full((2, 3, 3, 16, num_kv_heads, head_size), math.nan, dtype=dtype, device=DEVICE)
-    pools = pool[:, 1]
-    q = fused.norm_rotate_store(qkv, *heads, *weights, 1e-5, rotation, slots, *pools)
-
-    parts = qkv.unflatten(-1, (-1, head_size)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    expected = list(parts)
-    for i, weight in enumerate(weights):
-        if weight is not None:
-            expected[i] = F.rms_norm(expected[i], (head_size,), weight, 1e-5)
-        expected[i] = rotate(expected[i], rotation)
-    assert_near(q, expected[0])
-    stored = slots >= 0
-    for own, new in zip(pools, expected[1:], strict=True):
-        flat = own.flatten(0, 1)
-        assert_near(flat[slots[stored]], new[stored])
-        flat[slots[stored]] = math.nan
-    assert pool.isnan().all()  # nothing is written beside the slots
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1), (6, 3), (5, 1)])
 @pytest.mark.parametrize("head_size", [16, 64, 128])
@@ -137,26 +80,6 @@ def test_in_float64_the_operations_are_the_model_s_bit_for_bit():
 
 
 # --- the whole decoder ---
-
-
-def both_forwards(model, fused, backend_name: str) -> tuple[Tensor, Tensor]:
-    """Hidden states of a mixed step with random blocks before it: the model's own, and fused, on equal caches."""
-    batch, inputs = step_of([1, 17, 30], [(0, 3), (33, 36)])
-    config = model.config
-    backend = dispatch.choose(backend_name, config, model.dtype, DEVICE, 16)
-    hidden = []
-    for forward in (
-        lambda *arguments: model(*arguments),
-        lambda *arguments: fused_forward(model, *arguments, fused),
-    ):
-        cache = cache_of(config, model.dtype, 20)
-        token_ids = torch.tensor(random_token_ids(len(batch.positions)), device=DEVICE)
-        attend = KernelAttention(cache, inputs, backend)
-        hidden.append(forward(token_ids, torch.from_numpy(batch.positions).to(DEVICE), attend))
-        hidden.append(cache.keys)
-    ours, own_keys, theirs, their_keys = hidden
-    torch.testing.assert_close(own_keys, their_keys, rtol=1e-4, atol=1e-4)
-    return model.logits(ours), model.logits(theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,7 +72,7 @@ def test_a_backend_that_is_asked_for_is_taken_or_refused(a_gpu):
 
 
 REFUSED = {
-    "attention_backend 'fast' is not one of auto, reference, cuda, triton, flash": ("fast", {}),
+    "attention_backend 'fast' is not one of auto, reference, cpu, cuda, triton, flash": ("fast", {}),
     "attention_backend 'triton': cpu: the Triton kernels take cuda; use the reference": ("triton", {"device": "cpu"}),
     "torch.float64: the Triton kernels take torch.bfloat16": ("triton", {"dtype": torch.float64}),
     "block_size 24: the Triton kernels take 16, 256": ("triton", {"block_size": 24}),

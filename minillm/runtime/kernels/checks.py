@@ -170,6 +170,34 @@ def check_table(name: str, x: Tensor, shape: tuple[int, ...], beside: Tensor, dt
         )
 
 
+def check_norm_rotate_store(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rotation: tuple[Tensor, Tensor],
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    limits: Limits,
+) -> None:
+    """Raise KernelError unless a fused projection, norms, RoPE's tables and slots fit each other and the pools."""
+    check_pool(keys, values, limits, num_heads)
+    head_size, num_tokens = keys.shape[3], len(qkv)
+    check_matrix("qkv", qkv, limits, (num_tokens, (num_heads + 2 * num_kv_heads) * head_size), keys)
+    if num_kv_heads != keys.shape[2]:
+        raise KernelError(f"{num_kv_heads} key heads for a pool of {keys.shape[2]}; they must be as many")
+    if (q_weight is None) != (k_weight is None):
+        raise KernelError("one of q_weight and k_weight is None; pass both or neither")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_table(name, weight, (head_size,), keys)
+    for name, table in zip(("cosines", "sines"), rotation, strict=True):
+        check_table(name, table, (num_tokens, 1, head_size), keys)
+    check_integers("slots", slots, (num_tokens,), keys)
+
+
 def output_for(q: Tensor, out: Tensor | None) -> Tensor:
     """`out`, or a new tensor for the result of these queries. Raise KernelError if `out` is no place for it."""
     if out is None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import KernelError
+from minillm.plan import ATTENTION_BACKENDS
 from minillm.runtime.kernels.checks import Limits
 
-BACKEND_NAMES = ("auto", "reference", "cuda", "triton", "flash")
+BACKEND_NAMES = ATTENTION_BACKENDS
 FASTEST_FIRST = ("triton", "flash", "cuda", "reference")  # on a GPU
 
 
@@ -80,6 +81,9 @@ def _backend(name: str, shape: tuple) -> Backend | str:
     except ImportError as error:
         return f"it cannot be imported here ({error}); use another backend"
     refusal = module.LIMITS.refusal(*shape)
+    if not refusal and hasattr(module, "unusable"):  # it is built for the shape: here, or never
+        _, dtype, head_size, _, group = shape
+        refusal = module.unusable(dtype, head_size, group)
     return refusal or _of_module(name, module)
 
 

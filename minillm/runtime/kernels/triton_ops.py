@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.errors import KernelError
-from minillm.runtime.kernels.checks import check_integers, check_matrix, check_pool, check_table
+from minillm.runtime.kernels.checks import check_matrix, check_norm_rotate_store, check_table
 from minillm.runtime.kernels.triton_kernels import LIMITS
 from minillm.runtime.kernels.triton_sampling import sample_rows
 
@@ -59,20 +59,8 @@ def norm_rotate_store(
     """From [T, (Hq + 2 * Hkv) * D]: heads of q and k normalised if there are weights, RoPE, keys and values to their
     slots of the pool -> [T, Hq, D] queries. Raises KernelError.
     """
-    check_pool(keys, values, LIMITS, num_heads)
-    head_size, num_tokens = keys.shape[3], len(qkv)
-    all_heads = num_heads + 2 * num_kv_heads
-    check_matrix("qkv", qkv, LIMITS, (num_tokens, all_heads * head_size), keys)
-    if num_kv_heads != keys.shape[2]:
-        raise KernelError(f"{num_kv_heads} key heads for a pool of {keys.shape[2]}; they must be as many")
-    if (q_weight is None) != (k_weight is None):
-        raise KernelError("one of q_weight and k_weight is None; pass both or neither")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            check_table(name, weight, (head_size,), keys)
-    for name, table in zip(("cosines", "sines"), rotation, strict=True):
-        check_table(name, table, (num_tokens, 1, head_size), keys)
-    check_integers("slots", slots, (num_tokens,), keys)
+    check_norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, rotation, slots, keys, values, LIMITS)
+    head_size, num_tokens, all_heads = keys.shape[3], len(qkv), num_heads + 2 * num_kv_heads
     q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype, device=qkv.device)
     if num_tokens:
         normed = q_weight is not None

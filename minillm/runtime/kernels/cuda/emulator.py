@@ -4,19 +4,12 @@
 
 `store_kv`, `decode` and `prefill` here take what those of the package take, with tensors on the CPU. A thread that
 reads or writes outside the arrays, or a barrier that not all threads reach, raises a KernelError that says where.
-It needs a C++ compiler; what is compiled is kept in ~/.cache/minillm/kernels (or below $XDG_CACHE_HOME).
+It needs a C++ compiler, see `building`.
 """
 
 import ctypes
 import functools
-import hashlib
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from minillm.errors import KernelError
+from minillm.runtime.kernels.building import build
 from minillm.runtime.kernels.checks import Limits
 from minillm.runtime.kernels.cuda import launches
 from minillm.runtime.kernels.cuda.compiled import KERNEL_NAME
@@ -213,44 +207,8 @@ def _compiled(source: str) -> ctypes.CDLL:
     calls = "".join(CALL.format(name=name) for name in kernels)
     body = OPEN_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(cpu::dynamic_shared);", source)
     text = f'{HEADER.read_text()}\n#line 1 "kernel.cu"\n{body}\n{calls}'
-    command = [*compiler(), *OPTIONS]
-    name = hashlib.sha256("\0".join([*command, text]).encode()).hexdigest()[:24]
-    path = _cache_folder() / f"{name}.so"
-    if not path.exists():
-        _compile(command, text, path)
-    library = ctypes.CDLL(str(path))
+    library = build(text, OPTIONS)
     library.emulate.restype = ctypes.c_char_p
     library.recorded.restype = ctypes.c_void_p
     library.num_recorded.restype = ctypes.c_long
     return library
-
-
-def compiler() -> list[str]:
-    """The command that compiles C++. Raises KernelError where there is none."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
-            return [name]
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]  # its c++ would build C++'s library first, for a minute
-    raise KernelError(
-        "no C++ compiler for the emulated kernels: looked for $CXX, c++, g++ and clang++; install one, or "
-        "pip install ziglang"
-    )
-
-
-def _compile(command: list[str], text: str, path: Path) -> None:
-    """Several processes may compile the same at once: each into a folder of its own, and the last one stays."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, built = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        source.write_text(text)
-        run = subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, text=True)
-        if run.returncode:
-            raise KernelError(f"{' '.join(command)} refuses the kernels: {run.stderr.strip()}")
-        built.replace(path)
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root, "minillm", "kernels")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -1,0 +1,131 @@
+"""The C++ kernels for a CPU against float64: attention over poisoned pools, small operations, builds, planted bugs."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import operation_cases
+from paged_cases import (
+    check_decode,
+    check_nan_stays_with_those_who_see_it,
+    check_prefill,
+    check_store,
+    paged,
+)
+from tiny_models import LADDER_TOLERANCE, difference
+
+from minillm.runtime.kernels import cpu  # isort: skip
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+SHAPES = [  # each is built, which takes a second or two
+    *((dtype, 2, 64, 16) for dtype in DTYPES),
+    (torch.float32, 1, 32, 1),
+    (torch.float32, 3, 80, 7),
+    (torch.float32, 8, 256, 32),
+    (torch.bfloat16, 4, 128, 16),
+    (torch.float64, 5, 32, 3),
+]
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 200]
+pytestmark = pytest.mark.skipif(
+    cpu.unusable(torch.float32, 64, 2) is not None, reason=f"no C++ kernels: {cpu.unusable(torch.float32, 64, 2)}"
+)
+
+
+def kernels(version=2):
+    """As `paged_cases` calls them: with a number of splits, which a CPU has no use for."""
+
+    def decode(*arguments, num_splits=1, **options):
+        return cpu.decode(*arguments, version=version, **options)
+
+    return SimpleNamespace(decode=decode, prefill=cpu.prefill, store_kv=cpu.store_kv)
+
+
+@pytest.mark.parametrize(("dtype", "group", "head_size", "block_size"), SHAPES)
+def test_decode(dtype, group, head_size, block_size):
+    case = paged(LENGTHS, dtype, head_size=head_size, block_size=block_size, device="cpu")
+    check_decode(kernels(), case, group)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_both_versions_of_decode(version):
+    check_decode(kernels(version), paged(LENGTHS, device="cpu"), group=4)
+
+
+@pytest.mark.parametrize(("dtype", "group", "head_size", "block_size"), SHAPES)
+def test_prefill(dtype, group, head_size, block_size):
+    case = paged([1, 16, 17, 70, 130, 200], dtype, head_size=head_size, block_size=block_size, device="cpu")
+    check_prefill(kernels(), case, [1, 16, 3, 70, 33, 1], group)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 63, 64, 65, 1000])
+def test_sliding_windows(window):
+    case = paged([1, 64, 65, 200], device="cpu")
+    check_decode(kernels(), case, window=window)
+    check_prefill(kernels(), case, [1, 64, 20, 150], window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_thousand_keys(dtype):
+    case = paged([3000, 4097], dtype, num_kv_heads=1, device="cpu")
+    check_decode(kernels(), case)
+    check_prefill(kernels(), case, [40, 17])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store(dtype):
+    check_store(kernels(), dtype, device="cpu")
+
+
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_nan_stays_with_those_who_see_it(what):
+    check_nan_stays_with_those_who_see_it(kernels(), what, device="cpu")
+
+
+# --- the small operations ---
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The checks of `operation_cases`, whatever other devices there are."""
+    monkeypatch.setattr(operation_cases, "DEVICE", "cpu")
+    return operation_cases
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 16, 100, 1100])
+def test_add_rms_norm_and_silu_mul(size, dtype, on_the_cpu):
+    for num_tokens in (1, 5):
+        on_the_cpu.check_add_rms_norm(cpu, dtype, num_tokens, size)
+        on_the_cpu.check_silu_mul(cpu, dtype, num_tokens, max(2, size))
+    nothing = torch.zeros(0, 2 * size, dtype=dtype)
+    assert cpu.silu_mul(nothing).shape == (0, size)
+    assert cpu.add_rms_norm(nothing, nothing.clone(), torch.ones(2 * size, dtype=dtype), 1e-5).shape == (0, 2 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_size"), [((4, 2), 64), ((5, 1), 32)])
+@pytest.mark.parametrize("normed", [True, False])
+def test_norm_rotate_store(normed, heads, head_size, dtype, on_the_cpu):
+    on_the_cpu.check_norm_rotate_store(cpu, dtype, head_size, heads, normed)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so(value):
+    """Otherwise a request whose numbers have overflowed would go on as if nothing were the matter."""
+    x = torch.randn(3, 64)
+    x[1, 7] = value
+    out = cpu.add_rms_norm(x, torch.zeros_like(x), torch.ones(64), 1e-6)
+    assert not out[1].isfinite().all() and out[[0, 2]].isfinite().all()
+    gate_up = torch.randn(3, 64)
+    gate_up[1, 40] = value
+    out = cpu.silu_mul(gate_up)
+    assert not out[1, 8].isfinite() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["mistral-window", "qwen3"])
+@torch.inference_mode()
+def test_the_fused_forward_is_the_model_s(kind, load, on_the_cpu):
+    plain, fused = on_the_cpu.both_forwards(load(kind, torch.float64), cpu, "cpu")
+    assert difference(fused, plain) < LADDER_TOLERANCE
