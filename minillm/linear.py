@@ -6,11 +6,14 @@ against packed, in milliseconds: 3072 x 576 with 4 rows 0.35 and 0.16, with 16 r
 rows 16.5 and 5.6. Small matrices lose: the call costs 10 microseconds more.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST_PACKED = 200_000  # numbers in a matrix from which packing pays
+_pointwise = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)  # None without oneDNN
 
 
 class Linear(nn.Linear):
@@ -23,6 +26,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return F.linear(x, self.weight, self.bias) if self.packed is None else packed_linear(x, self.packed, self.bias)
+
+
+def plain(linear: Linear) -> Callable[[Tensor], Tensor]:
+    """The product alone, without the module around it, whose weight must not change any more."""
+    weight, packed, bias = linear.weight, linear.packed, linear.bias
+    if packed is not None:
+        return lambda x: packed_linear(x, packed, bias)
+    return lambda x: F.linear(x, weight, bias)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -40,7 +51,7 @@ def worth_packing(weight: Tensor) -> bool:
         and weight.dtype == torch.float32
         and weight.numel() >= LEAST_PACKED
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and _pointwise is not None
     )
 
 
@@ -51,4 +62,4 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """What F.linear gives, from a packed weight."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return _pointwise(x, packed, bias, "none", [], "")

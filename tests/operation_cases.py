@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minillm.config import RopeConfig
 from minillm.model import rope_frequencies, rope_rotation, rotate
-from minillm.runtime.fused_decoder import fused_forward
+from minillm.runtime.fused_decoder import FusedDecoder
 from minillm.runtime.kernel_attention import KernelAttention
 from minillm.runtime.kernels import dispatch
 from test_kernel_attention import cache_of, step_of
@@ -87,7 +87,7 @@ def both_forwards(model, fused, backend_name: str) -> tuple[Tensor, Tensor]:
     hidden = []
     for forward in (
         lambda *arguments: model(*arguments),
-        lambda *arguments: fused_forward(model, *arguments, fused),
+        FusedDecoder(model, fused),
     ):
         cache = cache_of(config, model.dtype, 20)
         token_ids = torch.tensor(random_token_ids(len(batch.positions)), device=DEVICE)

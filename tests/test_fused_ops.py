@@ -13,7 +13,7 @@ from minillm.config import ModelConfig
 from minillm.errors import KernelError
 from minillm.model import Decoder
 from minillm.runtime import fused_decoder
-from minillm.runtime.fused_decoder import fused_forward
+from minillm.runtime.fused_decoder import FusedDecoder
 from minillm.runtime.kernels import ops
 from operation_cases import (
     DEVICE,
@@ -174,7 +174,7 @@ def kernels_of_a_layer(qk_norm: bool, fused: bool) -> list[str]:
         token_ids = torch.arange(5)
         with Counter() as count:
             if fused:
-                fused_forward(model, token_ids, token_ids, NoAttention(model.config), one_kernel_each(count))
+                FusedDecoder(model, one_kernel_each(count))(token_ids, token_ids, NoAttention(model.config))
             else:
                 model(token_ids, token_ids, NoAttention(model.config))
         names.append(Multiset(count.names))

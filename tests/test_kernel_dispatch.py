@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import KernelError
-from minillm.runtime.kernels import dispatch, reference
+from minillm.runtime.kernels import cpu, dispatch, reference
 from minillm.runtime.kernels.checks import Limits
 from paged_cases import check_decode, check_nan_stays_with_those_who_see_it, check_prefill, check_store, paged
 
@@ -39,10 +39,15 @@ def picked(wanted: str, model=MODEL, dtype=torch.bfloat16, device="cuda", block_
 # --- auto ---
 
 
-def test_a_cpu_gets_the_reference():
+def test_a_cpu_gets_kernels_in_c_plus_plus_and_else_the_reference(monkeypatch):
+    backend = picked("auto", dtype=torch.float32, device="cpu", block_size=7)
+    assert backend.name == "cpu" and backend.decode is cpu.decode
+    assert backend.why == "cpu: the fastest that will do"
+    monkeypatch.setattr(cpu, "unusable", lambda *shape: "no C++ compiler")
     backend = picked("auto", dtype=torch.float32, device="cpu", block_size=7)
     assert backend.name == "reference" and backend.decode is reference.decode
-    assert backend.why == "reference: what a CPU computes fastest"
+    assert backend.why == "reference: the fastest that will do; not cpu (no C++ compiler)"
+    assert "not cpu (torch.float16" in picked("auto", dtype=torch.float16, device="cpu").why
 
 
 def test_a_gpu_gets_triton_and_then_what_takes_the_shape(a_gpu, monkeypatch):
@@ -101,7 +106,7 @@ def test_limits_by_steps_say_the_steps():
     assert refusal == "block_size 300: these take 256 to 1024 in steps of 256; stop"
 
 
-@pytest.mark.parametrize("name", ["reference", "triton", "flash", "cuda"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton", "flash", "cuda"])
 def test_all_backends_have_one_signature(name):
     module = pytest.importorskip(f"minillm.runtime.kernels.{dispatch._MODULES.get(name, name)}")
     for function in ("store_kv", "decode", "prefill"):

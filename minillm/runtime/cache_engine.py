@@ -47,6 +47,7 @@ class CacheEngine:
         shape = (config.num_hidden_layers, num_blocks, *block)
         self.keys = zeros(shape, dtype, device)
         self.values = zeros(shape, dtype, device)
+        self.layers = list(zip(self.keys, self.values, strict=True))  # of each layer, its two pools
         host_shape = (num_host_blocks, config.num_hidden_layers, *block)
         self.host_keys = host_zeros(host_shape, dtype, device)
         self.host_values = host_zeros(host_shape, dtype, device)

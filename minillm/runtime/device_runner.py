@@ -31,7 +31,7 @@ from minillm.plan import (
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_batch import Announced, DeviceBatch, Step
 from minillm.runtime.device_queue import Queue, queue_for
-from minillm.runtime.fused_decoder import fused_forward
+from minillm.runtime.fused_decoder import FusedDecoder
 from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
 from minillm.runtime.kernels.dispatch import Backend
 from minillm.runtime.step_graph import bucket_sizes, record
@@ -73,7 +73,7 @@ class DeviceRunner:
         self.cache = cache
         self.backend = backend
         self.ops = ops
-        self.fused = options.fused_ops
+        self.fused = FusedDecoder(model, ops) if options.fused_ops else None
         self.queue = queue or queue_for(model.device)
         self.requests: dict[str, Announced] = {}
         self.prompts: dict[str, Sequence[int]] = {}  # of those among them that want its log-probabilities
@@ -200,7 +200,7 @@ class DeviceRunner:
 
     def _forward(self, token_ids: Tensor, positions: Tensor, attend: KernelAttention) -> Tensor:
         if self.fused:
-            return fused_forward(self.model, token_ids, positions, attend, self.ops)
+            return self.fused(token_ids, positions, attend)
         return self.model(token_ids, positions, attend)
 
     def _sample(self, logits: Tensor, inputs: StepInputs, output: "DeviceOutput | None") -> Tensor:

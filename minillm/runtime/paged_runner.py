@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from minillm.memory import to_device
 from minillm.model import Decoder
 from minillm.plan import PENDING, ModelOutput, PromptLogprobs, ScheduledRequest, SchedulerOutput
 from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.fused_decoder import FusedDecoder
+from minillm.runtime.kernel_attention import KernelAttention, attention_inputs
+from minillm.runtime.kernels.dispatch import Backend
 from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
 from minillm.sampling import make_generator, make_processor, prompt_logprobs, sample, token_logprobs
 
@@ -31,9 +35,14 @@ class PagedRunner:
     known.
     """
 
-    def __init__(self, model: Decoder, cache: CacheEngine):
+    def __init__(
+        self, model: Decoder, cache: CacheEngine, backend: Backend | None = None, ops: ModuleType | None = None
+    ):
+        """With a `backend` its kernels attend, and small operations are `ops`, fused; else both are plain torch."""
         self.model = model
         self.cache = cache
+        self.backend = backend
+        self.fused = FusedDecoder(model, ops) if ops else None
         self.params: dict[str, tuple] = {}  # parameters, generator, logits processor of every request announced
         self.prompts: dict[str, Sequence[int]] = {}  # of those among them that want its log-probabilities
         self.sampled: Mapping[str, int] = {}  # in the last step: what PENDING stands for in the next
@@ -49,18 +58,26 @@ class PagedRunner:
         if not plan.scheduled:
             return ModelOutput({}, 0)
         batch, newest_rows = self.prepare(plan)
-        attend = PagedAttention(self.cache, batch, self.model.device)
-        self.mask_bytes = attend.mask_bytes
+        if self.backend is None:
+            attend = PagedAttention(self.cache, batch, self.model.device)
+            self.mask_bytes = attend.mask_bytes
+        else:
+            inputs = attention_inputs(batch, rows_computed(len(batch.positions), self.model.device))
+            attend = KernelAttention(self.cache, inputs, self.backend)
         begin = time.perf_counter()
         output = self._compute(plan, batch, newest_rows, attend)
         self.sampled = output.token_ids
         return output._replace(score_entries=attend.score_entries, device_times=(begin, time.perf_counter()))
 
     def _compute(
-        self, plan: SchedulerOutput, batch: PagedBatch, newest_rows: dict[str, int], attend: PagedAttention
+        self,
+        plan: SchedulerOutput,
+        batch: PagedBatch,
+        newest_rows: dict[str, int],
+        attend: PagedAttention | KernelAttention,
     ) -> ModelOutput:
         token_ids, positions = self._padded(batch.token_ids), self._padded(batch.positions)
-        hidden = self.model(token_ids, positions, attend)  # [T, hidden]
+        hidden = self._forward(token_ids, positions, attend)  # [T, hidden]
         judged = self._judge_prompts(plan, hidden, newest_rows) if self.prompts else {}
         output = self._sample_newest(plan, hidden, newest_rows)
         return output._replace(prompt_logprobs={each: judged[each] for each in judged if each not in output.failed})
@@ -79,6 +96,11 @@ class PagedRunner:
         logits = self.model.logits(hidden.index_select(0, rows))[: len(samplers)]  # [R, ids]
         failed |= self._not_finite(list(samplers), logits)
         return self._sample(list(samplers), logits, failed)
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, attend: PagedAttention | KernelAttention) -> Tensor:
+        if self.fused is None:
+            return self.model(token_ids, positions, attend)
+        return self.fused(token_ids, positions, attend)
 
     def _judge_prompts(
         self, plan: SchedulerOutput, hidden: Tensor, newest_rows: dict[str, int]

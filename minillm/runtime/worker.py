@@ -108,7 +108,7 @@ class Worker:
         with first_layer_alone(model), PeakMemory(model.device) as memory:
             runner = self._new_runner(cache, options._replace(enforce_eager=True))
             # Read late, as with asynchronous scheduling: what log-probabilities are made of is kept meanwhile.
-            for pending in [_launch(runner, plan) for _ in range(1 if self._masked else 2)]:
+            for pending in [_launch(runner, plan) for _ in range(1 if self._on_cpu else 2)]:
                 pending.result()
         return memory.peak_bytes - runner.mask_bytes, runner.mask_bytes
 
@@ -145,17 +145,18 @@ class Worker:
         return choose(self.options.attention_backend, model.config, model.dtype, model.device, block_size)
 
     @property
-    def _masked(self) -> bool:
-        """On a CPU the kernels of torch are fastest with masks prepared once a step, by a runner of their own."""
-        return self.model.device.type == "cpu" and self.backend.name == "reference"
+    def _on_cpu(self) -> bool:
+        """A step is computed when it is launched, by a runner of its own; there the kernels of torch have masks."""
+        return self.model.device.type == "cpu" and self.backend.name in ("cpu", "reference")
 
     @property
     def _records_graphs(self) -> bool:
         return self.model.device.type == "cuda" and self.backend.capturable and not self.options.enforce_eager
 
     def _new_runner(self, cache: CacheEngine, options: RunnerOptions) -> PagedRunner | DeviceRunner:
-        if self._masked:
-            return PagedRunner(self.model, cache)
+        if self._on_cpu:
+            kernels = () if self.backend.name == "reference" else (self.backend, import_module(self.backend.module))
+            return PagedRunner(self.model, cache, *kernels)
         return DeviceRunner(self.model, cache, self.backend, small_operations(self.model, cache.block_size), options)
 
     # --- steps ---

@@ -170,6 +170,22 @@ def check_table(name: str, x: Tensor, shape: tuple[int, ...], beside: Tensor, dt
         )
 
 
+def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, limits: Limits) -> None:
+    """Raise KernelError unless two [T, hidden] and the [hidden] weight of a norm fit each other."""
+    check_matrix("x", x, limits)
+    check_matrix("residual", residual, limits, tuple(x.shape), x)
+    check_table("weight", weight, (x.shape[1],), x)
+
+
+def check_silu_mul(gate_up: Tensor, limits: Limits) -> None:
+    """Raise KernelError unless this is a [T, 2 * ff]."""
+    check_matrix("gate_up", gate_up, limits)
+    if gate_up.shape[1] % 2:
+        raise KernelError(
+            f"gate_up has {gate_up.shape[1]} columns; pass gate and up beside each other, so an even number"
+        )
+
+
 def check_norm_rotate_store(
     qkv: Tensor,
     num_heads: int,

@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from minillm.plan import ATTENTION_BACKENDS
 from minillm.runtime.kernels.checks import Limits
 
 BACKEND_NAMES = ATTENTION_BACKENDS
-FASTEST_FIRST = ("triton", "flash", "cuda", "reference")  # on a GPU
+FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("triton", "flash", "cuda", "reference")}  # by type of device
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Backend:
     """The kernels a worker calls."""
 
     name: str
+    module: str  # where its kernels are
     limits: Limits
     store_kv: Callable[..., None]
     decode: Callable[..., Tensor]
     prefill: Callable[..., Tensor]
+    unchecked: Any  # decode and prefill again, which need not look at arguments that are like those before
     capturable: bool  # a CUDA graph may be made of them
     why: str  # one line: what was picked, and why what would be faster was not
 
@@ -63,10 +66,8 @@ def _shape(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, 
 
 
 def _fastest(shape: tuple) -> Backend:
-    if shape[0] == "cpu":
-        return replace(_backend("reference", shape), why="reference: what a CPU computes fastest")
     refusals = []
-    for name in FASTEST_FIRST:
+    for name in FASTEST_FIRST.get(shape[0], FASTEST_FIRST["cuda"]):
         found = _backend(name, shape)
         if isinstance(found, Backend):
             return replace(found, why="; ".join([f"{name}: the fastest that will do", *refusals]))
@@ -91,5 +92,14 @@ _MODULES = {"triton": "triton_kernels"}
 
 
 def _of_module(name: str, module: ModuleType) -> Backend:
-    capturable = getattr(module, "CAPTURABLE", True)
-    return Backend(name, module.LIMITS, module.store_kv, module.decode, module.prefill, capturable, why="")
+    return Backend(
+        name=name,
+        module=module.__name__,
+        limits=module.LIMITS,
+        store_kv=module.store_kv,
+        decode=module.decode,
+        prefill=module.prefill,
+        unchecked=getattr(module, "unchecked", module),
+        capturable=getattr(module, "CAPTURABLE", True),
+        why="",
+    )

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.errors import KernelError
-from minillm.runtime.kernels.checks import check_matrix, check_norm_rotate_store, check_table
+from minillm.runtime.kernels.checks import check_add_rms_norm, check_norm_rotate_store, check_silu_mul
 from minillm.runtime.kernels.triton_kernels import LIMITS
 from minillm.runtime.kernels.triton_sampling import sample_rows
 
@@ -29,9 +29,7 @@ SILU_COLUMNS = 1024  # of a silu_mul tile
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Add [T, hidden] `x` to `residual` in place, and normalise the sum -> [T, hidden]. Raises KernelError."""
-    check_matrix("x", x, LIMITS)
-    check_matrix("residual", residual, LIMITS, tuple(x.shape), x)
-    check_table("weight", weight, (x.shape[1],), x)
+    check_add_rms_norm(x, residual, weight, LIMITS)
     num_tokens, size = x.shape
     if size > MOST_COLUMNS:
         raise KernelError(f"hidden size {size}: a program keeps up to {MOST_COLUMNS} numbers; use kernels/ops.py")
@@ -73,10 +71,8 @@ def norm_rotate_store(
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 * ff] -> silu(first half) * second half, [T, ff]. Raises KernelError."""
-    check_matrix("gate_up", gate_up, LIMITS)
+    check_silu_mul(gate_up, LIMITS)
     num_tokens, both = gate_up.shape
-    if both % 2:
-        raise KernelError(f"gate_up has {both} columns; pass gate and up beside each other, so an even number")
     out = torch.empty(num_tokens, both // 2, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         tiles = triton.cdiv(both // 2, SILU_COLUMNS)

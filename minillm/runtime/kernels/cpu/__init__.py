@@ -7,6 +7,7 @@
 import ctypes
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from minillm.errors import KernelError
 from minillm.runtime.kernels.building import NATIVE, build, processor
 from minillm.runtime.kernels.checks import (
     Limits,
+    check_add_rms_norm,
     check_decode,
-    check_matrix,
     check_norm_rotate_store,
     check_prefill,
+    check_silu_mul,
     check_store,
-    check_table,
     output_for,
 )
 from minillm.runtime.kernels.ops import sample_rows
@@ -85,6 +86,10 @@ def _int32(x: Tensor) -> Tensor:
 def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """See `reference.store_kv`; a token whose slot is negative writes nothing."""
     check_store(keys, values, slots, k, v, LIMITS)
+    _store_kv(keys, values, slots, k, v)
+
+
+def _store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     slots = slots.long()
     _library(keys.dtype, *ANY_SHAPE).store_kv(
         keys.data_ptr(), values.data_ptr(), slots.data_ptr(), k.data_ptr(), v.data_ptr(),
@@ -104,15 +109,19 @@ def decode(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.decode`. `version` 1 reads each key once for every query head, 2 once for all that share it."""
-    group = check_decode(q, keys, values, tables, lengths, window, LIMITS)
+    check_decode(q, keys, values, tables, lengths, window, LIMITS)
     out = output_for(q, out)
-    tables, lengths = _int32(tables), _int32(lengths)
-    _library(keys.dtype, keys.shape[3], group).decode(
-        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.stride(0),
-        lengths.data_ptr(), out.data_ptr(), len(q), keys.shape[2], keys.shape[1], window or 0, version,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _decode(q, keys, values, _int32(tables), _int32(lengths), window, version=version, out=out)
     return out
+
+
+def _decode(q, keys, values, tables, lengths, window, *, version: int = 2, out: Tensor) -> None:
+    _, block_size, heads, head_size = keys.shape
+    num_rows, num_heads, _ = q.shape
+    _library(keys.dtype, head_size, num_heads // heads).decode(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.stride(0),
+        lengths.data_ptr(), out.data_ptr(), num_rows, heads, block_size, window or 0, version, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def prefill(
@@ -128,15 +137,20 @@ def prefill(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.prefill`."""
-    group = check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
+    check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
     out = output_for(q, out)
-    tables, query_starts, lengths = _int32(tables), _int32(query_starts), _int32(lengths)
-    _library(keys.dtype, keys.shape[3], group).prefill(
-        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.stride(0),
-        query_starts.data_ptr(), lengths.data_ptr(), out.data_ptr(), len(q), len(tables), keys.shape[2],
-        keys.shape[1], window or 0, torch.get_num_threads(),
-    )  # fmt: skip
+    _prefill(q, keys, values, _int32(tables), _int32(query_starts), _int32(lengths), max_queries, window, out=out)
     return out
+
+
+def _prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, *, out: Tensor) -> None:
+    _, block_size, heads, head_size = keys.shape
+    num_rows, num_heads, _ = q.shape
+    _library(keys.dtype, head_size, num_heads // heads).prefill(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.stride(0),
+        query_starts.data_ptr(), lengths.data_ptr(), out.data_ptr(), num_rows, len(tables), heads, block_size,
+        window or 0, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 # --- the small operations, as in `ops` ---
@@ -144,9 +158,11 @@ def prefill(
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.add_rms_norm`. Raises KernelError."""
-    check_matrix("x", x, LIMITS)
-    check_matrix("residual", residual, LIMITS, tuple(x.shape), x)
-    check_table("weight", weight, (x.shape[1],), x)
+    check_add_rms_norm(x, residual, weight, LIMITS)
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     _library(x.dtype, *ANY_SHAPE).add_rms_norm(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), eps, *x.shape, torch.get_num_threads()
@@ -156,13 +172,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `ops.silu_mul`. Raises KernelError."""
-    check_matrix("gate_up", gate_up, LIMITS)
+    check_silu_mul(gate_up, LIMITS)
+    return _silu_mul(gate_up)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
     num_tokens, both = gate_up.shape
-    if both % 2:
-        raise KernelError(f"gate_up has {both} columns; pass gate and up beside each other, so an even number")
     out = torch.empty(num_tokens, both // 2, dtype=gate_up.dtype)
     _library(gate_up.dtype, *ANY_SHAPE).silu_mul(
-        gate_up.data_ptr(), out.data_ptr(), *out.shape, torch.get_num_threads()
+        gate_up.data_ptr(), out.data_ptr(), num_tokens, both // 2, torch.get_num_threads()
     )
     return out
 
@@ -180,17 +198,30 @@ def norm_rotate_store(
     values: Tensor,
 ) -> Tensor:
     """See `ops.norm_rotate_store`. Raises KernelError."""
-    head_size, num_tokens = keys.shape[3], len(qkv)
     check_norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, rotation, slots, keys, values, LIMITS)
+    return _norm_rotate_store(
+        qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots.long(), keys, values
+    )
+
+
+def _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots, keys, values) -> Tensor:
+    head_size, num_tokens = keys.shape[3], qkv.shape[0]
     q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype)
-    slots = slots.long()
+    weights = (None, None) if q_weight is None else (q_weight.data_ptr(), k_weight.data_ptr())
     _library(keys.dtype, head_size, num_heads // num_kv_heads).norm_rotate_store(
-        qkv.data_ptr(), _pointer(q_weight), _pointer(k_weight), eps, rotation[0].data_ptr(), rotation[1].data_ptr(),
-        slots.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), num_tokens, num_kv_heads,
-        torch.get_num_threads(),
+        qkv.data_ptr(), *weights, eps, rotation[0].data_ptr(), rotation[1].data_ptr(), slots.data_ptr(), q.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), num_tokens, num_kv_heads, torch.get_num_threads(),
     )  # fmt: skip
     return q
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+# The same without a look at the arguments: layers are alike, and what was taken in the first is taken in all. Tables
+# and lengths must be int32, slots int64.
+unchecked = SimpleNamespace(
+    store_kv=_store_kv,
+    decode=_decode,
+    prefill=_prefill,
+    add_rms_norm=_add_rms_norm,
+    silu_mul=_silu_mul,
+    norm_rotate_store=_norm_rotate_store,
+)
