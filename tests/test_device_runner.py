@@ -593,22 +593,22 @@ def generate(model, **config):
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
 def test_an_engine_says_the_same_on_either_runner(model, monkeypatch, async_scheduling, preemption_mode):
     expected, _ = generate(model)
-    monkeypatch.setattr(Worker, "_masked", False)
+    monkeypatch.setattr(Worker, "_on_cpu", False)
     monkeypatch.setattr(device_runner, "queue_for", lambda device: LateQueue())
-    for enforce_eager in (True, False):
-        ways = {"async_scheduling": async_scheduling, "preemption_mode": preemption_mode}
-        found, trace = generate(model, enforce_eager=enforce_eager, **ways)
+    ways = {"async_scheduling": async_scheduling, "preemption_mode": preemption_mode}
+    for kernels in ({"attention_backend": "reference"}, {"enforce_eager": True}, {"enforce_eager": False}):
+        found, trace = generate(model, **kernels, **ways)
         assert found == expected
         assert preemption_mode in {each.mode for step in trace.steps for each in step.preempted}
         assert all(step.device is not None for step in trace.steps)
 
 
 def test_a_cpu_has_its_own_runner(load):
-    for name in ("auto", "reference"):
+    for name in ("auto", "cpu", "reference"):
         worker = Worker(load(KIND), RunnerOptions(name))
         worker.init_cache(9, 16)
         assert isinstance(worker.runner, PagedRunner)
-        assert worker.why.startswith("reference: ")
+        assert worker.why.startswith("reference: " if name == "reference" else ("cpu: ", "reference: "))
 
 
 def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_allocated(load, monkeypatch):
@@ -623,7 +623,7 @@ def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_al
 
 def test_the_profile_has_room_for_a_step_that_is_read_late(load, monkeypatch):
     """Its logits are kept for log-probabilities while the next one is computed."""
-    monkeypatch.setattr(Worker, "_masked", False)
+    monkeypatch.setattr(Worker, "_on_cpu", False)
     model = load(KIND)
     worker = Worker(model, OPTIONS._replace(fused_ops=True))
     limits = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "max_model_len": 48}
