@@ -23,9 +23,23 @@ class Linear(nn.Linear):
         super().__init__(*arguments, **options)
         self.register_buffer("packed", None, persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Random numbers, if there is memory for them: without, torch loads its compiler to draw them, a second."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return F.linear(x, self.weight, self.bias) if self.packed is None else packed_linear(x, self.packed, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that draws no numbers for a weight without memory; see `Linear.reset_parameters`."""
+
+    def reset_parameters(self) -> None:
+        """Random numbers, if there is memory for them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 def plain(linear: Linear) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig, RopeConfig
-from minillm.linear import Linear, pack, pack_linears, packed_linear, worth_packing
+from minillm.linear import Embedding, Linear, pack, pack_linears, packed_linear, worth_packing
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -147,7 +147,7 @@ class RMSNorm(nn.Module):
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """[D/2] radians a position: theta^(-2i/D), stretched as `rope.scaling` says. Always float32, as it is trained."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.scaling == "linear":
         return frequencies / rope.factor
