@@ -7,6 +7,10 @@ import pytest
 import torch
 
 import operation_cases
+from minillm.errors import KernelError
+from minillm.plan import RunnerOptions
+from minillm.runtime.kernels import building, cpu
+from minillm.runtime.worker import Worker
 from paged_cases import (
     check_decode,
     check_nan_stays_with_those_who_see_it,
@@ -15,8 +19,6 @@ from paged_cases import (
     paged,
 )
 from tiny_models import LADDER_TOLERANCE, difference
-
-from minillm.runtime.kernels import cpu  # isort: skip
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SHAPES = [  # each is built, which takes a second or two
@@ -129,3 +131,115 @@ def test_what_is_not_finite_stays_so(value):
 def test_the_fused_forward_is_the_model_s(kind, load, on_the_cpu):
     plain, fused = on_the_cpu.both_forwards(load(kind, torch.float64), cpu, "cpu")
     assert difference(fused, plain) < LADDER_TOLERANCE
+
+
+# --- building ---
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As on a machine on which nothing has been built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu._library.cache_clear()
+    yield tmp_path
+    cpu._library.cache_clear()
+
+
+def test_a_library_is_built_once_for_a_processor(fresh, monkeypatch):
+    assert cpu.unusable(torch.float32, 32, 1) is None
+    built = sorted(fresh.rglob("*.so"))
+    assert len(built) == 2  # of this shape of heads, and of what is for all
+    cpu._library.cache_clear()
+    monkeypatch.setattr(building, "_compile", None)  # it need not be called again
+    assert cpu.unusable(torch.float32, 32, 1) is None
+    cpu._library.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh))
+    monkeypatch.setattr(cpu, "processor", lambda: "another one, with fewer instructions")
+    assert cpu.unusable(torch.float32, 32, 1) is None
+    assert len(sorted(fresh.rglob("*.so"))) == 4 and set(built) < set(fresh.rglob("*.so"))
+
+
+def test_without_a_compiler_or_with_a_failing_one_the_engine_runs_and_says_why(fresh, monkeypatch, load):
+    monkeypatch.setattr(building.shutil, "which", lambda name: None)
+    monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
+    worker = Worker(load("llama"))
+    worker.init_cache(9, 16)
+    assert worker.backend.name == "reference"
+    assert worker.why.startswith("reference: the fastest that will do; not cpu (no C++ compiler")
+    with pytest.raises(KernelError, match="attention_backend 'cpu': no C\\+\\+ compiler"):
+        Worker(load("llama"), RunnerOptions("cpu")).init_cache(9, 16)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh))
+    monkeypatch.setenv("CXX", "false")
+    assert "refuses the kernels" in cpu.unusable(torch.float32, 32, 1)
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(fresh, monkeypatch):
+    (fresh / "minillm").write_text("a file where a folder should be")
+    assert "minillm" in cpu.unusable(torch.float32, 32, 1)
+
+
+# --- bugs planted in the source ---
+
+
+def small_decode(window=None):
+    check_decode(kernels(), paged([0, 1, 16, 17, 90], num_kv_heads=2, head_size=32, device="cpu"), 2, window)
+
+
+def small_prefill(window=None):
+    case = paged([1, 17, 70, 130], num_kv_heads=2, head_size=32, device="cpu")
+    check_prefill(kernels(), case, [1, 17, 5, 100], 2, window)
+
+
+def nan_prefill():
+    check_nan_stays_with_those_who_see_it(kernels(), "values", device="cpu")
+
+
+def small_operations():
+    operation_cases.check_add_rms_norm(cpu, torch.float32)
+    operation_cases.check_silu_mul(cpu, torch.float32)
+    operation_cases.check_norm_rotate_store(cpu, torch.float32)
+
+
+BUGS = {
+    "one key too few": (
+        "t < end; ++t) {\n        const SCALAR* value",
+        "t < end - 1; ++t) {\n        const SCALAR* value",
+        small_decode,
+    ),
+    "blocks in the order of the pool": ("table[t / block_size] *", "(t / block_size) *", small_decode),
+    "the block of the request before": (
+        "tables + b * table_stride",
+        "tables + (b ? b - 1 : 0) * table_stride",
+        small_decode,
+    ),
+    "window one too long": ("end > window ? end - window", "end > window ? end - window - 1", lambda: small_decode(7)),
+    "scores not scaled": ("* scale;\n    for (int64_t t", ";\n    for (int64_t t", small_decode),
+    "the next key seen": ("position + row / G + 1 - start", "position + row / G + 2 - start", small_prefill),
+    "sums not rescaled": ("tile.sum[row][i] *= shrink", "tile.sum[row][i] *= 1", small_prefill),
+    "total forgotten": ("tile.total[row] * shrink + total", "tile.total[row] + total", small_prefill),
+    "window of the first row for all": ("own - window)", "tile.total[0] * 0)", lambda: small_prefill(9)),
+    "0 * NaN": ("wrong += !std", "wrong += 0 * !std", nan_prefill),
+    "x not added": ("real(kept[i]) + real(x", "real(kept[i]) + 0 * real(x", small_operations),
+    "silu of the other side": ("(g > 0 ? g : g * e)", "(g > 0 ? g * e : g)", small_operations),
+    "padding stored": ("if (slots[t] < 0) continue;\n        SCALAR *key", "SCALAR *key", small_operations),
+    "turned the other way": ("real(cos[i]) + y[i + D / 2]", "real(cos[i]) - y[i + D / 2]", small_operations),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found(name, fresh, monkeypatch, on_the_cpu):
+    right, wrong, check = BUGS[name]
+    source = cpu.SOURCE.read_text()
+    assert source.count(right) == 1
+    planted = fresh / "planted.cpp"
+    planted.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(cpu, "SOURCE", planted)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("check", [*dict.fromkeys(bug[-1] for bug in BUGS.values())])
+def test_without_the_bug_the_same_check_passes(check, on_the_cpu):
+    check()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minillm.errors import KernelError
-from minillm.runtime.kernels import cuda
+from minillm.runtime.kernels import building, cuda
 from minillm.runtime.kernels.cuda import compiled, emulator
 from minillm.runtime.kernels.cuda.emulator import BACKWARDS, Emulator, emulate
 from minillm.runtime.kernels.cuda.launches import SOURCE, Specialisation, splits_for
@@ -385,9 +385,9 @@ def test_shuffles_move_what_cuda_says():
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(emulator.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(KernelError, match="no C\\+\\+ compiler.*pip install ziglang"):
-        emulator.compiler()
+        building.compiler()
 
 
 # --- bugs planted in the source ---

@@ -202,7 +202,6 @@ def test_a_planted_bug_is_found(name):
     shape, step = config(window=9), step_of(*MIXED)
     backend = dispatch.choose("reference", shape, torch.float64, DEVICE, BLOCK)
     backend = replace(backend, **{function: broken(getattr(backend, function))})
-    backend = replace(backend, unchecked=backend)
     masked = PagedAttention(cache_of(shape, torch.float64, 20, "cpu"), step.batch, torch.device("cpu"))
     kernels = KernelAttention(cache_of(shape, torch.float64, 20), step.inputs, backend)
     num_tokens = len(step.batch.slots)

@@ -88,7 +88,7 @@ class KernelAttention:
         """[T, Hq, D] -> [T, Hq, D], where the new keys and values have been stored already."""
         step, (keys, values) = self.inputs, self.pool(layer)
         window = self.windows[layer]
-        kernels = self.backend if layer == 0 else self.backend.unchecked
+        kernels = self.backend if layer == 0 else self.backend.unchecked or self.backend
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         split, num_rows = step.num_decodes, q.shape[0]
         if split == num_rows:

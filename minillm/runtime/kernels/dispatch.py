@@ -36,7 +36,7 @@ class Backend:
     store_kv: Callable[..., None]
     decode: Callable[..., Tensor]
     prefill: Callable[..., Tensor]
-    unchecked: Any  # decode and prefill again, which need not look at arguments that are like those before
+    unchecked: Any  # decode and prefill again, without a look at arguments that are like those before; or None
     capturable: bool  # a CUDA graph may be made of them
     why: str  # one line: what was picked, and why what would be faster was not
 
@@ -99,7 +99,7 @@ def _of_module(name: str, module: ModuleType) -> Backend:
         store_kv=module.store_kv,
         decode=module.decode,
         prefill=module.prefill,
-        unchecked=getattr(module, "unchecked", module),
+        unchecked=getattr(module, "unchecked", None),
         capturable=getattr(module, "CAPTURABLE", True),
         why="",
     )
