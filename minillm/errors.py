@@ -209,8 +209,13 @@ def checked(
     names = list(inspect.signature(function).parameters)
     kinds = {name: kind for name, kind in function.__annotations__.items() if name in names and name not in skip}
 
+    # Quick where a class is all that is asked: some functions run in every layer of every step.
+    classes = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and kind not in (int, float)}
+
     def check(name: str, value: object):
-        return check_kind(name, value, kinds[name], error=error) if name in kinds else value
+        if name not in kinds or (name in classes and isinstance(value, classes[name])):
+            return value
+        return check_kind(name, value, kinds[name], error=error)
 
     @functools.wraps(function)
     def with_checks(*args, **named):
@@ -242,7 +247,7 @@ def _converted(value: object, kind: object):
     if origin in (Union, UnionType):
         return next((found for part in parts if (found := _converted(value, part)) is not _REFUSED), _REFUSED)
     if origin is Annotated:
-        number = _converted_number(value, int)
+        number = value if type(value) is int and value <= MOST else _converted_number(value, int)
         return number if number is not _REFUSED and number >= parts[1] else _REFUSED
     if origin is Literal:
         return next((each for each in parts if type(value) is type(each) and value == each), _REFUSED)

@@ -220,7 +220,7 @@ BUGS = {
     "sums not rescaled": ("tile.sum[row][i] *= shrink", "tile.sum[row][i] *= 1", small_prefill),
     "total forgotten": ("tile.total[row] * shrink + total", "tile.total[row] + total", small_prefill),
     "window of the first row for all": ("own - window)", "tile.total[0] * 0)", lambda: small_prefill(9)),
-    "0 * NaN": ("wrong += !std", "wrong += 0 * !std", nan_prefill),
+    "0 * NaN": ("wrong += !__b", "wrong += 0 * !__b", nan_prefill),
     "x not added": ("real(kept[i]) + real(x", "real(kept[i]) + 0 * real(x", small_operations),
     "silu of the other side": ("(g > 0 ? g : g * e)", "(g > 0 ? g * e : g)", small_operations),
     "padding stored": ("if (slots[t] < 0) continue;\n        SCALAR *key", "SCALAR *key", small_operations),

@@ -362,10 +362,15 @@ def test_one_number_that_is_not_finite_in_a_chunk_that_gives_no_token_is_enough(
     """Of either sign, and only in the hidden state of the chunk's newest token."""
     engine = make_engine(checkpoint("llama"), max_num_batched_tokens=num_tokens, max_num_seqs=1)
 
-    def spoil(model, inputs, hidden):
-        hidden[-1, 5] = value
+    runner = engine.executor.workers[0].runner
+    forward = runner._forward
 
-    engine.model.register_forward_hook(spoil)
+    def spoiled(*arguments):
+        hidden = forward(*arguments)
+        hidden[-1, 5] = value
+        return hidden
+
+    runner._forward = spoiled
     engine.add_request("bad", random_token_ids(25), TEN)
     (failed,) = engine.step()
     assert failed.finished and failed.outputs[0].finish_reason == "error"

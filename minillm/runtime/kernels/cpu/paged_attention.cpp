@@ -14,38 +14,52 @@
 // All sums are float32 (double for double); what is stored is rounded once. NaN and infinity pass through: the flags in
 // __init__.py let sums be reordered, but do not promise the compiler finite numbers.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 struct bf16 {
     uint16_t bits;
     bf16() = default;
     bf16(float x) {
         uint32_t u;
-        std::memcpy(&u, &x, 4);
+        memcpy(&u, &x, 4);
         bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to the nearest, ties to even
     }
     operator float() const {
         uint32_t u = uint32_t(bits) << 16;
         float x;
-        std::memcpy(&x, &u, 4);
+        memcpy(&x, &u, 4);
         return x;
     }
 };
 
-using real = std::conditional_t<std::is_same_v<SCALAR, double>, double, float>;
+template <typename T> struct Sum { using type = float; };  // what numbers of type T are added up in
+template <> struct Sum<double> { using type = double; };
+using real = Sum<SCALAR>::type;
 constexpr int D = HEAD_SIZE, G = GROUP;
-constexpr real NOTHING = -std::numeric_limits<real>::infinity();
+constexpr real NOTHING = -__builtin_inf();
+
+template <typename T> static T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T> static T larger(T a, T b) { return a < b ? b : a; }
+
+// Memory that a thread keeps from call to call: at least so many numbers. (No C++ library: zig has none built.)
+static real* scratch(int64_t count) {
+    static thread_local real* place = nullptr;
+    static thread_local int64_t size = 0;
+    if (size < count) {
+        free(place);
+        place = (real*)malloc(count * sizeof(real));
+        size = count;
+    }
+    return place;
+}
 
 // e^x for x <= 0, to about 2 in the last place, in operations that a vector unit has: 2^n * e^r, |r| <= ln(2) / 2.
 static inline float exp_of(float x) {
     float low = x < -87.3f ? -87.3f : x;  // NaN is not below
-    float n = std::nearbyint(low * 1.44269504f);
+    float n = nearbyintf(low * 1.44269504f);
     float r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -56,10 +70,10 @@ static inline float exp_of(float x) {
     p = p * r * r + r + 1.0f;
     uint32_t bits = (uint32_t(int32_t(n)) + 127) << 23;  // NaN makes any power of two, and p is NaN
     float power;
-    std::memcpy(&power, &bits, 4);
+    memcpy(&power, &bits, 4);
     return x < -87.3f ? 0.0f : p * power;
 }
-static inline double exp_of(double x) { return std::exp(x); }
+static inline double exp_of(double x) { return exp(x); }
 
 // Where token number t of a request lies in the pool of its layer: the place of its block, and there its own.
 struct Pool {
@@ -75,7 +89,7 @@ struct Pool {
 static real inverse_rms(const real* x, int64_t size, float eps) {
     real sum = 0;
     for (int64_t i = 0; i < size; ++i) sum += x[i] * x[i];
-    return 1 / std::sqrt(sum / size + real(eps));
+    return 1 / sqrt(sum / size + real(eps));
 }
 
 // residual += x; out = RMSNorm(residual) * weight. [rows, size] each.
@@ -83,9 +97,7 @@ extern "C" void add_rms_norm(const SCALAR* x, SCALAR* residual, const SCALAR* we
                              int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
-        thread_local std::vector<real> sum;
-        sum.resize(size);
-        real* s = sum.data();
+        real* s = scratch(size);
         SCALAR* kept = residual + row * size;
         for (int64_t i = 0; i < size; ++i) {
             kept[i] = SCALAR(real(kept[i]) + real(x[row * size + i]));
@@ -113,8 +125,8 @@ extern "C" void store_kv(SCALAR* keys, SCALAR* values, const int64_t* slots, con
                          int64_t tokens, int64_t width, int64_t k_stride, int64_t v_stride) {
     for (int64_t t = 0; t < tokens; ++t) {
         if (slots[t] < 0) continue;
-        std::copy_n(k + t * k_stride, width, keys + slots[t] * width);
-        std::copy_n(v + t * v_stride, width, values + slots[t] * width);
+        memcpy(keys + slots[t] * width, k + t * k_stride, width * sizeof(SCALAR));
+        memcpy(values + slots[t] * width, v + t * v_stride, width * sizeof(SCALAR));
     }
 }
 
@@ -145,7 +157,7 @@ extern "C" void norm_rotate_store(const SCALAR* qkv, const SCALAR* q_weight, con
         if (slots[t] < 0) continue;
         SCALAR *key = keys + slots[t] * kv_heads * D, *value = values + slots[t] * kv_heads * D;
         for (int64_t h = 0; h < kv_heads; ++h) norm_and_rotate(row + (heads + h) * D, k_weight, eps, c, s, key + h * D);
-        std::copy_n(row + (heads + kv_heads) * D, kv_heads * D, value);
+        memcpy(value, row + (heads + kv_heads) * D, kv_heads * D * sizeof(SCALAR));
     }
 }
 
@@ -163,9 +175,8 @@ static void softmax(real* scores, int64_t first, int64_t end) {
 template <int N>
 static void look(const SCALAR* q, const Pool& pool, const int32_t* table, int64_t head, int64_t first, int64_t end,
                  SCALAR* out) {
-    thread_local std::vector<real> scores;
-    scores.resize(N * end);
-    const real scale = 1 / std::sqrt(real(D));
+    real* scores = scratch(N * end);
+    const real scale = 1 / sqrt(real(D));
     real query[N][D], sum[N][D] = {};
     for (int n = 0; n < N; ++n)
         for (int i = 0; i < D; ++i) query[n][i] = real(q[n * D + i]) * scale;
@@ -200,7 +211,7 @@ extern "C" void decode(const SCALAR* q, int64_t q_stride, const SCALAR* keys, co
             SCALAR* to = out + (b * kv_heads + head) * G * D;
             const int32_t* table = tables + b * table_stride;
             const int64_t end = lengths[b], first = window && end > window ? end - window : 0;
-            if (end < 1) std::fill_n(to, G * D, SCALAR(0));
+            if (end < 1) memset(to, 0, G * D * sizeof(SCALAR));
             else if (version == 1)
                 for (int g = 0; g < G; ++g) look<1>(query + g * D, pool, table, head, first, end, to + g * D);
             else look<G>(query, pool, table, head, first, end, to);
@@ -265,7 +276,7 @@ static void multiply(const real (*left)[INNER], const real (*right)[COLUMNS], re
 static void reweigh(Tile& tile, int row, int first, int end) {
     real* score = tile.weights[row];
     if (first >= end) {  // it sees none of these keys
-        std::fill_n(score, KEYS, real(0));
+        memset(score, 0, KEYS * sizeof(real));
         return;
     }
     real most = tile.most[row], total = 0;
@@ -284,43 +295,42 @@ static void reweigh(Tile& tile, int row, int first, int end) {
 // One tile of queries at positions `position` .. position + tokens - 1 of one request, for one key head.
 static void look_together(const SCALAR* q, int64_t q_stride, const Pool& pool, const int32_t* table, int64_t head,
                           int64_t position, int tokens, int64_t window, SCALAR* out, int64_t out_stride) {
-    thread_local std::vector<Tile> place(1);
-    Tile& tile = place[0];
-    const real scale = 1 / std::sqrt(real(D));
+    static thread_local Tile tile;
+    const real scale = 1 / sqrt(real(D));
     const int rows = tokens * G;
-    std::memset(tile.query, 0, sizeof tile.query);
-    std::memset(tile.sum, 0, sizeof tile.sum);
-    std::memset(tile.weights, 0, sizeof tile.weights);
+    memset(tile.query, 0, sizeof tile.query);
+    memset(tile.sum, 0, sizeof tile.sum);
+    memset(tile.weights, 0, sizeof tile.weights);
     for (int row = 0; row < rows; ++row) {
         for (int i = 0; i < D; ++i) tile.query[row][i] = real(q[row / G * q_stride + row % G * D + i]) * scale;
         tile.most[row] = NOTHING, tile.total[row] = 0;
     }
     const int64_t end = position + tokens, begin = window && position + 1 > window ? position + 1 - window : 0;
     for (int64_t start = begin; start < end; start += KEYS) {
-        const int count = int(std::min<int64_t>(KEYS, end - start));
+        const int count = int(smaller<int64_t>(KEYS, end - start));
         int wrong = 0;  // values that are not finite
         for (int j = 0; j < count; ++j) {
             const int64_t at = pool.at(table, start + j, head);
             for (int i = 0; i < D; ++i) {
                 tile.keys[i][j] = real(pool.keys[at + i]);
                 tile.values[j][i] = real(pool.values[at + i]);
-                wrong += !std::isfinite(tile.values[j][i]);
+                wrong += !__builtin_isfinite(tile.values[j][i]);
             }
         }
-        std::memset(tile.weights, 0, sizeof tile.weights);
+        memset(tile.weights, 0, sizeof tile.weights);
         multiply<WIDE, KEYS>(tile.query, tile.keys, tile.weights, rows, D);
         for (int row = 0; row < rows; ++row) {
             const int64_t own = position + row / G + 1 - start;  // keys of the tile before the end of what it sees
-            const int64_t first = window ? std::max<int64_t>(0, own - window) : 0, last = std::min<int64_t>(own, count);
-            reweigh(tile, row, int(std::min(first, last)), int(last));
+            const int64_t first = window ? larger<int64_t>(0, own - window) : 0, last = smaller<int64_t>(own, count);
+            reweigh(tile, row, int(smaller(first, last)), int(last));
             // 0 * NaN is NaN: what is not finite is added here, to those who see it, and is 0 for the product below.
             for (int64_t j = first; wrong && j < last; ++j)
                 for (int i = 0; i < D; ++i)
-                    if (!std::isfinite(tile.values[j][i])) tile.sum[row][i] += tile.weights[row][j] * tile.values[j][i];
+                    if (!__builtin_isfinite(tile.values[j][i])) tile.sum[row][i] += tile.weights[row][j] * tile.values[j][i];
         }
         for (int j = 0; wrong && j < count; ++j)
             for (int i = 0; i < D; ++i)
-                if (!std::isfinite(tile.values[j][i])) tile.values[j][i] = 0;
+                if (!__builtin_isfinite(tile.values[j][i])) tile.values[j][i] = 0;
         multiply<KEYS, WIDE>(tile.weights, tile.values, tile.sum, rows, count);
     }
     for (int row = 0; row < rows; ++row)
@@ -336,24 +346,23 @@ extern "C" void prefill(const SCALAR* q, int64_t q_stride, const SCALAR* keys, c
                         int64_t window, int threads) {
     const Pool pool{keys, values, block_size, kv_heads};
     const int64_t out_stride = kv_heads * G * D;
-    struct Piece { int64_t request, row, position; int tokens; };
-    std::vector<Piece> pieces;
-    std::vector<bool> real_row(rows, false);
+    struct Piece { int64_t request, row, position, tokens; };
+    Piece* pieces = (Piece*)malloc((rows + 1) * sizeof(Piece));
+    int64_t count = 0;
+    memset(out, 0, rows * out_stride * sizeof(SCALAR));  // what padding keeps
     for (int64_t b = 0; b < requests; ++b) {
         const int64_t before = lengths[b] - (starts[b + 1] - starts[b]);  // position of its first row
-        for (int64_t row = starts[b] + std::max<int64_t>(0, -before); row < starts[b + 1]; row += QUERIES)
-            pieces.push_back({b, row, before + row - starts[b], int(std::min<int64_t>(QUERIES, starts[b + 1] - row))});
+        for (int64_t row = starts[b] + larger<int64_t>(0, -before); row < starts[b + 1]; row += QUERIES)
+            pieces[count++] = {b, row, before + row - starts[b], smaller<int64_t>(QUERIES, starts[b + 1] - row)};
     }
-    for (const Piece& piece : pieces) std::fill_n(real_row.begin() + piece.row, piece.tokens, true);
-    for (int64_t row = 0; row < rows; ++row)
-        if (!real_row[row]) std::fill_n(out + row * out_stride, out_stride, SCALAR(0));
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t p = int64_t(pieces.size()) - 1; p >= 0; --p) {  // late pieces see most keys: they go first
+    for (int64_t p = count - 1; p >= 0; --p) {  // late pieces see most keys: they go first
         for (int64_t head = 0; head < kv_heads; ++head) {
             const Piece& piece = pieces[p];
             look_together(q + piece.row * q_stride + head * G * D, q_stride, pool, tables + piece.request * table_stride,
-                          head, piece.position, piece.tokens, window, out + piece.row * out_stride + head * G * D,
+                          head, piece.position, int(piece.tokens), window, out + piece.row * out_stride + head * G * D,
                           out_stride);
         }
     }
+    free(pieces);
 }
