@@ -38,7 +38,23 @@ def test_a_large_linear_is_packed_and_multiplies_the_same(bias):
         assert torch.allclose(model(x), expected, atol=1e-5)
 
 
-def test_only_float32_weights_are_packed():
+@pytest.mark.skipif(
+    not worth_packing(torch.zeros(1, dtype=torch.bfloat16)), reason="no bfloat16 products on this processor"
+)
+@pytest.mark.parametrize("shape", [(7, 40), (300, 500)])
+def test_every_bfloat16_linear_is_packed_and_rounds_as_before(shape):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Linear(shape[1], shape[0], dtype=torch.bfloat16))
+    x = torch.randn(3, shape[1]).bfloat16()
+    with torch.inference_mode():
+        exact = torch.nn.functional.linear(x.double(), model[0].weight.double(), model[0].bias.double())
+        plain = (model(x).double() - exact).abs().max()
+        pack_linears(model)
+        assert model[0].weight is None and model[0].packed is not None
+        assert (model(x).double() - exact).abs().max() <= 1.5 * plain
+
+
+def test_what_is_not_packed():
     assert not worth_packing(torch.zeros(LEAST_PACKED, dtype=torch.float64))
     assert not worth_packing(torch.zeros(LEAST_PACKED - 1))
 
