@@ -24,7 +24,7 @@ def blocks_needed(num_tokens: int, block_size: int) -> int:
 class RunnerOptions(NamedTuple):
     """How a worker is to compute: what the engine's configuration says of kernels and graphs."""
 
-    attention_backend: str = "auto"  # "reference", "cuda", "triton" or "flash"; "auto": the fastest that will do
+    attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton" or "flash"; "auto": the fastest that will do
     enforce_eager: bool = False  # True: no CUDA graphs, every kernel is launched from Python
     fused_ops: bool = True  # on a GPU, neighbouring small operations run as one kernel
     max_num_seqs: int = 64  # requests of a step, at most: how large graphs and buffers are made

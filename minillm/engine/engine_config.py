@@ -33,7 +33,7 @@ class EngineConfig:
     preemption_mode: str = "recompute"  # when blocks run out: "recompute" their tokens later, or "swap" them out
     worker: str = "inline"  # the model runs in this process, or in a "process" of its own
     async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None = where that helps
-    attention_backend: str = "auto"  # "reference", "cuda", "triton" or "flash"; "auto" = the fastest that will do
+    attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton", "flash"; "auto" = the fastest that will do
     enforce_eager: bool = False  # on a GPU: no CUDA graphs, every kernel is launched from Python
     fused_ops: bool = True  # on a GPU: neighbouring small operations run as one kernel
     trace: bool = True  # record what happens in each step

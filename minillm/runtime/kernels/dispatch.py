@@ -1,4 +1,4 @@
-"""Which kernels a worker uses: four backends behind one signature, picked by device, dtype and shape.
+"""Which kernels a worker uses: five backends behind one signature, picked by device, dtype and shape.
 
     store_kv(keys, values, slots, k, v) -> None
     decode(q, keys, values, tables, lengths, window=None, *, out=None) -> Tensor

@@ -1,11 +1,11 @@
-"""Paged attention in plain torch: the CPU's kernel, and what faster kernels are compared with.
+"""Paged attention in plain torch: what runs everywhere, and what faster kernels are compared with.
 
 The pool of one layer is [num_blocks, block_size, Hkv, D]; a token's *slot* is block * block_size + offset. Attention
 gathers a request's blocks in the order of its block table and calls torch's fused attention on what it gathered.
 
 There are two ways in. `store_kv`, `decode` and `prefill` take block tables and lengths, like all backends, and read
-nothing that is not a request's own. The `*_masked` functions below them are what the CPU's engine calls: it makes
-masks and indices once a step for all layers, so its tables must not reach past the pool, and what is masked must be
+nothing that is not a request's own. The `*_masked` functions below them run on a CPU without a compiler: masks
+and indices are made once a step for all layers, so tables must not reach past the pool, and what is masked must be
 finite: 0 * NaN is NaN.
 
 Measured on the CPU: many requests of one length in a single call are fastest as long as what is gathered fits the
