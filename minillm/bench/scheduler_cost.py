@@ -17,9 +17,9 @@ from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.model import Decoder
 from minillm.plan import ModelOutput, SchedulerOutput
-from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.paged_attention import PagedAttention, PagedBatch
+from minillm.runtime.paged_attention import PagedBatch
 from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.worker import Worker
 from minillm.sampling_params import SamplingParams
 from minillm.storyteller import CHECKPOINT_DIR
 from minillm.weights import load_model
@@ -36,8 +36,8 @@ PHASES = ("schedule", "prepare", "update")
 def measure(repeats: int, timer: str, running: int = RUNNING, waiting: tuple[int, ...] = WAITING) -> dict:
     """Milliseconds a decode step on the named timer, for JSON: with each number waiting, in turns, medians over steps.
 
-    "total" is schedule + prepare + update. Beside it: "masks", what attention makes of prepared inputs, and "trace",
-    to write a step down when somebody looks at the trace; a running engine does not.
+    "total" is schedule + prepare + update. Beside it: "attention", what its kernels need once a step, and "trace", to
+    write a step down when somebody looks at the trace; a running engine does not.
     """
     model = load_model(CHECKPOINT_DIR, torch.float32, skip_tokenizer_init=True).model
     repeats_of = {number: [] for number in waiting}
@@ -61,7 +61,7 @@ def measure_once(model: Decoder, read: Callable[[], float], running: int, num_wa
         timed = {}
         plan, timed["schedule"] = time_of(read, scheduler.schedule)
         batch, timed["prepare"] = time_of(read, lambda plan=plan: prepare(runner, plan))
-        _, timed["masks"] = time_of(read, lambda batch=batch: PagedAttention(runner.cache, batch, model.device))
+        _, timed["attention"] = time_of(read, lambda batch=batch: runner.attention(batch))
         output = made_up_output(plan)
         _, timed["update"] = time_of(read, lambda plan=plan, output=output: scheduler.update(plan, output))
         if number == WARM_STEPS - 1:
@@ -87,7 +87,9 @@ def decoding_engine(model: Decoder, running: int, num_waiting: int) -> tuple[Pag
     num_blocks = 2 + (running + 1) * (most_tokens // BLOCK_SIZE + 1)
     config = SchedulerConfig(running, max_num_batched_tokens=running * 64, max_model_len=2 * most_tokens)
     scheduler = PagedScheduler(config, BlockManager(num_blocks, BLOCK_SIZE))
-    runner = PagedRunner(model, CacheEngine(model.config, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")))
+    worker = Worker(model)
+    worker.init_cache(num_blocks, BLOCK_SIZE)
+    runner = worker.runner
     for request in made_up_requests(running + num_waiting, most_tokens):
         scheduler.add_request(request)
     plan = scheduler.schedule()
@@ -124,7 +126,7 @@ def summary(runs: list[dict[str, float]]) -> dict:
 
 def table(result: dict) -> str:
     """The record for people."""
-    columns = (*PHASES, "total", "masks", "trace")
+    columns = (*PHASES, "total", "attention", "trace")
     lines = [
         f"Milliseconds a decode step of {result['running']} requests, without the model; total: the first three",
         f"{'waiting':>10}" + "".join(f"{name:>10}" for name in columns),

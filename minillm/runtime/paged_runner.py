@@ -58,16 +58,20 @@ class PagedRunner:
         if not plan.scheduled:
             return ModelOutput({}, 0)
         batch, newest_rows = self.prepare(plan)
-        if self.backend is None:
-            attend = PagedAttention(self.cache, batch, self.model.device)
-            self.mask_bytes = attend.mask_bytes
-        else:
-            inputs = attention_inputs(batch, rows_computed(len(batch.positions), self.model.device))
-            attend = KernelAttention(self.cache, inputs, self.backend)
+        attend = self.attention(batch)
         begin = time.perf_counter()
         output = self._compute(plan, batch, newest_rows, attend)
         self.sampled = output.token_ids
         return output._replace(score_entries=attend.score_entries, device_times=(begin, time.perf_counter()))
+
+    def attention(self, batch: PagedBatch) -> PagedAttention | KernelAttention:
+        """What attends in a step: all that its layers have in common, made once."""
+        if self.backend is None:
+            attend = PagedAttention(self.cache, batch, self.model.device)
+            self.mask_bytes = attend.mask_bytes
+            return attend
+        inputs = attention_inputs(batch, rows_computed(len(batch.positions), self.model.device))
+        return KernelAttention(self.cache, inputs, self.backend)
 
     def _compute(
         self,
@@ -124,7 +128,8 @@ class PagedRunner:
             self.prompts.pop(request_id, None)
         for move in plan.block_moves:
             self.cache.move(move)
-        self.cache.clear(changed)
+        if self.backend is None:  # masked attention multiplies what it does not see by 0; kernels do not read it
+            self.cache.clear(changed)
         for new in plan.new_requests:
             generator = make_generator(new.params, self.model.device, new.num_sampled)
             processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
