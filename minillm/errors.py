@@ -209,12 +209,15 @@ def checked(
     names = list(inspect.signature(function).parameters)
     kinds = {name: kind for name, kind in function.__annotations__.items() if name in names and name not in skip}
 
-    # Quick where a class is all that is asked: some functions run in every layer of every step.
+    # Quick where a class is all that is asked, or there is nothing: some functions run in every layer of every step.
+    optional = {name for name, kind in kinds.items() if NoneType in get_args(kind)}
     classes = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and kind not in (int, float)}
 
     def check(name: str, value: object):
         if name not in kinds or (name in classes and isinstance(value, classes[name])):
             return value
+        if value is None and name in optional:
+            return None
         return check_kind(name, value, kinds[name], error=error)
 
     @functools.wraps(function)
