@@ -60,7 +60,7 @@ def unusable(dtype: torch.dtype, head_size: int, group: int) -> str | None:
     try:
         _library(dtype, head_size, group)
         _library(dtype, *ANY_SHAPE)
-    except (KernelError, OSError) as error:
+    except (KernelError, OSError, RuntimeError) as error:  # RuntimeError: there is no home to keep it in
         return str(error)
     return None
 
