@@ -243,3 +243,10 @@ def test_a_planted_bug_is_found(name, fresh, monkeypatch, on_the_cpu):
 @pytest.mark.parametrize("check", [*dict.fromkeys(bug[-1] for bug in BUGS.values())])
 def test_without_the_bug_the_same_check_passes(check, on_the_cpu):
     check()
+
+
+def test_slots_of_32_bits_in_the_layers_that_are_not_checked(on_the_cpu):
+    def as_32_bits(*arguments):
+        return cpu.unchecked.norm_rotate_store(*(x.int() if i == 7 else x for i, x in enumerate(arguments)))
+
+    on_the_cpu.check_norm_rotate_store(SimpleNamespace(norm_rotate_store=as_32_bits), torch.float32, 64, (4, 2))

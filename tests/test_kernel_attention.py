@@ -207,3 +207,20 @@ def test_a_planted_bug_is_found(name):
     num_tokens = len(step.batch.slots)
     expected, out = (outputs(attend, shape, num_tokens) for attend in (masked, kernels))
     assert (out - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.skipif(
+    dispatch.choose("auto", config(), torch.float64, "cpu", BLOCK).name != "cpu", reason="no C++ kernels"
+)
+def test_whole_numbers_of_either_size_in_every_layer(dtype):
+    """The kernels of later layers do not look at their arguments, but must know how to read them."""
+    shape, step = config(window=9, layers=3), step_of(*MIXED)
+    tensors = {name: x.to("cpu", dtype) for name, x in step.inputs._asdict().items() if isinstance(x, Tensor)}
+    inputs = step.inputs._replace(**tensors)
+    num_tokens = len(step.batch.slots)
+    masked = PagedAttention(cache_of(shape, torch.float64, 20, "cpu"), step.batch, torch.device("cpu"))
+    backend = dispatch.choose("cpu", shape, torch.float64, "cpu", BLOCK)
+    kernels = KernelAttention(cache_of(shape, torch.float64, 20, "cpu"), inputs, backend)
+    expected, out = (outputs(attend, shape, num_tokens) for attend in (masked, kernels))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

@@ -17,9 +17,7 @@ class EngineConfig:
     """The engine arguments of `LLM`."""
 
     block_size: Positive = 16  # tokens in a block of the cache
-    num_blocks: int | None = (
-        None  # the whole pool, its null block included; None = for `max_num_seqs` long requests, if they fit
-    )
+    num_blocks: int | None = None  # the whole pool, with its null block; None = for `max_num_seqs` long requests
     num_host_blocks: Count | None = None  # to swap to; None = as many as `num_blocks` if preemption swaps, else none
     gpu_memory_utilization: float = 0.9  # share of a card's memory that weights, activations and cache may take
     max_num_seqs: Positive = 64  # requests that run at the same time

@@ -111,11 +111,12 @@ def decode(
     """See `reference.decode`. `version` 1 reads each key once for every query head, 2 once for all that share it."""
     check_decode(q, keys, values, tables, lengths, window, LIMITS)
     out = output_for(q, out)
-    _decode(q, keys, values, _int32(tables), _int32(lengths), window, version=version, out=out)
+    _decode(q, keys, values, tables, lengths, window, version=version, out=out)
     return out
 
 
 def _decode(q, keys, values, tables, lengths, window, *, version: int = 2, out: Tensor) -> None:
+    tables, lengths = _int32(tables), _int32(lengths)
     _, block_size, heads, head_size = keys.shape
     num_rows, num_heads, _ = q.shape
     _library(keys.dtype, head_size, num_heads // heads).decode(
@@ -139,11 +140,12 @@ def prefill(
     """See `reference.prefill`."""
     check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
     out = output_for(q, out)
-    _prefill(q, keys, values, _int32(tables), _int32(query_starts), _int32(lengths), max_queries, window, out=out)
+    _prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, out=out)
     return out
 
 
 def _prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, *, out: Tensor) -> None:
+    tables, query_starts, lengths = _int32(tables), _int32(query_starts), _int32(lengths)
     _, block_size, heads, head_size = keys.shape
     num_rows, num_heads, _ = q.shape
     _library(keys.dtype, head_size, num_heads // heads).prefill(
@@ -199,13 +201,11 @@ def norm_rotate_store(
 ) -> Tensor:
     """See `ops.norm_rotate_store`. Raises KernelError."""
     check_norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, rotation, slots, keys, values, LIMITS)
-    return _norm_rotate_store(
-        qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots.long(), keys, values
-    )
+    return _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots, keys, values)
 
 
 def _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots, keys, values) -> Tensor:
-    head_size, num_tokens = keys.shape[3], qkv.shape[0]
+    head_size, num_tokens, slots = keys.shape[3], qkv.shape[0], slots.long()
     q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype)
     weights = (None, None) if q_weight is None else (q_weight.data_ptr(), k_weight.data_ptr())
     _library(keys.dtype, head_size, num_heads // num_kv_heads).norm_rotate_store(
@@ -215,8 +215,7 @@ def _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, ro
     return q
 
 
-# The same without a look at the arguments: layers are alike, and what was taken in the first is taken in all. Tables
-# and lengths must be int32, slots int64.
+# The same without a look at the arguments: layers are alike, and what was taken in the first is taken in all.
 unchecked = SimpleNamespace(
     store_kv=_store_kv,
     decode=_decode,
