@@ -1,53 +1,53 @@
 """minillm: LLM inference from first principles, a course that is also an engine.
 
-The notebooks import from here; the rooms (`model`, `masks`, `attention`, `kv_cache`, `generation`, ...) hold the parts.
-Names are looked up on first use, so that `import minillm`, the scheduler and `minillm --help` do not load torch.
+The notebooks import from here and from the rooms, the folders beside this file; each says in its `__init__.py` what
+lives there. Names are looked up on first use, so that `import minillm`, the scheduler and `minillm --help` do not load
+torch.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-_ROOM_OF = {
-    "BlockDiagonalAttention": "attention",
-    "CachedAttention": "attention",
-    "CausalAttention": "attention",
-    "CompletionOutput": "engine.outputs",
-    "Decoder": "model",
-    "EngineConfig": "engine.engine_config",
-    "GenerationResult": "generation",
-    "KVCache": "kv_cache",
-    "LLM": "engine.llm",
-    "LLMEngine": "engine.llm_engine",
-    "MiniLLMError": "errors",
-    "ModelConfig": "config",
-    "RequestOutput": "engine.outputs",
-    "RopeConfig": "config",
-    "SamplingParams": "sampling_params",
-    "Trace": "trace",
-    "encode": "text",
-    "generate_cached": "generation",
-    "generate_chunked": "generation",
-    "generate_naive": "generation",
-    "generate_ragged": "generation",
-    "kv_bytes_per_token": "kv_cache",
-    "load_model": "weights",
-    "masked_attention": "attention",
-    "sdpa_attention": "attention",
-    "token_texts": "text",
-    "what_fits": "kv_cache",
-}
 
-__all__ = sorted(_ROOM_OF)
+def hand_on(room: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable, Callable, list[str]]:
+    """A package's `__getattr__`, `__dir__` and `__all__`, for names that its modules hold: {module: names}.
+
+    A name that is the module's own, as in {"cuda.emulator": ["emulator"]}, stands for the module.
+    """
+    module_of = {name: module for module, held in names.items() for name in held}
+
+    def get(name: str):
+        if name not in module_of:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        module = import_module(f"{room}.{module_of[name]}")
+        return module if module.__name__.endswith(f".{name}") else getattr(module, name)
+
+    return get, lambda: sorted({*vars(import_module(room)), *module_of}), sorted(module_of)
 
 
-def __getattr__(name: str):
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module 'minillm' has no attribute {name!r}")
-    value = getattr(import_module(f"minillm.{_ROOM_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "attention": ["masked_attention", "sdpa_attention"],
+        "attention.masks": ["masks"],
+        "costs": ["kv_bytes_per_token", "what_fits"],
+        "engine": ["LLM", "CompletionOutput", "EngineConfig", "LLMEngine", "RequestOutput"],
+        "errors": ["MiniLLMError"],
+        "ladder": [
+            "BlockDiagonalAttention",
+            "CachedAttention",
+            "CausalAttention",
+            "GenerationResult",
+            "KVCache",
+            "generate_cached",
+            "generate_chunked",
+            "generate_naive",
+            "generate_ragged",
+        ],
+        "model": ["Decoder", "ModelConfig", "RopeConfig", "encode", "load_model", "token_texts"],
+        "sampling": ["SamplingParams"],
+        "trace": ["Trace"],
+    },
+)

@@ -6,7 +6,8 @@ from itertools import count
 from typing import NamedTuple
 
 from minillm import SamplingParams
-from minillm.plan import PENDING, FinishedOutput, NewRequest, ScheduledRequest, SchedulerOutput, blocks_needed
+from minillm.costs.memory_ledger import blocks_needed
+from minillm.runtime.plan import PENDING, FinishedOutput, NewRequest, ScheduledRequest, SchedulerOutput
 
 
 class Job(NamedTuple):

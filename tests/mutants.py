@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Which tests belong to which module, the quickest first: a mutant that the first one kills never meets the last.
 TESTS = {
-    "text.py": ["test_text.py", "test_detokenizer.py"],
-    "sampling.py": ["test_sampling.py", "test_logits_processors.py"],
-    "sampling_params.py": ["test_sampling.py", "test_logits_processors.py", "test_wrong_input.py"],
+    "model/text.py": ["test_text.py", "test_detokenizer.py"],
+    "sampling/sampler.py": ["test_sampling.py", "test_logits_processors.py"],
+    "sampling/params.py": ["test_sampling.py", "test_logits_processors.py", "test_wrong_input.py"],
     "checks/base.py": ["test_checks_base.py"],
     "engine/request.py": ["test_scheduler.py", "test_async_scheduling.py", "test_engine_machine.py"],
     "engine/outputs.py": ["test_detokenizer.py", "test_llm_engine.py", "test_prompt_logprobs.py"],
@@ -39,7 +39,7 @@ TESTS = {
     "engine/async_scheduler.py": ["test_async_scheduling.py"],
     "engine/block_manager.py": ["test_block_manager.py", "test_engine_machine.py"],
     "runtime/paged_runner.py": ["test_llm_engine.py", "test_prompt_logprobs.py", "test_engine_end_to_end.py"],
-    "simulation/report.py": ["test_simulation.py"],
+    "simulation/reporting.py": ["test_simulation.py"],
 }
 # `is` for `==` holds for small integers, `|` mostly stands in types, and the last two want to be told a name.
 LEFT_OUT = re.compile(r"(Eq|NotEq|Lt|LtE|Gt|GtE)_Is(Not)?$|_BitOr_|Variable(Replacer|Inserter)$")

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.config import RopeConfig
-from minillm.model import rope_frequencies, rope_rotation, rotate
+from minillm.kernels import dispatch
+from minillm.model.config import RopeConfig
+from minillm.model.decoder import rope_frequencies, rope_rotation, rotate
 from minillm.runtime.fused_decoder import FusedDecoder
 from minillm.runtime.kernel_attention import KernelAttention
-from minillm.runtime.kernels import dispatch
 from test_kernel_attention import cache_of, step_of
 from tiny_models import random_token_ids
 

@@ -10,7 +10,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minillm import LLM, EngineConfig, LLMEngine, SamplingParams
-from minillm.chrome_trace import DEVICE, HOST, chrome_trace
 from minillm.engine.async_scheduler import AsyncScheduler, StepOrderError
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.interrupts import HeldInterrupts
@@ -19,9 +18,10 @@ from minillm.engine.paged_scheduler import PREEMPTION_MODES
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, WorkerDiedError
-from minillm.plan import PENDING, ModelOutput
 from minillm.runtime.paged_runner import PagedRunner
-from minillm.trace_files import load_trace, save_trace
+from minillm.runtime.plan import PENDING, ModelOutput
+from minillm.trace.chrome import DEVICE, HOST, chrome_trace
+from minillm.trace.files import load_trace, save_trace
 from minillm.viz import BlockTableSteps, PoolUse, Timeline
 from test_llm_engine import PROMPT, TEN, alone, assert_idle, make_engine, run
 from tiny_models import random_token_ids

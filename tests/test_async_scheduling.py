@@ -8,7 +8,7 @@ from minillm.engine.async_scheduler import AsyncScheduler, InFlight
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
 from minillm.engine.scheduler import SchedulerConfig
-from minillm.plan import PENDING, ModelOutput
+from minillm.runtime.plan import PENDING, ModelOutput
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.workload import made_request
 from test_engine_machine import EngineMachine, FakeExecutor, StepFailed, run

@@ -14,18 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minillm
-from minillm import attention, masks
-from minillm.attention import BlockDiagonalAttention, Part
+from minillm.attention import masks
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
-from minillm.kv_cache import SlotCache
-from minillm.model import Decoder
-from minillm.runtime import contiguous
-from minillm.runtime.contiguous import ContiguousExecutor
-from minillm.sampling import make_generator, sample
-from minillm.sampling_params import SamplingParams
+from minillm.ladder import attend as callables
+from minillm.ladder import contiguous
+from minillm.ladder.attend import BlockDiagonalAttention, Part
+from minillm.ladder.contiguous import ContiguousExecutor
+from minillm.ladder.kv_cache import SlotCache
+from minillm.model.decoder import Decoder
+from minillm.sampling.params import SamplingParams
+from minillm.sampling.sampler import make_generator, sample
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.run import POLICIES, run
+from minillm.simulation.running import POLICIES, run
 from tiny_models import LADDER_TOLERANCE, all_logits
 
 CONFIG = minillm.ModelConfig(
@@ -219,12 +220,12 @@ def test_a_visible_neighbour_is_noticed(monkeypatch):
 
 def unmasked_pads(monkeypatch):
     """Queries see all keys of the rectangle, also behind their own last one."""
-    right = attention.SlotAttention.mask
+    right = callables.SlotAttention.mask
 
     def mask(self, positions, num_keys, window):
         return right(self, torch.full_like(positions, num_keys - 1), num_keys, None)
 
-    monkeypatch.setattr(attention.SlotAttention, "mask", mask)
+    monkeypatch.setattr(callables.SlotAttention, "mask", mask)
 
 
 def position_off_by_one(monkeypatch):
@@ -284,7 +285,7 @@ def test_a_broken_twin_is_noticed(policy, twin, monkeypatch):
 def test_the_mask_of_a_rectangle_is_that_of_masks_padded(window):
     parts = [Part(0, 4, 2), Part(1, 0, 3), Part(2, 0, 0), Part(3, 6, 1)]
     cache = SlotCache(CONFIG, 4, 16, torch.float64)
-    attend = attention.PaddedAttention(CONFIG, cache, parts, 3)
+    attend = callables.PaddedAttention(CONFIG, cache, parts, 3)
     rows = [masks.padded(part.num_tokens, part.end, 3, 7, window=window) for part in parts]
     added = attend.row_mask(window)  # [B, 1, group * L, K]
     assert torch.equal(added[:, 0].unflatten(1, (2, 3)) == 0, torch.stack(rows)[:, None].expand(-1, 2, -1, -1))
@@ -293,7 +294,7 @@ def test_the_mask_of_a_rectangle_is_that_of_masks_padded(window):
 def test_pads_come_out_as_zeros_never_nan():
     parts = [Part(0, 0, 1), Part(1, 0, 3), Part(2, 0, 0)]
     cache = SlotCache(CONFIG, 3, 8, torch.float64)
-    attend = attention.PaddedAttention(CONFIG, cache, parts, 3)
+    attend = callables.PaddedAttention(CONFIG, cache, parts, 3)
     torch.manual_seed(0)
     out = attend(0, torch.randn(9, 4, 16).double(), *torch.randn(2, 9, 2, 16).double())
     is_zero = (out == 0).all(-1).all(-1).tolist()

@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from minillm import cli
 from minillm.bench import contenders, engine, scheduler_cost
 from minillm.bench.contenders import Job
 from minillm.bench.engine import Run, Turn
+from minillm.cli import main as cli
 from minillm.errors import ConfigError
-from minillm.trace import BlockUse, ScheduledTokens, StepEvent
-from minillm.weights import load_model
+from minillm.model.weights import load_model
+from minillm.trace.events import BlockUse, ScheduledTokens, StepEvent
 from tiny_models import BASE
 
 NUM_REQUESTS = 3

@@ -12,16 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm import cli, hf_config, shapes
 from minillm.bench import recorded
 from minillm.bench.contenders import Job
 from minillm.bench.gpu import ceilings, command, kernels, models, peers, report, serving, supervisor, timing, workloads
 from minillm.bench.gpu.scale import DRY, FULL
 from minillm.bench.gpu.session import UNFINISHED, DeviceLost, Session, new_record
+from minillm.cli import main as cli
+from minillm.costs import shapes
+from minillm.costs.shapes import Card
 from minillm.errors import ConfigError, KernelError, UnsupportedModelError
-from minillm.runtime.kernels import reference
-from minillm.shapes import Card
-from minillm.trace import StepEvent
+from minillm.kernels import reference
+from minillm.model import hf_config
+from minillm.trace.events import StepEvent
 
 TINY = DRY.w1_shapes["tiny Qwen3"]
 
@@ -175,7 +177,7 @@ def test_what_is_right_is_timed_and_what_is_wrong_is_not(session):
 
 def test_launches_differ_from_the_default_and_from_each_other():
     pytest.importorskip("triton")
-    from minillm.runtime.kernels.triton_kernels import DECODE_LAUNCH
+    from minillm.kernels.triton_kernels import DECODE_LAUNCH
 
     tried = list(kernels.launches(FULL))
     others = [options["launch"] for _, options in tried if "launch" in options]
@@ -336,7 +338,7 @@ def test_where_nothing_more_is_measured_nobody_goes_on(monkeypatch, tmp_path, ca
 
 def test_a_process_of_its_own_has_the_same_options():
     options = supervisor.child_command(["--only", "w1", "--json", "a.json", "--budget", "7", "--resume"])
-    assert options[:5] == [sys.executable, "-m", "minillm.cli", "bench", "gpu"]
+    assert options[:5] == [sys.executable, "-m", "minillm.cli.main", "bench", "gpu"]
     arguments = command.parse_arguments(options[5:])
     assert arguments.unsupervised and arguments.resume and arguments.budget == 7 and arguments.only == "w1"
 

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.costs.memory_ledger import blocks_needed
 from minillm.engine import block_manager
-from minillm.engine.block_manager import BlockManager, BlockManagerError, Prefix, blocks_needed, same_prefix
+from minillm.engine.block_manager import BlockManager, BlockManagerError, Prefix, same_prefix
 from minillm.engine.request import Request
 from minillm.errors import ConfigError
-from minillm.plan import BlockMove
-from minillm.sampling_params import SamplingParams
+from minillm.runtime.plan import BlockMove
+from minillm.sampling.params import SamplingParams
 
 SIZE = 4
 EIGHT = list(range(10, 18))  # two full blocks

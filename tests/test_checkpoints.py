@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from minillm import LLM, load_model
-from minillm.checkpoints import find_checkpoint
 from minillm.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from minillm.model.checkpoints import find_checkpoint
 from tiny_models import all_logits, change_config, random_token_ids, random_transformers_model
 
 PROMPT = random_token_ids(20)
@@ -63,7 +63,7 @@ class Hub:
         self.revisions: set[str | None] = set()
         self.online = True
         for function in (self.hf_hub_download, self.snapshot_download, self.list_repo_files):
-            monkeypatch.setattr(f"minillm.checkpoints.{function.__name__}", function)
+            monkeypatch.setattr(f"minillm.model.checkpoints.{function.__name__}", function)
 
     def list_repo_files(self, name, *, revision):
         assert name == NAME
@@ -190,7 +190,7 @@ def test_a_hub_id_that_cannot_be_had_lists_what_exists(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr("minillm.checkpoints.hf_hub_download", offline)
+    monkeypatch.setattr("minillm.model.checkpoints.hf_hub_download", offline)
     with pytest.raises(ModelNotFoundError, match="'someone/something'.*no connection.*storyteller"):
         load_model("someone/something")
 

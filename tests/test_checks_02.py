@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from check_answers import message, passes
-from minillm import checks, costs, masks
-from minillm.config import ModelConfig
+from minillm import checks, costs
+from minillm.attention import masks
+from minillm.model.config import ModelConfig
 from minillm.viz import MaskGrid
 
 # causal_mask --------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from check_answers import message, passes
-from minillm import checks, masks
+from minillm import checks
+from minillm.attention import masks
 
 # num_chunks ---------------------------------------------------------------------------------------
 

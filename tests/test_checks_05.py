@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from check_answers import message, passes
-from minillm import checks, masks
+from minillm import checks
+from minillm.attention import masks
 
 # padding --------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from check_answers import message, passes
-from minillm import checks, costs, masks
-from minillm.kv_cache import kv_bytes_per_token
+from minillm import checks, costs
+from minillm.attention import masks
+from minillm.costs.kv_bytes import kv_bytes_per_token
 
 RIGHT, WRONG = [], []
 

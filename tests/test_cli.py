@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minillm import cli
-from minillm.trace import Trace
-from minillm.trace_files import save_trace
+from minillm.cli import main as cli
+from minillm.trace.events import Trace
+from minillm.trace.files import save_trace
 
 SUMMARY = r"(\d+) prompt tokens, (\d+) output tokens, TTFT [\d.]+ ms, mean ITL ([\d.]+ ms|-), [\d.]+ tokens/s\n"
 PROMPT = "Once upon a time"
@@ -52,7 +52,7 @@ def test_a_single_token_has_no_gap_to_measure(capsys):
 
 
 def test_a_reader_who_closes_the_pipe_gets_no_traceback():
-    command = f"{sys.executable} -m minillm.cli generate '{PROMPT}' | head -c 20"
+    command = f"{sys.executable} -m minillm.cli.main generate '{PROMPT}' | head -c 20"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert PROMPT in done.stdout
     assert done.stderr == ""
@@ -61,7 +61,7 @@ def test_a_reader_who_closes_the_pipe_gets_no_traceback():
 def test_the_text_streams_token_by_token(monkeypatch, capsys):
     """The first piece is on stdout before the second token exists."""
     import minillm
-    from minillm.generation import NewToken
+    from minillm.ladder.generation import NewToken
 
     seen = []
 
@@ -248,8 +248,8 @@ def nothing_computed(monkeypatch):
 
     for name in (
         "minillm.load_model",
-        "minillm.simulation.run.run",
-        "minillm.trace_command.beginning",
+        "minillm.simulation.running.run",
+        "minillm.cli.trace.beginning",
         "minillm.bench.batching.load",
         "minillm.bench.engine.measure_shape",
         "minillm.bench.simulator.load",
@@ -333,7 +333,7 @@ def test_a_prompt_that_cannot_be_printed_is_a_mistake(monkeypatch, capsys, nothi
 def test_text_that_cannot_be_printed_ends_no_run(monkeypatch):
     """What the model says is not known before: it is printed as well as it can be."""
     import minillm
-    from minillm.generation import NewToken
+    from minillm.ladder.generation import NewToken
 
     def fake(model, prompt_ids, params, *, tokenizer, on_token):
         on_token(NewToken(1, " café", 1e9))
@@ -360,7 +360,7 @@ def test_an_interrupt_ends_quietly(monkeypatch):
 
 
 def test_help_loads_no_torch():
-    code = "import sys; from minillm import cli; cli.build_parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys; from minillm.cli import main; main.build_parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minillm import costs, shapes
-from minillm.attention import CausalAttention, masked_attention
+from minillm import costs
+from minillm.attention.attention import masked_attention
 from minillm.bench.gpu.scale import FULL
 from minillm.bench.gpu.workloads import w1_jobs
-from minillm.config import ModelConfig
+from minillm.costs import shapes
 from minillm.errors import ConfigError
-from minillm.model import Decoder
-from minillm.trace import ScheduledTokens, StepEvent
+from minillm.ladder.attend import CausalAttention
+from minillm.model.config import ModelConfig
+from minillm.model.decoder import Decoder
+from minillm.trace.events import ScheduledTokens, StepEvent
 
 SMALL = ModelConfig(
     vocab_size=97,

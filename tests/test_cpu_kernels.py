@@ -8,8 +8,8 @@ import torch
 
 import operation_cases
 from minillm.errors import KernelError
-from minillm.plan import RunnerOptions
-from minillm.runtime.kernels import building, cpu
+from minillm.kernels import building, cpu
+from minillm.runtime.plan import RunnerOptions
 from minillm.runtime.worker import Worker
 from paged_cases import (
     check_decode,

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from minillm.errors import KernelError
-from minillm.runtime.kernels import building, cuda
-from minillm.runtime.kernels.cuda import compiled, emulator
-from minillm.runtime.kernels.cuda.emulator import BACKWARDS, Emulator, emulate
-from minillm.runtime.kernels.cuda.launches import SOURCE, Specialisation, splits_for
-from minillm.runtime.kernels.cuda.traffic import RECORD, Traffic, joined
+from minillm.kernels import building, cuda
+from minillm.kernels.cuda import compiled, emulator
+from minillm.kernels.cuda.emulator import BACKWARDS, Emulator, emulate
+from minillm.kernels.cuda.launches import SOURCE, Specialisation, splits_for
+from minillm.kernels.cuda.traffic import RECORD, Traffic, joined
 from paged_cases import (
     DEVICE,
     check_decode,

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from minillm import SamplingParams, token_texts
 from minillm.engine.outputs import Completion
 from minillm.engine.request import Request
-from minillm.plan import TokenLogprobs
-from minillm.text import BYTE_CHARACTERS, Detokenizer, TokenDecoder
+from minillm.model.text import BYTE_CHARACTERS, Detokenizer, TokenDecoder
+from minillm.sampling.params import TokenLogprobs
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 BYTE_NAMES = {byte: character for character, byte in BYTE_CHARACTERS.items()}

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from device_jobs import Job, run_jobs, shuffled_blocks
 from minillm import SamplingParams
+from minillm.costs.memory_ledger import CacheLimits
+from minillm.costs.peak_memory import PeakMemory
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
@@ -22,16 +24,14 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, KernelError
-from minillm.memory import PeakMemory
-from minillm.memory_ledger import CacheLimits
-from minillm.plan import NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
+from minillm.kernels import ops, triton_ops
+from minillm.kernels.dispatch import choose
 from minillm.runtime import device_batch, device_queue, device_runner, step_inputs
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_queue import CudaQueue, HostQueue
 from minillm.runtime.device_runner import DeviceRunner
-from minillm.runtime.kernels import ops, triton_ops
-from minillm.runtime.kernels.dispatch import choose
 from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.plan import NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
 from minillm.runtime.step_graph import bucket_sizes, record
 from minillm.runtime.step_inputs import FIELDS, Layout, carve, carve_changes, new_buffer
 from minillm.runtime.worker import Worker, card_memory, first_layer_alone, worst_plan

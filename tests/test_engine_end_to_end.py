@@ -14,10 +14,10 @@ import torch
 from minillm import EngineConfig, LLMEngine, SamplingParams, generate_cached
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.queue import POLICIES
+from minillm.model.text import encode_chat
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.storyteller import vocabulary
-from minillm.text import encode_chat
 from tiny_models import BASE
 
 NUM_REQUESTS = 64

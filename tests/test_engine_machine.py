@@ -23,17 +23,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from minillm.costs.memory_ledger import blocks_needed
 from minillm.engine import block_manager
-from minillm.engine.block_manager import BlockManager, blocks_needed
+from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
 from minillm.engine.queue import POLICIES
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import PromptError
-from minillm.plan import PENDING, BlockMove, ModelOutput, SchedulerOutput
-from minillm.sampling_params import SamplingParams, finish_reason
+from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, SchedulerOutput
+from minillm.sampling.params import SamplingParams, finish_reason
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.report import report
+from minillm.simulation.reporting import report
 
 VOCABULARY = 3
 BAD = -1  # the history of a slot that holds NaN

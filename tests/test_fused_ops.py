@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.config import ModelConfig
 from minillm.errors import KernelError
-from minillm.model import Decoder
+from minillm.kernels import ops
+from minillm.model.config import ModelConfig
+from minillm.model.decoder import Decoder
 from minillm.runtime import fused_decoder
 from minillm.runtime.fused_decoder import FusedDecoder
-from minillm.runtime.kernels import ops
 from operation_cases import (
     DEVICE,
     both_forwards,
@@ -28,7 +28,7 @@ from tiny_models import KINDS, LADDER_TOLERANCE, difference
 
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
-from minillm.runtime.kernels import triton_ops  # noqa: E402
+from minillm.kernels import triton_ops  # noqa: E402
 from planted import compiled, with_bug
 
 GPU = torch.cuda.is_available()
@@ -196,7 +196,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minillm.runtime.kernels import triton_ops
+from minillm.kernels import triton_ops
 
 floats = ["x", "residual", "weight", "out", "qkv", "q_weight", "k_weight", "cosines", "sines", "q", "keys", "values"]
 types = dict.fromkeys([*floats, "gate_up"], "*bf16")

@@ -15,12 +15,12 @@ from device_jobs import Job, run_jobs
 from minillm import LLM, SamplingParams
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
-from minillm.plan import RunnerOptions
+from minillm.kernels.dispatch import choose
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_runner import DeviceRunner
 from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
-from minillm.runtime.kernels.dispatch import choose
 from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.plan import RunnerOptions
 from minillm.runtime.worker import Worker, small_operations
 from tiny_models import BASE, all_logits, random_token_ids
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minillm import RopeConfig, SamplingParams, generate_cached, load_model
 from minillm.errors import CheckpointError, MiniLLMError, UnsupportedModelError
-from minillm.hf_config import NOT_IMPLEMENTED, load_tokenizer, read_config
-from minillm.sampling import sample
+from minillm.model.hf_config import NOT_IMPLEMENTED, load_tokenizer, read_config
+from minillm.sampling.sampler import sample
 from tiny_models import KINDS, TOLERANCE, all_logits, change_config, difference, random_token_ids
 
 PROMPT = random_token_ids(20)
@@ -375,7 +375,7 @@ def test_a_tokenizer_without_a_fast_form_is_a_typed_error(copy, monkeypatch):
     """As transformers gives it for a Mistral checkpoint where mistral-common is installed."""
     folder = copy()
     (folder / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("minillm.hf_config.AutoTokenizer.from_pretrained", lambda *args, **options: object())
+    monkeypatch.setattr("minillm.model.hf_config.AutoTokenizer.from_pretrained", lambda *args, **options: object())
     with pytest.raises(CheckpointError, match="tokenizer.json.*skip_tokenizer_init"):
         load_tokenizer(folder)
 

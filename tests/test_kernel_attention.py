@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.config import ModelConfig
+from minillm.kernels import dispatch, reference
+from minillm.model.config import ModelConfig
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
-from minillm.runtime.kernels import dispatch, reference
 from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
 
 BLOCK = 16

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.config import ModelConfig
 from minillm.errors import KernelError
-from minillm.runtime.kernels import cpu, dispatch, reference
-from minillm.runtime.kernels.checks import Limits
+from minillm.kernels import cpu, dispatch, reference
+from minillm.kernels.checks import Limits
+from minillm.model.config import ModelConfig
 from paged_cases import check_decode, check_nan_stays_with_those_who_see_it, check_prefill, check_store, paged
 
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
-from minillm.runtime.kernels import flash, triton_kernels  # noqa: E402
+from minillm.kernels import flash, triton_kernels  # noqa: E402
 
 MODEL = ModelConfig(50, 512, 96, 2, 8, 4, 64, 512)
 MISSING = flash.LIMITS.missing  # what this torch lacks, if anything
@@ -108,7 +108,7 @@ def test_limits_by_steps_say_the_steps():
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton", "flash", "cuda"])
 def test_all_backends_have_one_signature(name):
-    module = pytest.importorskip(f"minillm.runtime.kernels.{dispatch._MODULES.get(name, name)}")
+    module = pytest.importorskip(f"minillm.kernels.{dispatch._MODULES.get(name, name)}")
     for function in ("store_kv", "decode", "prefill"):
         ours = inspect.signature(getattr(module, function)).parameters
         common = inspect.signature(getattr(reference, function)).parameters

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm import KVCache, ModelConfig, kv_bytes_per_token, what_fits
+from minillm.costs.shapes import LLAMA_2_7B, LLAMA_2_70B
 from minillm.errors import CacheFullError, ConfigError
-from minillm.shapes import LLAMA_2_7B, LLAMA_2_70B
 
 SMALL = ModelConfig(
     vocab_size=10,

@@ -14,10 +14,10 @@ from minillm import (
     generate_naive,
     generate_ragged,
     masked_attention,
-    masks,
     sdpa_attention,
 )
-from minillm.generation import as_tensor, positions
+from minillm.attention import masks
+from minillm.ladder.generation import as_tensor, positions
 from tiny_models import LADDER_TOLERANCE, TOLERANCE, ScriptedModel, all_logits, difference, random_token_ids
 
 KINDS = ["llama", "mistral-window", "qwen2-window", "qwen3"]

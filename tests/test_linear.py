@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minillm import CausalAttention, ModelConfig
-from minillm.linear import LEAST_PACKED, Linear, pack_linears, worth_packing
-from minillm.model import Decoder
+from minillm.model.decoder import Decoder
+from minillm.model.linear import LEAST_PACKED, Linear, pack_linears, worth_packing
 
 CONFIG = ModelConfig(
     vocab_size=4000,

@@ -622,7 +622,7 @@ def test_a_stop_id_is_text_only_if_it_is_to_be_included(llm):
             max_tokens=10, stop_token_ids=[token_ids[5]], include_stop_str_in_output=included, logprobs=0
         )
         output = llm.generate(ONCE, params, **QUIET)[0].outputs[0]
-        assert output.text == minillm.text.Detokenizer(llm.tokenizer).take(token_ids[:last], "length")
+        assert output.text == minillm.model.text.Detokenizer(llm.tokenizer).take(token_ids[:last], "length")
         assert len(output.token_ids) == 6 and (output.finish_reason, output.stop_reason) == ("stop", token_ids[5])
         assert_is(output, alone(llm, ONCE, params))
         assert "".join(each.outputs[0].text for each in llm.stream(ONCE, params)) == output.text

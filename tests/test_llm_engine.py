@@ -15,10 +15,10 @@ from minillm.engine.outputs import Completion
 from minillm.engine.prompts import encode_prompt
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, OutOfMemoryError, PromptError, SamplingParamsError, WorkerDiedError
-from minillm.plan import TokenLogprobs
+from minillm.model.text import Detokenizer
 from minillm.runtime.paged_runner import rows_computed
-from minillm.sampling import token_logprobs
-from minillm.text import Detokenizer
+from minillm.sampling.params import TokenLogprobs
+from minillm.sampling.sampler import token_logprobs
 from tiny_models import random_token_ids
 
 CONFIG = EngineConfig(num_blocks=12, block_size=4, max_model_len=40, max_num_seqs=4, max_num_batched_tokens=16)

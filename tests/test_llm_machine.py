@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from minillm import LLM, SamplingParams
 from minillm.engine.outputs import OUTPUT_KINDS
 from minillm.errors import PromptError
-from minillm.simulation.report import report
+from minillm.simulation.reporting import report
 from tiny_models import random_token_ids
 
 NAMES = ["a", "b", "a.1", "req 3"]  # "a.1" is what the second output of "a" is called inside, "req 3" what an LLM uses

@@ -18,9 +18,9 @@ import minillm
 from device_jobs import Job, run_jobs
 from minillm import EngineConfig, LLMEngine, SamplingParams, generate_cached, generate_chunked, generate_naive
 from minillm.errors import SamplingParamsError
-from minillm.plan import NewRequest
+from minillm.runtime.plan import NewRequest
 from minillm.runtime.worker_process import ProcessWorker
-from minillm.sampling import make_generator, make_processor, processed, sample
+from minillm.sampling.sampler import make_generator, make_processor, processed, sample
 from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS, device_runner_of, paged_runner_of
 from tiny_models import ScriptedModel, all_logits, random_token_ids
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minillm import masked_attention, masks, sdpa_attention
-from minillm.attention import attention_weights
+from minillm import masked_attention, sdpa_attention
+from minillm.attention import masks
+from minillm.attention.attention import attention_weights
 from minillm.errors import MaskError
 
 KERNELS = [masked_attention, sdpa_attention]

@@ -8,13 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import ModelConfig, SamplingParams, generate_cached, generate_chunked, generate_naive, generation, masks
-from minillm.attention import masked_attention
+from minillm import ModelConfig, SamplingParams, generate_cached, generate_chunked, generate_naive
+from minillm.attention import masks
+from minillm.attention.attention import masked_attention
+from minillm.costs.activations import activation_bytes, chunk_that_fits
+from minillm.costs.kv_bytes import kv_bytes_per_token
+from minillm.costs.peak_memory import PeakMemory
+from minillm.costs.shapes import LLAMA_2_7B, LLAMA_3_8B, SHAPES
 from minillm.errors import ConfigError
-from minillm.kv_cache import kv_bytes_per_token
-from minillm.memory import PeakMemory, activation_bytes, chunk_that_fits
-from minillm.model import Decoder
-from minillm.shapes import LLAMA_2_7B, LLAMA_3_8B, SHAPES
+from minillm.ladder import generation
+from minillm.model.decoder import Decoder
 from tiny_models import LADDER_TOLERANCE, difference, random_token_ids
 
 THIN = ModelConfig(

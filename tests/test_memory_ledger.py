@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minillm
-from minillm import SamplingParams, memory_ledger
+from minillm import SamplingParams
+from minillm.costs import memory_ledger
+from minillm.costs.memory_ledger import MIB, CacheLimits, MemoryProfile, available_memory, plan_cache
+from minillm.costs.peak_memory import PeakMemory
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, OutOfMemoryError
-from minillm.memory import PeakMemory
-from minillm.memory_ledger import MIB, CacheLimits, MemoryProfile, available_memory, plan_cache
-from minillm.plan import RunnerOptions
+from minillm.runtime.plan import RunnerOptions
 from tiny_models import KINDS, random_token_ids
 
 ON_CPU = MemoryProfile(

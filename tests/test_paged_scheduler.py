@@ -10,8 +10,8 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, PromptError
-from minillm.plan import ModelOutput
-from minillm.sampling_params import SamplingParams
+from minillm.runtime.plan import ModelOutput
+from minillm.sampling.params import SamplingParams
 
 LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
 

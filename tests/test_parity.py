@@ -7,17 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from minillm import (
-    CausalAttention,
-    SamplingParams,
-    generate_cached,
-    generate_naive,
-    masked_attention,
-    masks,
-    sdpa_attention,
-)
-from minillm.config import RopeConfig
-from minillm.model import rope_frequencies, rope_rotation
+from minillm import CausalAttention, SamplingParams, generate_cached, generate_naive, masked_attention, sdpa_attention
+from minillm.attention import masks
+from minillm.model.config import RopeConfig
+from minillm.model.decoder import rope_frequencies, rope_rotation
 from tiny_models import BASE, KINDS, TOLERANCE, all_logits, difference, random_token_ids
 
 PROMPT = random_token_ids(100)
@@ -126,7 +119,7 @@ def use_kernel(kernel):
     """Attention is computed by `kernel`."""
 
     def break_it(model, monkeypatch):
-        monkeypatch.setattr("minillm.attention.CausalAttention.__call__", plain_call(kernel))
+        monkeypatch.setattr("minillm.ladder.attend.CausalAttention.__call__", plain_call(kernel))
 
     return break_it
 
@@ -190,7 +183,7 @@ def rotate_neighbours(model, monkeypatch):
         cos, sin, even, odd = rotation[0][..., half:], rotation[1][..., half:], x[..., ::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
-    monkeypatch.setattr("minillm.model.rotate", rotate)
+    monkeypatch.setattr("minillm.model.decoder.rotate", rotate)
 
 
 def drop_qk_norm(model, monkeypatch):

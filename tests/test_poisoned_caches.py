@@ -8,14 +8,14 @@ from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
-from minillm.kv_cache import KVCache, SlotCache
-from minillm.plan import ScheduledRequest
+from minillm.ladder.contiguous import ContiguousExecutor
+from minillm.ladder.kv_cache import KVCache, SlotCache
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.contiguous import ContiguousExecutor
 from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.plan import ScheduledRequest
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.run import POLICIES
-from minillm.simulation.run import run as run_to_the_end
+from minillm.simulation.running import POLICIES
+from minillm.simulation.running import run as run_to_the_end
 from test_device_runner import WAYS
 from tiny_models import random_token_ids
 

@@ -9,7 +9,7 @@ import yaml
 
 import minillm
 import mutants
-from minillm import cli
+from minillm.cli import main as cli
 from minillm.course.notebooks import QUIET_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def test_conda_installs_the_same_extras_under_the_same_pins():
 
 def test_the_package_has_a_version_and_a_command():
     assert re.fullmatch(r"\d+\.\d+\.\d+", minillm.__version__)
-    assert PROJECT["scripts"] == {"minillm": "minillm.cli:main"}
+    assert PROJECT["scripts"] == {"minillm": "minillm.cli.main:main"}
     assert callable(cli.main)
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = (ROOT / "minillm" / "model.py").read_text(encoding="utf-8")
+CODE = (ROOT / "minillm" / "model" / "decoder.py").read_text(encoding="utf-8")
 CHINESE = "人工智能的发展非常迅速。语言模型根据前面的文字预测下一个词，一个接一个，直到写完整个句子。你今天过得怎么样？"
 EMOJI = "The fox 🦊 and the family 👨‍👩‍👧‍👦 in 🇨🇭, naïvely: café ☕, 5 × 3 ≠ 16, “quoted” and e\u0301.\n\n\t🙂🙃"
 LONG = 1500  # tokens

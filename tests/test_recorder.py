@@ -7,20 +7,20 @@ from itertools import islice
 import pytest
 
 from minillm import SamplingParams
-from minillm.chrome_trace import chrome_trace
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.recorder import Recorder
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.errors import PromptError
-from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.ladder.padded_schedulers import StaticScheduler
+from minillm.runtime.plan import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.padded_schedulers import StaticScheduler
-from minillm.simulation.report import report
+from minillm.simulation.reporting import report
 from minillm.simulation.workload import made_request
-from minillm.trace import RequestRecord
-from minillm.trace_files import TraceFileError, load_trace, save_trace
+from minillm.trace.chrome import chrome_trace
+from minillm.trace.events import RequestRecord
+from minillm.trace.files import TraceFileError, load_trace, save_trace
 from minillm.viz import BlockTableSteps, Timeline
 from minillm.viz.base import PictureError
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from minillm.errors import KernelError
-from minillm.runtime.kernels import ops
+from minillm.kernels import ops
 
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
-from minillm.runtime.kernels import triton_sampling  # noqa: E402
+from minillm.kernels import triton_sampling  # noqa: E402
 from planted import compiled, with_bug
 
 GPU = torch.cuda.is_available()
@@ -164,7 +164,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minillm.runtime.kernels import triton_sampling
+from minillm.kernels import triton_sampling
 
 types = {"logits": "*bf16", "temperatures": "*fp32", "seeds": "*i64", "draws": "*i64", "token_ids": "*i64"}
 types |= {"best": "*i32", "scores": "*fp32", "num_ids": "i32", "tiles_a_part": "i32", "num_parts": "i32"}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from minillm import ModelConfig, SamplingParams
 from minillm.errors import SamplingParamsError
-from minillm.model import Decoder
-from minillm.sampling import make_generator, next_token_probabilities, sample, token_logprobs
-from minillm.sampling_params import limited
+from minillm.model.decoder import Decoder
+from minillm.sampling.params import limited
+from minillm.sampling.sampler import make_generator, next_token_probabilities, sample, token_logprobs
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 3.0, 1.5, -4.0, 0.0, 2.5])
 

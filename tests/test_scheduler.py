@@ -11,10 +11,10 @@ from minillm.engine.queue import POLICIES, WaitingQueue
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.errors import ConfigError, PromptError
-from minillm.plan import ModelOutput
-from minillm.sampling_params import SamplingParams
+from minillm.ladder.padded_schedulers import DynamicScheduler, StaticScheduler
+from minillm.runtime.plan import ModelOutput
+from minillm.sampling.params import SamplingParams
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.padded_schedulers import DynamicScheduler, StaticScheduler
 from minillm.simulation.workload import made_request
 
 SCHEDULERS = (Scheduler, StaticScheduler, DynamicScheduler)
@@ -348,7 +348,7 @@ def lines_run(num_waiting: int, policy: str) -> int:
 
 
 def test_the_scheduler_imports_neither_torch_nor_numpy():
-    code = "import sys, minillm.simulation.padded_schedulers; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, minillm.ladder.padded_schedulers; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

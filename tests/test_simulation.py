@@ -11,23 +11,26 @@ import pytest
 import torch
 
 import minillm
-from minillm import cli, costs
-from minillm.bench import batching, measure, simulator
+from minillm import costs
+from minillm.bench import batching, simulator
+from minillm.bench import measuring as measure
+from minillm.cli import main as cli
+from minillm.costs.kv_bytes import kv_bytes_per_token
+from minillm.costs.shapes import H200, LLAMA_2_7B
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, PromptError
-from minillm.kv_cache import SlotCache, kv_bytes_per_token
-from minillm.model import Decoder
-from minillm.plan import NewRequest, ScheduledRequest, SchedulerOutput
-from minillm.runtime.contiguous import ContiguousExecutor
-from minillm.shapes import H200, LLAMA_2_7B
+from minillm.ladder.contiguous import ContiguousExecutor
+from minillm.ladder.kv_cache import SlotCache
+from minillm.model.decoder import Decoder
+from minillm.runtime.plan import NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.simulation import workload
 from minillm.simulation.clock import RealClock, VirtualClock
 from minillm.simulation.cost_model import Calibrated, Roofline, StepWork, non_negative_least_squares, preset
 from minillm.simulation.executor import SimulatedExecutor
-from minillm.simulation.report import SLO, ReportBuilder, Spread, report, spread
-from minillm.simulation.run import POLICIES, compare_policies, run
+from minillm.simulation.reporting import SLO, ReportBuilder, Spread, report, spread
+from minillm.simulation.running import POLICIES, compare_policies, run
 from minillm.simulation.workload import made_request, make_requests
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 SHAPE = minillm.ModelConfig(
     vocab_size=500,

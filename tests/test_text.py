@@ -9,7 +9,7 @@ from tokenizers import processors
 
 from minillm import encode, token_texts
 from minillm.errors import ConfigError, PromptError
-from minillm.text import Detokenizer, encode_chat
+from minillm.model.text import Detokenizer, encode_chat
 
 TEXTS = [
     "The fox saw a crêpe in the naïve café.",

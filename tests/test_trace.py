@@ -3,7 +3,7 @@
 import pytest
 
 from minillm import SamplingParams, Trace, generate_cached, generate_naive
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent
+from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent
 from tiny_models import ScriptedModel
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import cli
-from minillm.chrome_trace import DEVICE, HOST, STEPS, chrome_trace, save_chrome_trace
-from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace
-from minillm.trace_files import READERS, TraceFileError, load_trace, save_trace
+from minillm.cli import main as cli
+from minillm.trace.chrome import DEVICE, HOST, STEPS, chrome_trace, save_chrome_trace
+from minillm.trace.events import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace.files import READERS, TraceFileError, load_trace, save_trace
 
 
 def small_trace() -> Trace:

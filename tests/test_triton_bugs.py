@@ -11,7 +11,7 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
 from minillm.errors import KernelError  # noqa: E402
-from minillm.runtime.kernels import triton_kernels  # noqa: E402
+from minillm.kernels import triton_kernels  # noqa: E402
 from paged_cases import (  # noqa: E402
     DEVICE,
     check_decode,
@@ -216,7 +216,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minillm.runtime.kernels import triton_kernels as kernels
+from minillm.kernels import triton_kernels as kernels
 
 tensors = dict.fromkeys(["q", "k", "v", "keys", "values", "out"], "*bf16")
 tensors |= dict.fromkeys(["tables", "lengths", "query_starts", "slots"], "*i32")

@@ -14,9 +14,9 @@ import torch
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
-from minillm.attention import zero_or_minus_infinity  # noqa: E402
-from minillm.masks import visible  # noqa: E402
-from minillm.runtime.kernels import reference, triton_kernels  # noqa: E402
+from minillm.attention.attention import zero_or_minus_infinity  # noqa: E402
+from minillm.attention.masks import visible  # noqa: E402
+from minillm.kernels import reference, triton_kernels  # noqa: E402
 from paged_cases import (  # noqa: E402
     DEVICE,
     TOLERANCE,

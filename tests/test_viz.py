@@ -11,8 +11,8 @@ import torch
 from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_rgb
 
-from minillm.masks import causal, rectangular
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.attention.masks import causal, rectangular
+from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.viz import (
     AttentionWeights,
     Bars,

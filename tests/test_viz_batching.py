@@ -11,13 +11,13 @@ import torch
 from matplotlib.collections import PathCollection
 from matplotlib.patches import Polygon, Rectangle
 
+from minillm.attention.masks import block_diagonal, rectangular
 from minillm.engine.scheduler import SchedulerConfig
-from minillm.masks import block_diagonal, rectangular
 from minillm.simulation.cost_model import preset
-from minillm.simulation.report import report
-from minillm.simulation.run import compare_policies
+from minillm.simulation.reporting import report
+from minillm.simulation.running import compare_policies
 from minillm.simulation.workload import made_request
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.viz import (
     BatchComposition,
     BlockMaskSteps,
@@ -423,7 +423,7 @@ def test_many_requests_stay_drawable():
 def test_the_texts_need_neither_matplotlib_nor_torch():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from minillm.trace import *\n"
+        "from minillm.trace.events import *\n"
         "from minillm.viz import *\n"
         "parts = (ScheduledTokens('a', 0, 2, 'prefill', 1),)\n"
         "trace = Trace([RequestRecord('a', 0, 2)], [StepEvent(0, 0, 1, parts)])\n"

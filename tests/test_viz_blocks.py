@@ -11,12 +11,12 @@ from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
-from minillm.sampling_params import SamplingParams
+from minillm.sampling.params import SamplingParams
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import preset
 from minillm.simulation.executor import SimulatedExecutor
-from minillm.simulation.run import run
-from minillm.trace import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.simulation.running import run
+from minillm.trace.events import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.viz import (
     BlockTables,
     BlockTableSteps,

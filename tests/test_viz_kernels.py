@@ -10,11 +10,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.offsetbox import AnchoredOffsetbox, TextArea
 from matplotlib.patches import Rectangle
 
-from minillm.costs import compute_bound_batch, decode_seconds
-from minillm.kv_cache import kv_bytes_per_token
-from minillm.runtime.kernels.cuda.traffic import RECORD, Traffic
-from minillm.shapes import H200, LLAMA_2_7B, QWEN3_0_6B
-from minillm.trace import StepEvent, Trace
+from minillm.costs.kv_bytes import kv_bytes_per_token
+from minillm.costs.roofline import compute_bound_batch, decode_seconds
+from minillm.costs.shapes import H200, LLAMA_2_7B, QWEN3_0_6B
+from minillm.kernels.cuda.traffic import RECORD, Traffic
+from minillm.trace.events import StepEvent, Trace
 from minillm.viz import (
     DecodeRoofline,
     DecodeTiles,
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 @pytest.fixture
 def seen(monkeypatch):
     """Watches the Triton kernels in the interpreter."""
-    kernels = pytest.importorskip("minillm.runtime.kernels.triton_kernels", reason="Triton is not installed")
+    kernels = pytest.importorskip("minillm.kernels.triton_kernels", reason="Triton is not installed")
     if not kernels.INTERPRETED:
         pytest.skip("compiled kernels do not say what they read")
     from triton.runtime.interpreter import interpreter_builder
@@ -96,7 +96,7 @@ def pool(lengths, block_size=16, head_size=16, num_kv_heads=1):
     ],
 )
 def test_decode_tiles_are_the_keys_that_each_program_reads(seen, lengths, num_splits, window):
-    from minillm.runtime.kernels import triton_kernels
+    from minillm.kernels import triton_kernels
 
     keys, tables = pool(lengths)
     q = torch.zeros(len(lengths), 2, 16, dtype=torch.float16)
@@ -116,7 +116,7 @@ def test_decode_tiles_are_the_keys_that_each_program_reads(seen, lengths, num_sp
     [(230, 130, 2, None), (64, 64, 1, None), (300, 300, 2, 100), (200, 3, 4, None), (129, 65, 3, 40), (1, 1, 1, None)],
 )
 def test_prefill_tiles_are_the_keys_that_each_program_reads(seen, length, num_queries, group, window, dtype):
-    from minillm.runtime.kernels import triton_kernels
+    from minillm.kernels import triton_kernels
 
     keys, tables = pool([length])
     q = torch.zeros(num_queries, group, 16, dtype=dtype)
@@ -254,7 +254,7 @@ def test_a_line_that_loads_two_arrays_counts_each_by_itself():
 
 
 def test_the_warps_of_a_kernel_move_what_its_traffic_counts():
-    emulator = pytest.importorskip("minillm.runtime.kernels.cuda.emulator")
+    emulator = pytest.importorskip("minillm.kernels.cuda.emulator")
     keys, tables = pool([40])
     keys = keys.float()
     q = torch.zeros(1, 2, 64)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from minillm.simulation.report import report
-from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.simulation.reporting import report
+from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.viz import Curves, LoadCurves, PictureError
 
 LOADS = [1, 2, 4, 8]

@@ -143,8 +143,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from minillm.hf_config import read_config
-from minillm.weights import load_decoder
+from minillm.model import read_config
+from minillm.model import load_decoder
 
 def load(folder):
     return load_decoder(folder, read_config(folder), torch.float32, "cpu", pack=True)

@@ -21,19 +21,11 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, ModelNotFoundError, PromptError, WorkerDiedError
-from minillm.plan import (
-    PENDING,
-    BlockMove,
-    ModelOutput,
-    NewRequest,
-    PromptLogprobs,
-    ScheduledRequest,
-    SchedulerOutput,
-    TokenLogprobs,
-)
 from minillm.runtime import messages
+from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.runtime.worker import worst_plan
 from minillm.runtime.worker_process import _result, _Server
+from minillm.sampling.params import PromptLogprobs, TokenLogprobs
 from tiny_models import random_token_ids
 
 NUM_BLOCKS, BLOCK_SIZE = 14, 4  # far too few for all at once

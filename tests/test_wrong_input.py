@@ -16,8 +16,11 @@ import pytest
 import torch
 
 import minillm
-from minillm import attention, costs, kv_cache, masks, memory
-from minillm.chrome_trace import save_chrome_trace
+from minillm import costs
+from minillm.attention import attention, masks
+from minillm.costs import activations as memory
+from minillm.costs.memory_ledger import CacheLimits
+from minillm.costs.shapes import H200, Card
 from minillm.course import student
 from minillm.engine.async_scheduler import AsyncScheduler
 from minillm.engine.block_manager import BlockManager
@@ -26,12 +29,12 @@ from minillm.engine.queue import WaitingQueue
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.errors import MiniLLMError
-from minillm.memory_ledger import CacheLimits
-from minillm.shapes import H200, Card
-from minillm.simulation import clock, cost_model, report, run, workload
+from minillm.ladder import kv_cache
+from minillm.ladder.padded_schedulers import DynamicScheduler, StaticScheduler
+from minillm.simulation import clock, cost_model, reporting, running, workload
 from minillm.simulation.executor import SimulatedExecutor
-from minillm.simulation.padded_schedulers import DynamicScheduler, StaticScheduler
-from minillm.trace_files import load_trace, save_trace
+from minillm.trace.chrome import save_chrome_trace
+from minillm.trace.files import load_trace, save_trace
 from tiny_models import BASE, ScriptedModel
 
 # Each is made anew, because a generator can be read once.
@@ -96,7 +99,7 @@ TINY = minillm.ModelConfig(
 
 def trace() -> minillm.Trace:
     made = workload.make_requests(2, workload.fixed(3), workload.fixed(2))
-    return run.compare_policies(made, SchedulerConfig(), roofline(), policies=["continuous"])["continuous"].trace
+    return running.compare_policies(made, SchedulerConfig(), roofline(), policies=["continuous"])["continuous"].trace
 
 
 def roofline() -> cost_model.Roofline:
@@ -162,7 +165,7 @@ def simulated(**arguments):
         "requests": [request()],
         "clock": virtual,
     }
-    return run.run(**given | arguments)
+    return running.run(**given | arguments)
 
 
 GENERATE = {"prompt_token_ids": [1, 2], "params": minillm.SamplingParams(max_tokens=2)}
@@ -269,7 +272,7 @@ CASES: dict[str, Case] = {
         costs.trace_seconds, lambda: {"config": TINY, "card": H200, "steps": trace().steps, "dtype_bytes": 2}
     ),
     "compute_bound_batch": Case(costs.compute_bound_batch, lambda: {"card": H200, "dtype_bytes": 2}),
-    "PeakMemory": Case(memory.PeakMemory, lambda: {"device": "cpu"}),
+    "PeakMemory": Case(costs.PeakMemory, lambda: {"device": "cpu"}),
     "activation_bytes": Case(
         memory.activation_bytes,
         lambda: {"config": TINY, "chunk_size": 4, "num_keys": 8, "dtype_bytes": 2, "fused": False},
@@ -387,17 +390,17 @@ CASES: dict[str, Case] = {
     ),
     "Calibrated.fit": Case(cost_model.Calibrated.fit, lambda: {"measured": measured_steps()}),
     "SimulatedExecutor": Case(SimulatedExecutor, lambda: {"cost_model": roofline(), "clock": clock.VirtualClock()}),
-    "SLO": Case(report.SLO, lambda: {"ttft": 1.0, "itl": 0.1, "e2e": 10.0}),
-    "report": Case(report.report, lambda: {"trace": trace(), "slo": report.SLO()}),
-    "run": Case(simulated, lambda: {"requests": [request()], "figures": report.ReportBuilder(), "on_step": None}),
+    "SLO": Case(reporting.SLO, lambda: {"ttft": 1.0, "itl": 0.1, "e2e": 10.0}),
+    "report": Case(reporting.report, lambda: {"trace": trace(), "slo": reporting.SLO()}),
+    "run": Case(simulated, lambda: {"requests": [request()], "figures": reporting.ReportBuilder(), "on_step": None}),
     "compare_policies": Case(
-        run.compare_policies,
+        running.compare_policies,
         lambda: {
             "requests": [request()],
             "config": SchedulerConfig(),
             "executor": roofline(),
             "policies": ["static", "continuous"],
-            "slo": report.SLO(),
+            "slo": reporting.SLO(),
         },
     ),
     # files

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from minillm import CausalAttention, ModelConfig
-from minillm.generation import as_tensor, positions
+from minillm.ladder.generation import as_tensor, positions
 
 BASE = {
     "vocab_size": 199,

@@ -1,4 +1,19 @@
-"""Measurements: real runs beside predictions, with everything a reader needs to judge them written down.
+"""Measurements beside named peers, printed with machine, date and versions: `minillm bench`.
 
-May import every other room; nobody imports this one.
+May import every room but `cli`; only `cli` imports it.
 """
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "gpu.command": ["measure"],
+        "gpu.report": ["report"],
+        "gpu.scale": ["FULL"],
+        "gpu.timing": ["device_seconds"],
+        "gpu.workloads": ["w1_jobs"],
+        "measuring": ["mixed_requests"],
+        "recorded": ["latest"],
+    },
+)

@@ -12,7 +12,7 @@ import random
 import statistics
 from pathlib import Path
 
-from minillm.bench.measure import (
+from minillm.bench.measuring import (
     MAX_MODEL_LEN,
     TEMPERATURE,
     TIMERS,
@@ -23,14 +23,10 @@ from minillm.bench.measure import (
     simulate,
     surroundings,
 )
-from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine import Request, SchedulerConfig
 from minillm.errors import check_options
-from minillm.sampling_params import SamplingParams
-from minillm.simulation.cost_model import Calibrated
-from minillm.simulation.report import Report
-from minillm.simulation.run import POLICIES
-from minillm.simulation.workload import made_request
+from minillm.sampling import SamplingParams
+from minillm.simulation import POLICIES, Calibrated, Report, made_request
 from minillm.storyteller import corpus
 
 MOST_NEW_TOKENS = 512

@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from minillm.engine.block_manager import blocks_needed
-from minillm.engine.llm import LLM
+from minillm.costs import blocks_needed
+from minillm.engine import LLM
 from minillm.errors import ConfigError
 from minillm.model import Decoder
-from minillm.runtime.paged_runner import rows_computed
-from minillm.sampling_params import SamplingParams
+from minillm.runtime import rows_computed
+from minillm.sampling import SamplingParams
 from minillm.trace import StepEvent
 
 BLOCK_SIZE = 16  # tokens, ours and transformers'

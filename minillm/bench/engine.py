@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from minillm.attention import CausalAttention
 from minillm.bench import scheduler_cost
 from minillm.bench.contenders import (
     BLOCK_SIZE,
@@ -38,14 +37,12 @@ from minillm.bench.contenders import (
     products_of,
     write_random_checkpoint,
 )
-from minillm.bench.measure import TIMERS, surroundings
+from minillm.bench.measuring import TIMERS, surroundings
 from minillm.errors import check_options
-from minillm.generation import as_tensor, positions
-from minillm.hf_config import read_config
-from minillm.model import Decoder
+from minillm.ladder import CausalAttention, as_tensor, positions
+from minillm.model import Decoder, load_model, read_config
 from minillm.storyteller import CHECKPOINT_DIR
 from minillm.trace import StepEvent
-from minillm.weights import load_model
 
 ROUNDING = 5e-5  # of the spread of the logits: ten times the largest error measured in float32 on these shapes
 PEERS = ("static16", "transformers_cb")

@@ -10,19 +10,12 @@ from itertools import count
 
 import torch
 
-from minillm.bench.measure import TIMERS
-from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PagedScheduler
-from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
-from minillm.model import Decoder
-from minillm.plan import ModelOutput, SchedulerOutput
-from minillm.runtime.paged_attention import PagedBatch
-from minillm.runtime.paged_runner import PagedRunner
-from minillm.runtime.worker import Worker
-from minillm.sampling_params import SamplingParams
+from minillm.bench.measuring import TIMERS
+from minillm.engine import BlockManager, PagedScheduler, Request, SchedulerConfig
+from minillm.model import Decoder, load_model
+from minillm.runtime import ModelOutput, PagedBatch, PagedRunner, SchedulerOutput, Worker
+from minillm.sampling import SamplingParams
 from minillm.storyteller import CHECKPOINT_DIR
-from minillm.weights import load_model
 
 RUNNING = 256
 WAITING = (0, 1_000, 10_000)

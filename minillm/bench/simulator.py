@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from minillm.bench.measure import (
+from minillm.bench.measuring import (
     MAX_MODEL_LEN,
     TIMERS,
     calibration_steps,
@@ -19,10 +19,9 @@ from minillm.bench.measure import (
     simulate,
     surroundings,
 )
-from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine import Request, SchedulerConfig
 from minillm.errors import check_options
-from minillm.simulation.cost_model import Calibrated
+from minillm.simulation import Calibrated
 
 
 class Workload(NamedTuple):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from minillm.checks.base import Case, as_list, describe, realised, run_check, same_value
-from minillm.sampling import next_token_probabilities
-from minillm.sampling_params import SamplingParams
+from minillm.sampling import SamplingParams, next_token_probabilities
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 VOCABULARY = 10  # of the fake models: the ids 0 to 9

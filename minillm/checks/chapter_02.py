@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minillm import masks
-from minillm.attention import masked_attention
+from minillm.attention import masked_attention, masks
 from minillm.checks.base import Case, run_check
 
 

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from minillm.checks.base import Case, describe, run_check, same_value
-from minillm.kv_cache import MemoryFit, kv_bytes_per_token
-from minillm.shapes import A100_80GB, LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_8B, QWEN3_0_6B, RTX_4090
+from minillm.costs import (
+    A100_80GB,
+    LLAMA_2_7B,
+    LLAMA_2_70B,
+    LLAMA_3_8B,
+    QWEN3_0_6B,
+    RTX_4090,
+    MemoryFit,
+    kv_bytes_per_token,
+)
 
 
 class Appended(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from minillm import masks
+from minillm.attention import masks
 from minillm.checks.base import Case, is_number, nested, run_check, same_value
 
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minillm import masks
+from minillm.attention import masks
 from minillm.checks.base import Case, as_list, describe, nested, realised, run_check, same_value
 
 

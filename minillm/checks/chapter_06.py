@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
-from minillm import masks
+from minillm.attention import masks
 from minillm.checks.base import Case, run_check
 
 

@@ -6,16 +6,10 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from minillm.checks.base import Case, CheckFailed, as_list, call, describe, failure, number_of, run_check
-from minillm.engine.request import Request
-from minillm.engine.scheduler import BaseScheduler, Scheduler, SchedulerConfig
-from minillm.plan import SchedulerOutput
-from minillm.shapes import A100_80GB, LLAMA_2_7B
-from minillm.simulation.clock import VirtualClock
-from minillm.simulation.cost_model import Roofline
-from minillm.simulation.executor import SimulatedExecutor
-from minillm.simulation.report import report
-from minillm.simulation.run import run
-from minillm.simulation.workload import lognormal, make_requests, uniform
+from minillm.costs import A100_80GB, LLAMA_2_7B
+from minillm.engine import BaseScheduler, Request, Scheduler, SchedulerConfig
+from minillm.runtime import SchedulerOutput
+from minillm.simulation import Roofline, SimulatedExecutor, VirtualClock, lognormal, make_requests, report, run, uniform
 
 Plan = dict[str, int]  # request id -> tokens to compute; a request that gets none is not in it
 

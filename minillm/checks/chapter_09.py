@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from minillm import costs, shapes
+from minillm import costs
 from minillm.checks.base import Case, CheckFailed, call, describe, failure, is_number, number_of, run_check
-from minillm.kv_cache import kv_bytes_per_token
+from minillm.costs import kv_bytes_per_token, shapes
 
 # --- decode_step_seconds ---------------------------------------------------------------------------------------------
 
 
 class Name(str):
-    """The name of a shape or a card in `minillm.shapes`, printed as the reader writes it."""
+    """The name of a shape or a card in `minillm.costs.shapes`, printed as the reader writes it."""
 
     __repr__ = str.__str__
 

@@ -1,4 +1,4 @@
-"""The tools around the chapters: executing and canonicalising them, and making the reader's copies.
+"""The chapters as files: executing them in canonical form, and copies for readers.
 
-May import anything of minillm; nothing of minillm imports it except the command line.
+May import `viz`, `checks` and the rooms below; only `cli` imports it.
 """

@@ -1,5 +1,23 @@
-"""Layers 1 and 2 of the engine: requests, the scheduler that decides who computes what, and what drives them.
+"""Layers 1 and 2: requests, the scheduler that decides who computes what, and what drives them.
 
-`request`, `queue`, `block_manager` and the schedulers import neither torch nor numpy; nothing here imports `serving`.
-`runtime` executes the plans.
+May import `runtime`, which carries out the plans, and the rooms below. `request`, `queue`, `block_manager` and
+`scheduler` import neither torch nor numpy.
 """
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "block_manager": ["BlockManager"],
+        "engine_config": ["EngineConfig"],
+        "llm": ["LLM"],
+        "llm_engine": ["LLMEngine"],
+        "outputs": ["CompletionOutput", "RequestOutput"],
+        "paged_scheduler": ["PagedScheduler"],
+        "prompts": ["check_request"],
+        "queue": ["WaitingQueue"],
+        "request": ["Request"],
+        "scheduler": ["BaseScheduler", "RequestUpdate", "Scheduler", "SchedulerConfig"],
+    },
+)

@@ -19,7 +19,7 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.recorder import MOST_IN_FLIGHT
 from minillm.engine.request import Request
 from minillm.engine.scheduler import RequestUpdate, _new
-from minillm.plan import ModelOutput, SchedulerOutput
+from minillm.runtime import ModelOutput, SchedulerOutput
 from minillm.trace import Preemption
 
 

@@ -13,9 +13,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from minillm.costs import blocks_needed
 from minillm.engine.request import Request
 from minillm.errors import Count, Positive, check_whole, checked
-from minillm.plan import NULL_BLOCK, BlockMove, blocks_needed
+from minillm.runtime import NULL_BLOCK, BlockMove
 from minillm.trace import BlockUse
 
 MOST_BLOCKS = 2**26  # what is kept of a block takes about 100 bytes

@@ -3,11 +3,12 @@
 import difflib
 from dataclasses import dataclass, fields
 
+from minillm.costs import CacheLimits
 from minillm.engine.paged_scheduler import PREEMPTION_MODES
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, Count, Positive, check_choice, check_fields, check_number, check_whole
-from minillm.memory_ledger import CacheLimits
-from minillm.plan import ATTENTION_BACKENDS, RunnerOptions
+from minillm.kernels import ATTENTION_BACKENDS
+from minillm.runtime import RunnerOptions
 
 WORKERS = ("inline", "process")
 

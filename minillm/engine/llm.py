@@ -16,20 +16,10 @@ from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.outputs import OutputKind, RequestOutput
 from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_prompt
 from minillm.engine.request import Request
-from minillm.errors import (
-    ConfigError,
-    MiniLLMError,
-    PromptError,
-    SamplingParamsError,
-    check_items,
-    check_kind,
-    checked,
-)
-from minillm.generation import check_token_ids
-from minillm.model import Decoder
-from minillm.pooling import mean_hidden_state
-from minillm.sampling_params import SamplingParams
-from minillm.text import encode_chat
+from minillm.errors import ConfigError, MiniLLMError, PromptError, SamplingParamsError, check_items, check_kind, checked
+from minillm.model import Decoder, check_token_ids, encode_chat
+from minillm.runtime import mean_hidden_state
+from minillm.sampling import SamplingParams
 from minillm.trace import Trace
 
 Message = Mapping  # {"role": …, "content": …}

@@ -21,7 +21,7 @@ from minillm.engine.interrupts import HeldInterrupts
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, RequestOutput, RequestState
 from minillm.engine.paged_scheduler import PagedScheduler
-from minillm.engine.prompts import EncodedPrompt, Prompt, encode_prompt
+from minillm.engine.prompts import EncodedPrompt, Prompt, check_request, encode_prompt
 from minillm.engine.request import Request
 from minillm.engine.scheduler import RequestUpdate, id_in_use
 from minillm.errors import (
@@ -35,13 +35,10 @@ from minillm.errors import (
     check_text,
     checked,
 )
-from minillm.generation import check_request
-from minillm.hf_config import load_tokenizer, read_config
-from minillm.model import Decoder
-from minillm.plan import PendingOutput, SchedulerOutput, TokenLogprobs
-from minillm.sampling_params import SamplingParams
+from minillm.model import Decoder, load_decoder, load_tokenizer, locate, read_config
+from minillm.runtime import PendingOutput, SchedulerOutput
+from minillm.sampling import SamplingParams, TokenLogprobs
 from minillm.trace import Trace
-from minillm.weights import load_decoder, locate
 
 
 class LLMEngine:

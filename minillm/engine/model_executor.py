@@ -5,13 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from minillm.costs import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
 from minillm.engine.engine_config import WORKERS
 from minillm.errors import ConfigError
-from minillm.memory_ledger import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
 from minillm.model import Decoder
-from minillm.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, RunnerOptions, SchedulerOutput
-from minillm.runtime.worker import Worker
-from minillm.runtime.worker_process import ProcessWorker
+from minillm.runtime import (
+    DEFAULT_OPTIONS,
+    ModelOutput,
+    PendingOutput,
+    ProcessWorker,
+    RunnerOptions,
+    SchedulerOutput,
+    Worker,
+)
 
 
 class AnyWorker(Protocol):

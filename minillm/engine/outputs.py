@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.engine.prompts import EncodedPrompt
 from minillm.engine.request import Request
-from minillm.plan import PromptLogprobs, TokenLogprobs
-from minillm.text import Detokenizer, TokenDecoder
+from minillm.model import Detokenizer, TokenDecoder
+from minillm.sampling import PromptLogprobs, TokenLogprobs
 
 OutputKind = Literal["cumulative", "delta", "final_only"]  # all so far, what is new, or nothing before the end
 OUTPUT_KINDS = ("cumulative", "delta", "final_only")

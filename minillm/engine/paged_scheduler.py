@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from minillm.engine.block_manager import BlockManager, Growth, blocks_needed
+from minillm.costs import blocks_needed
+from minillm.engine.block_manager import BlockManager, Growth
 from minillm.engine.request import PENDING_IDS, Request
 from minillm.engine.scheduler import RequestUpdate, Scheduler, SchedulerConfig, _new
 from minillm.errors import Positive, PromptError, check_choice, check_number, checked
-from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.trace import Preemption
 
 PREEMPTION_MODES = ("recompute", "swap")

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from minillm.errors import PromptError, check_prompt_ids, check_text, shown
-from minillm.text import encode
+from minillm.errors import PromptError, SamplingParamsError, check_kind, check_prompt_ids, check_text, shown
+from minillm.model import ModelConfig, check_token_ids, encode
+from minillm.sampling import SamplingParams, limited
 
 Prompt = str | Sequence[int] | Mapping  # a Mapping is vLLM's {"prompt": …} or {"prompt_token_ids": …}
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
@@ -81,3 +82,37 @@ def _is_whole(value: object) -> bool:
     except (TypeError, RuntimeError, ValueError):
         return False
     return True
+
+
+def check_request(
+    config: ModelConfig,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    tokenizer: object | None,
+) -> SamplingParams:
+    """The parameters of a request that can be served: without `max_tokens` it gets as many as fit the model's context.
+
+    Raises PromptError or SamplingParamsError for one that cannot.
+    """
+    check_kind("params", params, SamplingParams, error=SamplingParamsError)
+    check_token_ids(config, prompt_token_ids)
+    num_prompt_tokens, context = len(prompt_token_ids), config.max_position_embeddings
+    if num_prompt_tokens >= context:
+        raise PromptError(
+            f"the prompt has {num_prompt_tokens} tokens, the model's context is {context}, prompt and output together; "
+            f"shorten the prompt to at most {context - 1}"
+        )
+    params = limited(params, num_prompt_tokens, context)
+    if num_prompt_tokens + params.max_tokens > context:
+        raise PromptError(
+            f"{num_prompt_tokens} prompt tokens and max_tokens = {params.max_tokens} do not fit the model's context of "
+            f"{context}; ask for at most {context - num_prompt_tokens}"
+        )
+    if params.stop_strings and tokenizer is None:
+        raise SamplingParamsError("stop strings need a tokenizer; pass one, or use stop_token_ids")
+    unknown = [token_id for token_id in params.logit_bias or () if token_id >= config.vocab_size]
+    if unknown:
+        raise SamplingParamsError(
+            f"logit_bias has token id {unknown[0]}, which is outside the vocabulary of {config.vocab_size} ids"
+        )
+    return params

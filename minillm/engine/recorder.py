@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from minillm.engine.request import Request
-from minillm.plan import ScheduledRequest, SchedulerOutput
+from minillm.runtime import ScheduledRequest, SchedulerOutput
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 MOST_IN_FLIGHT = 2  # plans: one whose tokens are not known yet, and the one made meanwhile

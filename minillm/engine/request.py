@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from minillm.errors import Count, PromptError, SamplingParamsError, check_kind, check_seconds, check_text, shown
-from minillm.plan import PENDING, NewRequest
-from minillm.sampling_params import SamplingParams, finish_reason, limited
+from minillm.runtime import PENDING, NewRequest
+from minillm.sampling import SamplingParams, finish_reason, limited
 
 FAR = sys.maxsize  # a milestone that is never reached
 PENDING_IDS = (PENDING,)  # the newest token while only the executor knows it

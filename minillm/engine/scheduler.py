@@ -19,7 +19,7 @@ from minillm.engine.queue import POLICIES, WaitingQueue
 from minillm.engine.recorder import Recorder
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, Positive, PromptError, check_choice, check_fields, check_number, checked
-from minillm.plan import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.trace import Trace
 
 _new = tuple.__new__  # makes a NamedTuple in a third of the time; for the lines that run once a token

@@ -1,5 +1,33 @@
-"""Layer 3: what touches tensors. Executors turn a scheduler's plan into forward passes of the model.
+"""Layer 3: what touches tensors. A worker turns a scheduler's plan into one forward pass and new tokens.
 
-May import the rooms of the model (`model`, `attention`, `kv_cache`, `sampling`, `memory`) and the plain data of
-`plan` and `memory_ledger`; never `engine` or `serving`.
+May import `kernels` and the rooms below; never `engine`. `plan` is plain data, without torch.
 """
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "cache_engine": ["CacheEngine"],
+        "fused_decoder": ["FusedDecoder"],
+        "kernel_attention": ["AttentionInputs", "KernelAttention"],
+        "paged_attention": ["PagedBatch"],
+        "paged_runner": ["PagedRunner", "rows_computed"],
+        "plan": [
+            "BlockMove",
+            "DEFAULT_OPTIONS",
+            "ModelOutput",
+            "NULL_BLOCK",
+            "NewRequest",
+            "PENDING",
+            "PendingOutput",
+            "RunnerOptions",
+            "ScheduledRequest",
+            "SchedulerOutput",
+        ],
+        "pooling": ["mean_hidden_state"],
+        "step_graph": ["bucket_sizes", "record"],
+        "worker": ["Worker"],
+        "worker_process": ["ProcessWorker"],
+    },
+)

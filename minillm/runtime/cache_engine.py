@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.config import ModelConfig
+from minillm.costs import blocks_needed, kv_bytes_per_token
 from minillm.errors import ConfigError
-from minillm.kv_cache import kv_bytes_per_token
-from minillm.memory import to_device
-from minillm.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput, blocks_needed
+from minillm.model import ModelConfig
+from minillm.runtime.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput
+from minillm.sampling import to_device
 
 
 class CacheEngine:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from minillm.costs import blocks_needed
 from minillm.errors import ConfigError
-from minillm.plan import ScheduledRequest, SchedulerOutput, blocks_needed
 from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.plan import ScheduledRequest, SchedulerOutput
 from minillm.runtime.step_inputs import Layout, StepInputs, carve, carve_changes, new_buffer
-from minillm.sampling import LogitsProcessor
-from minillm.sampling_params import SamplingParams
+from minillm.sampling import LogitsProcessor, SamplingParams
 
 TABLE_ALIGNED = 16  # entries that a row of the tables is a multiple of: Triton compiles anew for other strides
 

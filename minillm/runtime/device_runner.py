@@ -14,38 +14,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.memory import to_device
-from minillm.memory_ledger import mib
+from minillm.costs import mib
+from minillm.kernels import Backend
 from minillm.model import Decoder
-from minillm.plan import (
-    PENDING,
-    FinishedOutput,
-    ModelOutput,
-    NewRequest,
-    PendingOutput,
-    PromptLogprobs,
-    RunnerOptions,
-    SchedulerOutput,
-    TokenLogprobs,
-)
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_batch import Announced, DeviceBatch, Step
 from minillm.runtime.device_queue import Queue, queue_for
 from minillm.runtime.fused_decoder import FusedDecoder
 from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
-from minillm.runtime.kernels.dispatch import Backend
+from minillm.runtime.plan import (
+    PENDING,
+    FinishedOutput,
+    ModelOutput,
+    NewRequest,
+    PendingOutput,
+    RunnerOptions,
+    SchedulerOutput,
+)
 from minillm.runtime.step_graph import bucket_sizes, record
 from minillm.runtime.step_inputs import Layout, StepInputs, buffer_size, carve, carve_changes
 from minillm.sampling import (
     LogitsProcessor,
+    PromptLogprobs,
+    SamplingParams,
+    TokenLogprobs,
     make_processor,
     next_token_probabilities,
     processed,
     prompt_logprobs,
     take,
+    to_device,
     token_logprobs,
 )
-from minillm.sampling_params import SamplingParams
 
 
 class DeviceRunner:

@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from minillm.linear import plain
-from minillm.model import Decoder, DecoderLayer, RMSNorm, rope_rotation
+from minillm.model import Decoder, DecoderLayer, RMSNorm, plain, rope_rotation
 from minillm.runtime.kernel_attention import KernelAttention
 
 Product = Callable[[Tensor], Tensor]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.kernels import Backend
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.kernels.dispatch import Backend
 from minillm.runtime.paged_attention import PagedBatch
 from minillm.runtime.step_inputs import NO_SLOT
 

@@ -8,16 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minillm.plan import (
-    BlockMove,
-    ModelOutput,
-    NewRequest,
-    PromptLogprobs,
-    ScheduledRequest,
-    SchedulerOutput,
-    TokenLogprobs,
-)
-from minillm.sampling_params import SamplingParams
+from minillm.runtime.plan import BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from minillm.sampling import PromptLogprobs, SamplingParams, TokenLogprobs
 
 
 def encode(message: Any) -> bytes:

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.attention import zero_or_minus_infinity
-from minillm.masks import visible
-from minillm.plan import blocks_needed
+from minillm.attention import visible, zero_or_minus_infinity
+from minillm.costs import blocks_needed
+from minillm.kernels import reference
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.kernels import reference
 
 
 class Chunk(NamedTuple):

@@ -9,15 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.memory import to_device
+from minillm.kernels import Backend
 from minillm.model import Decoder
-from minillm.plan import PENDING, ModelOutput, PromptLogprobs, ScheduledRequest, SchedulerOutput
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.fused_decoder import FusedDecoder
 from minillm.runtime.kernel_attention import KernelAttention, attention_inputs
-from minillm.runtime.kernels.dispatch import Backend
 from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
-from minillm.sampling import make_generator, make_processor, prompt_logprobs, sample, token_logprobs
+from minillm.runtime.plan import PENDING, ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.sampling import (
+    PromptLogprobs,
+    make_generator,
+    make_processor,
+    prompt_logprobs,
+    sample,
+    to_device,
+    token_logprobs,
+)
 
 FEWEST_ROWS = 4  # that the CPU's matrix product takes at once: it does 2 or 3 one after the other, 3 slower than 4
 

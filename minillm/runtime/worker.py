@@ -9,12 +9,14 @@ from types import ModuleType
 
 import torch
 
+from minillm.costs import MemoryProfile, PeakMemory, available_memory, blocks_needed
 from minillm.errors import KernelError
-from minillm.hf_config import read_config
-from minillm.memory import PeakMemory
-from minillm.memory_ledger import MemoryProfile, available_memory
-from minillm.model import Decoder
-from minillm.plan import (
+from minillm.kernels import Backend, choose, ops
+from minillm.model import Decoder, load_decoder, locate, read_config
+from minillm.runtime.cache_engine import CacheEngine
+from minillm.runtime.device_runner import DeviceRunner, free_bytes
+from minillm.runtime.paged_runner import PagedRunner
+from minillm.runtime.plan import (
     DEFAULT_OPTIONS,
     FinishedOutput,
     ModelOutput,
@@ -23,17 +25,9 @@ from minillm.plan import (
     RunnerOptions,
     ScheduledRequest,
     SchedulerOutput,
-    blocks_needed,
 )
-from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.device_runner import DeviceRunner, free_bytes
-from minillm.runtime.kernels import ops
-from minillm.runtime.kernels.dispatch import Backend, choose
-from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.step_graph import bucket_sizes
-from minillm.sampling import PROMPT_ROWS
-from minillm.sampling_params import MOST_LOGPROBS, SamplingParams
-from minillm.weights import load_decoder, locate
+from minillm.sampling import MOST_LOGPROBS, PROMPT_ROWS, SamplingParams
 
 # All that sampling can be asked to do at once, as the worst step does for every request.
 DEAREST_PARAMS = SamplingParams(
@@ -186,7 +180,7 @@ def small_operations(model: Decoder, block_size: int) -> ModuleType:
         choose("triton", model.config, model.dtype, model.device, block_size)
     except KernelError:
         return ops
-    return import_module("minillm.runtime.kernels.triton_ops")
+    return import_module("minillm.kernels.triton_ops")
 
 
 def card_memory(device: torch.device) -> tuple[int, int]:

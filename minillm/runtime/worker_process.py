@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from minillm import errors
+from minillm.costs import MemoryProfile
 from minillm.errors import MiniLLMError, WorkerDiedError
-from minillm.memory_ledger import MemoryProfile
-from minillm.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, RunnerOptions, SchedulerOutput
 from minillm.runtime import messages
+from minillm.runtime.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, RunnerOptions, SchedulerOutput
 from minillm.runtime.worker import Worker
 
 LOOK_EVERY = 0.5  # seconds between looks whether the other process still lives, in case its end of the socket does

@@ -1,4 +1,26 @@
-"""Runs without a model (virtual clock, cost model), and the two older ways of batching: static and dynamic schedulers.
+"""Schedulers without a model: a virtual clock, cost models, made-up workloads, reports.
 
-May import `engine` and the arithmetic of `costs` and `kv_cache`; the engine never imports this.
+May import `ladder`, `engine` and the rooms below; nothing that runs a model imports it.
 """
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "clock": ["RealClock", "VirtualClock"],
+        "cost_model": [
+            "Calibrated",
+            "CostModel",
+            "KERNELS_A_LAYER",
+            "LAUNCH_SECONDS",
+            "Roofline",
+            "StepWork",
+            "preset",
+        ],
+        "executor": ["SimulatedExecutor"],
+        "reporting": ["Report", "ReportBuilder", "SLO", "report"],
+        "running": ["POLICIES", "compare_policies", "fresh", "run"],
+        "workload": ["fixed", "load_requests", "lognormal", "made_request", "make_requests", "uniform"],
+    },
+)

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from minillm import costs
-from minillm.config import ModelConfig
+from minillm.costs import A100_80GB, H200, RTX_4090, SHAPES, Card, kv_bytes_per_token
 from minillm.errors import (
     ConfigError,
     Positive,
@@ -20,9 +20,8 @@ from minillm.errors import (
     check_seconds,
     checked,
 )
-from minillm.kv_cache import kv_bytes_per_token
-from minillm.plan import SchedulerOutput
-from minillm.shapes import A100_80GB, H200, RTX_4090, SHAPES, Card
+from minillm.model import ModelConfig
+from minillm.runtime import SchedulerOutput
 
 CARDS = {"4090": RTX_4090, "a100": A100_80GB, "h200": H200}
 KERNELS_A_LAYER = 9  # norm, qkv, rotate, store, attend, out, norm, gate-up, down: fused as engines do it

@@ -1,7 +1,7 @@
 """An executor without a model: says how long a step takes, and invents its tokens."""
 
 from minillm.errors import checked
-from minillm.plan import ModelOutput, SchedulerOutput
+from minillm.runtime import ModelOutput, SchedulerOutput
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import CostModel
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from minillm.engine.request import Request
+from minillm.engine import Request
 from minillm.errors import (
     MOST_SECONDS,
     ConfigError,
@@ -21,7 +21,7 @@ from minillm.errors import (
     read_text,
     write_text,
 )
-from minillm.sampling_params import SamplingParams
+from minillm.sampling import SamplingParams
 
 MOST_REQUESTS = 10**7
 Draw = Callable[[random.Random], int]  # a length in tokens, at least 1

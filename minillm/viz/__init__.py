@@ -10,6 +10,7 @@ from minillm.viz.base import (
     binary_bytes,
     both_bytes,
     decimal_bytes,
+    plural,
     side_by_side,
     stacked,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "both_bytes",
     "decimal_bytes",
     "device_use",
+    "plural",
     "pool_states",
     "side_by_side",
     "stacked",

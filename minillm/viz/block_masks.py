@@ -75,7 +75,7 @@ class BlockMask(Picture):
         """The bool mask [T_query, T_key] of the tokens computed in this step: rectangular blocks, True = may look."""
         import torch
 
-        from minillm.masks import rectangular
+        from minillm.attention import rectangular
 
         return torch.block_diag(*(rectangular(block.num_new, block.num_tokens) for block in self.blocks)).bool()
 

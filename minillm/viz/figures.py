@@ -15,7 +15,7 @@ NUM_OUTPUT_TOKENS = 12
 
 def causal_mask() -> Picture:
     """Who may look at whom among the seven tokens of the course's running example."""
-    from minillm.masks import causal
+    from minillm.attention import causal
 
     return MaskGrid(causal(len(TOKENS)), TOKENS, title="A token sees itself and what came before")
 
@@ -47,7 +47,7 @@ def memory_access() -> Picture:
     """One load of keys by a warp in versions 1 and 2 of the CUDA kernel, as its emulation on the CPU records it."""
     import torch
 
-    from minillm.runtime.kernels.cuda import emulator
+    from minillm.kernels import emulator
     from minillm.viz.base import stacked
     from minillm.viz.memory_access import WarpAccess
 

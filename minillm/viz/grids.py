@@ -2,16 +2,7 @@
 
 from collections.abc import Sequence
 
-from minillm.viz.base import (
-    SMALL_SIZE,
-    Picture,
-    PictureError,
-    literal,
-    pad,
-    plural,
-    text_width,
-    token_labels,
-)
+from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, pad, plural, text_width, token_labels
 from minillm.viz.palette import BLACK, CHANGED, GREEN, GREY, MAY_LOOK, MAY_NOT, SAME, WHITE
 
 MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border

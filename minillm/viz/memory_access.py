@@ -11,16 +11,7 @@ from functools import reduce
 from itertools import pairwise
 from math import gcd
 
-from minillm.viz.base import (
-    MAX_WIDTH,
-    SMALL_SIZE,
-    Picture,
-    PictureError,
-    add_box,
-    add_legend,
-    pad,
-    plural,
-)
+from minillm.viz.base import MAX_WIDTH, SMALL_SIZE, Picture, PictureError, add_box, add_legend, pad, plural
 from minillm.viz.memory_traffic import percent
 from minillm.viz.palette import ASKED, BLACK, BLUE, GREY, UNASKED, WHITE, State
 

@@ -4,15 +4,7 @@ from collections.abc import Mapping
 
 from minillm.trace import Trace
 from minillm.viz.activity import columns_of, legend
-from minillm.viz.base import (
-    SMALL_SIZE,
-    Panels,
-    PictureError,
-    add_legend,
-    plural,
-    text_table,
-    titled,
-)
+from minillm.viz.base import SMALL_SIZE, Panels, PictureError, add_legend, plural, text_table, titled
 from minillm.viz.palette import BLACK
 from minillm.viz.timeline import AXES_WIDTH, Timeline, legend_states
 

@@ -6,15 +6,7 @@ picture needs no Triton; a test has the kernel say which keys each of its progra
 
 from typing import NamedTuple
 
-from minillm.viz.base import (
-    SMALL_SIZE,
-    Picture,
-    PictureError,
-    add_box,
-    add_legend,
-    pad,
-    plural,
-)
+from minillm.viz.base import SMALL_SIZE, Picture, PictureError, add_box, add_legend, pad, plural
 from minillm.viz.decode_tiles import span
 from minillm.viz.palette import BLACK, GREY, MASKED, NOT_LOADED, SEEN, State
 

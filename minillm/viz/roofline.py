@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from minillm.config import ModelConfig
-from minillm.shapes import Card
+from minillm.costs import Card
+from minillm.model import ModelConfig
 from minillm.viz.base import SMALL_SIZE, PictureError, literal, number, plural, text_table
 from minillm.viz.curves import Curves, Look
 from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, SERIES_COLORS
@@ -45,8 +45,13 @@ class DecodeRoofline(Curves):
         dtype_bytes: int = 2,
         title: str | None = None,
     ):
-        from minillm.costs import compute_bound_batch, matmul_parameters, tokenwise_flops  # they bring torch along
-        from minillm.kv_cache import kv_bytes_per_token, what_fits
+        from minillm.costs import (  # they bring torch along
+            compute_bound_batch,
+            kv_bytes_per_token,
+            matmul_parameters,
+            tokenwise_flops,
+            what_fits,
+        )
 
         self.measured, self.marked = dict(measured or {}), sorted(set(marked))
         self.batches = sorted({*batches, *self.measured})

@@ -6,7 +6,7 @@ import torch
 
 from minillm.bench.gpu.scale import Scale
 from minillm.bench.gpu.timing import device_seconds
-from minillm.shapes import Card
+from minillm.costs import Card
 
 COPY_SECONDS = 0.2
 GEMM_SECONDS = 1.0  # long enough for the clock to settle where the power limit lets it
@@ -42,5 +42,5 @@ def gemm_ceiling(scale: Scale) -> dict:
 
 
 def measured_card(name: str, copy: dict, gemm: dict, memory_bytes: int) -> Card:
-    """The ceilings in the form that `minillm.costs` takes."""
+    """The ceilings in the form that `minillm.costs.roofline` takes."""
     return Card(f"{name}, measured", memory_bytes, copy["bytes_per_second"], gemm["flops"])

@@ -20,9 +20,8 @@ from torch import Tensor
 from minillm.bench.gpu.scale import Scale
 from minillm.bench.gpu.session import Session
 from minillm.bench.gpu.timing import captured, device_seconds
-from minillm.costs import causal_entries
-from minillm.plan import blocks_needed
-from minillm.runtime.kernels import dispatch, reference
+from minillm.costs import blocks_needed, causal_entries
+from minillm.kernels import dispatch, reference
 
 BLOCK_SIZE = 16  # the engine's default
 LARGE_BLOCK_SIZE = 256  # what FlashAttention asks for
@@ -237,7 +236,7 @@ def sweep_cell(session: Session, bench: KernelBench, case: tuple[int, int], opti
 
 def launches(scale: Scale) -> Iterator[tuple[str, dict]]:
     """Labels and options of the launches to try beside the default."""
-    from minillm.runtime.kernels.triton_kernels import DECODE_LAUNCH
+    from minillm.kernels import DECODE_LAUNCH
 
     for keys, num_warps, num_stages in itertools.product(*scale.sweep_launches):
         launch = DECODE_LAUNCH._replace(keys=keys, num_warps=num_warps, num_stages=num_stages)

@@ -3,9 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from minillm.config import ModelConfig, RopeConfig
 from minillm.errors import UnsupportedModelError
-from minillm.model import Decoder
+from minillm.model import Decoder, ModelConfig, RopeConfig
 
 DEVIATION = 0.02  # of the weights: transformers' initializer_range, which keeps logits small
 

@@ -4,7 +4,7 @@
 
 `factory(shape, jobs, settings)` is called once per model shape, with nothing of anybody else's on the device:
 
-    shape      a `minillm.config.ModelConfig`: the architecture the peer must run, with random weights of its own
+    shape      a `minillm.model.config.ModelConfig`: the architecture the peer must run, with random weights of its own
     jobs       what will be generated: a list of `Job(prompt, num_outputs)`, prompts being lists of token ids
     settings   a dict: temperature, dtype ("bfloat16"), device ("cuda"), max_num_seqs, max_model_len,
                max_num_batched_tokens, gpu_memory_utilization
@@ -39,9 +39,9 @@ from minillm.bench.contenders import ContinuousBatches, Job, StaticBatches
 from minillm.bench.gpu.models import random_peer
 from minillm.bench.gpu.scale import Scale
 from minillm.bench.gpu.workloads import TEMPERATURE
-from minillm.config import ModelConfig
+from minillm.costs import kv_bytes_per_token
 from minillm.errors import ConfigError
-from minillm.kv_cache import kv_bytes_per_token
+from minillm.model import ModelConfig
 
 GPU_MEMORY_UTILIZATION = 0.85  # of the card, for every engine that asks
 

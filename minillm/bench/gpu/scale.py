@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minillm.config import ModelConfig
-from minillm.shapes import LLAMA_2_7B, LLAMA_3_2_1B, QWEN3_0_6B
+from minillm.costs import LLAMA_2_7B, LLAMA_3_2_1B, QWEN3_0_6B
+from minillm.model import ModelConfig
 
 
 @dataclass(frozen=True)

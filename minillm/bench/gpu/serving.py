@@ -20,7 +20,7 @@ from minillm.bench.gpu import peers
 from minillm.bench.gpu.models import random_decoder
 from minillm.bench.gpu.session import SPEED, Session
 from minillm.bench.gpu.workloads import TEMPERATURE, totals, w1_jobs, w2_jobs, w3_jobs
-from minillm.config import ModelConfig
+from minillm.model import ModelConfig
 from minillm.trace import StepEvent
 
 WARM_UP_TOKENS = 4

@@ -25,9 +25,9 @@ import torch
 import minillm
 from minillm.bench.gpu.scale import Scale
 from minillm.bench.gpu.timing import synchronize
-from minillm.bench.measure import processor
+from minillm.bench.measuring import processor
+from minillm.costs import Card
 from minillm.errors import KernelError
-from minillm.shapes import Card
 
 SCHEMA = 1  # of the JSON; another number where old readers would misread it
 KIND, DRY_KIND = "gpu", "DRY RUN, NOT A MEASUREMENT"

@@ -42,7 +42,7 @@ def supervise(argv: Sequence[str], file: Path, budget: float, resume: bool) -> i
 
 def child_command(options: Sequence[str]) -> list[str]:
     """What measures in this very process."""
-    return [sys.executable, "-m", "minillm.cli", "bench", "gpu", *options, "--unsupervised"]
+    return [sys.executable, "-m", "minillm.cli.main", "bench", "gpu", *options, "--unsupervised"]
 
 
 def run_child(command: Sequence[str], file: Path, stall: float) -> int:

@@ -1,0 +1,126 @@
+"""What the benchmarks share: a run on the model with every step timed, calibration, and what machine it was."""
+
+import datetime
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import minillm
+from minillm.engine import Request, SchedulerConfig
+from minillm.ladder import ContiguousExecutor
+from minillm.model import Decoder
+from minillm.simulation import (
+    POLICIES,
+    CostModel,
+    RealClock,
+    Report,
+    SimulatedExecutor,
+    StepWork,
+    VirtualClock,
+    fresh,
+    made_request,
+    report,
+    run,
+)
+
+TIMERS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
+TEMPERATURE = 0.8  # of the requests that are sampled rather than greedy
+MAX_MODEL_LEN = 576  # the storyteller's longest prompt and longest story
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """One real run: its report, its steps, and the outputs to compare."""
+
+    report: Report
+    seconds: dict[str, float]  # of the whole run, on each timer
+    steps: list[tuple[StepWork, float]]  # work and seconds, the scheduler's share included
+    outputs: dict[str, tuple[int, ...]]
+
+
+def measure(
+    model: Decoder, requests: Iterable[Request], policy: str, config: SchedulerConfig, timer: str = "cpu"
+) -> MeasuredRun:
+    """Run copies of `requests`, which must all arrive at 0, and time every step on the named timer."""
+    executor = ContiguousExecutor(model, config.max_num_seqs, config.max_model_len)
+    clock = RealClock(TIMERS[timer])
+    scheduler = POLICIES[policy](config, clock)
+    copies = [fresh(request) for request in requests]
+    works, moments = [], [clock()]
+
+    def note(plan, updates) -> None:
+        works.append(StepWork.of(plan))
+        moments.append(clock())
+
+    began = {name: read() for name, read in TIMERS.items()}
+    trace = run(scheduler, executor, copies, clock, on_step=note)
+    seconds = {name: read() - began[name] for name, read in TIMERS.items()}
+    durations = [end - start for start, end in zip(moments, moments[1:], strict=False)]
+    outputs = {request.request_id: tuple(request.output_token_ids) for request in copies}
+    return MeasuredRun(report(trace), seconds, list(zip(works, durations, strict=True)), outputs)
+
+
+def simulate(cost_model: CostModel, requests: Iterable[Request], policy: str, config: SchedulerConfig) -> Report:
+    """The same run without the model."""
+    clock = VirtualClock()
+    scheduler = POLICIES[policy](config, clock)
+    return report(run(scheduler, SimulatedExecutor(cost_model, clock), map(fresh, requests), clock))
+
+
+def calibration_steps(model: Decoder, timer: str = "cpu", seed: int = 0) -> list[tuple[StepWork, float]]:
+    """Steps to fit this machine's prices to: made-up requests under every policy in batches of several sizes.
+
+    A machine is not equally fast all the time: measure these in turn with what is to be predicted, and fit to all.
+    """
+    steps = []
+    for max_num_seqs, num_requests, longest_prompt in ((1, 3, 100), (4, 10, 300), (10, 24, 40), (16, 32, 150)):
+        config = SchedulerConfig(max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
+        requests = mixed_requests(num_requests, longest_prompt, 150, f"calibration {seed} {max_num_seqs}")
+        for policy in POLICIES:
+            steps += measure(model, requests, policy, config, timer).steps
+    return steps
+
+
+def mixed_requests(num_requests: int, longest_prompt: int, longest_output: int, seed: object) -> list[Request]:
+    """Made-up requests of lengths up to the given ones, all at once; every second one is sampled rather than greedy."""
+    rng = random.Random(str(seed))
+    requests = [
+        made_request(f"req {i}", 0.0, rng.randint(1, longest_prompt), rng.randint(1, longest_output))
+        for i in range(num_requests)
+    ]
+    for i in range(0, num_requests, 2):
+        requests[i].params = replace(requests[i].params, temperature=TEMPERATURE, seed=i)
+    return requests
+
+
+def load(name: str):
+    """The model and its tokenizer, on one thread."""
+    torch.set_num_threads(1)
+    return minillm.load_model(name)
+
+
+def surroundings() -> dict[str, str]:
+    """Machine, date and versions, for the record."""
+    return {
+        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used",
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "minillm": minillm.__version__,
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

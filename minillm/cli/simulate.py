@@ -1,0 +1,132 @@
+"""The command `minillm simulate`: made-up requests under a way of batching, on a card that need not be there.
+
+Nothing is imported before it is needed, so that `minillm --help` stays quick.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from minillm.errors import ConfigError, check_options, write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", default="continuous", choices=["static", "dynamic", "continuous"])
+    parser.add_argument("--scheduling-policy", default="fcfs", choices=["fcfs", "priority", "sjf"], help="who is next")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at the same time")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
+    card = parser.add_argument_group("what it runs on")
+    card.add_argument("--model", default="Llama-2-7B", help="a published shape, such as Qwen3-0.6B")
+    card.add_argument("--card", default="h200", help="4090, a100 or h200")
+    card.add_argument("--launch-ms", type=float, help="milliseconds a step needs to launch its kernels")
+    load = parser.add_argument_group("requests")
+    load.add_argument("--requests", type=int, default=1000, metavar="N")
+    load.add_argument("--file", type=Path, help="JSON lines with num_prompt_tokens, num_output_tokens, arrival_time")
+    load.add_argument("--arrivals", default="at once", choices=["at once", "poisson", "bursts"])
+    load.add_argument("--rate", type=float, default=1.0, help="requests a second (poisson, bursts)")
+    load.add_argument("--burst-size", type=int, default=16)
+    lengths = "in tokens: 100 (fixed), 16-256 (uniform), 80~0.9 (lognormal: median and sigma, at most 2048)"
+    load.add_argument("--prompt-length", default="16-256", help=lengths)
+    load.add_argument("--output-length", default="1-128", help="likewise")
+    load.add_argument("--seed", type=int, default=0)
+    slo = parser.add_argument_group("what counts as served well (goodput)")
+    slo.add_argument("--slo-ttft-ms", type=float, help="time to first token")
+    slo.add_argument("--slo-itl-ms", type=float, help="a request's mean time between tokens")
+    slo.add_argument("--slo-e2e-ms", type=float, help="from arrival to result")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report and its settings")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write every step, for `minillm trace FILE`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Simulate, print the report, write it where asked. Raises ConfigError or PromptError for bad values."""
+    from minillm.engine import SchedulerConfig
+    from minillm.simulation import POLICIES, ReportBuilder, SimulatedExecutor, VirtualClock, preset
+    from minillm.simulation import run as run_to_the_end
+    from minillm.trace import save_trace
+
+    check_options(arguments, at_least_one=("max_num_seqs", "max_num_batched_tokens"), files=("json", "trace"))
+    launch_overhead = None if arguments.launch_ms is None else arguments.launch_ms / 1000
+    cost_model = preset(arguments.model, arguments.card, launch_overhead)
+    requests = requests_of(arguments)
+    config = SchedulerConfig(
+        max_num_seqs=arguments.max_num_seqs,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        max_model_len=cost_model.config.max_position_embeddings,
+        scheduling_policy=arguments.scheduling_policy,
+    )
+    clock, figures = VirtualClock(), ReportBuilder(slo_of(arguments))
+    scheduler = POLICIES[arguments.policy](config, clock, trace=arguments.trace is not None)
+    began = time.perf_counter()
+    run_to_the_end(scheduler, SimulatedExecutor(cost_model, clock), requests, clock, figures=figures)
+    seconds = time.perf_counter() - began
+    report = figures.report()
+    print(report)
+    print(f"simulated {report.makespan:.0f} s in {seconds:.1f} s")
+    if arguments.json:
+        write_json(arguments.json, arguments, report, seconds)
+    if arguments.trace:
+        save_trace(scheduler.trace, arguments.trace)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The same as a program of its own."""
+    parser = argparse.ArgumentParser(prog="minillm simulate", description=__doc__.split("\n\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def requests_of(arguments: argparse.Namespace) -> list:
+    """The requests of the file, or made-up ones."""
+    from minillm.simulation import load_requests, make_requests
+
+    if arguments.file:
+        return load_requests(arguments.file)
+    return make_requests(
+        arguments.requests,
+        length_draw(arguments.prompt_length),
+        length_draw(arguments.output_length),
+        arrivals=arguments.arrivals,
+        rate=arguments.rate,
+        burst_size=arguments.burst_size,
+        seed=arguments.seed,
+    )
+
+
+def length_draw(text: str):
+    """How lengths are drawn, from "100", "16-256" or "80~0.9". Raises ConfigError for anything else."""
+    from minillm.simulation import workload
+
+    try:
+        if "~" in text:
+            median, sigma = text.split("~")
+            return workload.lognormal(float(median), float(sigma), longest=2048)
+        if "-" in text:
+            low, high = text.split("-")
+            return workload.uniform(int(low), int(high))
+        return workload.fixed(int(text))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"length {text!r} is none of 100 (fixed), 16-256 (uniform), 80~0.9 (lognormal)") from error
+
+
+def slo_of(arguments: argparse.Namespace):
+    """The limits given, in seconds; none where none was given."""
+    from minillm.simulation import SLO
+
+    limits = {name: getattr(arguments, f"slo_{name}_ms") for name in ("ttft", "itl", "e2e")}
+    return SLO(**{name: limit / 1000 for name, limit in limits.items() if limit is not None})
+
+
+def write_json(path: Path, arguments: argparse.Namespace, report, seconds: float) -> None:
+    """The report with what it was made from."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    settings = {name: value for name, value in settings.items() if name not in ("command", "json", "trace")}
+    content = {"settings": settings, "report": report.as_dict(), "seconds_to_simulate": round(seconds, 3)}
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

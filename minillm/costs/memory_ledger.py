@@ -1,0 +1,275 @@
+"""Where the memory of an engine goes, and how many blocks of cache that leaves room for.
+
+A worker loads the weights and measures the worst step (`MemoryProfile`); `plan_cache` turns that into a
+`MemoryLedger`, which always adds up. vLLM sizes its cache the same way (Kwon et al. 2023, PagedAttention).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from minillm.errors import ConfigError, Count, OutOfMemoryError, Positive, check_fields, check_number
+
+CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest is left to other programs
+CPU_POOL_BYTES = 4 * 2**30  # most that a pool takes of the machine's memory where nobody says how large it is to be
+ROOM_FOR_PREFIXES = 2  # beside a card the pool holds at most so many times what running requests use, to cache prefixes
+NULL_BLOCKS = 1  # the block that stands for padding
+MIB = 2**20
+CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
+
+
+class MemoryProfile(NamedTuple):
+    """What a worker measured after loading its weights; all sizes in bytes."""
+
+    weights: int
+    activations: int  # peak of the worst step beside weights, cache and masks
+    masks: int  # of the worst step
+    bytes_per_block: int  # keys and values of one block in all layers
+    available: int  # what can still be allocated where the model runs
+    host_available: int  # the same of the machine's own memory; on the CPU the same number
+    card_bytes: int | None = None  # the whole card; None on the CPU
+
+    @classmethod
+    def worst(cls, profiles: Sequence["MemoryProfile"]) -> "MemoryProfile":
+        """One profile that is safe for every worker: the largest needs beside the least memory."""
+        weights, activations, masks, block, available, host_available, _ = zip(*profiles, strict=True)
+        return cls(
+            *map(max, (weights, activations, masks, block)), min(available), min(host_available), profiles[0].card_bytes
+        )
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if cache and swapped blocks come from the same memory."""
+        return self.card_bytes is None
+
+    def budget(self, gpu_memory_utilization: float) -> int:
+        """Bytes an engine may use, weights included.
+
+        On a card `gpu_memory_utilization` of it, less what others hold there; on the CPU the weights and
+        CPU_MEMORY_SHARE of what is available beside them.
+        """
+        if self.on_cpu:
+            return self.weights + int(self.available * CPU_MEMORY_SHARE)
+        return self.weights + self.available - (self.card_bytes - int(self.card_bytes * gpu_memory_utilization))
+
+
+@dataclass(frozen=True)
+class MemoryLedger:
+    """The budget of an engine and what it is spent on; sizes in bytes. `str(ledger)` is the table printed at start."""
+
+    total: int  # the budget
+    weights: int
+    activations: int  # peak of the worst step beside weights, cache and masks
+    masks: int  # of the worst step
+    bytes_per_block: int  # keys and values of one block in all layers
+    num_blocks: int  # of the pool, the null block included
+    block_size: int  # tokens a block
+    num_host_blocks: int = 0  # for requests that are swapped out
+    host_is_budget: bool = True  # the host blocks are paid from this budget: the model runs on the CPU
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the pool."""
+        return self.num_blocks * self.bytes_per_block
+
+    @property
+    def host_blocks(self) -> int:
+        """Bytes of the host blocks, wherever they are."""
+        return self.num_host_blocks * self.bytes_per_block
+
+    @property
+    def swap(self) -> int:
+        """Bytes of this budget that the host blocks take; 0 beside a card."""
+        return self.host_blocks if self.host_is_budget else 0
+
+    @property
+    def free(self) -> int:
+        """What is left of the budget."""
+        return self.total - sum(self.spent.values())
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """Name -> bytes of everything but what is free."""
+        return {
+            "weights": self.weights,
+            "cache": self.cache,
+            "swapped blocks": self.swap,
+            "activations": self.activations,
+            "masks": self.masks,
+        }
+
+    def check(self) -> None:
+        """Raises OutOfMemoryError if more is spent than there is, and names the posts."""
+        if self.free < 0:
+            posts = ", ".join(f"{name} {mib(size)}" for name, size in self.spent.items() if size)
+            raise OutOfMemoryError(
+                f"{self.num_blocks} blocks do not fit: {posts} are {mib(self.total - self.free)} together, there are "
+                f"{mib(self.total)}; lower num_blocks, num_host_blocks or max_num_batched_tokens, or free memory"
+            )
+
+    def __str__(self) -> str:
+        where = "" if self.host_is_budget else f", {mib(self.host_blocks)} of host memory"
+        notes = {"cache": f"{self.num_blocks:,} blocks of {self.block_size} tokens"}
+        if self.num_host_blocks:
+            notes["swapped blocks"] = f"{self.num_host_blocks:,} blocks{where}"
+        posts = [(name, size) for name, size in self.spent.items() if size or name in notes]
+        lines = [_line(f"  {name}", size, self.total, notes.get(name, "")) for name, size in posts]
+        return "\n".join([_line("memory", self.total, self.total), *lines, _line("  free", self.free, self.total)])
+
+
+def _line(name: str, size: int, total: int, note: str = "") -> str:
+    return f"{name:<17}{mib(size):>15} {size / total:>7.1%}  {note}".rstrip()
+
+
+def mib(size: int) -> str:
+    """Bytes in MiB: 5242880 -> "5.0 MiB"."""
+    return f"{size / MIB:,.1f} MiB"
+
+
+# --- how many blocks -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CacheLimits:
+    """What decides how large the pool is."""
+
+    max_num_seqs: Positive  # requests that run at the same time
+    max_num_batched_tokens: Positive  # tokens of one step
+    max_model_len: Positive  # prompt and output tokens of one request
+    block_size: Positive = 16  # tokens a block
+    num_blocks: int | None = None  # the whole pool, the null block included; None = see `plan_cache`
+    num_host_blocks: Count | None = 0  # for requests that are swapped out; None = as many as the pool has
+    gpu_memory_utilization: float = 0.9  # share of the card that may be used; of no effect on the CPU
+
+    def __post_init__(self):
+        check_fields(self)
+        utilization = self.gpu_memory_utilization
+        check_number("gpu_memory_utilization", utilization, "a share of the card, in (0, 1]", lambda u: 0 < u <= 1)
+        if self.num_blocks is not None and self.num_blocks < self.least_blocks:
+            raise ConfigError(
+                f"num_blocks is {self.num_blocks}, but one request of max_model_len = {self.max_model_len} tokens "
+                f"needs {self.least_blocks}: {self.blocks_per_request} blocks of {self.block_size} tokens and the null "
+                f"block; raise num_blocks to {self.least_blocks} or lower max_model_len"
+            )
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Blocks of the longest request."""
+        return blocks_needed(self.max_model_len, self.block_size)
+
+    @property
+    def least_blocks(self) -> int:
+        """The smallest pool in which every request can run: the longest one, alone."""
+        return self.blocks_per_request + NULL_BLOCKS
+
+    def most_blocks(self, profile: MemoryProfile) -> int:
+        """The largest pool that is taken unasked.
+
+        On the CPU, whose memory other programs use too: room for all running requests at their longest, CPU_POOL_BYTES
+        at most, but always for one request. Beside a card as much again for prefixes.
+        """
+        running = self.max_num_seqs * self.blocks_per_request + NULL_BLOCKS
+        if profile.on_cpu:
+            return max(self.least_blocks, min(running, CPU_POOL_BYTES // profile.bytes_per_block))
+        return ROOM_FOR_PREFIXES * self.max_num_seqs * self.blocks_per_request + NULL_BLOCKS
+
+
+def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
+    """How many blocks the engine gets: `limits.num_blocks`, or as many as the budget holds, `most_blocks` at most.
+
+    Blocks asked for by number may take all that is available. Raises OutOfMemoryError, before the pool is allocated,
+    if what was asked for does not fit, or less than one request of `max_model_len` does.
+    """
+    if limits.num_blocks is None:
+        total = profile.budget(limits.gpu_memory_utilization)
+        num_blocks = min(limits.most_blocks(profile), _blocks_that_fit(profile, limits, total))
+        if num_blocks < limits.least_blocks:
+            raise OutOfMemoryError(_too_small(profile, limits, total, num_blocks))
+    else:
+        total, num_blocks = profile.weights + profile.available, limits.num_blocks
+    ledger = MemoryLedger(
+        total=total,
+        weights=profile.weights,
+        activations=profile.activations,
+        masks=profile.masks,
+        bytes_per_block=profile.bytes_per_block,
+        num_blocks=num_blocks,
+        block_size=limits.block_size,
+        num_host_blocks=num_blocks if limits.num_host_blocks is None else limits.num_host_blocks,
+        host_is_budget=profile.on_cpu,
+    )
+    ledger.check()
+    _check_host(profile, ledger)
+    return ledger
+
+
+def _blocks_that_fit(profile: MemoryProfile, limits: CacheLimits, total: int) -> int:
+    left = total - profile.weights - profile.activations - profile.masks
+    if not profile.on_cpu:
+        return max(0, left // profile.bytes_per_block)
+    if limits.num_host_blocks is None:  # each block of the pool brings one for swapping
+        return max(0, left // (2 * profile.bytes_per_block))
+    return max(0, left // profile.bytes_per_block - limits.num_host_blocks)
+
+
+def _too_small(profile: MemoryProfile, limits: CacheLimits, total: int, num_blocks: int) -> str:
+    share = f"gpu_memory_utilization = {limits.gpu_memory_utilization} of the card"
+    if profile.on_cpu:
+        share = f"the weights and {CPU_MEMORY_SHARE:.0%} of the available memory"
+    return (
+        f"a request of max_model_len = {limits.max_model_len} tokens needs a pool of {limits.least_blocks} blocks, "
+        f"{mib(limits.least_blocks * profile.bytes_per_block)}; the budget of {mib(total)} ({share}) holds "
+        f"{num_blocks} beside weights of {mib(profile.weights)}, activations of {mib(profile.activations)} and masks "
+        f"of {mib(profile.masks)}; lower max_model_len or max_num_batched_tokens, or give it more memory"
+    )
+
+
+def _check_host(profile: MemoryProfile, ledger: MemoryLedger) -> None:
+    """Swapped blocks beside a card come from the machine's own memory."""
+    if not ledger.host_is_budget and ledger.host_blocks > profile.host_available:
+        raise OutOfMemoryError(
+            f"{ledger.num_host_blocks} host blocks need {mib(ledger.host_blocks)}, the machine has "
+            f"{mib(profile.host_available)} available; lower num_host_blocks"
+        )
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def available_memory() -> int:
+    """Bytes of the machine's memory that can be allocated without swapping, within the limit of a container.
+
+    Where the system does not tell (macOS), all of its memory. Raises ConfigError if it tells neither.
+    """
+    try:
+        available = _kernel_number(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    except OSError:
+        available = _physical_memory()
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        held = int((CGROUP / "memory.current").read_text()) - _kernel_number(CGROUP / "memory.stat", "inactive_file")
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+    return max(0, min(available, limit - held))
+
+
+def _kernel_number(path: Path, key: str) -> int:
+    """The number behind `key` in one of the kernel's tables; OSError if there is none."""
+    for line in path.read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1])
+    raise OSError(f"{path} has no {key}")
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError) as error:
+        raise ConfigError("this system does not tell how much memory it has; use Linux or macOS") from error
+
+
+def blocks_needed(num_tokens: int, block_size: int) -> int:
+    """How many blocks that many tokens take; the last one may be partly empty."""
+    return -(-num_tokens // block_size)

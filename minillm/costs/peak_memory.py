@@ -1,0 +1,81 @@
+"""The largest memory that a piece of code held at one moment, measured."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minillm.errors import check_device
+
+
+class PeakMemory:
+    """Measures the most bytes of tensors alive at one moment inside a `with` block, of those made inside it.
+
+        with PeakMemory() as memory:
+            model(token_ids, positions, attend)
+        memory.peak_bytes
+
+    On the CPU every operation of this thread is watched, and a tensor counts from when it is returned until its
+    storage is freed; what a fused kernel allocates and frees inside itself is not seen. On CUDA it is the difference
+    that the allocator reports.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = check_device("device", device)
+        self.peak_bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._watch = _StorageWatch()
+            self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self._watch.__exit__(*error)
+            self.peak_bytes = self._watch.peak
+
+
+class _StorageWatch(TorchDispatchMode):
+    """Sees every operation; counts the storages it makes, and uncounts them when they die."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0  # bytes
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operation._can_decompose():  # einsum, for one, is several operations: watch each of them
+            with self:
+                result = operation.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        result = operation(*args, **kwargs)
+        for storage in _storages(result):
+            if storage._cdata not in known:  # neither a view of an argument nor the argument itself
+                known.add(storage._cdata)
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._uncount, storage.nbytes()).atexit = False
+
+    def _uncount(self, num_bytes: int) -> None:
+        self.alive -= num_bytes
+
+
+def _storages(nested) -> list[torch.UntypedStorage]:
+    """Of all tensors in there, but for packed weights, which show no storage and are never made in a pass."""
+    leaves = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
+    return [leaf.untyped_storage() for leaf in leaves]

@@ -1,0 +1,173 @@
+"""How much arithmetic and memory traffic a forward pass costs, counted from the shape alone.
+
+A multiply-add counts as two operations (FLOP), the custom of the field. "Token-wise" is everything but attention:
+the projections, the MLP and the output head. Predictions made here are lower bounds; the chapters put measurements
+beside them. Source of the bounds: the roofline model (Williams, Waterman and Patterson 2009).
+"""
+
+import math
+from collections.abc import Iterable
+
+from minillm.costs.kv_bytes import kv_bytes_per_token
+from minillm.costs.shapes import Card
+from minillm.errors import ConfigError, Count, Positive, checked
+from minillm.model import ModelConfig
+from minillm.trace import StepEvent
+
+MOST_STEPS = 2**20  # that `workload_seconds` goes through one by one
+
+
+@checked
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that take part in a matrix product for every token: all layers' and, once, the output head's."""
+    return num_layer_parameters(config) + config.vocab_size * config.hidden_size
+
+
+@checked
+def num_layer_parameters(config: ModelConfig) -> int:
+    """Weights of the matrix products inside the layers, without the output head."""
+    attention = config.hidden_size * (2 * config.query_size + 2 * config.key_value_size)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (attention + mlp)
+
+
+@checked
+def tokenwise_flops(config: ModelConfig, num_tokens: Count, num_logit_rows: Count = 1) -> int:
+    """FLOP of the matrix products that treat each token alone; the output head runs for `num_logit_rows` of them."""
+    head = config.vocab_size * config.hidden_size
+    return 2 * num_tokens * num_layer_parameters(config) + 2 * num_logit_rows * head
+
+
+@checked
+def attention_flops(config: ModelConfig, score_entries: Count) -> int:
+    """FLOP of QK^T and of weights times V over all layers and heads, for `score_entries` query-key pairs a head.
+
+    A dense n x n pass has n^2 entries and costs 4 * n^2 * Hq * D a layer; a causal kernel that skips the upper
+    triangle has n(n+1)/2.
+    """
+    return 4 * score_entries * config.query_size * config.num_hidden_layers
+
+
+@checked
+def naive_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_tokens: Count) -> int:
+    """FLOP of generating without a cache: pass i feeds all prompt + i tokens again, with dense scores."""
+    begin, end = num_prompt_tokens, num_prompt_tokens + num_output_tokens
+    tokens = sum_below(end) - sum_below(begin)
+    squares = sum_of_squares_below(end) - sum_of_squares_below(begin)
+    return tokenwise_flops(config, tokens, num_output_tokens) + attention_flops(config, squares)
+
+
+@checked
+def cached_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_tokens: Count) -> int:
+    """FLOP of generating with a KV cache: the prompt once, then one token a pass against all keys so far."""
+    n, later = num_prompt_tokens, max(0, num_output_tokens - 1)  # passes after the prompt's
+    prefill = tokenwise_flops(config, n) + attention_flops(config, n * n)
+    return prefill + tokenwise_flops(config, later, later) + attention_flops(config, causal_entries(n, n + later))
+
+
+@checked
+def step_seconds(
+    config: ModelConfig,
+    card: Card,
+    num_tokens: Count,
+    num_logit_rows: Count,
+    cached_tokens: Count = 0,
+    score_entries: Count = 0,
+    dtype_bytes: Positive = 2,
+) -> float:
+    """Least time for one step: the larger of reading the weights once and the arithmetic, and reading the cache.
+
+    `num_tokens` pass the layers and `num_logit_rows` of them the output head. The keys and values of `cached_tokens`
+    are read, those of all requests summed. `score_entries` query-key pairs a head count as arithmetic, for prompts,
+    whose scores are matrix products; a single new token's are not counted: reading its cache takes longer.
+    """
+    head = config.vocab_size * config.hidden_size if num_logit_rows else 0
+    reading = (num_layer_parameters(config) + head) * dtype_bytes / card.bandwidth
+    flops = tokenwise_flops(config, num_tokens, num_logit_rows) + attention_flops(config, score_entries)
+    cache = cached_tokens * kv_bytes_per_token(config, dtype_bytes) / card.bandwidth
+    return max(reading, flops / card.flops) + cache
+
+
+@checked
+def prefill_seconds(config: ModelConfig, card: Card, num_tokens: Count, dtype_bytes: Positive = 2) -> float:
+    """Least time for the prompt's pass: the larger of its arithmetic (causal scores) and reading the weights once."""
+    return step_seconds(config, card, num_tokens, 1, 0, causal_entries(0, num_tokens), dtype_bytes)
+
+
+@checked
+def decode_seconds(
+    config: ModelConfig, card: Card, context: Count, batch_size: Positive = 1, dtype_bytes: Positive = 2
+) -> float:
+    """Least time for one decode step of `batch_size` requests with `context` cached tokens each.
+
+    Weights are read once for the whole batch or, with a large one, arithmetic takes longer; each request's cache is
+    read besides.
+    """
+    return step_seconds(config, card, batch_size, batch_size, batch_size * context, dtype_bytes=dtype_bytes)
+
+
+@checked
+def causal_entries(start: Count, end: Count) -> int:
+    """Query-key pairs of the tokens at positions start .. end - 1, each of which sees itself and all before it."""
+    if start > end:
+        raise ConfigError(f"tokens from {start} to {end} are none; use start <= end")
+    return (end * (end + 1) - start * (start + 1)) // 2
+
+
+@checked
+def workload_seconds(
+    config: ModelConfig, card: Card, lengths: Iterable[tuple[Count, Positive]], dtype_bytes: Positive = 2
+) -> float:
+    """Least time for requests of (prompt, output) tokens if all run at once: the prompts, then decode step by step.
+
+    The prompts' pass samples the first token of each; a request leaves with its last token. Whether their caches fit
+    into the card's memory together is not asked.
+    """
+    longest = max((outputs for _, outputs in lengths), default=0)
+    if not 1 <= longest <= MOST_STEPS:
+        raise ConfigError(f"the longest of {len(lengths)} outputs has {longest} tokens; give 1 to {MOST_STEPS}")
+    entries = sum(causal_entries(0, prompt) for prompt, _ in lengths)
+    prompts = sum(prompt for prompt, _ in lengths)
+    seconds = step_seconds(config, card, prompts, len(lengths), 0, entries, dtype_bytes)
+    for generated in range(1, longest):
+        contexts = [prompt + generated for prompt, outputs in lengths if outputs > generated]
+        seconds += step_seconds(config, card, len(contexts), len(contexts), sum(contexts), dtype_bytes=dtype_bytes)
+    return seconds
+
+
+@checked
+def trace_seconds(config: ModelConfig, card: Card, steps: Iterable[StepEvent], dtype_bytes: Positive = 2) -> float:
+    """Least time for the steps a run has taken, as they were batched there.
+
+    More than `workload_seconds` by what the batching cost: steps that were not full, tokens computed again, weights
+    read for prompts and prompts' cached beginnings read once a chunk.
+    """
+    seconds = 0.0
+    for step in steps:
+        chunks = [part for part in step.scheduled if part.num_tokens > 1]
+        seconds += step_seconds(
+            config,
+            card,
+            step.num_tokens,
+            sum(part.num_sampled for part in step.scheduled),
+            sum(part.end for part in step.scheduled if part.num_tokens == 1) + sum(part.start for part in chunks),
+            sum(causal_entries(part.start, part.end) for part in chunks),
+            dtype_bytes,
+        )
+    return seconds
+
+
+@checked
+def compute_bound_batch(card: Card, dtype_bytes: Positive = 2) -> int:
+    """The smallest decode batch whose arithmetic takes at least as long as reading the weights: 2PB/F >= P*bytes/BW."""
+    return math.ceil(card.flops * dtype_bytes / (2 * card.bandwidth))
+
+
+def sum_below(n: int) -> int:
+    """0 + 1 + ... + (n - 1)."""
+    return n * (n - 1) // 2
+
+
+def sum_of_squares_below(n: int) -> int:
+    """0 + 1 + 4 + ... + (n - 1)^2."""
+    return n * (n - 1) * (2 * n - 1) // 6

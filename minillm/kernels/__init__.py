@@ -1,0 +1,16 @@
+"""Paged attention, the small operations of a step and sampling, once for each kind of device, behind one interface.
+
+May import `model`, `sampling` and `attention`. Nothing here waits for the device.
+"""
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "building": ["compiler"],
+        "cuda.emulator": ["emulator"],
+        "dispatch": ["ATTENTION_BACKENDS", "Backend", "choose"],
+        "triton_kernels": ["DECODE_LAUNCH"],
+    },
+)

@@ -1,0 +1,226 @@
+"""The kernels of a step in C++ for a CPU, built at first use for this processor and one shape of model.
+
+`store_kv`, `decode`, `prefill` are those of all backends (see `reference`), `add_rms_norm`, `norm_rotate_store`,
+`silu_mul` and `sample_rows` the small operations of `ops`; paged_attention.cpp says what each reads and writes.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from minillm.errors import KernelError
+from minillm.kernels.building import NATIVE, build, processor
+from minillm.kernels.checks import (
+    Limits,
+    check_add_rms_norm,
+    check_decode,
+    check_norm_rotate_store,
+    check_prefill,
+    check_silu_mul,
+    check_store,
+    output_for,
+)
+from minillm.kernels.ops import sample_rows
+
+__all__ = ["add_rms_norm", "decode", "norm_rotate_store", "prefill", "sample_rows", "silu_mul", "store_kv", "unusable"]
+
+SCALARS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
+LIMITS = Limits(
+    kernels="the C++ kernels for a CPU",
+    instead="use attention_backend='reference'",
+    devices=("cpu",),
+    dtypes=tuple(SCALARS),
+    head_sizes=range(2, 513, 2),
+)
+CAPTURABLE = False  # there is nothing to record: a launch is a call
+SOURCE = Path(__file__).with_name("paged_attention.cpp")
+# Sums may be reordered, so that they fit vectors. Not -ffast-math: NaN must get through, and be found in the logits.
+OPTIONS = (
+    "-std=c++17", "-O3", *NATIVE, "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+    "-freciprocal-math", "-fPIC", "-shared",
+)  # fmt: skip
+ANY_SHAPE = 2, 1  # head size and group of the library for operations in which heads do not matter
+ARGUMENTS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a float32
+    "add_rms_norm": "ppppfiin",
+    "silu_mul": "ppiin",
+    "store_kv": "pppppiiii",
+    "norm_rotate_store": "pppfppppppiin",
+    "decode": "pipppippiiiinn",
+    "prefill": "pipppipppiiiiin",
+}
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
+
+
+def unusable(dtype: torch.dtype, head_size: int, group: int) -> str | None:
+    """Why there are no kernels for this shape of model on this machine; None if there are, and then they are built."""
+    try:
+        _library(dtype, head_size, group)
+        _library(dtype, *ANY_SHAPE)
+    except (KernelError, OSError, RuntimeError) as error:  # RuntimeError: there is no home to keep it in
+        return str(error)
+    return None
+
+
+@functools.cache
+def _library(dtype: torch.dtype, head_size: int, group: int) -> ctypes.CDLL:
+    shape = f"#define SCALAR {SCALARS[dtype]}\n#define HEAD_SIZE {head_size}\n#define GROUP {group}\n"
+    library = build(f'{shape}#line 1 "paged_attention.cpp"\n{SOURCE.read_text()}', OPTIONS, processor())
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes = [TYPES[each] for each in arguments]
+        function.restype = None
+    return library
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int32 else x.to(torch.int32)
+
+
+# --- attention, as in `reference` ---
+
+
+def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """See `reference.store_kv`; a token whose slot is negative writes nothing."""
+    check_store(keys, values, slots, k, v, LIMITS)
+    _store_kv(keys, values, slots, k, v)
+
+
+def _store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    slots = slots.long()
+    _library(keys.dtype, *ANY_SHAPE).store_kv(
+        keys.data_ptr(), values.data_ptr(), slots.data_ptr(), k.data_ptr(), v.data_ptr(),
+        len(k), keys.shape[2] * keys.shape[3], k.stride(0), v.stride(0),
+    )  # fmt: skip
+
+
+def decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int | None = None,
+    *,
+    version: int = 2,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `reference.decode`. `version` 1 reads each key once for every query head, 2 once for all that share it."""
+    check_decode(q, keys, values, tables, lengths, window, LIMITS)
+    out = output_for(q, out)
+    _decode(q, keys, values, tables, lengths, window, version=version, out=out)
+    return out
+
+
+def _decode(q, keys, values, tables, lengths, window, *, version: int = 2, out: Tensor) -> None:
+    tables, lengths = _int32(tables), _int32(lengths)
+    _, block_size, heads, head_size = keys.shape
+    num_rows, num_heads, _ = q.shape
+    _library(keys.dtype, head_size, num_heads // heads).decode(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.stride(0),
+        lengths.data_ptr(), out.data_ptr(), num_rows, heads, block_size, window or 0, version, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    max_queries: int,
+    window: int | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `reference.prefill`."""
+    check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
+    out = output_for(q, out)
+    _prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, out=out)
+    return out
+
+
+def _prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, *, out: Tensor) -> None:
+    tables, query_starts, lengths = _int32(tables), _int32(query_starts), _int32(lengths)
+    _, block_size, heads, head_size = keys.shape
+    num_rows, num_heads, _ = q.shape
+    _library(keys.dtype, head_size, num_heads // heads).prefill(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.stride(0),
+        query_starts.data_ptr(), lengths.data_ptr(), out.data_ptr(), num_rows, len(tables), heads, block_size,
+        window or 0, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+# --- the small operations, as in `ops` ---
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ops.add_rms_norm`. Raises KernelError."""
+    check_add_rms_norm(x, residual, weight, LIMITS)
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    _library(x.dtype, *ANY_SHAPE).add_rms_norm(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), eps, *x.shape, torch.get_num_threads()
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.silu_mul`. Raises KernelError."""
+    check_silu_mul(gate_up, LIMITS)
+    return _silu_mul(gate_up)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    num_tokens, both = gate_up.shape
+    out = torch.empty(num_tokens, both // 2, dtype=gate_up.dtype)
+    _library(gate_up.dtype, *ANY_SHAPE).silu_mul(
+        gate_up.data_ptr(), out.data_ptr(), num_tokens, both // 2, torch.get_num_threads()
+    )
+    return out
+
+
+def norm_rotate_store(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    rotation: tuple[Tensor, Tensor],
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """See `ops.norm_rotate_store`. Raises KernelError."""
+    check_norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, rotation, slots, keys, values, LIMITS)
+    return _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots, keys, values)
+
+
+def _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, rotation, slots, keys, values) -> Tensor:
+    head_size, num_tokens, slots = keys.shape[3], qkv.shape[0], slots.long()
+    q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype)
+    weights = (None, None) if q_weight is None else (q_weight.data_ptr(), k_weight.data_ptr())
+    _library(keys.dtype, head_size, num_heads // num_kv_heads).norm_rotate_store(
+        qkv.data_ptr(), *weights, eps, rotation[0].data_ptr(), rotation[1].data_ptr(), slots.data_ptr(), q.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), num_tokens, num_kv_heads, torch.get_num_threads(),
+    )  # fmt: skip
+    return q
+
+
+# The same without a look at the arguments: layers are alike, and what was taken in the first is taken in all.
+unchecked = SimpleNamespace(
+    store_kv=_store_kv,
+    decode=_decode,
+    prefill=_prefill,
+    add_rms_norm=_add_rms_norm,
+    silu_mul=_silu_mul,
+    norm_rotate_store=_norm_rotate_store,
+)

@@ -1,0 +1,183 @@
+"""Paged attention in plain torch: what runs everywhere, and what faster kernels are compared with.
+
+The pool of one layer is [num_blocks, block_size, Hkv, D]; a token's *slot* is block * block_size + offset. Attention
+gathers a request's blocks in the order of its block table and calls torch's fused attention on what it gathered.
+
+There are two ways in. `store_kv`, `decode` and `prefill` take block tables and lengths, like all backends, and read
+nothing that is not a request's own. The `*_masked` functions below them run on a CPU without a compiler: masks
+and indices are made once a step for all layers, so tables must not reach past the pool, and what is masked must be
+finite: 0 * NaN is NaN.
+
+Measured on the CPU: many requests of one length in a single call are fastest as long as what is gathered fits the
+second-level cache. Hence `groups_of`: neighbours in length together, GROUP_BYTES at most.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillm.attention import fused_attention, visible, zero_or_minus_infinity
+from minillm.kernels.checks import Limits, check_decode, check_prefill, check_store, output_for
+
+LIMITS = Limits(
+    kernels="the kernels in torch",
+    instead="use one of those",
+    devices=("cpu", "cuda"),
+    dtypes=(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+)
+GROUP_BYTES = 1 << 20  # of keys and values gathered at once, where the lengths are known
+SLICE_BYTES = 1 << 26  # the same where they are on the device, and only the width of the block tables is known
+
+
+# --- one signature for all backends ---
+
+
+def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write [T, Hkv, D] new keys and values into the pool of a layer, [N, block_size, Hkv, D], at [T] slots.
+
+    A token whose slot is negative is padding: for it slot 0, of the null block, is written with what it holds.
+    Raises KernelError for arguments that do not fit each other.
+    """
+    check_store(keys, values, slots, k, v, LIMITS)
+    real = (slots >= 0)[:, None, None]
+    slots = slots.clamp(min=0).long()
+    old_k, old_v = (pool.flatten(0, 1).index_select(0, slots) for pool in (keys, values))
+    write_slots(keys, values, slots, torch.where(real, k, old_k), torch.where(real, v, old_v))
+
+
+def decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+
+    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
+    many are seen. What lies behind a request's end, in its table and in its last block, may be anything. `out` is
+    written if given. Raises KernelError for arguments that do not fit each other.
+    """
+    check_decode(q, keys, values, tables, lengths, window, LIMITS)
+    out = output_for(q, out)
+    row_bytes = 2 * tables.shape[1] * keys[:1].nbytes
+    step = max(1, SLICE_BYTES // max(1, row_bytes))
+    for first in range(0, len(q), step):
+        rows = slice(first, first + step)
+        out[rows] = _decode_rows(q[rows], keys, values, tables[rows], lengths[rows], window)
+    return out
+
+
+def prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    max_queries: int,
+    window: int | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
+
+    Request b has rows query_starts[b] .. query_starts[b + 1] - 1 of q (`query_starts` [B + 1]), the last of its
+    lengths[b] tokens. Each is looked at as if it were alone: `max_queries` is not needed. A query whose position would
+    be negative is padding, as are rows of no request: they give zeros. `out` is written if given.
+    Raises KernelError for arguments that do not fit each other.
+    """
+    check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
+    if not len(tables):
+        return output_for(q, out).zero_()
+    row = torch.arange(len(q), device=q.device)
+    request = torch.searchsorted(query_starts.long(), row, right=True) - 1  # [T]; B for rows behind the last request
+    inside = request < len(tables)
+    request = request.clamp(max=len(tables) - 1)
+    from_end = query_starts[1:].index_select(0, request) - row  # 1 for a request's last row
+    seen = lengths.index_select(0, request) - from_end + 1
+    seen = seen.clamp(min=0) * inside  # [T] keys up to each query's own
+    return decode(q, keys, values, tables.index_select(0, request), seen, window, out=out)
+
+
+def _decode_rows(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, window: int | None
+) -> Tensor:
+    block_size = keys.shape[1]
+    seen = visible(lengths[:, None] - 1, tables.shape[1] * block_size, window)  # [B, 1, W * block_size]
+    k, v = gather_kv(keys, values, tables * seen[:, 0].unflatten(-1, (-1, block_size)).any(-1))
+    k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))
+    out = _one_query_each(q, k, v, zero_or_minus_infinity(seen, q.dtype)[:, None])
+    return out.masked_fill((lengths < 1)[:, None, None], 0)
+
+
+# --- with indices and masks made once a step ---
+
+
+def write_slots(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """`store_kv` for slots of 64 bits that are all real."""
+    keys.flatten(0, 1).index_copy_(0, slots, k)
+    values.flatten(0, 1).index_copy_(0, slots, v)
+
+
+def gather_kv(keys: Tensor, values: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Through [B, W] block tables, keys and values in the order of the tokens, [B, Hkv, W * block_size, D] each."""
+    chosen = tables.flatten()
+    shape = (tables.shape[0], -1, *keys.shape[2:])
+    k, v = keys.index_select(0, chosen).view(shape), values.index_select(0, chosen).view(shape)
+    return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def decode_masked(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
+    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+
+    `mask` is additive, [B, 1, 1, W * block_size].
+    """
+    return _one_query_each(q, *gather_kv(keys, values, tables), mask)
+
+
+def prefill_masked(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, mask: Tensor) -> Tensor:
+    """Several new tokens of one request, [Tq, Hq, D], look through its [W] block table, cached prefix included.
+
+    `mask` is additive, [1, 1, group * Tq, W * block_size], repeated for the `group` query heads that share a key head.
+    """
+    k, v = gather_kv(keys, values, table[None])  # [1, Hkv, W * block_size, D]
+    return fused_attention(q[None], k, v, mask)[0]
+
+
+def _one_query_each(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """[B, Hq, D] queries, [B, Hkv, K, D] keys and values, additive [B, 1, 1, K] -> [B, Hq, D].
+
+    Query heads that share a key head are rows of one longer query.
+    """
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, -1, q.shape[2], -1))
+    return out.flatten(1, 2)
+
+
+class Group(NamedTuple):
+    """Neighbouring rows whose requests are attended to in one call."""
+
+    first: int
+    end: int
+    width: int  # blocks gathered of each: those of the longest
+
+
+def groups_of(widths: Sequence[int], block_bytes: int) -> list[Group]:
+    """Cut rows, in rising order of the blocks they look at, into groups of at most GROUP_BYTES gathered.
+
+    `block_bytes`: keys and values of a block in one layer. A request that is larger alone is a group of its own.
+    """
+    groups, end = [], len(widths)
+    while end > 0:
+        width = max(1, widths[end - 1])
+        first = max(0, end - max(1, GROUP_BYTES // (width * block_bytes)))
+        groups.append(Group(first, end, width))
+        end = first
+    return groups[::-1]

@@ -1,0 +1,422 @@
+"""Paged attention in Triton: the GPU's fast kernels, which the CPU can run too, in Triton's interpreter.
+
+The pool of one layer is [num_blocks, block_size, Hkv, D], so the D numbers of a token's key in one head are neighbours
+in memory: one row, the unit of all addresses below. Token t of a request lies at
+
+    row(t) = (table[t // block_size] * block_size + t % block_size) * Hkv + head
+
+A kernel is written for one *program*; a grid of them runs at once, each on one of the GPU's multiprocessors. Numbers of
+rows of D loaded, for a request of n tokens in the cache, q of them new, Hq query heads and group = Hq / Hkv:
+
+    store_kv   2 * q * Hkv                         and as many stored
+    decode     2 * n * Hkv  (+ Hq queries)         every key and value once: a program serves all heads of a group
+                                                   (one program a query head would load 2 * n * Hq: group times as many)
+    combine    num_splits * Hq                     in float32; only splits that had something to look at
+    prefill    2 * n * Hkv * ceil(q / TILE_QUERIES)   at most: a tile of queries shares what it loads, and stops at its
+                                                   diagonal (one program a query would load 2 * n * Hq * q)
+
+A table entry is one number more a key and tile. What is masked is not loaded, and a row that sees nothing is zeros:
+NaN in blocks, block ends or table entries that are not a request's own never reach its output.
+
+Taken: see LIMITS; anything else is a `KernelError` before a kernel starts. Without a GPU set TRITON_INTERPRET=1 before
+Triton is first imported. The sizes of tiles are reasoned, not yet measured.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.errors import KernelError
+from minillm.kernels.checks import Limits, check_decode, check_prefill, check_store, output_for
+
+HEAD_SIZES = (16, 32, 64, 128)  # powers of two, because a tile's sides are; 16 is the least a tensor core multiplies
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+MAX_GROUP = 16  # query heads that share a key head
+
+LEAST_SIDE = 16  # of a tile that a tensor core multiplies
+TILE_ROWS = 64  # of a prefill tile: queries x heads of a group
+DECODE_ROWS = 16  # of a decode tile: the heads of a group; what is over multiplies zeros, since a tensor core needs 16
+TILE_KEYS = 64  # keys looked at together, from 64 / block_size blocks or from a part of one
+
+
+class Launch(NamedTuple):
+    """How an attention kernel is compiled: what changes its speed and not its result."""
+
+    rows: int  # of a tile: queries x heads of a group; at least 16, and at least the group
+    keys: int  # of a tile
+    num_warps: int  # that share a program's work, 32 threads each
+    num_stages: int  # tiles under way at once: the loads of the next ones run while one is computed
+
+
+# Compiled for an H200 (Triton 3.6, bfloat16, D = 128) this takes 128 registers a thread and 39 KiB of shared memory:
+# four programs at once on a processor, each with the 32 KiB of its next tile under way. One of three stages goes to
+# looking up the table, so 4 give the same code as 3, and 5 load two tiles ahead.
+DECODE_LAUNCH = Launch(DECODE_ROWS, TILE_KEYS, num_warps=4, num_stages=3)
+MAX_SPLITS = 32
+CPU_PROCESSORS = 8  # as if the interpreter had as many: enough to have splits to test
+
+
+# --- what callers see ---
+
+
+def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write [T, Hkv, D] new keys and values into the pool of a layer, [N, block_size, Hkv, D], at [T] slots.
+
+    A slot is block * block_size + offset; a token whose slot is negative is padding and is not written. That slots (and
+    block tables) stay inside the pool is the caller's to know: looking would mean waiting for the GPU.
+    Raises KernelError for what this kernel does not take.
+    """
+    check_store(keys, values, slots, k, v, LIMITS)
+    row_size = keys.shape[2] * keys.shape[3]
+    if len(k):
+        _store_kernel[(len(k),)](
+            keys, values, slots, k, v, k.stride(0), v.stride(0), row_size, COLUMNS=triton.next_power_of_2(row_size)
+        )  # fmt: skip
+
+
+def decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int | None = None,
+    *,
+    num_splits: int | None = None,
+    launch: Launch = DECODE_LAUNCH,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+
+    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
+    many are seen. `num_splits` programs share the keys of a request and a key head; without one it follows from shapes
+    alone, never from `lengths`, so that a captured CUDA graph holds for all lengths. `launch` changes the speed alone.
+    `out` is written if given.
+    Raises KernelError for what this kernel does not take.
+    """
+    group = check_decode(q, keys, values, tables, lengths, window, LIMITS)
+    _check_launch(launch, group)
+    out = output_for(q, out)
+    num_requests, num_heads, head_size = q.shape
+    block_size, num_kv_heads = keys.shape[1:3]
+    splits = num_splits or splits_for(
+        num_requests * num_kv_heads, tables.shape[1] * block_size, processors(q.device), launch.keys
+    )
+    if not 1 <= splits <= MAX_SPLITS:
+        raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
+    if num_requests == 0:
+        return out
+    parts, logs = out, out  # a single split writes the result itself and no logarithm
+    if splits > 1:
+        parts = torch.empty(num_requests, num_heads, splits, head_size, dtype=torch.float32, device=q.device)
+        logs = torch.empty(num_requests, num_heads, splits, dtype=torch.float32, device=q.device)
+    _decode_kernel[(num_requests, num_kv_heads, splits)](
+        q, keys, values, tables, lengths, parts, logs, q.stride(0), tables.stride(0), _scale(head_size),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_size, BLOCK_SIZE=block_size, WINDOW=window or 0,
+        NUM_SPLITS=splits, ROWS=launch.rows, KEYS=launch.keys, PRECISION=_precision(q),
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(num_requests * num_heads,)](
+            parts, logs, out, D=head_size, NUM_SPLITS=splits, SPLITS=triton.next_power_of_2(splits), num_warps=1
+        )
+    return out
+
+
+def prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    max_queries: int,
+    window: int | None = None,
+    *,
+    launch: Launch | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
+
+    Request b has rows query_starts[b] .. query_starts[b + 1] - 1 of q (`query_starts` [B + 1], often cu_seqlens) and
+    they are the last of its lengths[b] tokens: what is before them is the cached prefix. `max_queries`: no request has
+    more. Each query sees itself and what is before it, `window` keys at most. Rows that see nothing are zeros; give
+    padding rows to a last request of length 0, because rows of no request are not written. `out` is written if given.
+    Raises KernelError for what this kernel does not take.
+    """
+    group = check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
+    launch = launch or prefill_launch(q.dtype)
+    _check_launch(launch, group)
+    out = output_for(q, out)
+    block_size, num_kv_heads, head_size = keys.shape[1:]
+    num_tiles, num_requests = triton.cdiv(max_queries, launch.rows // group), len(tables)
+    if num_tiles and num_requests:
+        _prefill_kernel[(num_tiles, num_kv_heads, num_requests)](
+            q, keys, values, tables, query_starts, lengths, out, q.stride(0), tables.stride(0), _scale(head_size),
+            NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_size, BLOCK_SIZE=block_size, WINDOW=window or 0,
+            ROWS=launch.rows, KEYS=launch.keys, PRECISION=_precision(q),
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def splits_for(num_programs: int, max_keys: int, processors: int, tile_keys: int = TILE_KEYS) -> int:
+    """Into how many parts to split each request's keys, so that two programs a processor have work.
+
+    `num_programs` there would be without splitting; a split is not worth less than a tile of keys. Powers of two, so
+    that few versions of the kernel are compiled.
+    """
+    wanted = min(2 * processors // max(1, num_programs), max_keys // tile_keys, MAX_SPLITS)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
+# --- kernels ---
+#
+# Triton compiles a kernel anew for numbers that are 1 or multiples of 16, and addresses that are multiples of 16. For
+# what differs from step to step, block tables and the like, that is switched off: nobody waits for a compiler later.
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _store_kernel(keys, values, slots, k, v, k_stride, v_stride, row_size, COLUMNS: tl.constexpr):
+    """One token a program: its Hkv * D numbers lie together in k, in v and in the pool, so neighbours are read and
+    written together.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    slot = tl.load(slots + token).to(tl.int64)  # 64 bits: a pool has more than 2^31 numbers
+    stored = (column < row_size) & (slot >= 0)
+    new_k = tl.load(k + token * k_stride + column, mask=stored)
+    new_v = tl.load(v + token * v_stride + column, mask=stored)
+    tl.store(keys + slot * row_size + column, new_k, mask=stored)
+    tl.store(values + slot * row_size + column, new_v, mask=stored)
+
+
+@triton.jit
+def _row_offsets(table, position, present, head, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, D: tl.constexpr):
+    """Where the rows of [KEYS] positions begin in the pool. Only what is present is looked up: the rest of the table
+    may hold anything.
+    """
+    block = tl.load(table + position // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
+    slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+    return (slot * NUM_KV_HEADS + head) * D
+
+
+@triton.jit
+def _softmax_step(scores, v, best, total, acc, PRECISION: tl.constexpr):
+    """Online softmax: take in [ROWS, KEYS] scores (of base 2) and [KEYS, D] values.
+
+    `best` is the largest score so far, `total` the sum of 2^(score - best) and `acc` that of the values so weighted.
+    When a larger score comes, what is summed already counts for less: 2^(old best - new best) of it.
+    """
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    base = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing seen yet: -inf - -inf would be NaN
+    weights = tl.exp2(scores - base[:, None])
+    rescale = tl.exp2(best - base)
+    total = total * rescale + tl.sum(weights, axis=1)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return new_best, total, acc
+
+
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
+def _decode_kernel(
+    q, keys, values, tables, lengths, parts, logs, q_stride, table_stride, scale,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One request, one key head and one split of its keys a program; its rows are the GROUP query heads that share
+    the key head, so each key comes from memory once for all of them.
+    """
+    request = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D)
+    head = kv_head * GROUP + row
+    real = row < GROUP
+
+    # Tiles that hold a key to be seen, shared out evenly: split s takes tiles first + s * share, ...
+    length = tl.load(lengths + request).to(tl.int32)
+    start = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    first_tile = start // KEYS
+    end_tile = tl.cdiv(length, KEYS)
+    share = tl.cdiv(end_tile - first_tile, NUM_SPLITS)
+    own_first = first_tile + split * share
+    own_end = tl.minimum(own_first + share, end_tile)
+
+    q_tile = tl.load(q + request * q_stride + head[:, None] * D + column[None, :], mask=real[:, None], other=0.0)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    table = tables + request * table_stride
+    for tile in range(own_first, own_end):
+        position = tile * KEYS + tl.arange(0, KEYS)
+        seen = (position >= start) & (position < length)
+        offset = _row_offsets(table, position, seen, kv_head, NUM_KV_HEADS, BLOCK_SIZE, D)
+        # [KEYS, D]: each row's D numbers are neighbours, rows lie where the table says. Not seen: not loaded, zeros.
+        k = tl.load(keys + offset[:, None] + column[None, :], mask=seen[:, None], other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        v = tl.load(values + offset[:, None] + column[None, :], mask=seen[:, None], other=0.0)
+        best, total, acc = _softmax_step(scores, v, best, total, acc, PRECISION)
+
+    divisor = tl.where(total == 0.0, 1.0, total)  # nothing seen: 0 / 1, not 0 / 0
+    acc = acc / divisor[:, None]
+    part = (request * NUM_KV_HEADS * GROUP + head) * NUM_SPLITS + split
+    if NUM_SPLITS > 1:
+        # A split without keys says so by -inf, and stores nothing that combine would read.
+        tl.store(logs + part, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=real)
+        real = real & (own_first < own_end)
+    tl.store(parts + part[:, None] * D + column[None, :], acc.to(parts.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _combine_kernel(parts, logs, out, D: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr):
+    """One query head of one request a program: its NUM_SPLITS parts, neighbours in memory, each weighted by the share
+    2^log of all exponentials that it has summed.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    column = tl.arange(0, D)
+    log = tl.load(logs + row * NUM_SPLITS + split, mask=split < NUM_SPLITS, other=float("-inf"))
+    used = log != float("-inf")  # true of NaN, which must come out
+    best = tl.max(log, axis=0)
+    weight = tl.where(used, tl.exp2(log - tl.where(best == float("-inf"), 0.0, best)), 0.0)
+    part = tl.load(
+        parts + (row * NUM_SPLITS + split[:, None]) * D + column[None, :], mask=used[:, None], other=0.0
+    )  # [SPLITS, D]
+    total = tl.sum(weight, axis=0)
+    mean = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * D + column, mean.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "query_starts", "lengths"])
+def _prefill_kernel(
+    q, keys, values, tables, query_starts, lengths, out, q_stride, table_stride, scale,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of neighbouring queries of one request and one key head a program: row r is query r // GROUP of the tile
+    in head r % GROUP of the group, so all rows look at the same keys.
+    """
+    TILE_QUERIES: tl.constexpr = ROWS // GROUP
+    kv_head = tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    first_row = tl.load(query_starts + request).to(tl.int64)
+    num_queries = (tl.load(query_starts + request + 1) - first_row).to(tl.int32)
+    length = tl.load(lengths + request).to(tl.int32)
+    first_query = tl.program_id(0) * TILE_QUERIES
+    if first_query >= num_queries:
+        return  # the grid is as long as the longest request
+
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D)
+    query = first_query + row // GROUP
+    real = (row < TILE_QUERIES * GROUP) & (query < num_queries)
+    position = length - num_queries + query  # in the request; negative where there is padding
+    # [ROWS, D]: GROUP rows of D that are neighbours, then the next token's, q_stride on.
+    q_offset = (first_row + query) * q_stride + (kv_head * GROUP + row % GROUP) * D
+    q_tile = tl.load(q + q_offset[:, None] + column[None, :], mask=real[:, None], other=0.0)
+
+    # Keys from `start` on, up to the last query's own. Before the first query's diagonal, all rows see all keys.
+    first_position = length - num_queries + first_query
+    last_position = tl.minimum(first_position + TILE_QUERIES, length) - 1
+    start = tl.maximum(first_position - WINDOW + 1, 0) if WINDOW else 0
+    first_tile = start // KEYS
+    end_tile = tl.cdiv(tl.maximum(last_position + 1, 0), KEYS)
+    # A window has two edges: then no tile is taken for whole.
+    edge_tile = first_tile if WINDOW else tl.maximum(first_position + 1, 0) // KEYS
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    table = tables + request * table_stride
+    for tile in range(first_tile, edge_tile):
+        key = tile * KEYS + tl.arange(0, KEYS)
+        offset = _row_offsets(table, key, key < length, kv_head, NUM_KV_HEADS, BLOCK_SIZE, D)
+        k = tl.load(keys + offset[:, None] + column[None, :])
+        scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION) * scale
+        v = tl.load(values + offset[:, None] + column[None, :])
+        best, total, acc = _softmax_step(scores, v, best, total, acc, PRECISION)
+    for tile in range(edge_tile, end_tile):
+        key = tile * KEYS + tl.arange(0, KEYS)
+        present = (key >= start) & (key <= last_position)  # seen by some row of the tile
+        offset = _row_offsets(table, key, present, kv_head, NUM_KV_HEADS, BLOCK_SIZE, D)
+        k = tl.load(keys + offset[:, None] + column[None, :], mask=present[:, None], other=0.0)
+        v = tl.load(values + offset[:, None] + column[None, :], mask=present[:, None], other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION) * scale
+        # 0 * NaN is NaN: a value that is not finite goes into the scores of those who see it, not into the product.
+        finite = tl.abs(v) < float("inf")
+        broken = tl.max(tl.where(finite, 0, 1), axis=1)
+        scores = tl.where(broken[None, :] == 1, float("nan"), scores)
+        seen = present[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        best, total, acc = _softmax_step(scores, tl.where(finite, v, 0.0), best, total, acc, PRECISION)
+
+    divisor = tl.where(total == 0.0, 1.0, total)  # nothing seen: 0 / 1, not 0 / 0
+    acc = acc / divisor[:, None]
+    out_offset = ((first_row + query) * NUM_KV_HEADS * GROUP + kv_head * GROUP + row % GROUP) * D
+    tl.store(out + out_offset[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=real[:, None])
+
+
+# True where the kernels run on the CPU, in Triton's interpreter. What was decorated says so for certain.
+INTERPRETED = not isinstance(_store_kernel, triton.runtime.JITFunction)
+
+LIMITS = Limits(
+    kernels="the kernels in Triton's interpreter" if INTERPRETED else "the Triton kernels",
+    instead="unset TRITON_INTERPRET to compile them for a GPU"
+    if INTERPRETED
+    else "use the reference, or on the CPU set TRITON_INTERPRET=1 before Python starts",
+    devices=("cpu",) if INTERPRETED else ("cuda",),
+    # The interpreter multiplies bfloat16 wrongly.
+    dtypes=(torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16),
+    head_sizes=HEAD_SIZES,
+    block_sizes=BLOCK_SIZES,
+    groups=range(1, MAX_GROUP + 1),
+)
+
+
+# --- launch parameters ---
+
+
+def _check_launch(launch: Launch, group: int) -> None:
+    if (
+        launch.rows < max(LEAST_SIDE, group)
+        or launch.keys < LEAST_SIDE
+        or launch.num_warps < 1
+        or launch.num_stages < 1
+    ):
+        raise KernelError(
+            f"{launch}: rows must be at least {LEAST_SIDE} and the group, here {group}; keys at least {LEAST_SIDE}; "
+            "num_warps and num_stages at least 1"
+        )
+
+
+def _scale(head_size: int) -> float:
+    """1 / sqrt(D), and log2(e) because 2^x is what a GPU computes fastest."""
+    return math.log2(math.e) / math.sqrt(head_size)
+
+
+def _precision(q: Tensor) -> str:
+    """float32 is multiplied as such: TF32 would drop 13 of its 23 bits."""
+    return "ieee" if q.dtype == torch.float32 else "tf32"
+
+
+def prefill_launch(dtype: torch.dtype) -> Launch:
+    """float32 is multiplied without tensor cores; a tile of whole sides would not fit the registers."""
+    if dtype == torch.float32:
+        return Launch(TILE_ROWS // 2, TILE_KEYS // 2, num_warps=4, num_stages=2)
+    return Launch(TILE_ROWS, TILE_KEYS, num_warps=4, num_stages=2)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

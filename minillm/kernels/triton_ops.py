@@ -1,0 +1,162 @@
+"""The small operations of `ops`, each fused into one Triton kernel: a number is read once, kept in registers, written.
+
+Computed in float32 inside and rounded once at the end, where torch rounds after each operation. What is moved for T
+tokens, beside weights and tables: add_rms_norm reads two [T, hidden] and writes two (torch: three and two); silu_mul
+reads two [T, ff] and writes one (torch: three and two); norm_rotate_store reads qkv once and writes it once, q to the
+output, k and v into the pool (torch, with norms: q and k are read five times and written four before k is stored).
+
+Limits, interpreter and checks are those of `triton_kernels`. Sizes of tiles are reasoned, not yet measured.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.errors import KernelError
+from minillm.kernels.checks import check_add_rms_norm, check_norm_rotate_store, check_silu_mul
+from minillm.kernels.triton_kernels import LIMITS
+from minillm.kernels.triton_sampling import sample_rows
+
+__all__ = ["add_rms_norm", "norm_rotate_store", "sample_rows", "silu_mul"]
+
+MOST_COLUMNS = 16384  # of a row that one program keeps in registers
+SILU_COLUMNS = 1024  # of a silu_mul tile
+
+
+# --- what callers see: see `ops` for what they mean ---
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add [T, hidden] `x` to `residual` in place, and normalise the sum -> [T, hidden]. Raises KernelError."""
+    check_add_rms_norm(x, residual, weight, LIMITS)
+    num_tokens, size = x.shape
+    if size > MOST_COLUMNS:
+        raise KernelError(f"hidden size {size}: a program keeps up to {MOST_COLUMNS} numbers; use kernels/ops.py")
+    out = torch.empty_like(x)
+    columns = triton.next_power_of_2(size)
+    if num_tokens:
+        _add_rms_norm_kernel[(num_tokens,)](
+            x, residual, weight, out, eps, size, COLUMNS=columns, num_warps=_warps(columns)
+        )
+    return out
+
+
+def norm_rotate_store(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    rotation: tuple[Tensor, Tensor],
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """From [T, (Hq + 2 * Hkv) * D]: heads of q and k normalised if there are weights, RoPE, keys and values to their
+    slots of the pool -> [T, Hq, D] queries. Raises KernelError.
+    """
+    check_norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, rotation, slots, keys, values, LIMITS)
+    head_size, num_tokens, all_heads = keys.shape[3], len(qkv), num_heads + 2 * num_kv_heads
+    q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens:
+        normed = q_weight is not None
+        _norm_rotate_store_kernel[(num_tokens, all_heads)](
+            qkv, q_weight if normed else qkv, k_weight if normed else qkv, *rotation, slots, q, keys, values, eps,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_size // 2, NORMED=normed, num_warps=1,
+        )  # fmt: skip
+    return q
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[T, 2 * ff] -> silu(first half) * second half, [T, ff]. Raises KernelError."""
+    check_silu_mul(gate_up, LIMITS)
+    num_tokens, both = gate_up.shape
+    out = torch.empty(num_tokens, both // 2, dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        tiles = triton.cdiv(both // 2, SILU_COLUMNS)
+        _silu_mul_kernel[(num_tokens, tiles)](gate_up, out, both // 2, COLUMNS=SILU_COLUMNS, num_warps=4)
+    return out
+
+
+# --- kernels ---
+
+
+@triton.jit
+def _add_rms_norm_kernel(x, residual, weight, out, eps, size, COLUMNS: tl.constexpr):
+    """One token a program."""
+    row = tl.program_id(0).to(tl.int64) * size
+    column = tl.arange(0, COLUMNS)
+    real = column < size
+    added = tl.load(x + row + column, mask=real, other=0.0).to(tl.float32)
+    total = tl.load(residual + row + column, mask=real, other=0.0).to(tl.float32) + added
+    total = total.to(out.dtype.element_ty)  # what the next layer will read is what is normalised
+    tl.store(residual + row + column, total, mask=real)
+    total = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / size + eps)
+    gain = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + row + column, (total * scale * gain).to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _norm_rotate_store_kernel(
+    qkv, q_weight, k_weight, cosines, sines, slots, q, keys, values, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """One head of one token a program, as its two halves: number i of one is turned with number i of the other."""
+    D: tl.constexpr = 2 * HALF
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, HALF)
+    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * D + column
+    low, high = tl.load(source), tl.load(source + HALF)
+    slot = tl.load(slots + token).to(tl.int64)
+    if head >= NUM_HEADS + NUM_KV_HEADS:
+        if slot >= 0:
+            target = values + (slot * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * D + column
+            tl.store(target, low)
+            tl.store(target + HALF, high)
+    else:
+        first, second = low.to(tl.float32), high.to(tl.float32)
+        if NORMED:
+            scale = tl.rsqrt((tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / D + eps)
+            weight = q_weight + column
+            if head >= NUM_HEADS:
+                weight = k_weight + column
+            first = first * scale * tl.load(weight).to(tl.float32)
+            second = second * scale * tl.load(weight + HALF).to(tl.float32)
+        angle = token * D + column
+        turned = first * tl.load(cosines + angle).to(tl.float32) + second * tl.load(sines + angle).to(tl.float32)
+        angle += HALF
+        partner = second * tl.load(cosines + angle).to(tl.float32) + first * tl.load(sines + angle).to(tl.float32)
+        dtype = q.dtype.element_ty
+        if head < NUM_HEADS:
+            target = q + (token * NUM_HEADS + head) * D + column
+            tl.store(target, turned.to(dtype))
+            tl.store(target + HALF, partner.to(dtype))
+        elif slot >= 0:
+            target = keys + (slot * NUM_KV_HEADS + head - NUM_HEADS) * D + column
+            tl.store(target, turned.to(dtype))
+            tl.store(target + HALF, partner.to(dtype))
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up, out, size, COLUMNS: tl.constexpr):
+    """A tile of one token's columns a program."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = column < size
+    source = gate_up + token * 2 * size + column
+    gate = tl.load(source, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(source + size, mask=real, other=0.0).to(tl.float32)
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + token * size + column, product.to(out.dtype.element_ty), mask=real)
+
+
+# --- launch parameters ---
+
+
+def _warps(columns: int) -> int:
+    """A thread keeps 16 numbers or so of a row."""
+    return min(16, max(1, columns // 512))

@@ -1,0 +1,137 @@
+"""Sampling in one pass over the logits, in Triton: `ops.sample_rows`, with its noise made where it is added.
+
+The logits are read once. With few rows, several programs share one, and a second kernel picks among their best; how
+many follows from shapes alone, so that CUDA graphs can be captured. Rows that are greedy make no noise.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.errors import KernelError
+from minillm.kernels.checks import check_matrix, check_table
+from minillm.kernels.ops import NOISE_STRIDE, PHILOX_ROUNDS
+from minillm.kernels.triton_kernels import LIMITS, processors
+from minillm.sampling import GREEDY_BELOW
+
+SAMPLE_PROGRAMS = 8  # a processor, to share the logits among
+MOST_PARTS = 64  # of a row of logits
+
+
+def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
+    """[R, ids] logits -> [R] token ids, drawn from softmax(logits / temperature), by counted noise. Raises KernelError.
+
+    The same ids as `ops.sample_rows`, unless two scores are equal but for rounding.
+    """
+    check_matrix("logits", logits, LIMITS)
+    num_rows, num_ids = logits.shape
+    check_table("temperatures", temperatures, (num_rows,), logits, torch.float32)
+    for name, numbers in (("seeds", seeds), ("draws", draws)):
+        check_table(name, numbers, (num_rows,), logits, torch.int64)
+    if num_ids < 1:
+        raise KernelError("logits of 0 ids: there is nothing to draw")
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if not num_rows:
+        return token_ids
+    parts, tiles_a_part = sample_parts(num_rows, num_ids, processors(logits.device))
+    scores = torch.empty(num_rows, parts, dtype=torch.float32, device=logits.device)
+    best = torch.empty(num_rows, parts, dtype=torch.int32, device=logits.device)
+    _sample_kernel[(num_rows, parts)](
+        logits, temperatures, seeds, draws, scores, best, num_ids, tiles_a_part,
+        STRIDE=NOISE_STRIDE, ROUNDS=PHILOX_ROUNDS, GREEDY=GREEDY_BELOW, num_warps=4,
+    )  # fmt: skip
+    _pick_kernel[(num_rows,)](scores, best, token_ids, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
+    return token_ids
+
+
+def sample_parts(num_rows: int, num_ids: int, num_processors: int) -> tuple[int, int]:
+    """Into how many parts a row of logits is cut, and how many tiles of 4 * NOISE_STRIDE ids each has at most."""
+    tiles = triton.cdiv(num_ids, 4 * NOISE_STRIDE)
+    parts = max(1, min(tiles, MOST_PARTS, SAMPLE_PROGRAMS * num_processors // num_rows))
+    tiles_a_part = triton.cdiv(tiles, parts)
+    return triton.cdiv(tiles, tiles_a_part), tiles_a_part
+
+
+# --- kernels ---
+
+
+@triton.jit
+def _gumbel(bits):
+    """Noise of 32 random bits: see `ops.gumbel_noise`."""
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32; 1 - 2^-24
+    return -tl.log(tl.where(u < 0.0009765625, u + 0.5 * u * u, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def _take_better(score, token_id, logits, first, noise, temperature, num_ids, STRIDE: tl.constexpr):
+    """The better of each lane's best so far and its next token, which comes later: of equal ones the first stays.
+
+    NaN once taken stays, because nothing is larger; it is what a logit that is NaN or +infinity gives.
+    """
+    own = first + tl.arange(0, STRIDE)
+    logit = tl.load(logits + own, mask=own < num_ids, other=float("-inf")).to(tl.float32)
+    new = tl.where(logit < float("inf"), logit / temperature + noise, float("nan"))
+    better = (new > score) | (new != new)
+    return tl.where(better, new, score), tl.where(better, own, token_id)
+
+
+@triton.jit(do_not_specialize=["tiles_a_part"], do_not_specialize_on_alignment=["temperatures", "seeds", "draws"])
+def _sample_kernel(
+    logits, temperatures, seeds, draws, scores, best, num_ids, tiles_a_part,
+    STRIDE: tl.constexpr, ROUNDS: tl.constexpr, GREEDY: tl.constexpr,
+):  # fmt: skip
+    """One part of one row of logits a program: tiles of 4 * STRIDE ids, whose noise STRIDE counts make."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    seed = tl.load(seeds + row)
+    draw = tl.load(draws + row)
+    logits += row * num_ids
+    lane = tl.arange(0, STRIDE)
+    first_tile = part * tiles_a_part
+    end_tile = tl.minimum(first_tile + tiles_a_part, tl.cdiv(num_ids, 4 * STRIDE))
+    score = tl.full([STRIDE], float("-inf"), tl.float32)
+    token_id = first_tile * 4 * STRIDE + lane
+    if temperature < GREEDY:
+        for tile in range(4 * first_tile, 4 * end_tile):
+            score, token_id = _take_better(score, token_id, logits, tile * STRIDE, 0.0, 1.0, num_ids, STRIDE)
+    else:
+        low = (draw & 0xFFFFFFFF).to(tl.uint32)
+        high = ((draw >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        for tile in range(first_tile, end_tile):
+            count = (tile * STRIDE + lane).to(tl.uint32)
+            zero = count * 0
+            n0, n1, n2, n3 = tl.philox(seed, count, zero, zero + low, zero + high, ROUNDS)
+            first = tile * 4 * STRIDE
+            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n0), temperature, num_ids, STRIDE)
+            first += STRIDE
+            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n1), temperature, num_ids, STRIDE)
+            first += STRIDE
+            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n2), temperature, num_ids, STRIDE)
+            first += STRIDE
+            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n3), temperature, num_ids, STRIDE)
+    _store_best(scores, best, row * tl.num_programs(1) + part, score, token_id)
+
+
+@triton.jit
+def _store_best(scores, best, place, score, token_id):
+    """The best of all lanes, of equal ones the lowest id; NaN if any lane has it."""
+    broken = tl.max((score != score).to(tl.int32), axis=0) > 0
+    most = tl.max(tl.where(score != score, float("-inf"), score), axis=0)
+    tl.store(scores + place, tl.where(broken, float("nan"), most))
+    tl.store(best + place, tl.min(tl.where(score == most, token_id, 0x7FFFFFFF), axis=0))
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _pick_kernel(scores, best, token_ids, num_parts, PARTS: tl.constexpr):
+    """The best part of one row a program; -1 if any of them is NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    real = part < num_parts
+    score = tl.load(scores + row * num_parts + part, mask=real, other=float("-inf"))
+    token_id = tl.load(best + row * num_parts + part, mask=real, other=0x7FFFFFFF)
+    broken = tl.max((score != score).to(tl.int32), axis=0) > 0
+    most = tl.max(tl.where(score != score, float("-inf"), score), axis=0)
+    chosen = tl.min(tl.where(score == most, token_id, 0x7FFFFFFF), axis=0)
+    tl.store(token_ids + row, tl.where(broken, -1, chosen).to(tl.int64))

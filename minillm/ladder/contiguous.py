@@ -1,0 +1,89 @@
+"""The executor of chapters 5 to 7: every running request has one contiguous slot of cache."""
+
+import torch
+
+from minillm.ladder.attend import PaddedAttention, Part, RaggedAttention
+from minillm.ladder.kv_cache import SlotCache
+from minillm.model import Decoder
+from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.sampling import make_generator, make_processor, sample
+
+PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
+
+
+class ContiguousExecutor:
+    """Runs plans on a model: ragged ones as they are, padded ones as a rectangle with all its pads.
+
+    Reserves `max_num_seqs` slots of `max_model_len` tokens when it is made.
+    """
+
+    def __init__(self, model: Decoder, max_num_seqs: int, max_model_len: int):
+        self.model = model
+        self.cache = SlotCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
+        self.slots: dict[str, int] = {}
+        self.params: dict[str, tuple] = {}  # sampling parameters, generator, logits processor of every running one
+
+    @torch.inference_mode()
+    def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
+        """One forward pass over all that is planned; new tokens for the requests whose last token was computed."""
+        self._follow(plan)
+        if not plan.scheduled:
+            return ModelOutput({}, 0)
+        padded = plan.row_length is not None
+        hidden, last_rows, score_entries = self._padded_pass(plan) if padded else self._ragged_pass(plan)
+        sampling = [row for row, part in zip(last_rows, plan.scheduled, strict=True) if part.samples]
+        request_ids = [part.request_id for part in plan.scheduled if part.samples]
+        if not request_ids:
+            return ModelOutput({}, score_entries)
+        how = zip(*(self.params[request_id] for request_id in request_ids), strict=True)
+        token_ids = sample(self.model.logits(hidden[sampling]), *how)
+        return ModelOutput(dict(zip(request_ids, token_ids.tolist(), strict=True)), score_entries)
+
+    def _follow(self, plan: SchedulerOutput) -> None:
+        """Give slots back and take new ones, as the plan says."""
+        for request_id in plan.finished_ids:
+            if request_id in self.slots:
+                self.cache.release(self.slots.pop(request_id))
+                del self.params[request_id]
+        for new in plan.new_requests:
+            self.slots[new.request_id] = self.cache.take(new.num_tokens_at_most)
+            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
+            self.params[new.request_id] = (new.params, make_generator(new.params), processor)
+
+    def _part(self, scheduled: ScheduledRequest) -> Part:
+        return Part(self.slots[scheduled.request_id], scheduled.start, len(scheduled.token_ids))
+
+    def _ragged_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
+        """All new tokens one behind the other, [T]; returns hidden states, each request's last row, score entries."""
+        parts = [self._part(scheduled) for scheduled in plan.scheduled]
+        token_ids = [token_id for scheduled in plan.scheduled for token_id in scheduled.token_ids]
+        positions = [position for part in parts for position in range(part.start, part.end)]
+        attend = RaggedAttention(self.model.config, self.cache, parts, self.model.device)
+        hidden = self._forward(token_ids, positions, attend)
+        last_rows, end = [], 0
+        for part in parts:
+            end += part.num_tokens
+            last_rows.append(end - 1)
+        return hidden, last_rows, attend.score_entries
+
+    def _padded_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
+        """A rectangle of rows * row_length tokens, pads in front; rows of ended requests are pads alone."""
+        length = plan.row_length
+        rows = [(self._part(scheduled), scheduled.token_ids) for scheduled in plan.scheduled]
+        rows += [(Part(self.slots[request_id], 0, 0), ()) for request_id in plan.padding_rows]
+        order = sorted(range(len(rows)), key=lambda row: rows[row][0].slot)  # slots in a row are read without a copy
+        parts = [rows[row][0] for row in order]
+        token_ids, positions, last_rows = [], [], [0] * len(rows)
+        for row in order:
+            part, new_ids = rows[row]
+            num_pads = length - part.num_tokens
+            token_ids += [PAD_TOKEN_ID] * num_pads + list(new_ids)
+            positions += [0] * num_pads + list(range(part.start, part.end))
+            last_rows[row] = len(token_ids) - 1
+        attend = PaddedAttention(self.model.config, self.cache, parts, length, self.model.device)
+        hidden = self._forward(token_ids, positions, attend)
+        return hidden, last_rows[: len(plan.scheduled)], attend.score_entries
+
+    def _forward(self, token_ids: list[int], positions: list[int], attend) -> torch.Tensor:
+        device = self.model.device
+        return self.model(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attend)

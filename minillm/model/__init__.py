@@ -1,0 +1,18 @@
+"""The decoder, token-wise and without a batch dimension; its configuration, weights and tokenizer.
+
+May import `sampling`, and `storyteller`, the model that is shipped. `config` imports no torch.
+"""
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "config": ["ModelConfig", "RopeConfig", "check_token_ids"],
+        "decoder": ["Decoder", "DecoderLayer", "RMSNorm", "rope_rotation", "rotate"],
+        "hf_config": ["load_tokenizer", "read_config"],
+        "linear": ["plain"],
+        "text": ["Detokenizer", "TokenDecoder", "encode", "encode_chat", "token_texts"],
+        "weights": ["load_decoder", "load_model", "locate"],
+    },
+)
