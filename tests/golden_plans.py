@@ -18,8 +18,8 @@ from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
-from minillm.plan import ModelOutput
-from minillm.sampling_params import SamplingParams
+from minillm.runtime.plan import ModelOutput
+from minillm.sampling.params import SamplingParams
 
 RECORDING = Path(__file__).with_name("golden_plans.json")
 EOS = 0
