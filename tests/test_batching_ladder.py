@@ -26,7 +26,7 @@ from minillm.model.decoder import Decoder
 from minillm.sampling.params import SamplingParams
 from minillm.sampling.sampler import make_generator, sample
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.running import POLICIES, run
+from minillm.simulation.running import BATCHING, run
 from tiny_models import LADDER_TOLERANCE, all_logits
 
 CONFIG = minillm.ModelConfig(
@@ -85,11 +85,11 @@ class SteppingExecutor(ContiguousExecutor):
         return output
 
 
-def run_policy(policy: str, requests: list[Request], limits: SchedulerConfig = LIMITS):
+def run_batching(batching: str, requests: list[Request], limits: SchedulerConfig = LIMITS):
     """The trace, and the executor with the logits."""
     clock = VirtualClock()
     executor = SteppingExecutor(clock, limits)
-    trace = run(POLICIES[policy](limits, clock), executor, requests, clock)
+    trace = run(BATCHING[batching](limits, clock), executor, requests, clock)
     return trace, executor
 
 
@@ -117,20 +117,20 @@ def check_alone(requests, executor):
         assert tuple(request.output_token_ids) == tokens_alone(request)
 
 
-def check_path(policy, trace):
-    """The run did what its policy is about: chunks, joining, leaving, padding."""
+def check_path(batching, trace):
+    """The run did what its way of batching is about: chunks, joining, leaving, padding."""
     parts = [(step.step, part) for step in trace.steps for part in step.scheduled]
     chunks = [part.request_id for _, part in parts if part.why == "prefill"]
     padding = sum(part.num_tokens for _, part in parts if part.why == "padding")
     begun = {part.request_id: number for number, part in reversed(parts)}
     assert len(set(begun.values())) > 1, "somebody joined later"
-    if policy == "continuous":
+    if batching == "continuous":
         assert len(chunks) > len(set(chunks)) and padding == 0
         assert any({part.why for part in step.scheduled} == {"prefill", "decode"} for step in trace.steps)
     else:
         assert len(chunks) == len(set(chunks)) and padding > 0
     early = [step.finished for step in trace.steps if step.finished and len(step.scheduled) > len(step.finished)]
-    if policy == "static":
+    if batching == "static":
         left_at = {request_id: step.step for step in trace.steps for request_id in step.finished}
         last = {part.request_id: number for number, part in parts if part.num_sampled}
         assert any(left_at[request_id] > last[request_id] for request_id in last), "somebody waited for the batch"
@@ -141,13 +141,13 @@ def check_path(policy, trace):
 # --- equality --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("batching", BATCHING)
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-def test_a_mix_of_requests_gets_what_each_would_get_alone(policy, sampled):
+def test_a_mix_of_requests_gets_what_each_would_get_alone(batching, sampled):
     requests = [request_of(number, *shape, sampled) for number, shape in enumerate(MIX)]
-    trace, executor = run_policy(policy, requests)
+    trace, executor = run_batching(batching, requests)
     check_alone(requests, executor)
-    check_path(policy, trace)
+    check_path(batching, trace)
     assert {request.finish_reason for request in requests} == {"stop", "length"}
 
 
@@ -164,19 +164,19 @@ SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 10), st.integers(0, 12))
 def test_any_mix_in_any_order_of_arrival(shapes, long, place, limits):
     """One prompt is longer than the budget, so continuous batching always has to cut it."""
     shapes.insert(place, long)
-    for policy in POLICIES:
+    for batching in BATCHING:
         requests = [request_of(number, *shape) for number, shape in enumerate(shapes)]
-        trace, executor = run_policy(policy, requests, limits)
+        trace, executor = run_batching(batching, requests, limits)
         check_alone(requests, executor)
         chunks = [part for step in trace.steps for part in step.scheduled if part.why == "prefill"]
-        assert (len(chunks) > len(shapes)) == (policy == "continuous")
+        assert (len(chunks) > len(shapes)) == (batching == "continuous")
 
 
 def test_an_aborted_request_leaves_its_neighbours_untouched_and_its_slot_is_used_again():
     requests = [request_of(number, *shape) for number, shape in enumerate(MIX)]
     clock = VirtualClock()
     executor = SteppingExecutor(clock, LIMITS)
-    scheduler = POLICIES["continuous"](LIMITS, clock)
+    scheduler = BATCHING["continuous"](LIMITS, clock)
     run(
         scheduler,
         executor,
@@ -269,12 +269,12 @@ def stored_one_place_late(monkeypatch):
 TWINS = [unmasked_pads, position_off_by_one, wrong_slot, neighbour_visible, stored_one_place_late]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("batching", BATCHING)
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
-def test_a_broken_twin_is_noticed(policy, twin, monkeypatch):
+def test_a_broken_twin_is_noticed(batching, twin, monkeypatch):
     twin(monkeypatch)
     requests = [request_of(number, *shape) for number, shape in enumerate(MIX)]
-    _, executor = run_policy(policy, requests)
+    _, executor = run_batching(batching, requests)
     assert largest_difference(requests, executor.logits) > 1e-3
 
 

@@ -15,7 +15,7 @@ from minillm.costs.shapes import A100_80GB, CARDS, H200, LLAMA_2_7B, RTX_4090
 from minillm.course import notebooks
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.simulation.cost_model import preset
-from minillm.simulation.running import compare_policies
+from minillm.simulation.running import compare_batching
 from minillm.simulation.workload import lognormal, make_requests
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_sixteen_users_share_a_step():
 def test_few_of_the_padded_steps_are_wide():
     requests = make_requests(12, lognormal(60, 1.2, 800), lognormal(50, 0.9, 300), seed=1)
     config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=512, max_model_len=4096)
-    run = compare_policies(requests, config, preset("Llama-2-7B", "a100"), policies=["dynamic"])["dynamic"]
+    run = compare_batching(requests, config, preset("Llama-2-7B", "a100"), batching=["dynamic"])["dynamic"]
     crossing = costs.compute_bound_batch(A100_80GB)
     wide = sum(step.num_tokens > crossing for step in run.trace.steps)
     words = f"of its {len(run.trace.steps)} steps have more slots than the {crossing} that hide"
@@ -149,7 +149,7 @@ def test_a_token_of_cache_is_what_chapter_9_says():
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_what_a_cost_model_says_is_not_called_measured(chapter):
     """A cell that asks the roofline or the simulator, and prints a prediction, says that it computed or simulated."""
-    models = re.compile(r"costs\.\w+_(seconds|flops)|kv_bytes_per_token|compare_policies|\bsimulate\(|\bRTX_4090\b")
+    models = re.compile(r"costs\.\w+_(seconds|flops)|kv_bytes_per_token|compare_batching|\bsimulate\(|\bRTX_4090\b")
     for each in notebooks.code_cells(CHAPTERS[chapter]):
         if models.search(each.source) and "checks.prediction(" in each.source:
             assert "found=" in each.source, each.id

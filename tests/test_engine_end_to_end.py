@@ -13,7 +13,7 @@ import torch
 
 from minillm import EngineConfig, LLMEngine, SamplingParams, generate_cached
 from minillm.engine.outputs import RequestOutput
-from minillm.engine.queue import POLICIES
+from minillm.engine.queue import SCHEDULING_POLICIES
 from minillm.model.text import encode_chat
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_runner import PagedRunner
@@ -154,7 +154,7 @@ def assert_took_the_path(done: Run, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 def test_every_output_is_that_of_the_request_alone(policy, mode, checkpoint, solo):
     done = run(make_engine(checkpoint("llama"), policy, mode), JOBS, abort_every=7)
     assert differing(done, solo) == []

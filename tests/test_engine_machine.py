@@ -27,7 +27,7 @@ from minillm.costs.memory_ledger import blocks_needed
 from minillm.engine import block_manager
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
-from minillm.engine.queue import POLICIES
+from minillm.engine.queue import SCHEDULING_POLICIES
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import PromptError
@@ -608,7 +608,7 @@ def run(machine, max_examples):
 
 
 @pytest.mark.parametrize("preemption_mode", PREEMPTION_MODES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 def test_the_engine_keeps_its_promises_whatever_happens(policy, preemption_mode):
     seen = Counter()
     machine = type("Machine", (EngineMachine,), {"policy": policy, "preemption_mode": preemption_mode, "seen": seen})

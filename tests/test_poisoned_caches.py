@@ -14,7 +14,7 @@ from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.plan import ScheduledRequest
 from minillm.simulation.clock import VirtualClock
-from minillm.simulation.running import POLICIES
+from minillm.simulation.running import BATCHING
 from minillm.simulation.running import run as run_to_the_end
 from test_device_runner import WAYS
 from tiny_models import random_token_ids
@@ -65,8 +65,8 @@ def test_a_cache_of_one_sequence(model, expected, monkeypatch, poison):
 
 
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_slots_that_were_given_back(model, expected, policy, poison, monkeypatch):
+@pytest.mark.parametrize("batching", BATCHING)
+def test_slots_that_were_given_back(model, expected, batching, poison, monkeypatch):
     """Padded rectangles, whose rows have ended here and there, and ragged steps; every slot is used again and again."""
     given_back, release = [], SlotCache.release
 
@@ -78,7 +78,7 @@ def test_slots_that_were_given_back(model, expected, policy, poison, monkeypatch
     monkeypatch.setattr(SlotCache, "release", poisoned)
     limits, clock = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=48), VirtualClock()
     asked = [request for request in requests() if request.params.n == 1]
-    run_to_the_end(POLICIES[policy](limits, clock), ContiguousExecutor(model, 2, 48), asked, clock)
+    run_to_the_end(BATCHING[batching](limits, clock), ContiguousExecutor(model, 2, 48), asked, clock)
     assert {each.request_id: tuple(each.output_token_ids) for each in asked} == {
         each.request_id: expected[each.request_id] for each in asked
     }

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.engine.queue import POLICIES, WaitingQueue
+from minillm.engine.queue import SCHEDULING_POLICIES, WaitingQueue
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.errors import ConfigError, PromptError
@@ -161,7 +161,7 @@ def test_the_chapters_exercise_on_lengths_2_5_10():
 # --- order and fairness ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 def test_equals_go_first_come_first_served(policy):
     queue = WaitingQueue(policy)
     for i in range(20):
@@ -321,7 +321,7 @@ def test_results_of_a_static_batch_return_when_an_abort_ends_it():
 # --- work ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 def test_the_work_of_a_step_does_not_grow_with_who_waits(policy, monkeypatch):
     """Bytecode lines run inside the engine in 30 steps, with 100 and with 20,000 waiting."""
     few, many = (lines_run(num_waiting, policy) for num_waiting in (100, 20_000))
@@ -369,7 +369,7 @@ ACTIONS = st.lists(
 @given(
     actions=ACTIONS,
     kind=st.sampled_from(SCHEDULERS),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(SCHEDULING_POLICIES),
     max_num_seqs=st.integers(1, 5),
     budget=st.integers(5, 20),
 )

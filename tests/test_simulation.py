@@ -28,9 +28,10 @@ from minillm.simulation.clock import RealClock, VirtualClock
 from minillm.simulation.cost_model import Calibrated, Roofline, StepWork, non_negative_least_squares, preset
 from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.reporting import SLO, ReportBuilder, Spread, report, spread
-from minillm.simulation.running import POLICIES, compare_policies, run
+from minillm.simulation.running import BATCHING, compare_batching, run
 from minillm.simulation.workload import made_request, make_requests
 from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
+from minillm.trace.files import load_trace
 
 SHAPE = minillm.ModelConfig(
     vocab_size=500,
@@ -55,10 +56,10 @@ def some_requests(num_requests=9, seed=0):
     return make_requests(num_requests, workload.uniform(1, 20), workload.uniform(1, 12), seed=seed)
 
 
-def one_second_a_step(policy, requests, limits=LIMITS, **options):
+def one_second_a_step(way, requests, limits=LIMITS, **options):
     """A simulated run in which every step takes a second."""
     clock = VirtualClock()
-    scheduler = POLICIES[policy](limits, clock, trace=options.pop("trace", True))
+    scheduler = BATCHING[way](limits, clock, trace=options.pop("trace", True))
     prices = Calibrated(1.0, *[0.0] * 7)
     return run(scheduler, SimulatedExecutor(prices, clock), requests, clock, **options)
 
@@ -207,23 +208,23 @@ class CountingExecutor(ContiguousExecutor):
         return output
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_work_read_off_a_plan_is_what_the_real_executor_does(policy, monkeypatch):
+@pytest.mark.parametrize("way", BATCHING)
+def test_the_work_read_off_a_plan_is_what_the_real_executor_does(way, monkeypatch):
     executor, clock, works = CountingExecutor(monkeypatch), RealClock(), []
-    scheduler = POLICIES[policy](LIMITS, clock)
+    scheduler = BATCHING[way](LIMITS, clock)
     run(scheduler, executor, some_requests(), clock, on_step=lambda plan, _: works.append(StepWork.of(plan)))
     assert [[work.slots, work.logit_rows, work.score_entries, work.keys_read] for work in works] == executor.counts
     assert sum(work.slots for work in works) == sum(step.num_tokens for step in scheduler.trace.steps)
-    assert len({work.chunks > 0 for work in works}) == 2 or policy != "continuous"
+    assert len({work.chunks > 0 for work in works}) == 2 or way != "continuous"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_simulation_makes_the_steps_of_the_real_run(policy):
+@pytest.mark.parametrize("way", BATCHING)
+def test_a_simulation_makes_the_steps_of_the_real_run(way):
     """Same requests, same lengths: the two traces differ in their times alone."""
     clock = VirtualClock()
-    scheduler = POLICIES[policy](LIMITS, clock)
+    scheduler = BATCHING[way](LIMITS, clock)
     real = run(scheduler, ContiguousExecutor(small_model(), 3, 64), some_requests(), clock)
-    simulated = one_second_a_step(policy, some_requests())
+    simulated = one_second_a_step(way, some_requests())
     timeless = [dataclasses.replace(step, start_time=0.0, end_time=0.0) for step in simulated.steps]
     assert real.requests == simulated.requests and real.steps == timeless
 
@@ -283,9 +284,9 @@ def test_least_squares_without_negative_prices():
 @pytest.mark.parametrize("disturbed", [0, 20])
 def test_calibration_finds_the_prices_even_if_some_steps_were_disturbed(disturbed):
     measured = []
-    for policy in POLICIES:
+    for way in BATCHING:
         works = []
-        one_second_a_step(policy, some_requests(30), on_step=lambda plan, _, works=works: works.append(plan))
+        one_second_a_step(way, some_requests(30), on_step=lambda plan, _, works=works: works.append(plan))
         measured += [(StepWork.of(plan), PRICES.seconds(StepWork.of(plan))) for plan in works]
     rng = random.Random(0)
     for i in rng.sample(range(len(measured)), disturbed):
@@ -327,22 +328,22 @@ def test_an_empty_plan_takes_no_time():
     assert (output.token_ids, clock()) == ({}, 0.0)
 
 
-def test_policies_are_compared_on_the_same_requests():
+def test_ways_of_batching_are_compared_on_the_same_requests():
     requests = some_requests(12)
-    runs = compare_policies(requests, LIMITS, PRICES)
+    runs = compare_batching(requests, LIMITS, PRICES)
     assert list(runs) == ["static", "dynamic", "continuous"]
     assert all(request.output_token_ids == [] for request in requests), "the given ones are left as they are"
     tokens = sum(request.params.max_tokens for request in requests)
-    for policy, (trace, figures, finished) in runs.items():
+    for way, (trace, figures, finished) in runs.items():
         assert figures == report(trace) and figures.output_tokens == tokens
-        assert (figures.utilisation == 1.0) == (policy == "continuous")
+        assert (figures.utilisation == 1.0) == (way == "continuous")
         assert [len(request.output_token_ids) for request in finished] == [r.params.max_tokens for r in requests]
-    makespan = {policy: each.report.makespan for policy, each in runs.items()}
+    makespan = {way: each.report.makespan for way, each in runs.items()}
     assert makespan["continuous"] < min(makespan["static"], makespan["dynamic"])
 
 
-def test_policies_are_compared_on_a_real_model_too():
-    runs = compare_policies(some_requests(5), LIMITS, lambda: ContiguousExecutor(small_model(), 3, 64))
+def test_ways_of_batching_are_compared_on_a_real_model_too():
+    runs = compare_batching(some_requests(5), LIMITS, lambda: ContiguousExecutor(small_model(), 3, 64))
     outputs = [[request.output_token_ids for request in each.requests] for each in runs.values()]
     assert outputs[0] == outputs[1] == outputs[2] and runs["static"].report.makespan > 0
 
@@ -437,14 +438,14 @@ def test_a_run_that_was_cut_short_ends_with_its_last_token():
     assert trace.end_to_end("b") == 3.5
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_streamed_report_is_that_of_the_trace(policy):
+@pytest.mark.parametrize("way", BATCHING)
+def test_a_streamed_report_is_that_of_the_trace(way):
     slo = SLO(ttft=6.0, itl=1.0, e2e=12.0)
     arrivals = {"arrivals": "poisson", "rate": 2.0}
     made = [make_requests(40, workload.uniform(1, 20), workload.uniform(1, 9), **arrivals) for _ in range(2)]
     figures = ReportBuilder(slo)
-    assert one_second_a_step(policy, made[0], trace=False, figures=figures) is None
-    trace = one_second_a_step(policy, made[1])
+    assert one_second_a_step(way, made[0], trace=False, figures=figures) is None
+    trace = one_second_a_step(way, made[1])
     assert figures.report() == report(trace, slo)
     assert 0 < figures.report().goodput < figures.report().requests_per_second
 
@@ -497,12 +498,23 @@ def test_simulate_prints_and_writes_a_report(capsys, tmp_path):
         "--output-length",
         "9",
     ]
-    for policy in POLICIES:
-        file = tmp_path / f"{policy}.json"
-        assert cli.main(["simulate", "--policy", policy, *options, "--json", str(file)]) == 0
+    for way in BATCHING:
+        file = tmp_path / f"{way}.json"
+        assert cli.main(["simulate", "--batching", way, *options, "--json", str(file)]) == 0
         written = json.loads(file.read_text())
-        assert written["settings"]["policy"] == policy and written["report"]["output_tokens"] == 40 * 9
+        assert written["settings"]["batching"] == way and written["report"]["output_tokens"] == 40 * 9
         assert "40 of 40 finished" in capsys.readouterr().out
+
+
+def test_simulate_asks_the_policy_who_goes_first(capsys, tmp_path):
+    """Two requests, one place: the shorter job comes second in the file."""
+    lengths = [{"num_prompt_tokens": 3, "num_output_tokens": length} for length in (50, 4)]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lengths))
+    options = ["--file", str(tmp_path / "requests.jsonl"), "--max-num-seqs", "1", "--trace", str(tmp_path / "t.jsonl")]
+    for policy, first in (("fcfs", "req 0"), ("sjf", "req 1")):
+        assert cli.main(["simulate", "--policy", policy, *options]) == 0
+        assert load_trace(tmp_path / "t.jsonl").steps[0].scheduled[0].request_id == first
+    capsys.readouterr()
 
 
 def test_a_simulated_trace_can_be_drawn(capsys, tmp_path):
@@ -511,14 +523,14 @@ def test_a_simulated_trace_can_be_drawn(capsys, tmp_path):
     assert "req 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_requests_of_one_id_in_a_file_are_told_apart(capsys, tmp_path, policy):
+@pytest.mark.parametrize("way", BATCHING)
+def test_requests_of_one_id_in_a_file_are_told_apart(capsys, tmp_path, way):
     """Whether they follow each other or are under way together."""
     lines = [{"request_id": "a", "arrival_time": time} for time in (0.0, 0.0, 9.0)] + [{"request_id": "a#2"}]
     lengths = {"num_prompt_tokens": 3, "num_output_tokens": 4}
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line | lengths) + "\n" for line in lines))
     trace = str(tmp_path / "t.jsonl")
-    options = ["--file", str(tmp_path / "requests.jsonl"), "--policy", policy, "--trace", trace]
+    options = ["--file", str(tmp_path / "requests.jsonl"), "--batching", way, "--trace", trace]
     assert cli.main(["simulate", *options]) == 0
     said = capsys.readouterr().out
     assert cli.main(["trace", trace]) == 0
@@ -531,7 +543,7 @@ def test_requests_of_one_id_in_a_file_are_told_apart(capsys, tmp_path, policy):
 def test_a_second_life_in_a_run_is_reported_by_steps_and_by_the_trace_alike():
     lives = [made_request("a", time, 3, 4) for time in (0.0, 50.0)]
     figures, clock = ReportBuilder(), VirtualClock()
-    scheduler = POLICIES["continuous"](SchedulerConfig(2, 16, 64), clock)
+    scheduler = BATCHING["continuous"](SchedulerConfig(2, 16, 64), clock)
     trace = run(scheduler, SimulatedExecutor(preset("Llama-2-7B", "a100"), clock), lives, clock, figures=figures)
     assert figures.report() == report(trace) and report(trace).num_finished == 2
     assert [record.request_id for record in trace.requests] == ["a", "a#2"]
@@ -578,7 +590,7 @@ def test_bench_batching_measures_and_writes(capsys, tmp_path, quick_bench):
     ratio = written["ratio_continuous_over_static"]
     assert len(ratio["repeats"]) == 2 and ratio["median"] == pytest.approx(sum(ratio["repeats"]) / 2)
     assert written["simulated_ratio"] > 0 and {"machine", "date", "torch", "python", "minillm"} <= written.keys()
-    continuous, static = written["policies"]["continuous"], written["policies"]["static"]
+    continuous, static = written["batching"]["continuous"], written["batching"]["static"]
     assert (
         continuous["slots_computed"] == continuous["slots_useful"] == static["slots_useful"] < static["slots_computed"]
     )
@@ -623,7 +635,7 @@ def test_bench_simulator_measures_and_writes(capsys, tmp_path, quick_bench, monk
 def test_new_requests_are_told_once():
     clock = VirtualClock()
     told = []
-    scheduler = POLICIES["continuous"](LIMITS, clock)
+    scheduler = BATCHING["continuous"](LIMITS, clock)
     run(
         scheduler,
         SimulatedExecutor(PRICES, clock),

@@ -15,7 +15,7 @@ from minillm.attention.masks import block_diagonal, rectangular
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.simulation.cost_model import preset
 from minillm.simulation.reporting import report
-from minillm.simulation.running import compare_policies
+from minillm.simulation.running import compare_batching
 from minillm.simulation.workload import made_request
 from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.viz import (
@@ -36,13 +36,13 @@ BUDGET = 6
 
 
 @cache
-def policy_traces(num_requests: int = 5) -> dict[str, Trace]:
+def batching_traces(num_requests: int = 5) -> dict[str, Trace]:
     """Requests of different lengths that arrive one after the other, under all three ways of batching."""
     lengths = [(4, 5), (9, 2), (3, 4), (5, 1), (2, 6)]
     requests = [made_request(f"r{i}", 0.01 * i, *lengths[i % len(lengths)]) for i in range(num_requests)]
     config = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=BUDGET, max_model_len=64)
-    runs = compare_policies(requests, config, preset("Llama-2-7B", "4090"))
-    return {policy: run.trace for policy, run in runs.items()}
+    runs = compare_batching(requests, config, preset("Llama-2-7B", "4090"))
+    return {batching: run.trace for batching, run in runs.items()}
 
 
 def padded_trace() -> Trace:
@@ -66,12 +66,12 @@ def boxes_of(axes, gid: str) -> list[Rectangle]:
 
 
 PICTURES = {
-    "policies": lambda: PolicyTimelines(policy_traces(), title="Three ways"),
+    "policies": lambda: PolicyTimelines(batching_traces(), title="Three ways"),
     "timeline": lambda: Timeline(padded_trace(), "slots"),
-    "composition": lambda: BatchComposition(policy_traces()["continuous"], BUDGET, title="Steps"),
+    "composition": lambda: BatchComposition(batching_traces()["continuous"], BUDGET, title="Steps"),
     "rectangle": lambda: PaddingRectangle([2, 5, 10], title="Static"),
-    "rectangles": lambda: PaddingSteps(policy_traces()["dynamic"]),
-    "blocks": lambda: BlockMaskSteps(policy_traces()["continuous"], title="Blocks"),
+    "rectangles": lambda: PaddingSteps(batching_traces()["dynamic"]),
+    "blocks": lambda: BlockMaskSteps(batching_traces()["continuous"], title="Blocks"),
     "load": lambda: LoadCurves([1, 2, 4], {"all": [1, 2, 2.5]}, {"p50": [0.1, 0.2, 3], "p99": [0.2, 0.6, 9]}, slo=0.5),
 }
 
@@ -125,9 +125,9 @@ def test_a_box_after_the_moment_shown_is_pale_even_if_it_is_waiting():
     assert sorted(box.get_width() for box in boxes_of(axes, "c:waiting")) == pytest.approx([0.05, 0.1])
 
 
-@pytest.mark.parametrize("policy", ["static", "dynamic", "continuous"])
-def test_every_token_computed_is_in_a_box(policy):
-    trace = policy_traces()[policy]
+@pytest.mark.parametrize("batching", ["static", "dynamic", "continuous"])
+def test_every_token_computed_is_in_a_box(batching):
+    trace = batching_traces()[batching]
     timeline = Timeline(trace, "steps")
     boxes = timeline.boxes_of_all()
     assert sum(box.num_tokens for box in boxes) == sum(step.num_tokens for step in trace.steps)
@@ -140,8 +140,8 @@ def test_every_token_computed_is_in_a_box(policy):
 
 def test_static_shows_padding_rows_dynamic_padding_beside_tokens_continuous_chunks_and_none():
     letters = {
-        policy: "".join(Timeline(trace, "steps").chart(1, len(trace.steps))[1:])
-        for policy, trace in policy_traces().items()
+        batching: "".join(Timeline(trace, "steps").chart(1, len(trace.steps))[1:])
+        for batching, trace in batching_traces().items()
     }
     assert "x" in letters["static"] and "d" not in letters["static"]
     assert "d" in letters["dynamic"] and "x" not in letters["dynamic"]
@@ -171,11 +171,11 @@ def test_columns_have_round_widths(end, whole, expected):
     assert (pytest.approx(width), columns) == expected
 
 
-# --- policies ---
+# --- ways of batching ---
 
 
-def test_all_policies_are_on_one_axis_and_their_makespans_marked():
-    traces = policy_traces()
+def test_all_ways_of_batching_are_on_one_axis_and_their_makespans_marked():
+    traces = batching_traces()
     figure = PolicyTimelines(traces).figure()
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     for axes, trace in zip(figure.axes, traces.values(), strict=True):
@@ -186,19 +186,19 @@ def test_all_policies_are_on_one_axis_and_their_makespans_marked():
     assert [bool(axes.get_xlabel()) for axes in figure.axes] == [False, False, True]
 
 
-def test_policies_in_words_end_in_a_table_of_what_was_computed():
-    text = PolicyTimelines(policy_traces()).text()
-    for policy, trace in policy_traces().items():
+def test_ways_of_batching_in_words_end_in_a_table_of_what_was_computed():
+    text = PolicyTimelines(batching_traces()).text()
+    for batching, trace in batching_traces().items():
         figures = report(trace)
-        line = text.splitlines()[-3 + list(policy_traces()).index(policy)].split()
-        assert line[0] == policy
+        line = text.splitlines()[-3 + list(batching_traces()).index(batching)].split()
+        assert line[0] == batching
         assert line[-3:] == [str(figures.slots_computed), str(figures.useful_tokens), f"{figures.utilisation:.1%}"]
     assert "1.00x" in text and "a column is" in text
     assert text.count("w waiting") == 1
 
 
-def test_stepping_moves_one_moment_through_all_policies():
-    picture = PolicyTimelines(policy_traces())
+def test_stepping_moves_one_moment_through_all_ways_of_batching():
+    picture = PolicyTimelines(batching_traces())
     last = picture.caption(picture.num_steps - 1)
     assert picture.caption(0).count("0 of 5 finished") == 3 and last.count("5 of 5 finished") == 3
     figure = picture.figure(step=3)
@@ -210,7 +210,7 @@ def test_stepping_moves_one_moment_through_all_policies():
 
 
 def test_bars_are_the_tokens_of_the_steps_and_the_line_is_the_budget():
-    trace = policy_traces()["continuous"]
+    trace = batching_traces()["continuous"]
     axes = BatchComposition(trace, BUDGET).figure().axes[0]
     for kind in ("prefill", "decode"):
         heights = {round(box.get_x()): box.get_height() for box in boxes_of(axes, kind)}
@@ -274,15 +274,15 @@ def test_one_prompt_of_100_beside_eight_decodes_wastes_792_of_900_slots():
     assert len(picture.text().splitlines()[0]) <= 130
 
 
-@pytest.mark.parametrize("policy", ["static", "dynamic"])
-def test_a_step_of_a_padded_trace_is_a_rectangle(policy):
-    trace = policy_traces()[policy]
+@pytest.mark.parametrize("batching", ["static", "dynamic"])
+def test_a_step_of_a_padded_trace_is_a_rectangle(batching):
+    trace = batching_traces()[batching]
     found = Counter()
     for step in trace.steps:
         picture = PaddingRectangle.of_step(step)
         assert (picture.num_slots, picture.num_useful) == (step.num_tokens, step.num_useful)
         found.update(row.why for row in picture.rows)
-    assert {"prefill", "decode"} <= set(found) and ("padding" in found) == (policy == "static")
+    assert {"prefill", "decode"} <= set(found) and ("padding" in found) == (batching == "static")
     picture = PaddingSteps(trace)
     assert picture.num_steps == len(trace.steps) and picture.chosen[0] == 0
     assert len({tuple(picture.figure(step).get_size_inches()) for step in (0, 1)}) == 1
@@ -290,7 +290,7 @@ def test_a_step_of_a_padded_trace_is_a_rectangle(policy):
 
 def test_no_rectangle_from_a_ragged_step():
     with pytest.raises(PictureError, match=r"no rectangle: its rows have lengths \[1, 3\]|no rectangle"):
-        PaddingSteps(policy_traces()["continuous"])
+        PaddingSteps(batching_traces()["continuous"])
 
 
 # --- block-diagonal masks ---
@@ -313,7 +313,7 @@ def test_prompts_computed_in_one_step_have_the_block_diagonal_mask():
 
 
 def test_every_step_has_the_mask_of_what_it_computes_over_what_is_cached():
-    trace = policy_traces()["continuous"]
+    trace = batching_traces()["continuous"]
     for step, blocks in zip(trace.steps, blocks_of(trace), strict=True):
         parts = {part.request_id: part for part in step.scheduled}
         expected = torch.block_diag(*(
@@ -326,7 +326,7 @@ def test_every_step_has_the_mask_of_what_it_computes_over_what_is_cached():
 
 
 def test_blocks_join_and_leave():
-    picture = BlockMaskSteps(policy_traces()["continuous"])
+    picture = BlockMaskSteps(batching_traces()["continuous"])
     captions = [picture.caption(step) for step in range(picture.num_steps)]
     assert captions[0].endswith("joined: r0")
     joined = [name for caption in captions for name in _names(caption, "joined: ")]
@@ -392,7 +392,7 @@ def test_every_step_has_its_frame(name):
     [
         (lambda: PolicyTimelines({}), "no traces"),
         (lambda: PolicyTimelines({"a": Trace()}), "empty"),
-        (lambda: PolicyTimelines(policy_traces(), "hours"), "hours"),
+        (lambda: PolicyTimelines(batching_traces(), "hours"), "hours"),
         (lambda: BatchComposition(Trace()), "no steps"),
         (lambda: BatchComposition(padded_trace(), 0), "budget is 0"),
         (lambda: PaddingRectangle([]), "0 rows"),
@@ -414,7 +414,7 @@ def test_the_title_of_panels_stands_above_them():
 
 
 def test_many_requests_stay_drawable():
-    traces = policy_traces(64)
+    traces = batching_traces(64)
     for picture in (PolicyTimelines(traces), BatchComposition(traces["continuous"], BUDGET)):
         width, height = picture.figure().get_size_inches()
         assert width <= 9 and height <= 12

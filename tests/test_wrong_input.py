@@ -99,7 +99,7 @@ TINY = minillm.ModelConfig(
 
 def trace() -> minillm.Trace:
     made = workload.make_requests(2, workload.fixed(3), workload.fixed(2))
-    return running.compare_policies(made, SchedulerConfig(), roofline(), policies=["continuous"])["continuous"].trace
+    return running.compare_batching(made, SchedulerConfig(), roofline(), batching=["continuous"])["continuous"].trace
 
 
 def roofline() -> cost_model.Roofline:
@@ -393,13 +393,13 @@ CASES: dict[str, Case] = {
     "SLO": Case(reporting.SLO, lambda: {"ttft": 1.0, "itl": 0.1, "e2e": 10.0}),
     "report": Case(reporting.report, lambda: {"trace": trace(), "slo": reporting.SLO()}),
     "run": Case(simulated, lambda: {"requests": [request()], "figures": reporting.ReportBuilder(), "on_step": None}),
-    "compare_policies": Case(
-        running.compare_policies,
+    "compare_batching": Case(
+        running.compare_batching,
         lambda: {
             "requests": [request()],
             "config": SchedulerConfig(),
             "executor": roofline(),
-            "policies": ["static", "continuous"],
+            "batching": ["static", "continuous"],
             "slo": reporting.SLO(),
         },
     ),

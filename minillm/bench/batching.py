@@ -2,8 +2,8 @@
 
     minillm bench batching --json batching.json
 
-The policies take turns, so that what disturbs the machine disturbs all; ratios are taken within a turn, and their
-median counts. A cost model calibrated on other requests predicts the same ratio without the model.
+They take turns, so that what disturbs the machine disturbs all; ratios are taken within a turn, and their median
+counts. A cost model calibrated on other requests predicts the same ratio without the model.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from minillm.bench.measuring import (
 from minillm.engine import Request, SchedulerConfig
 from minillm.errors import check_options
 from minillm.sampling import SamplingParams
-from minillm.simulation import POLICIES, Calibrated, Report, made_request
+from minillm.simulation import BATCHING, Calibrated, Report, made_request
 from minillm.storyteller import corpus
 
 MOST_NEW_TOKENS = 512
@@ -101,14 +101,14 @@ def natural_prompt(rng: random.Random) -> tuple[str, bool]:
 
 
 def turn(model, requests: list[Request], config: SchedulerConfig, timer: str, number: int) -> dict[str, MeasuredRun]:
-    """Every policy once; each turn begins with another one."""
-    names = list(POLICIES)
+    """Every way of batching once; each turn begins with another one."""
+    names = list(BATCHING)
     order = names[number % len(names) :] + names[: number % len(names)]
-    return {policy: measure(model, requests, policy, config, timer) for policy in order}
+    return {batching: measure(model, requests, batching, config, timer) for batching in order}
 
 
 def different_requests(turns: list[dict[str, MeasuredRun]]) -> list[str]:
-    """Requests that did not get the same tokens from every policy in every turn.
+    """Requests that did not get the same tokens under every way of batching in every turn.
 
     In float32 that can happen to a request for which two tokens are equal but for rounding, about once in 10^5 tokens:
     sums over another number of rows are rounded in another order. In float64 it must not happen.
@@ -119,10 +119,10 @@ def different_requests(turns: list[dict[str, MeasuredRun]]) -> list[str]:
 
 
 def check_same_outputs(runs: dict[str, MeasuredRun]) -> None:
-    """All policies said the same, token for token, in float64. Raises AssertionError, naming the requests."""
+    """All ways of batching said the same, token for token, in float64. Raises AssertionError, naming the requests."""
     different = different_requests([runs])
     if different:
-        raise AssertionError(f"the policies gave other tokens than static batching for {', '.join(different)}")
+        raise AssertionError(f"the ways of batching gave other tokens than static batching for {', '.join(different)}")
 
 
 def simulate_same_lengths(
@@ -133,7 +133,7 @@ def simulate_same_lengths(
         made_request(request.request_id, 0.0, request.num_prompt_tokens, len(outputs[request.request_id]))
         for request in requests
     ]
-    return {policy: simulate(cost_model, known, policy, config) for policy in POLICIES}
+    return {batching: simulate(cost_model, known, batching, config) for batching in BATCHING}
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -141,17 +141,17 @@ def simulate_same_lengths(
 
 def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], timer: str, rounded: list[str]) -> dict:
     """The record: a dictionary for JSON. `rounded`: the requests that float32 gave other tokens."""
-    policies = {}
-    for policy in POLICIES:
-        runs = [runs[policy] for runs in turns]
+    ways = {}
+    for batching in BATCHING:
+        runs = [runs[batching] for runs in turns]
         one = runs[0].report
-        policies[policy] = {
+        ways[batching] = {
             "useful_tokens_per_second": statistics.median(tokens_per_second(run, timer) for run in runs),
             "steps": one.num_steps,
             "slots_computed": one.slots_computed,
             "slots_useful": one.useful_tokens,
             "seconds": [run.seconds for run in runs],
-            "simulated_seconds": simulated[policy].makespan,
+            "simulated_seconds": simulated[batching].makespan,
         }
     continuous = turns[0]["continuous"]
     lengths = sorted(map(len, continuous.outputs.values()))
@@ -159,7 +159,7 @@ def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], t
         "ratio_continuous_over_static": ratios(turns, timer),
         "ratio_by_wall_clock": ratios(turns, "wall"),
         "simulated_ratio": simulated["static"].makespan / simulated["continuous"].makespan,
-        "policies": policies,
+        "batching": ways,
         "output_tokens": {"sum": sum(lengths), "shortest": lengths[0], "longest": lengths[-1]},
         "requests": len(lengths),
         "identical_outputs": not rounded,
@@ -170,8 +170,9 @@ def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], t
 
 def ratios(turns: list[dict[str, MeasuredRun]], timer: str) -> dict:
     """How many times the useful tokens a second of static batching continuous batching makes."""
-    speeds = {policy: [tokens_per_second(runs[policy], timer) for runs in turns] for policy in ("continuous", "static")}
-    repeats = [fast / slow for fast, slow in zip(speeds["continuous"], speeds["static"], strict=True)]
+    repeats = [
+        tokens_per_second(runs["continuous"], timer) / tokens_per_second(runs["static"], timer) for runs in turns
+    ]
     return {"median": statistics.median(repeats), "repeats": repeats}
 
 
@@ -189,11 +190,11 @@ def table(result: dict) -> str:
         f"{'':12}{'useful tokens/s':>16}{'steps':>8}{'slots computed':>16}{'useful':>8}{'share':>8}{'seconds':>9}"
         f"{'simulated':>11}",
     ]
-    for policy, row in result["policies"].items():
+    for batching, row in result["batching"].items():
         seconds = statistics.median(each[result["timer"]] for each in row["seconds"])
         share = row["slots_useful"] / row["slots_computed"]
         lines.append(
-            f"{policy:12}{row['useful_tokens_per_second']:>16.0f}{row['steps']:>8}{row['slots_computed']:>16}"
+            f"{batching:12}{row['useful_tokens_per_second']:>16.0f}{row['steps']:>8}{row['slots_computed']:>16}"
             f"{row['slots_useful']:>8}{share:>8.1%}{seconds:>9.2f}{row['simulated_seconds']:>11.2f}"
         )
     ratio = result["ratio_continuous_over_static"]

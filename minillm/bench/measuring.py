@@ -16,7 +16,7 @@ from minillm.engine import Request, SchedulerConfig
 from minillm.ladder import ContiguousExecutor
 from minillm.model import Decoder
 from minillm.simulation import (
-    POLICIES,
+    BATCHING,
     CostModel,
     RealClock,
     Report,
@@ -45,12 +45,12 @@ class MeasuredRun:
 
 
 def measure(
-    model: Decoder, requests: Iterable[Request], policy: str, config: SchedulerConfig, timer: str = "cpu"
+    model: Decoder, requests: Iterable[Request], batching: str, config: SchedulerConfig, timer: str = "cpu"
 ) -> MeasuredRun:
     """Run copies of `requests`, which must all arrive at 0, and time every step on the named timer."""
     executor = ContiguousExecutor(model, config.max_num_seqs, config.max_model_len)
     clock = RealClock(TIMERS[timer])
-    scheduler = POLICIES[policy](config, clock)
+    scheduler = BATCHING[batching](config, clock)
     copies = [fresh(request) for request in requests]
     works, moments = [], [clock()]
 
@@ -66,15 +66,15 @@ def measure(
     return MeasuredRun(report(trace), seconds, list(zip(works, durations, strict=True)), outputs)
 
 
-def simulate(cost_model: CostModel, requests: Iterable[Request], policy: str, config: SchedulerConfig) -> Report:
+def simulate(cost_model: CostModel, requests: Iterable[Request], batching: str, config: SchedulerConfig) -> Report:
     """The same run without the model."""
     clock = VirtualClock()
-    scheduler = POLICIES[policy](config, clock)
+    scheduler = BATCHING[batching](config, clock)
     return report(run(scheduler, SimulatedExecutor(cost_model, clock), map(fresh, requests), clock))
 
 
 def calibration_steps(model: Decoder, timer: str = "cpu", seed: int = 0) -> list[tuple[StepWork, float]]:
-    """Steps to fit this machine's prices to: made-up requests under every policy in batches of several sizes.
+    """Steps to fit this machine's prices to: made-up requests under every way of batching in batches of several sizes.
 
     A machine is not equally fast all the time: measure these in turn with what is to be predicted, and fit to all.
     """
@@ -82,8 +82,8 @@ def calibration_steps(model: Decoder, timer: str = "cpu", seed: int = 0) -> list
     for max_num_seqs, num_requests, longest_prompt in ((1, 3, 100), (4, 10, 300), (10, 24, 40), (16, 32, 150)):
         config = SchedulerConfig(max_num_seqs, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN)
         requests = mixed_requests(num_requests, longest_prompt, 150, f"calibration {seed} {max_num_seqs}")
-        for policy in POLICIES:
-            steps += measure(model, requests, policy, config, timer).steps
+        for batching in BATCHING:
+            steps += measure(model, requests, batching, config, timer).steps
     return steps
 
 

@@ -27,7 +27,7 @@ from minillm.simulation import Calibrated
 class Workload(NamedTuple):
     """A workload to predict; lengths are uniform from 1 to the longest, in tokens."""
 
-    policy: str
+    batching: str
     max_num_seqs: int
     num_requests: int
     longest_prompt: int
@@ -55,18 +55,18 @@ def main(argv: list[str] | None = None) -> int:
     for turn in range(arguments.repeats):
         steps += calibration_steps(model, arguments.timer, seed=turn)
         for number, workload in enumerate(WORKLOADS):
-            run = measure(model, requests_of(workload, number), workload.policy, config_of(workload), arguments.timer)
+            run = measure(model, requests_of(workload, number), workload.batching, config_of(workload), arguments.timer)
             measured[workload].append(run.seconds[arguments.timer])
     cost_model = Calibrated.fit(steps)
     rows = []
     print(
-        f"{'policy':12}{'seqs':>5}{'requests':>10}{'prompt':>8}{'output':>8}{'measured':>10}{'predicted':>11}{'error':>8}"
+        f"{'batching':12}{'seqs':>5}{'requests':>10}{'prompt':>8}{'output':>8}{'measured':>10}{'predicted':>11}{'error':>8}"
     )
     for number, workload in enumerate(WORKLOADS):
         row = compare(cost_model, workload, number, statistics.median(measured[workload]))
         rows.append(row)
         print(
-            f"{workload.policy:12}{workload.max_num_seqs:>5}{workload.num_requests:>10}{workload.longest_prompt:>8}"
+            f"{workload.batching:12}{workload.max_num_seqs:>5}{workload.num_requests:>10}{workload.longest_prompt:>8}"
             f"{workload.longest_output:>8}{row['measured']:>10.2f}{row['predicted']:>11.2f}{row['error']:>+8.1%}"
         )
     median = statistics.median(abs(row["error"]) for row in rows)
@@ -102,5 +102,5 @@ def requests_of(workload: Workload, number: int) -> list[Request]:
 def compare(cost_model: Calibrated, workload: Workload, number: int, measured: float) -> dict:
     """Measured and predicted makespan of one workload, in seconds."""
     requests, config = requests_of(workload, number), config_of(workload)
-    predicted = simulate(cost_model, requests, workload.policy, config).makespan
+    predicted = simulate(cost_model, requests, workload.batching, config).makespan
     return workload._asdict() | {"measured": measured, "predicted": predicted, "error": predicted / measured - 1}

@@ -1,6 +1,6 @@
 """The command `minillm simulate`: made-up requests under a way of batching, on a card that need not be there.
 
-Nothing is imported before it is needed, so that `minillm --help` stays quick.
+What takes long to import is imported when it is needed, so that `minillm --help` stays quick.
 """
 
 import argparse
@@ -8,12 +8,14 @@ import json
 import time
 from pathlib import Path
 
+from minillm.engine import SCHEDULING_POLICIES
 from minillm.errors import ConfigError, check_options, write_text
+from minillm.simulation import BATCHING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", default="continuous", choices=["static", "dynamic", "continuous"])
-    parser.add_argument("--scheduling-policy", default="fcfs", choices=["fcfs", "priority", "sjf"], help="who is next")
+    parser.add_argument("--batching", default="continuous", choices=list(BATCHING))
+    parser.add_argument("--policy", default="fcfs", choices=SCHEDULING_POLICIES, help="who goes first")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at the same time")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
     card = parser.add_argument_group("what it runs on")
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, print the report, write it where asked. Raises ConfigError or PromptError for bad values."""
     from minillm.engine import SchedulerConfig
-    from minillm.simulation import POLICIES, ReportBuilder, SimulatedExecutor, VirtualClock, preset
+    from minillm.simulation import ReportBuilder, SimulatedExecutor, VirtualClock, preset
     from minillm.simulation import run as run_to_the_end
     from minillm.trace import save_trace
 
@@ -53,10 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         max_model_len=cost_model.config.max_position_embeddings,
-        scheduling_policy=arguments.scheduling_policy,
+        scheduling_policy=arguments.policy,
     )
     clock, figures = VirtualClock(), ReportBuilder(slo_of(arguments))
-    scheduler = POLICIES[arguments.policy](config, clock, trace=arguments.trace is not None)
+    scheduler = BATCHING[arguments.batching](config, clock, trace=arguments.trace is not None)
     began = time.perf_counter()
     run_to_the_end(scheduler, SimulatedExecutor(cost_model, clock), requests, clock, figures=figures)
     seconds = time.perf_counter() - began

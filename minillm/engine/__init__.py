@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = hand_on(
         "outputs": ["CompletionOutput", "RequestOutput"],
         "paged_scheduler": ["PagedScheduler"],
         "prompts": ["check_request"],
-        "queue": ["WaitingQueue"],
+        "queue": ["SCHEDULING_POLICIES", "WaitingQueue"],
         "request": ["Request"],
         "scheduler": ["BaseScheduler", "RequestUpdate", "Scheduler", "SchedulerConfig"],
     },

@@ -6,7 +6,8 @@ from itertools import count
 from minillm.engine.request import Request
 from minillm.errors import check_choice, check_number
 
-POLICIES = ("fcfs", "priority", "sjf")
+SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
+POLICIES = SCHEDULING_POLICIES
 
 
 class WaitingQueue:
@@ -18,7 +19,7 @@ class WaitingQueue:
     """
 
     def __init__(self, policy: str = "fcfs", ageing: float = 1.0):
-        self.policy = check_choice("scheduling_policy", policy, POLICIES)
+        self.policy = check_choice("scheduling_policy", policy, SCHEDULING_POLICIES)
         self.ageing = check_number("ageing", ageing, "positive, or a request could wait for ever", lambda a: a > 0)
         self._heap: list[tuple[float, int, Request]] = []
         self._arrivals = count()

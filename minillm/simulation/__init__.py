@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = hand_on(
         ],
         "executor": ["SimulatedExecutor"],
         "reporting": ["Report", "ReportBuilder", "SLO", "report"],
-        "running": ["POLICIES", "compare_policies", "fresh", "run"],
+        "running": ["BATCHING", "compare_batching", "fresh", "run"],
         "workload": ["fixed", "load_requests", "lognormal", "made_request", "make_requests", "uniform"],
     },
 )

@@ -14,7 +14,7 @@ from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.reporting import SLO, Report, ReportBuilder, report
 from minillm.trace import Trace
 
-POLICIES: Mapping[str, type[BaseScheduler]] = {
+BATCHING: Mapping[str, type[BaseScheduler]] = {
     "static": StaticScheduler,
     "dynamic": DynamicScheduler,
     "continuous": Scheduler,
@@ -65,7 +65,7 @@ def run(
     return scheduler.trace
 
 
-class PolicyRun(NamedTuple):
+class BatchingRun(NamedTuple):
     """What one way of batching made of the requests."""
 
     trace: Trace
@@ -74,28 +74,28 @@ class PolicyRun(NamedTuple):
 
 
 @checked
-def compare_policies(
+def compare_batching(
     requests: Iterable[Request],
     config: SchedulerConfig,
     executor: CostModel | Callable[[], Executor],
     *,
-    policies: Iterable[str] = tuple(POLICIES),
+    batching: Iterable[str] = tuple(BATCHING),
     slo: SLO = SLO(),  # noqa: B008 - frozen
-) -> dict[str, PolicyRun]:
+) -> dict[str, BatchingRun]:
     """The same requests under static, dynamic and continuous batching.
 
     `executor`: a cost model simulates; a callable makes a real executor for each run, under a real clock. The requests
     given are left as they are: each run gets copies without output.
     """
-    for policy in policies:
-        check_choice("policies", policy, tuple(POLICIES))
+    for way in batching:
+        check_choice("batching", way, tuple(BATCHING))
     runs = {}
-    for policy in policies:
+    for way in batching:
         clock = RealClock() if callable(executor) else VirtualClock()
-        scheduler = POLICIES[policy](config, clock)
+        scheduler = BATCHING[way](config, clock)
         copies = [fresh(request) for request in requests]
         run(scheduler, executor() if callable(executor) else SimulatedExecutor(executor, clock), copies, clock)
-        runs[policy] = PolicyRun(scheduler.trace, report(scheduler.trace, slo), copies)
+        runs[way] = BatchingRun(scheduler.trace, report(scheduler.trace, slo), copies)
     return runs
 
 
