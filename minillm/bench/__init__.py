@@ -8,12 +8,11 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "gpu.command": ["measure"],
         "gpu.report": ["report"],
         "gpu.scale": ["FULL"],
         "gpu.timing": ["device_seconds"],
         "gpu.workloads": ["w1_jobs"],
-        "measuring": ["mixed_requests"],
+        "measuring": ["measure", "mixed_requests"],
         "recorded": ["latest"],
     },
 )
