@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from minillm.errors import KernelError
 from minillm.kernels import cpu, dispatch, reference
 from minillm.kernels.checks import Limits
 from minillm.model.config import ModelConfig
-from paged_cases import check_decode, check_nan_stays_with_those_who_see_it, check_prefill, check_store, paged
+from paged_cases import DEVICE, check_decode, check_nan_stays_with_those_who_see_it, check_prefill, check_store, paged
 
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
@@ -67,6 +68,38 @@ def test_what_cannot_be_imported_is_passed_over_and_refused_by_name(a_gpu, monke
     assert "not triton (it cannot be imported here" in picked("auto").why
     with pytest.raises(KernelError, match="'triton': it cannot be imported here.*no_such_module"):
         picked("triton")
+
+
+def test_a_gpu_on_which_triton_cannot_launch_is_found_out_when_the_backend_is_picked(a_gpu, monkeypatch):
+    """Once a device, by one small launch; in the interpreter by none."""
+    tried = []
+
+    def probe(device):
+        tried.append(device)
+        if device.index:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+        return 7
+
+    monkeypatch.setattr(triton_kernels, "_probe", probe)
+    triton_kernels._failure.cache_clear()
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", True)
+    assert picked("triton", device="cuda:1").name == "triton" and tried == []
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+    assert picked("triton", device="cuda:0").name == picked("auto", device="cuda:0").name == "triton"
+    with pytest.raises(KernelError, match=r"RuntimeError: Failed to find C compiler.\); it needs .*Python.h.* gcc"):
+        picked("triton", device="cuda:1")
+    assert "not triton (a first small launch" in picked("auto", device="cuda:1").why
+    assert tried == [torch.device("cuda:0"), torch.device("cuda:1")]
+    monkeypatch.setattr(triton_kernels, "_probe", lambda device: 0)
+    with pytest.raises(KernelError, match="wrote 0 instead of 7"):
+        picked("triton", device="cuda:2")
+    triton_kernels._failure.cache_clear()
+
+
+def test_the_probe_writes_what_it_should(monkeypatch):
+    if triton_kernels.INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    assert triton_kernels._probe(torch.device(DEVICE)) == 7
 
 
 def test_a_backend_that_is_asked_for_is_taken_or_refused(a_gpu):

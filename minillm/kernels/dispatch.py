@@ -51,11 +51,11 @@ def choose(
         raise KernelError(f"attention_backend {wanted!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     shape = _shape(config, dtype, device, block_size)
     if wanted != "auto":
-        found = _backend(wanted, shape)
+        found = _backend(wanted, shape, device)
         if isinstance(found, str):
             raise KernelError(f"attention_backend {wanted!r}: {found}")
         return replace(found, why=f"{wanted}: asked for")
-    return _fastest(shape)
+    return _fastest(shape, device)
 
 
 def _shape(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, block_size: int) -> tuple:
@@ -64,26 +64,26 @@ def _shape(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, 
     return torch.device(device).type, dtype, config.head_dim, block_size, group
 
 
-def _fastest(shape: tuple) -> Backend:
+def _fastest(shape: tuple, device: torch.device | str) -> Backend:
     refusals = []
     for name in FASTEST_FIRST.get(shape[0], FASTEST_FIRST["cuda"]):
-        found = _backend(name, shape)
+        found = _backend(name, shape, device)
         if isinstance(found, Backend):
             return replace(found, why="; ".join([f"{name}: the fastest that will do", *refusals]))
         refusals.append(f"not {name} ({found})")
     raise KernelError(f"no attention backend will do: {'; '.join(refusals)}")
 
 
-def _backend(name: str, shape: tuple) -> Backend | str:
+def _backend(name: str, shape: tuple, device: torch.device | str) -> Backend | str:
     """The backend, or why it cannot be used."""
     try:
         module = importlib.import_module(f"minillm.kernels.{_MODULES.get(name, name)}")
     except ImportError as error:
         return f"it cannot be imported here ({error}); use another backend"
     refusal = module.LIMITS.refusal(*shape)
-    if not refusal and hasattr(module, "unusable"):  # it is built for the shape: here, or never
+    if not refusal and hasattr(module, "unusable"):  # it is built or tried here, or fails in the middle of a step
         _, dtype, head_size, _, group = shape
-        refusal = module.unusable(dtype, head_size, group)
+        refusal = module.unusable(dtype, head_size, group, torch.device(device))
     return refusal or _of_module(name, module)
 
 

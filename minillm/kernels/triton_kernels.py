@@ -382,6 +382,41 @@ LIMITS = Limits(
 )
 
 
+# --- whether they run at all ---
+
+
+@triton.jit
+def _probe_kernel(numbers):
+    tl.store(numbers, 7)
+
+
+def unusable(dtype: torch.dtype, head_size: int, group: int, device: torch.device) -> str | None:
+    """Why no Triton kernel can be launched on this GPU, found out by launching one; None if it can."""
+    return None if INTERPRETED else _failure(device)
+
+
+@functools.cache
+def _failure(device: torch.device) -> str | None:
+    """Once a process and device: what is missing now is missing later."""
+    try:
+        answer = _probe(device)
+    except Exception as error:  # of the C compiler, of its linker, of the driver, of Triton
+        first_line = f"{error}".strip().partition("\n")[0]
+        return (
+            f"a first small launch of Triton failed ({type(error).__name__}: {first_line}); it needs a C compiler, "
+            "Python.h and libcuda.so: install gcc and python3-dev, or use attention_backend='cuda'"
+        )
+    return None if answer == 7 else f"a first small launch of Triton wrote {answer} instead of 7"
+
+
+def _probe(device: torch.device) -> int:
+    """What a kernel has written that should write 7. Waits for the device."""
+    numbers = torch.zeros(1, dtype=torch.int32, device=device)
+    with torch.cuda.device(device):
+        _probe_kernel[(1,)](numbers)
+    return numbers.item()
+
+
 # --- launch parameters ---
 
 

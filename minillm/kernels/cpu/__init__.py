@@ -55,7 +55,7 @@ ARGUMENTS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a f
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
 
 
-def unusable(dtype: torch.dtype, head_size: int, group: int) -> str | None:
+def unusable(dtype: torch.dtype, head_size: int, group: int, device: torch.device | None = None) -> str | None:
     """Why there are no kernels for this shape of model on this machine; None if there are, and then they are built."""
     try:
         _library(dtype, head_size, group)
