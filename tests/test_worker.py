@@ -2,11 +2,15 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, ModelNotFoundError, PromptError, WorkerDiedError
-from minillm.runtime import messages
+from minillm.runtime import messages, worker_process
 from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.runtime.worker import worst_plan
 from minillm.runtime.worker_process import _result, _Server
@@ -260,6 +264,74 @@ def test_calls_and_answers_too_large_for_the_socket_never_block_each_other(in_pr
     answers = [worker._send(nonsense) for _ in range(3)]
     watch.cancel()
     assert all(nonsense in worker._wait(answer)[2] for answer in answers)
+
+
+class Gpu:
+    """A worker whose steps are computed when the test lets them."""
+
+    model = SimpleNamespace(device=torch.device("cuda"))
+
+    def __init__(self):
+        self.launched, self.computed = [], [threading.Event() for _ in range(4)]
+
+    def launch(self, plan):
+        if plan.step == 3:
+            raise ConfigError("no such step")
+        self.launched.append(plan.step)
+        return SimpleNamespace(result=partial(self.result, plan.step))
+
+    def result(self, step):
+        assert self.computed[step].wait(10)
+        return ModelOutput({"a": step}, 0)
+
+    why = "as it was told"
+
+
+@pytest.fixture
+def gpu_worker(monkeypatch):
+    """A `Gpu`, and a socket that a thread of this process serves with it."""
+    ours, theirs = (Connection(each.detach()) for each in socket.socketpair())
+    gpu = Gpu()
+    monkeypatch.setattr(worker_process.Worker, "load", lambda *arguments, **named: gpu)
+    served = threading.Thread(target=worker_process.serve, args=(theirs, os.getppid()), daemon=True)
+    served.start()
+    ours.send_bytes(messages.encode(["load", ["m", "float32", "cuda", None, [], 1]]))
+    assert answer_on(ours) == ["ok", None]
+    yield gpu, ours
+    ours.close()
+    served.join(10)
+    assert not served.is_alive()
+
+
+def answer_on(connection) -> list:
+    assert connection.poll(10)
+    return messages.decode(connection.recv_bytes())
+
+
+def eventually(condition) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_a_plan_is_launched_while_the_one_before_is_computed(gpu_worker):
+    gpu, connection = gpu_worker
+    for step in range(4):
+        connection.send_bytes(messages.encode(["execute_model", [SchedulerOutput(step, 0.0)]]))
+    assert eventually(lambda: gpu.launched == [0, 1])
+    assert not connection.poll(0.05) and gpu.launched == [0, 1]  # nothing is computed yet, and two are enough
+    gpu.computed[1].set()
+    assert not connection.poll(0.05)  # answers keep the order of the calls
+    gpu.computed[0].set()
+    assert [answer_on(connection)[1][0] for _ in range(2)] == [{"a": 0}, {"a": 1}]
+    assert eventually(lambda: gpu.launched == [0, 1, 2])
+    connection.send_bytes(messages.encode(["why", []]))
+    assert not connection.poll(0.05)  # other calls wait for all steps
+    gpu.computed[2].set()
+    answers = [answer_on(connection) for _ in range(3)]
+    assert answers[0][1][0] == {"a": 2} and answers[1][:3] == ["error", "ConfigError", "no such step"]
+    assert answers[2] == ["ok", "as it was told"]
 
 
 def interrupted():

@@ -13,7 +13,9 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from minillm.runtime.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, Ru
 from minillm.runtime.worker import Worker
 
 LOOK_EVERY = 0.5  # seconds between looks whether the other process still lives, in case its end of the socket does
+MOST_IN_FLIGHT = 2  # steps: one that is computed, and the next one
 GIVEN_TO_END = 2.0  # seconds a worker has to end by itself before it is killed
 ERRORS = {
     name: error for name, error in vars(errors).items() if isinstance(error, type) and issubclass(error, MiniLLMError)
@@ -221,12 +224,15 @@ def _result(status: str, *content: Any) -> Any:
 class _Server:
     """Holds the worker; its public methods are what can be called."""
 
+    _on_gpu = False  # where a step is computed after it has been launched
+
     def load(
         self, model: str, dtype: str, device: str, num_tokens: int | None, options: list, num_threads: int
     ) -> None:
         torch.set_num_threads(num_threads)
         runner_options = RunnerOptions(*options)
         self.worker = Worker.load(model, dtype=dtype, device=device, num_tokens=num_tokens, options=runner_options)
+        self._on_gpu = self.worker.model.device.type == "cuda"
 
     def profile(self, *limits: int) -> MemoryProfile:
         return self.worker.profile(*limits)
@@ -237,32 +243,58 @@ class _Server:
     def why(self) -> str:
         return self.worker.why
 
-    def execute_model(self, plan: list) -> ModelOutput:
-        return self.worker.execute_model(messages.plan_from(plan))
+    def execute_model(self, plan: list) -> PendingOutput:
+        return self.worker.launch(messages.plan_from(plan))
 
 
 METHODS: dict[str, Callable] = {name: method for name, method in vars(_Server).items() if not name.startswith("_")}
 
 
 def serve(connection: Connection, parent: int) -> None:
-    """Answer calls until the other end closes or the process `parent` is gone."""
-    server = _Server()
+    """Answer calls, in their order, until the other end closes or the process `parent` is gone.
+
+    A plan is launched while the device computes the one before: a thread of its own waits for steps and answers them.
+    """
+    server, unanswered = _Server(), deque[Future]()
+    waiter = ThreadPoolExecutor(1)  # the thread begins with the first step to be waited for
     while True:
         try:
             while not connection.poll(LOOK_EVERY):
                 if os.getppid() != parent:  # killed, while a process it forked keeps the socket open
                     return
             method, arguments = messages.decode(connection.recv_bytes())
-            connection.send_bytes(messages.encode(_answer(server, method, arguments)))
+            is_step = method == "execute_model"
+            while len(unanswered) > (MOST_IN_FLIGHT - 1 if is_step else 0):
+                unanswered.popleft().result()
+            result = _carry_out(server, method, arguments)
+            if is_step and server._on_gpu:
+                unanswered.append(waiter.submit(_answer, connection, result))
+            else:  # it is there already
+                _answer(connection, result)
         except (EOFError, OSError):
             return
 
 
-def _answer(server: _Server, method: str, arguments: list) -> tuple:
+def _carry_out(server: _Server, method: str, arguments: list) -> Callable[[], Any]:
+    """Make a call; returns what tells its result, or raises its error."""
     try:
-        return "ok", METHODS[method](server, *arguments)
-    except Exception as error:  # told to the engine, which decides
-        return "error", type(error).__name__, str(error), traceback.format_exc()
+        result = METHODS[method](server, *arguments)
+    except Exception as error:
+        return partial(_raise, error)
+    return result.result if method == "execute_model" else lambda: result
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _answer(connection: Connection, result: Callable[[], Any]) -> None:
+    """Send the result of a call, when it is there, or its error: the engine decides."""
+    try:
+        message = messages.encode(("ok", result()))
+    except Exception as error:
+        message = messages.encode(("error", type(error).__name__, str(error), traceback.format_exc()))
+    connection.send_bytes(message)
 
 
 def main(fileno: int, parent: int) -> None:
