@@ -40,6 +40,7 @@ from tiny_models import all_logits, random_token_ids
 KIND = "llama-mqa"  # whose outputs vary most
 NUM_BLOCKS, BLOCK_SIZE = 14, 4  # far too few for all at once
 JOB_BLOCKS = 60
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # compiled where there is a GPU, else interpreted
 OPTIONS = RunnerOptions("reference", max_num_seqs=6, max_model_len=48, fused_ops=False)
 EAGER = OPTIONS._replace(enforce_eager=True)
 
@@ -506,12 +507,12 @@ class FakeCuda:
 
 
 def test_graphs_are_recorded_from_the_largest_down_and_after_a_rehearsal(monkeypatch):
-    cuda, calls = FakeCuda(monkeypatch), []
+    cuda, calls, inside = FakeCuda(monkeypatch), [], devices_entered(monkeypatch)
 
     def of(size):
-        return lambda: calls.append((size, cuda.recording)) or torch.full((size,), len(calls))
+        return lambda: calls.append((size, cuda.recording)) or torch.full((size,), len(calls) * len(inside))
 
-    graphs = record({size: of(size) for size in (1, 2, 4)}, torch.device("cuda"))
+    graphs = record({size: of(size) for size in (1, 2, 4)}, torch.device("cuda:1"))
     assert calls == [(4, False), (4, True), (2, False), (2, True), (1, False), (1, True)]
     assert list(graphs) == [1, 2, 4]  # the first one that is large enough is the smallest
     assert graphs[2].replay().tolist() == [4, 4] and len(calls) == 6
@@ -537,15 +538,42 @@ def test_fields_lie_apart_and_aligned():
     assert [len(each) for each in ours] == [7, 7, 7, 3, 3, 2, 3, 2, 4, 4, 4, 4, 4, 1]
 
 
+def devices_entered(patch):
+    """The devices whose guards are open at the moment: two engines of one process may have a GPU each."""
+    inside = []
+
+    @contextmanager
+    def guard(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    patch.setattr(torch.cuda, "device", guard)
+    return inside
+
+
+def test_work_is_launched_on_the_queues_own_device(monkeypatch):
+    inside, seen = devices_entered(monkeypatch), []
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: SimpleNamespace(record=int, synchronize=int))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    queues = [CudaQueue(torch.device(f"cuda:{number}")) for number in range(2)]
+    for queue in (*queues, HostQueue()):
+        queue.run(lambda: seen.append([*inside]))
+    assert seen == [[torch.device("cuda:0")], [torch.device("cuda:1")], []] and inside == []
+
+
 class FakeEvent:
     """An event of a device whose clock is the test's."""
 
     now = 0.0  # milliseconds
+    inside: list = []  # see `devices_entered`
+    recorded_on: list = []
 
     def __init__(self, enable_timing):
         assert enable_timing
 
     def record(self):
+        FakeEvent.recorded_on.append(*FakeEvent.inside)
         self.at = FakeEvent.now
 
     def synchronize(self):
@@ -556,14 +584,18 @@ class FakeEvent:
 
 
 def test_a_devices_times_are_those_of_the_host(monkeypatch):
+    inside = devices_entered(monkeypatch)
+    monkeypatch.setattr(FakeEvent, "inside", inside)
+    monkeypatch.setattr(FakeEvent, "recorded_on", [])
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(device_queue.time, "perf_counter", lambda: 50.0 + FakeEvent.now / 1e3)
-    queue, marks = CudaQueue(torch.device("cuda")), []
+    queue, marks = CudaQueue(torch.device("cuda:1")), []
     for FakeEvent.now in (10.0, 12.5, 13.0, 20.0):
         marks.append(queue.mark())
     assert queue.wait(*marks[:2]) == pytest.approx((50.01, 50.0125))
     assert queue.wait(*marks[2:]) == pytest.approx((50.013, 50.02))
+    assert FakeEvent.recorded_on == [torch.device("cuda:1")] * 5 and inside == []
     assert queue.wait(*marks[:2]) == pytest.approx((50.01, 50.0125))
 
 
@@ -617,8 +649,8 @@ def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_al
     for call in (lambda: worker.init_cache(9, 256), lambda: worker.profile(8, 2, 32, 256)):
         with pytest.raises(KernelError, match="attention_backend 'flash'"):
             call()
-    with pytest.raises(KernelError, match="block_size 4: the kernels in Triton.* take 16"):
-        Worker(load(KIND), RunnerOptions("triton")).init_cache(9, 4)
+    with pytest.raises(KernelError, match="block_size 4: the (kernels in Triton|Triton kernels).* take 16"):
+        Worker(load(KIND).to(TRITON_DEVICE), RunnerOptions("triton")).init_cache(9, 4)
 
 
 def test_the_profile_has_room_for_a_step_that_is_read_late(load, monkeypatch):
@@ -643,7 +675,6 @@ class FakeCard:
 
     def __init__(self, patch):
         self.free, self.kept, self.of_graphs = 1000, 50, 30
-        patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         patch.setattr(torch.cuda, "empty_cache", self.empty_cache)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 2000))
@@ -667,9 +698,9 @@ def test_a_shutdown_gives_a_cards_memory_back(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "enforce_eager"), [("qwen3", False), ("mistral-window", True)])
 def test_the_whole_path_in_triton(load, kind, enforce_eager):
-    """Kernels, fused operations and sampling, in the interpreter."""
+    """Kernels, fused operations and sampling, in the interpreter or, where there is a GPU, compiled."""
     options = RunnerOptions("triton", enforce_eager, max_num_seqs=2, max_model_len=20)
-    executor = ModelExecutor([Worker(load(kind), options)])
+    executor = ModelExecutor([Worker(load(kind).to(TRITON_DEVICE), options)])
     ledger = executor.reserve(LIMITS)
     assert ledger.masks == 0 < ledger.activations
     [worker] = executor.workers

@@ -6,6 +6,7 @@ stream seen that way, `HostQueue` the same on a CPU, where handing over is doing
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class CudaQueue:
     """
 
     def __init__(self, device: torch.device):
+        self.device = device
         torch.cuda.synchronize(device)
         event = self.mark()
         event.synchronize()
@@ -61,12 +63,14 @@ class CudaQueue:
 
     def run(self, work: Callable[[], None]) -> None:
         """Hand the work in: whatever it launches comes after all that was launched before."""
-        work()
+        with on_device(self.device):
+            work()
 
     def mark(self) -> torch.cuda.Event:
         """A place in the order of the work."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        with on_device(self.device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
         return event
 
     def wait(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> tuple[float, float]:
@@ -78,6 +82,11 @@ class CudaQueue:
 
 
 Queue = HostQueue | CudaQueue
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Where Triton launches, and events and graphs are recorded: on this GPU, whichever the process used last."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def queue_for(device: torch.device) -> Queue:

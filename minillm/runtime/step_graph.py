@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minillm.runtime.device_queue import on_device
+
 FINE_UP_TO = 16  # powers of two below, equal steps above
 LEAST_STEP = 16  # rows of padding cost little while reading the weights decides; a recording takes time and memory
 
@@ -60,6 +62,7 @@ def record(computes: dict[int, Callable[[], Tensor]], device: torch.device) -> d
     """A graph for each size, smallest first; made from the largest down: what others need fits in what it has taken."""
     if device.type == "cpu":
         return {size: HostGraph(computes[size]) for size in sorted(computes)}
-    pool = torch.cuda.graph_pool_handle()
-    graphs = {size: CudaGraph(computes[size], pool) for size in sorted(computes, reverse=True)}
+    with on_device(device):
+        pool = torch.cuda.graph_pool_handle()
+        graphs = {size: CudaGraph(computes[size], pool) for size in sorted(computes, reverse=True)}
     return dict(sorted(graphs.items()))

@@ -47,8 +47,6 @@ class Worker:
         self.options = options
         self.backend: Backend | None = None  # from `profile` or `init_cache` on; `backend.why` says how it was picked
         self.runner: PagedRunner | DeviceRunner | None = None  # from `init_cache` on
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # where Triton launches its kernels
 
     @classmethod
     def load(
