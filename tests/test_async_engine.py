@@ -13,7 +13,6 @@ from minillm import LLM, EngineConfig, LLMEngine, SamplingParams
 from minillm.engine.async_scheduler import AsyncScheduler, StepOrderError
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.interrupts import HeldInterrupts
-from minillm.engine.llm_engine import runs_ahead
 from minillm.engine.paged_scheduler import PREEMPTION_MODES
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
@@ -446,10 +445,13 @@ def test_as_many_tokens_are_in_the_trace_as_were_told(checkpoint):
 
 
 def test_it_is_on_where_something_else_computes_and_where_it_is_asked_for():
-    assert runs_ahead(EngineConfig(worker="process"), "cpu")
-    assert runs_ahead(EngineConfig(), "cuda:1") and not runs_ahead(EngineConfig(), torch.device("cpu"))
-    assert runs_ahead(EngineConfig(async_scheduling=True), "cpu")
-    assert not runs_ahead(EngineConfig(async_scheduling=False), "cuda")
+    def runs_ahead(device, **arguments):
+        return EngineConfig(**arguments).resolved(100, device).async_scheduling
+
+    assert runs_ahead("cpu", worker="process")
+    assert runs_ahead("cuda:1") and runs_ahead(torch.device("cuda")) and not runs_ahead(torch.device("cpu"))
+    assert runs_ahead("cpu", async_scheduling=True)
+    assert not runs_ahead("cuda", async_scheduling=False)
 
 
 @pytest.mark.parametrize("name", ["async_scheduling", "enforce_eager", "fused_ops", "attention_backend"])
@@ -472,5 +474,8 @@ def test_a_decoder_can_be_given(load, checkpoint, ahead):
 
 def test_options_reach_the_worker(load):
     config = EngineConfig(num_blocks=20, max_model_len=40, max_num_seqs=3, enforce_eager=True, fused_ops=False)
-    options = LLMEngine(load(KIND), config=config).executor.workers[0].options
-    assert options == ("auto", True, False, 3, 40)
+    engine = LLMEngine(load(KIND), config=config)
+    assert engine.executor.workers[0].options is engine.config is engine.scheduler.config
+    assert engine.config == dataclasses.replace(
+        config, max_num_batched_tokens=512, num_host_blocks=0, async_scheduling=False
+    )

@@ -42,7 +42,7 @@ NUM_BLOCKS, BLOCK_SIZE = 14, 4  # far too few for all at once
 JOB_BLOCKS = 60
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # compiled where there is a GPU, else interpreted
 OPTIONS = RunnerOptions("reference", max_num_seqs=6, max_model_len=48, fused_ops=False)
-EAGER = OPTIONS._replace(enforce_eager=True)
+EAGER = replace(OPTIONS, enforce_eager=True)
 
 
 class LateQueue(HostQueue):
@@ -165,7 +165,7 @@ def test_steps_launched_ahead_say_the_same(load, kind, way):
 
 def test_the_fused_forward_says_the_same(model):
     expected, _ = run(paged_runner_of(model), greedy_jobs())
-    runner = device_runner_of(model, OPTIONS._replace(fused_ops=True))
+    runner = device_runner_of(model, replace(OPTIONS, fused_ops=True))
     assert run(runner, greedy_jobs(), ahead=True)[0] == expected
 
 
@@ -352,7 +352,7 @@ def nobody_waits():
 @pytest.mark.parametrize("way", ["eager", "graphs"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_launch_waits_for_nothing(model, way, fused):
-    options = OPTIONS._replace(fused_ops=fused, enforce_eager=way == "eager")
+    options = replace(OPTIONS, fused_ops=fused, enforce_eager=way == "eager")
     expected, _ = run(device_runner_of(model, options), greedy_jobs())
     assert run(device_runner_of(model, options), greedy_jobs(), ahead=True, launching=nobody_waits)[0] == expected
 
@@ -601,7 +601,7 @@ def test_a_devices_times_are_those_of_the_host(monkeypatch):
 
 # --- the engine and its worker ---------------------------------------------------------------------------------------
 
-LIMITS = CacheLimits(max_num_seqs=2, max_num_batched_tokens=4, max_model_len=20, block_size=16, num_blocks=9)
+LIMITS = CacheLimits(max_num_seqs=2, max_model_len=20, block_size=16, num_blocks=9)
 
 
 def generate(model, **config):
@@ -638,32 +638,32 @@ def test_an_engine_says_the_same_on_either_runner(model, monkeypatch, async_sche
 def test_a_cpu_has_its_own_runner(load):
     for name in ("auto", "cpu", "reference"):
         worker = Worker(load(KIND), RunnerOptions(name))
-        worker.init_cache(9, 16)
+        worker.init_cache(9)
         assert isinstance(worker.runner, PagedRunner)
         assert worker.why.startswith("reference: " if name == "reference" else ("cpu: ", "reference: "))
 
 
 def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_allocated(load, monkeypatch):
     monkeypatch.setattr(CacheEngine, "__init__", None)
-    worker = Worker(load(KIND), RunnerOptions("flash"))
-    for call in (lambda: worker.init_cache(9, 256), lambda: worker.profile(8, 2, 32, 256)):
+    worker = Worker(load(KIND), RunnerOptions("flash", block_size=256))
+    for call in (lambda: worker.init_cache(9), worker.profile):
         with pytest.raises(KernelError, match="attention_backend 'flash'"):
             call()
     with pytest.raises(KernelError, match="block_size 4: the (kernels in Triton|Triton kernels).* take 16"):
-        Worker(load(KIND).to(TRITON_DEVICE), RunnerOptions("triton")).init_cache(9, 4)
+        Worker(load(KIND).to(TRITON_DEVICE), RunnerOptions("triton", block_size=4)).init_cache(9)
 
 
 def test_the_profile_has_room_for_a_step_that_is_read_late(load, monkeypatch):
     """Its logits are kept for log-probabilities while the next one is computed."""
     monkeypatch.setattr(Worker, "_on_cpu", False)
     model = load(KIND)
-    worker = Worker(model, OPTIONS._replace(fused_ops=True))
-    limits = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "max_model_len": 48}
-    activations = worker.profile(**limits, block_size=BLOCK_SIZE).activations
+    limits = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "max_model_len": 48, "block_size": BLOCK_SIZE}
+    worker = Worker(model, replace(OPTIONS, fused_ops=True, **limits))
+    activations = worker.profile().activations
     cache = CacheEngine(model.config, 13, BLOCK_SIZE, model.dtype, "cpu")
-    plan = worst_plan(*limits.values(), BLOCK_SIZE)
+    plan = worst_plan(**limits)
     with first_layer_alone(model), PeakMemory() as memory:
-        runner = worker._new_runner(cache, worker.options._replace(max_num_seqs=32, enforce_eager=True))
+        runner = worker._new_runner(cache, replace(worker.options, enforce_eager=True))
         unread = runner.launch(plan)
         runner.launch(plan).result()
         assert len(unread.logits) == 32
@@ -699,7 +699,7 @@ def test_a_shutdown_gives_a_cards_memory_back(monkeypatch):
 @pytest.mark.parametrize(("kind", "enforce_eager"), [("qwen3", False), ("mistral-window", True)])
 def test_the_whole_path_in_triton(load, kind, enforce_eager):
     """Kernels, fused operations and sampling, in the interpreter or, where there is a GPU, compiled."""
-    options = RunnerOptions("triton", enforce_eager, max_num_seqs=2, max_model_len=20)
+    options = RunnerOptions("triton", enforce_eager, max_num_seqs=2, max_num_batched_tokens=4, max_model_len=20)
     executor = ModelExecutor([Worker(load(kind).to(TRITON_DEVICE), options)])
     ledger = executor.reserve(LIMITS)
     assert ledger.masks == 0 < ledger.activations

@@ -136,9 +136,9 @@ def test_drawn_tokens_are_the_same_in_every_way(load, on_gpu):
 
 
 def runner_of(model, eager=False, backend="auto"):
-    options = RunnerOptions(backend, eager, max_num_seqs=6, max_model_len=64)
+    options = RunnerOptions(backend, eager, max_num_seqs=6, max_model_len=64, block_size=BLOCK_SIZE)
     worker = Worker(model, options)
-    worker.init_cache(NUM_BLOCKS, BLOCK_SIZE)
+    worker.init_cache(NUM_BLOCKS)
     return worker.runner
 
 
@@ -206,10 +206,11 @@ def test_a_request_that_is_not_finite_fails_alone(on_gpu, eager):
 
 
 def test_graphs_hold_no_more_than_was_left_for_them(on_gpu):
-    worker = Worker(on_gpu("qwen3"), RunnerOptions(max_num_seqs=64, max_model_len=128))
-    profile = worker.profile(64, 64, 128, BLOCK_SIZE)
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "max_model_len": 128}
+    worker = Worker(on_gpu("qwen3"), RunnerOptions(**limits, block_size=BLOCK_SIZE))
+    profile = worker.profile()
     left = worker._measure_graphs(BLOCK_SIZE, worker.options)
-    worker.init_cache(NUM_BLOCKS, BLOCK_SIZE)
+    worker.init_cache(NUM_BLOCKS)
     assert len(worker.runner.graphs) == 8 and "replay graphs of 1, 2, 4, 8, 16, 32, 48, 64 requests" in worker.why
     assert 0 < worker.runner.graph_bytes <= left < profile.activations
     worker.shutdown()

@@ -1,7 +1,9 @@
 """LLMEngine: what a step tells and to whom, and what is left when requests, rows, steps or the worker fail."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import time
 
@@ -16,6 +18,7 @@ from minillm.engine.prompts import encode_prompt
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, OutOfMemoryError, PromptError, SamplingParamsError, WorkerDiedError
 from minillm.model.text import Detokenizer
+from minillm.model.weights import locate
 from minillm.runtime.paged_runner import rows_computed
 from minillm.sampling.params import TokenLogprobs
 from minillm.sampling.sampler import token_logprobs
@@ -455,12 +458,56 @@ def test_a_pool_too_small_for_the_memory_leaves_no_worker_behind(checkpoint, mon
         ({"scheduling_policy": "lifo"}, "scheduling_policy 'lifo' is not one of fcfs"),
         ({"preemption_mode": "drop"}, "preemption_mode 'drop' is not one of recompute"),
         ({"worker": "thread"}, "worker 'thread' is not one of inline"),
-        ({"enable_chunked_prefill": False, "max_model_len": 1000}, "without chunked prefill"),
+        (
+            {"enable_chunked_prefill": False, "max_model_len": 100, "max_num_batched_tokens": 64},
+            "without chunked prefill",
+        ),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**arguments)
+
+
+def test_the_rooms_agree_on_what_they_share():
+    """Whoever makes one of them alone gets what the engine would hand it, but for what depends on the model."""
+    declared = {}
+    for room in EngineConfig.__bases__:
+        for field in dataclasses.fields(room):
+            declared.setdefault(field.name, []).append((field.type, field.default))
+    shared = {name for name, said in declared.items() if len(said) > 1}
+    assert shared == {"max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size"}
+    assert [name for name in shared if len(set(declared[name])) > 1] == []
+    again = set(declared) & set(vars(EngineConfig)["__annotations__"])
+    assert again == {"max_num_batched_tokens", "max_model_len", "num_host_blocks"}  # None: to be resolved
+    assert all(getattr(EngineConfig(), name) is None for name in again)
+
+
+@pytest.mark.parametrize(("device", "num_tokens"), [("cpu", 512), (torch.device("cuda:1"), 8192), ("cuda", 8192)])
+def test_what_depends_on_model_and_device_is_resolved(device, num_tokens):
+    config = EngineConfig(max_num_seqs=7)
+    found = config.resolved(100, device)
+    on_cuda = num_tokens == 8192
+    assert (found.max_num_batched_tokens, found.max_model_len, found.async_scheduling) == (num_tokens, 100, on_cuda)
+    assert found.resolved(200, "cpu") == found and found.max_num_seqs == 7
+    given = EngineConfig(max_num_batched_tokens=64, max_model_len=50, num_host_blocks=3, async_scheduling=not on_cuda)
+    assert given.resolved(100, device) == given
+    many = EngineConfig(max_num_seqs=600)
+    if on_cuda:
+        assert many.resolved(100, device).max_num_seqs == 600
+    else:
+        with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(512\) is below max_num_seqs \(600\)"):
+            many.resolved(100, device)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.float16)])
+def test_on_a_gpu_the_dtype_is_by_default_the_checkpoints(device, dtype, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("minillm.model.weights.as_device", torch.device)  # one that is not here
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "half")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"dtype": "float16"}))
+    assert locate(folder, None, device)[1:] == (dtype, torch.device(device))
+    assert locate(folder, "bfloat16", device)[1] == torch.bfloat16
 
 
 def test_without_chunked_prefill_the_models_context_must_fit_a_step(checkpoint):

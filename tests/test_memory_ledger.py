@@ -13,12 +13,11 @@ from minillm.costs import memory_ledger
 from minillm.costs.memory_ledger import MIB, CacheLimits, MemoryProfile, available_memory, plan_cache
 from minillm.costs.peak_memory import PeakMemory
 from minillm.engine.block_manager import BlockManager
+from minillm.engine.engine_config import EngineConfig
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, OutOfMemoryError
-from minillm.runtime.plan import RunnerOptions
 from tiny_models import KINDS, random_token_ids
 
 ON_CPU = MemoryProfile(
@@ -30,8 +29,8 @@ ON_CPU = MemoryProfile(
     host_available=400 * MIB,
 )
 ON_CARD = ON_CPU._replace(available=800 * MIB, card_bytes=1000 * MIB)
-LIMITS = CacheLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=160)
-SMALL = CacheLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=48, block_size=4)
+LIMITS = CacheLimits(max_num_seqs=4, max_model_len=160)
+SMALL = EngineConfig(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=48, block_size=4).resolved(48)
 
 
 # --- how many blocks -------------------------------------------------------------------------------------------------
@@ -47,7 +46,7 @@ def test_the_pool_is_what_running_requests_can_use_and_on_a_card_twice_that():
 def test_on_a_cpu_the_pool_takes_4_gib_at_most_unless_one_request_needs_more_or_more_is_asked_for():
     """Half of the free memory, which prefix caching fills in the end, is not ours to take."""
     large = ON_CPU._replace(available=64 * 2**30, host_available=64 * 2**30)
-    limits = dataclasses.replace(LIMITS, max_num_seqs=1000, max_num_batched_tokens=1000)
+    limits = dataclasses.replace(LIMITS, max_num_seqs=1000)
     assert plan_cache(large, limits).cache == 4 * 2**30
     assert plan_cache(large, dataclasses.replace(limits, num_blocks=6000)).cache == 6000 * MIB
     long = dataclasses.replace(limits, max_model_len=16 * 5000)
@@ -129,7 +128,7 @@ def test_impossible_limits_are_refused(wrong):
     ),
     st.builds(
         CacheLimits,
-        *[st.integers(1, 5000) for _ in range(3)],
+        *[st.integers(1, 5000) for _ in range(2)],
         block_size=st.integers(1, 64),
         num_host_blocks=st.none() | st.integers(0, 5000),
         gpu_memory_utilization=st.floats(0.01, 1),
@@ -175,7 +174,7 @@ def test_several_workers_get_what_suits_the_worst_of_them():
 @pytest.mark.parametrize("kind", [*KINDS, "storyteller"])
 def test_the_ledger_adds_up_and_covers_every_step(kind, backend, load):
     model = minillm.load_model(skip_tokenizer_init=True).model if kind == "storyteller" else load(kind)
-    executor = ModelExecutor.start(model, options=RunnerOptions(backend))
+    executor = ModelExecutor.start(model, dataclasses.replace(SMALL, attention_backend=backend))
     ledger = executor.reserve(SMALL)
     cache = executor.workers[0].runner.cache
     assert ledger.weights == 4 * model.config.num_parameters + model.inv_freq.nbytes
@@ -191,8 +190,7 @@ def test_the_ledger_adds_up_and_covers_every_step(kind, backend, load):
 
 def peaks_of_a_run(executor: ModelExecutor, num_blocks: int, num_ids: int) -> list[int]:
     """Bytes at the peak of every step of a run of requests of all lengths, with all that sampling can do."""
-    config = SchedulerConfig(SMALL.max_num_seqs, SMALL.max_num_batched_tokens, SMALL.max_model_len)
-    scheduler = PagedScheduler(config, BlockManager(num_blocks, SMALL.block_size))
+    scheduler = PagedScheduler(SMALL, BlockManager(num_blocks, SMALL.block_size))
     draw = random.Random(3)
     for index in range(8):
         length = draw.choice([47, 40, 33, 20])

@@ -268,7 +268,7 @@ def test_ageing_that_is_not_positive_is_refused(ageing):
 
 
 def test_the_limits_that_nobody_gives():
-    assert SchedulerConfig() == SchedulerConfig(16, 512, 2048, "fcfs", 1.0, True)
+    assert SchedulerConfig() == SchedulerConfig(64, 512, 2048, "fcfs", 1.0, True)
 
 
 @pytest.mark.parametrize("options", [{"trace": "yes"}, {"clock": 5}, {"max_trace_steps": 0}, {"max_trace_steps": 1.5}])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,10 +21,10 @@ from hypothesis import strategies as st
 
 from minillm import SamplingParams
 from minillm.engine.block_manager import BlockManager
+from minillm.engine.engine_config import EngineConfig
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, ModelNotFoundError, PromptError, WorkerDiedError
 from minillm.runtime import messages, worker_process
 from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
@@ -34,12 +35,13 @@ from tiny_models import random_token_ids
 
 NUM_BLOCKS, BLOCK_SIZE = 14, 4  # far too few for all at once
 KIND = "qwen3"
+CONFIG = EngineConfig(block_size=BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48).resolved(48)
 
 
 @pytest.fixture(scope="module")
 def in_process(checkpoint):
     """A worker process, shared by the tests that leave it alive; at the end it goes when it is told to."""
-    executor = ModelExecutor.start(checkpoint(KIND), num_tokens=190, worker="process")
+    executor = ModelExecutor.start(checkpoint(KIND), replace(CONFIG, worker="process"), num_tokens=190)
     yield executor
     worker = executor.workers[0]
     assert is_there(worker.pid)
@@ -52,10 +54,9 @@ def in_process(checkpoint):
 
 def run_requests(executor: ModelExecutor, preemption_mode: str = "swap", after_step=lambda step: None):
     """Requests of all kinds on a pool that is too small; returns their outputs, log-probabilities and the trace."""
-    executor.init_cache(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    executor.init_cache(NUM_BLOCKS, num_host_blocks=NUM_BLOCKS)
     manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
-    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
-    scheduler = PagedScheduler(config, manager, preemption_mode=preemption_mode)
+    scheduler = PagedScheduler(CONFIG, manager, preemption_mode=preemption_mode)
     shared = random_token_ids(9, 190)
     for index in range(6):
         params = SamplingParams(temperature=index % 3, seed=index, max_tokens=20, logprobs=index % 4 or None)
@@ -161,7 +162,7 @@ def test_what_is_not_data_is_not_sent():
 
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
 def test_a_worker_process_says_what_a_worker_in_this_process_says(in_process, checkpoint, preemption_mode):
-    inline = ModelExecutor.start(checkpoint(KIND), num_tokens=190)
+    inline = ModelExecutor.start(checkpoint(KIND), CONFIG, num_tokens=190)
     *expected, trace = run_requests(inline, preemption_mode)
     *there, their_trace = run_requests(in_process, preemption_mode)
     assert there == expected
@@ -173,10 +174,10 @@ def test_a_worker_process_says_what_a_worker_in_this_process_says(in_process, ch
 
 
 def test_two_workers_each_get_every_plan(checkpoint):
-    one, two = (ModelExecutor.start(checkpoint(KIND), num_tokens=190).workers[0] for _ in range(2))
+    one, two = (ModelExecutor.start(checkpoint(KIND), CONFIG, num_tokens=190).workers[0] for _ in range(2))
     both = ModelExecutor([one, two])
     assert run_requests(both)[0] == run_requests(ModelExecutor([one]))[0]
-    both.init_cache(4, BLOCK_SIZE)
+    both.init_cache(4)
     both.execute_model(worst_plan(3, 1, 9, BLOCK_SIZE))
     for worker in (one, two):
         assert worker.runner.cache.keys[:, 1:].abs().sum() > 0
@@ -185,20 +186,20 @@ def test_two_workers_each_get_every_plan(checkpoint):
 
 
 def test_a_worker_process_measures_what_a_worker_in_this_process_measures(in_process, checkpoint):
-    inline = ModelExecutor.start(checkpoint(KIND), num_tokens=190)
-    ours, theirs = (executor.profile(32, 4, 64, BLOCK_SIZE) for executor in (inline, in_process))
+    inline = ModelExecutor.start(checkpoint(KIND), CONFIG, num_tokens=190)
+    ours, theirs = (executor.profile() for executor in (inline, in_process))
     assert theirs._replace(available=0, host_available=0) == ours._replace(available=0, host_available=0)
     assert theirs.available == theirs.host_available > 0
 
 
 def test_an_error_there_is_the_same_error_here_and_the_worker_goes_on(in_process):
     worker = in_process.workers[0]
-    with pytest.raises(ConfigError, match="block_size 0") as raised:
-        worker.init_cache(5, 0)
+    with pytest.raises(ConfigError, match="num_blocks 0") as raised:
+        worker.init_cache(0)
     assert "init_cache" in raised.value.__notes__[0]  # where it happened
     with pytest.raises(RuntimeError, match=r"^KeyError in the worker process: 'nonsense'"):
         worker._call("nonsense")
-    assert worker.init_cache(5, BLOCK_SIZE) == 5 * worker.profile(4, 1, 8, BLOCK_SIZE).bytes_per_block
+    assert worker.init_cache(5) == 5 * worker.profile().bytes_per_block
 
 
 def test_errors_cross_by_name_and_only_ours():
@@ -213,11 +214,11 @@ def test_errors_cross_by_name_and_only_ours():
 def test_the_worker_computes_with_as_many_threads_as_the_engine(in_process, checkpoint):
     assert torch.get_num_threads() == 1
     try:
-        _Server().load(str(checkpoint(KIND)), "float32", "cpu", None, [], 2)
+        _Server().load(str(checkpoint(KIND)), [], "float32", "cpu", None, 2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    in_process.profile(64, 4, 64, BLOCK_SIZE)
+    in_process.profile()
     tasks = Path(f"/proc/{in_process.workers[0].pid}/task")
     if tasks.is_dir():
         assert len(list(tasks.iterdir())) == 1
@@ -227,16 +228,16 @@ def test_a_call_that_is_interrupted_leaves_the_next_one_its_own_answer(in_proces
     worker = in_process.workers[0]
     monkeypatch.setattr(worker, "_receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        worker.init_cache(5, BLOCK_SIZE)
+        worker.init_cache(5)
     monkeypatch.undo()
-    assert worker.init_cache(7, BLOCK_SIZE) == 7 * worker.profile(4, 1, 8, BLOCK_SIZE).bytes_per_block
+    assert worker.init_cache(7) == 7 * worker.profile().bytes_per_block
 
 
 def test_answers_go_to_their_calls_whoever_waits_first_and_whoever_never_does(in_process, checkpoint):
-    inline = ModelExecutor.start(checkpoint(KIND), num_tokens=190)
+    inline = ModelExecutor.start(checkpoint(KIND), CONFIG, num_tokens=190)
     plans = [one_token_plan("a", [7]), one_token_plan("a", [PENDING], 1), one_token_plan("b", [9])]
     for executor in (inline, in_process):
-        executor.init_cache(NUM_BLOCKS, BLOCK_SIZE)
+        executor.init_cache(NUM_BLOCKS)
     expected = [inline.execute_model(plan).token_ids for plan in plans]
     first, second = (in_process.launch(plan) for plan in plans[:2])
     assert second.result().token_ids == expected[1]
@@ -342,7 +343,7 @@ def interrupted():
 
 
 def test_a_worker_that_is_killed_fails_the_waiting_call_at_once(checkpoint):
-    executor = ModelExecutor.start(checkpoint(KIND), worker="process")
+    executor = ModelExecutor.start(checkpoint(KIND), replace(CONFIG, worker="process"))
     worker = executor.workers[0]
     killed_at = []
 
@@ -369,7 +370,7 @@ def test_a_model_that_cannot_be_loaded_leaves_no_process(monkeypatch):
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **named: started.append(popen(*args, **named)) or started[0])
     with pytest.raises(ModelNotFoundError, match="no model or folder 'nowhere'"):
-        ModelExecutor.start("nowhere", worker="process")
+        ModelExecutor.start("nowhere", replace(CONFIG, worker="process"))
     [process] = started
     assert not is_there(process.pid)
 
@@ -424,10 +425,8 @@ def is_running(pid: int) -> bool:
 def test_impossible_executors_are_refused(load):
     with pytest.raises(ConfigError, match="0 workers"):
         ModelExecutor([])
-    with pytest.raises(ConfigError, match="'thread' is not one of 'inline', 'process'"):
-        ModelExecutor.start("storyteller", worker="thread")
     with pytest.raises(ConfigError, match="loads the model itself"):
-        ModelExecutor.start(load(KIND), worker="process")
+        ModelExecutor.start(load(KIND), replace(CONFIG, worker="process"))
 
 
 # --- the worst step --------------------------------------------------------------------------------------------------
@@ -453,5 +452,5 @@ def test_a_worst_plan_has_long_chunks_and_many_requests():
 def test_the_profile_leaves_the_model_whole(load):
     model = load(KIND)
     layers = model.layers
-    ModelExecutor.start(model).profile(16, 2, 32, BLOCK_SIZE)
+    ModelExecutor.start(model, CONFIG).profile()
     assert model.layers is layers and len(layers) == 3

@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
         minillm.EngineConfig, lambda: {f.name: f.default for f in dataclasses.fields(minillm.EngineConfig)}
     ),
     "SchedulerConfig": Case(SchedulerConfig, lambda: dataclasses.asdict(SchedulerConfig())),
-    "CacheLimits": Case(CacheLimits, lambda: dataclasses.asdict(CacheLimits(4, 64, 100))),
+    "CacheLimits": Case(CacheLimits, lambda: dataclasses.asdict(CacheLimits(4, 100))),
     "RopeConfig": Case(minillm.RopeConfig, lambda: dataclasses.asdict(minillm.RopeConfig())),
     "RopeConfig, llama3": Case(
         minillm.RopeConfig, lambda: dataclasses.asdict(minillm.RopeConfig()) | {"scaling": "llama3", "factor": 2.0}

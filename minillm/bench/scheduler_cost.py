@@ -81,7 +81,7 @@ def decoding_engine(model: Decoder, running: int, num_waiting: int) -> tuple[Pag
     config = SchedulerConfig(running, max_num_batched_tokens=running * 64, max_model_len=2 * most_tokens)
     scheduler = PagedScheduler(config, BlockManager(num_blocks, BLOCK_SIZE))
     worker = Worker(model)
-    worker.init_cache(num_blocks, BLOCK_SIZE)
+    worker.init_cache(num_blocks)
     runner = worker.runner
     for request in made_up_requests(running + num_waiting, most_tokens):
         scheduler.add_request(request)

@@ -90,9 +90,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--naive", action="store_true", help="compute everything again for each token (chapter 1)")
-    parser.add_argument(
-        "--dtype", default="float32", choices=["auto", "float64", "float32", "bfloat16", "float16", "half"]
-    )
+    dtypes = ["auto", "float64", "float32", "bfloat16", "float16", "half"]
+    parser.add_argument("--dtype", choices=dtypes, help="by default float32, on a GPU auto: the checkpoint's own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
 
 

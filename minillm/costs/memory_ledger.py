@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from minillm.errors import ConfigError, Count, OutOfMemoryError, Positive, check_fields, check_number
 
@@ -133,18 +133,21 @@ def mib(size: int) -> str:
 
 @dataclass(frozen=True)
 class CacheLimits:
-    """What decides how large the pool is."""
+    """What the memory plan reads: how large the pool is to be."""
 
-    max_num_seqs: Positive  # requests that run at the same time
-    max_num_batched_tokens: Positive  # tokens of one step
-    max_model_len: Positive  # prompt and output tokens of one request
-    block_size: Positive = 16  # tokens a block
-    num_blocks: int | None = None  # the whole pool, the null block included; None = see `plan_cache`
-    num_host_blocks: Count | None = 0  # for requests that are swapped out; None = as many as the pool has
-    gpu_memory_utilization: float = 0.9  # share of the card that may be used; of no effect on the CPU
+    max_num_seqs: Positive = 64  # requests that run at the same time
+    max_model_len: Positive = 2048  # prompt and output tokens of one request
+    block_size: Positive = 16  # tokens in a block of the cache
+    num_blocks: Annotated[int, 2] | None = None  # the whole pool, with its null block; None = see `plan_cache`
+    num_host_blocks: Count | None = 0  # for requests that are swapped out; None = see `plan_cache`
+    gpu_memory_utilization: float = 0.9  # share of a card's memory that weights, activations and cache may take
 
     def __post_init__(self):
         check_fields(self)
+        self.check_pool()
+
+    def check_pool(self) -> None:
+        """Raises ConfigError for an impossible share, or a pool smaller than the longest request."""
         utilization = self.gpu_memory_utilization
         check_number("gpu_memory_utilization", utilization, "a share of the card, in (0, 1]", lambda u: 0 < u <= 1)
         if self.num_blocks is not None and self.num_blocks < self.least_blocks:

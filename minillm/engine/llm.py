@@ -43,7 +43,7 @@ class LLM:
         self,
         model: str | Path | Decoder = "storyteller",
         *,
-        dtype: torch.dtype | str = "float32",
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
@@ -165,7 +165,7 @@ class LLM:
         """
         self.engine.check_alive()
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in as_prompts(prompts)]
-        most = self.engine.max_model_len  # nothing is generated: a prompt may fill it
+        most = self.engine.config.max_model_len  # nothing is generated: a prompt may fill it
         for prompt in encoded:
             check_token_ids(self.engine.model_config, prompt.token_ids)
             if len(prompt.token_ids) > most:

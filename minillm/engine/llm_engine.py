@@ -52,7 +52,7 @@ class LLMEngine:
         self,
         model: str | Path | Decoder = "storyteller",
         *,
-        dtype: torch.dtype | str = "float32",
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         revision: str | None = None,
         config: EngineConfig | None = None,
@@ -65,29 +65,23 @@ class LLMEngine:
         `load_model`, ConfigError for arguments that contradict each other or the model, OutOfMemoryError if it does not
         fit.
         """
-        self.config = config = config or EngineConfig()
         given = isinstance(model, Decoder)
-        source = model
-        if not given:
-            source, dtype, device = locate(model, dtype, device, revision)
-        self.tokenizer = None if given or skip_tokenizer_init else load_tokenizer(source)
-        self.model_config = model.config if given else read_config(source, self.tokenizer)
-        self.max_model_len = config.model_len(self.model_config.max_position_embeddings)
-        limits, cache_limits = config.scheduler_config(self.max_model_len), config.cache_limits(self.max_model_len)
+        if given:
+            device = model.device
+        else:
+            model, dtype, device = locate(model, dtype, device, revision)
+        self.tokenizer = None if given or skip_tokenizer_init else load_tokenizer(model)
+        self.model_config = model.config if given else read_config(model, self.tokenizer)
+        config = (config or EngineConfig()).resolved(self.model_config.max_position_embeddings, device)
+        self.config = config
         if config.worker == "inline" and not given:
-            source = load_decoder(source, self.model_config, dtype, device, pack=True)
-            self.model_config = source.config
-        self.model = source if isinstance(source, Decoder) else None  # None if it is in another process
-        self.executor = ModelExecutor.start(
-            source,
-            dtype=str(dtype),
-            device=str(device),
-            num_tokens=self.model_config.num_tokens,
-            options=config.runner_options(self.max_model_len),
-            worker=config.worker,
-        )
+            model = load_decoder(model, self.model_config, dtype, device, pack=True)
+            self.model_config = model.config
+        self.model = model if isinstance(model, Decoder) else None  # None if it is in another process
+        num_tokens = self.model_config.num_tokens
+        self.executor = ModelExecutor.start(model, config, dtype=dtype, device=device, num_tokens=num_tokens)
         try:
-            self.ledger = self.executor.reserve(cache_limits)
+            self.ledger = self.executor.reserve(config)
         except BaseException:  # Ctrl-C as well: leave no process behind
             self.executor.shutdown()
             raise
@@ -97,10 +91,9 @@ class LLMEngine:
             num_host_blocks=self.ledger.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._is_async = runs_ahead(config, device if self.model is None else self.model.device)
-        make_scheduler = AsyncScheduler if self._is_async else PagedScheduler
+        make_scheduler = AsyncScheduler if config.async_scheduling else PagedScheduler
         self.scheduler = make_scheduler(
-            limits,
+            config,
             block_manager,
             trace=config.trace,
             max_trace_steps=config.max_trace_steps,
@@ -253,7 +246,7 @@ class LLMEngine:
         """
         self.check_alive()
         with HeldInterrupts() as interrupts:
-            most_unread = 2 if self._is_async else 1
+            most_unread = 2 if self.config.async_scheduling else 1
             while len(self._launched) < most_unread and self._launch_next(interrupts):
                 pass
             if self._launched:
@@ -352,14 +345,3 @@ class LLMEngine:
         """Raises WorkerDiedError if nothing can be computed any more, after `shutdown` or the worker's end."""
         if self._dead is not None:
             raise WorkerDiedError(str(self._dead))
-
-
-def runs_ahead(config: EngineConfig, device: torch.device | str) -> bool:
-    """Whether steps are launched before the tokens of the last one are read.
-
-    By default where something computes while this thread goes on. With a worker process on two cores, 64 requests to
-    the storyteller are done about 1.1 times as fast (medians of 8 to 12 runs in turns on a busy machine: 1.05 to 1.12).
-    """
-    if config.async_scheduling is not None:
-        return config.async_scheduling
-    return config.worker == "process" or torch.device(device).type == "cuda"

@@ -1,40 +1,14 @@
-"""One or more workers behind three calls: `profile`, `reserve` and `launch`."""
+"""One or more workers behind a few calls: `profile`, `reserve`, then `execute_model` or `launch` for every step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from minillm.costs import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
-from minillm.engine.engine_config import WORKERS
+from minillm.engine.engine_config import EngineConfig
 from minillm.errors import ConfigError
 from minillm.model import Decoder
-from minillm.runtime import (
-    DEFAULT_OPTIONS,
-    ModelOutput,
-    PendingOutput,
-    ProcessWorker,
-    RunnerOptions,
-    SchedulerOutput,
-    Worker,
-)
-
-
-class AnyWorker(Protocol):
-    """What an executor asks of a worker, wherever that runs."""
-
-    def profile(
-        self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int
-    ) -> MemoryProfile: ...
-
-    def init_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> int: ...
-
-    @property
-    def why(self) -> str: ...
-
-    def launch(self, plan: SchedulerOutput) -> PendingOutput: ...
-
-    def shutdown(self) -> None: ...
+from minillm.runtime import ModelOutput, PendingOutput, ProcessWorker, SchedulerOutput, Worker
 
 
 @dataclass(frozen=True)
@@ -51,65 +25,47 @@ class OutputOfAll:
 class ModelExecutor:
     """Every worker gets every plan; the result of the first one counts.
 
-    executor = ModelExecutor.start(model)
-    ledger = executor.reserve(CacheLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=2048))
+    executor = ModelExecutor.start(model, config)
+    ledger = executor.reserve(config)
     output = executor.execute_model(plan)
     """
 
-    def __init__(self, workers: Sequence[AnyWorker]):
+    def __init__(self, workers: Sequence[Worker | ProcessWorker]):
         if not workers:
             raise ConfigError("an executor of 0 workers computes nothing; give at least 1")
         self.workers = list(workers)
 
     @classmethod
-    def start(
-        cls,
-        model: Decoder | str | Path,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_tokens: int | None = None,
-        options: RunnerOptions = DEFAULT_OPTIONS,
-        worker: str = "inline",
-    ) -> "ModelExecutor":
-        """An executor with one worker: "inline", in this process, or a "process" of its own.
+    def start(cls, model: Decoder | str | Path, config: EngineConfig, **loading) -> "ModelExecutor":
+        """An executor with one worker, in this process or, as `config.worker` says, in one of its own.
 
-        `model` is a loaded Decoder (inline only: dtype, device and num_tokens are its own) or what `load_model` takes;
-        `num_tokens` is how many ids the tokenizer has; `options` say how steps are computed. Raises ConfigError and
-        what `load_model` raises.
+        `model` is a loaded Decoder (in this process only), or its name or folder: then `loading` is what `Worker.load`
+        takes. `config` has been resolved. Raises ConfigError and what `load_model` raises.
         """
-        if worker not in WORKERS:
-            raise ConfigError(f"worker {worker!r} is not one of {', '.join(map(repr, WORKERS))}")
-        if isinstance(model, Decoder):
-            if worker == "process":
-                raise ConfigError("a worker process loads the model itself; give its name or folder, not a Decoder")
-            return cls([Worker(model, options)])
-        make = Worker.load if worker == "inline" else ProcessWorker
-        return cls([make(model, dtype=dtype, device=device, num_tokens=num_tokens, options=options)])
+        if not isinstance(model, Decoder):
+            make = Worker.load if config.worker == "inline" else ProcessWorker
+            return cls([make(model, config, **loading)])
+        if config.worker == "process":
+            raise ConfigError("a worker process loads the model itself; give its name or folder, not a Decoder")
+        return cls([Worker(model, config)])
 
-    def profile(
-        self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
-    ) -> MemoryProfile:
+    def profile(self) -> MemoryProfile:
         """Run the worst steps; what is safe for every worker."""
-        limits = (max_num_batched_tokens, max_num_seqs, max_model_len, block_size)
-        return MemoryProfile.worst([worker.profile(*limits) for worker in self.workers])
+        return MemoryProfile.worst([worker.profile() for worker in self.workers])
 
     def reserve(self, limits: CacheLimits) -> MemoryLedger:
         """Profile, decide how many blocks there are, and allocate them; returns where the memory went.
 
         Raises OutOfMemoryError, before the pool is allocated, if it does not fit or is too small to be of use.
         """
-        profile = self.profile(
-            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, limits.block_size
-        )
-        ledger = plan_cache(profile, limits)
-        self.init_cache(ledger.num_blocks, ledger.block_size, ledger.num_host_blocks)
+        ledger = plan_cache(self.profile(), limits)
+        self.init_cache(ledger.num_blocks, num_host_blocks=ledger.num_host_blocks)
         return ledger
 
-    def init_cache(self, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> None:
+    def init_cache(self, num_blocks: int, *, num_host_blocks: int = 0) -> None:
         """Allocate the pool of every worker, of exactly this size."""
         for worker in self.workers:
-            worker.init_cache(num_blocks, block_size, num_host_blocks)
+            worker.init_cache(num_blocks, num_host_blocks=num_host_blocks)
 
     @property
     def why(self) -> str:

@@ -27,9 +27,9 @@ _new = tuple.__new__  # makes a NamedTuple in a third of the time; for the lines
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The limits of a step."""
+    """What a scheduler reads: the limits of a step."""
 
-    max_num_seqs: Positive = 16  # requests that run at the same time
+    max_num_seqs: Positive = 64  # requests that run at the same time
     max_num_batched_tokens: Positive = 512  # tokens pushed through the model in one step: the token budget
     max_model_len: Positive = 2048  # prompt and output tokens of one request
     scheduling_policy: str = "fcfs"  # "fcfs", "priority" or "sjf"
@@ -38,6 +38,10 @@ class SchedulerConfig:
 
     def __post_init__(self):
         check_fields(self)
+        self.check_limits()
+
+    def check_limits(self) -> None:
+        """Raises ConfigError for an unknown policy, or limits that contradict each other."""
         check_choice("scheduling_policy", self.scheduling_policy, POLICIES)
         check_number("ageing", self.ageing, "positive, or a request could wait for ever", lambda ageing: ageing > 0)
         if self.max_num_batched_tokens < self.max_num_seqs:

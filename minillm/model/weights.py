@@ -37,7 +37,7 @@ class LoadedModel(NamedTuple):
 @checked
 def load_model(
     name_or_path: str | Path = "storyteller",
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     *,
     revision: str | None = None,
@@ -46,9 +46,10 @@ def load_model(
     """Load a model and its tokenizer, ready to generate.
 
     `name_or_path`: "storyteller", a local checkpoint folder, or a Hugging Face hub id "owner/name", of which
-    `revision` may name a branch, tag or commit. `dtype`: a torch dtype or its name, or "auto" for the checkpoint's own.
-    With `skip_tokenizer_init` the tokenizer is None and prompts must be token ids. Raises ModelNotFoundError,
-    UnsupportedModelError, CheckpointError, or ConfigError for dtype, device or revision.
+    `revision` may name a branch, tag or commit. `dtype`: a torch dtype or its name, or "auto" for the checkpoint's own;
+    by default float32 on a CPU and "auto" on a GPU. With `skip_tokenizer_init` the tokenizer is None and prompts must
+    be token ids. Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, or ConfigError for dtype, device or
+    revision.
     """
     folder, dtype, device = locate(name_or_path, dtype, device, revision)
     tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
@@ -56,13 +57,15 @@ def load_model(
 
 
 def locate(
-    name_or_path: str | Path, dtype: torch.dtype | str, device: torch.device | str, revision: str | None = None
+    name_or_path: str | Path, dtype: torch.dtype | str | None, device: torch.device | str, revision: str | None = None
 ) -> tuple[Path, torch.dtype, torch.device]:
     """The folder, dtype and device that the arguments of `load_model` mean. Raises the same errors.
 
     What is wrong with dtype or device is said before anything is downloaded.
     """
     device = as_device(device)
+    if dtype is None:
+        dtype = "auto" if device.type == "cuda" else "float32"
     if dtype != "auto":
         dtype = as_dtype(dtype)
     folder = find_checkpoint(name_or_path, revision)

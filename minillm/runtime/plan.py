@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
+from minillm.errors import Positive
 from minillm.sampling import PromptLogprobs, SamplingParams, TokenLogprobs
 from minillm.trace import Why
 
@@ -15,14 +16,17 @@ NULL_BLOCK = 0  # never handed out: what the padding of a rectangle of block tab
 PENDING = -1  # in place of a token id: what the request's last step sampled, which only the executor may know yet
 
 
-class RunnerOptions(NamedTuple):
-    """How a worker is to compute: what the engine's configuration says of kernels and graphs."""
+@dataclass(frozen=True)
+class RunnerOptions:
+    """What a worker reads: how it is to compute, and the largest steps it must have memory for."""
 
-    attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton" or "flash"; "auto": the fastest that will do
-    enforce_eager: bool = False  # True: no CUDA graphs, every kernel is launched from Python
-    fused_ops: bool = True  # on a GPU, neighbouring small operations run as one kernel
-    max_num_seqs: int = 64  # requests of a step, at most: how large graphs and buffers are made
-    max_model_len: int = 2048  # tokens of a request, at most
+    attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton", "flash"; "auto" = the fastest that will do
+    enforce_eager: bool = False  # on a GPU: no CUDA graphs, every kernel is launched from Python
+    fused_ops: bool = True  # on a GPU: neighbouring small operations run as one kernel
+    max_num_seqs: Positive = 64  # requests that run at the same time: how large graphs and buffers are made
+    max_num_batched_tokens: Positive = 512  # tokens of one step
+    max_model_len: Positive = 2048  # prompt and output tokens of one request
+    block_size: Positive = 16  # tokens in a block of the cache
 
 
 DEFAULT_OPTIONS = RunnerOptions()

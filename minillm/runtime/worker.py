@@ -52,11 +52,11 @@ class Worker:
     def load(
         cls,
         model: str | Path,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_tokens: int | None = None,
         options: RunnerOptions = DEFAULT_OPTIONS,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        num_tokens: int | None = None,
     ) -> "Worker":
         """A worker for a model by name, folder or hub id, which samples among the first `num_tokens` ids.
 
@@ -66,61 +66,57 @@ class Worker:
         config = replace(read_config(folder), num_tokens=num_tokens)
         return cls(load_decoder(folder, config, dtype, device, pack=True), options)
 
-    def profile(
-        self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
-    ) -> MemoryProfile:
-        """Run a step that needs as much as any within these limits, and say what it needed beside weights and cache.
+    def profile(self) -> MemoryProfile:
+        """Run a step that needs as much as any within the options' limits; what it needed beside weights and cache.
 
         Raises KernelError, before anything is allocated, if the backend asked for does not take the model.
         """
-        model = self.model
-        options = self.options._replace(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-        self.backend = self._choose(block_size)
+        model, options = self.model, self.options
+        self.backend = self._choose()
         activations, masks = self._measure(
-            worst_plan(max_num_batched_tokens, max_num_seqs, max_model_len, block_size), block_size, options
+            worst_plan(options.max_num_batched_tokens, options.max_num_seqs, options.max_model_len, options.block_size)
         )
         if self._records_graphs:
-            activations += self._measure_graphs(block_size, options)
+            activations += self._measure_graphs()
         host = available_memory()
         available, card_bytes = (host, None) if model.device.type == "cpu" else card_memory(model.device)
         return MemoryProfile(
             weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
             activations=activations,
             masks=masks,
-            bytes_per_block=CacheEngine.bytes_per_block(model.config, block_size, model.dtype),
+            bytes_per_block=CacheEngine.bytes_per_block(model.config, options.block_size, model.dtype),
             available=available,
             host_available=host,
             card_bytes=card_bytes,
         )
 
-    def _measure(self, plan: SchedulerOutput, block_size: int, options: RunnerOptions) -> tuple[int, int]:
+    def _measure(self, plan: SchedulerOutput) -> tuple[int, int]:
         """Bytes of a step at its peak, beside weights and cache: without its masks, and of these."""
         model, num_blocks = self.model, 1 + max(max(part.block_ids) for part in plan.scheduled)
-        cache = CacheEngine(model.config, num_blocks, block_size, model.dtype, model.device)
+        cache = CacheEngine(model.config, num_blocks, self.options.block_size, model.dtype, model.device)
         with first_layer_alone(model), PeakMemory(model.device) as memory:
-            runner = self._new_runner(cache, options._replace(enforce_eager=True))
+            runner = self._new_runner(cache, replace(self.options, enforce_eager=True))
             # Read late, as with asynchronous scheduling: what log-probabilities are made of is kept meanwhile.
             for pending in [_launch(runner, plan) for _ in range(1 if self._on_cpu else 2)]:
                 pending.result()
         return memory.peak_bytes - runner.mask_bytes, runner.mask_bytes
 
-    def _measure_graphs(self, block_size: int, options: RunnerOptions) -> int:
+    def _measure_graphs(self) -> int:
         """Bytes to leave for graphs: they share the memory of the largest decode step, which is theirs alone."""
-        plan = decode_plan(options.max_num_seqs, options.max_model_len, block_size)
-        lists = GRAPH_BYTES * len(bucket_sizes(options.max_num_seqs))
-        return self._measure(plan, block_size, options)[0] + RECORDING_BYTES + lists
+        options = self.options
+        plan = decode_plan(options.max_num_seqs, options.max_model_len, options.block_size)
+        return self._measure(plan)[0] + RECORDING_BYTES + GRAPH_BYTES * len(bucket_sizes(options.max_num_seqs))
 
-    def init_cache(self, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> int:
+    def init_cache(self, num_blocks: int, *, num_host_blocks: int = 0) -> int:
         """Allocate the pool, of exactly this size, and record graphs; returns the pool's bytes, without host blocks.
 
         Raises KernelError, before anything is allocated, if the backend asked for does not take the model.
         """
         model = self.model
-        self.backend = self._choose(block_size)
+        self.backend = self._choose()
         self.runner = None  # its pool goes before the new one comes
-        cache = CacheEngine(
-            model.config, num_blocks, block_size, model.dtype, model.device, num_host_blocks=num_host_blocks
-        )
+        size = (num_blocks, self.options.block_size)
+        cache = CacheEngine(model.config, *size, model.dtype, model.device, num_host_blocks=num_host_blocks)
         self.runner = self._new_runner(cache, self.options)
         return cache.num_bytes
 
@@ -132,9 +128,9 @@ class Worker:
         how = f"; {self.runner.why}" if isinstance(self.runner, DeviceRunner) else ""
         return self.backend.why + how
 
-    def _choose(self, block_size: int) -> Backend:
-        model = self.model
-        return choose(self.options.attention_backend, model.config, model.dtype, model.device, block_size)
+    def _choose(self) -> Backend:
+        model, options = self.model, self.options
+        return choose(options.attention_backend, model.config, model.dtype, model.device, options.block_size)
 
     @property
     def _on_cpu(self) -> bool:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,11 +50,11 @@ class ProcessWorker:
     def __init__(
         self,
         model: str | Path,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_tokens: int | None = None,
         options: RunnerOptions = DEFAULT_OPTIONS,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        num_tokens: int | None = None,
     ):
         """Start the process and load the model there; same arguments and errors as `Worker.load`.
 
@@ -67,7 +68,9 @@ class ProcessWorker:
         self._end = weakref.finalize(self, _end, self._connection, self._process)
         self._unanswered: deque[_Answer] = deque()  # answers come in the order of the calls, waited for or not
         try:
-            self._call("load", str(model), str(dtype), str(device), num_tokens, options, torch.get_num_threads())
+            read_there = [getattr(options, field.name) for field in fields(RunnerOptions)]  # no more of a whole config
+            dtype = None if dtype is None else str(dtype)
+            self._call("load", str(model), read_there, dtype, str(device), num_tokens, torch.get_num_threads())
         except BaseException:
             self.shutdown()
             raise
@@ -77,15 +80,13 @@ class ProcessWorker:
         """The process's id."""
         return self._process.pid
 
-    def profile(
-        self, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int = 16
-    ) -> MemoryProfile:
+    def profile(self) -> MemoryProfile:
         """See `Worker.profile`."""
-        return MemoryProfile(*self._call("profile", max_num_batched_tokens, max_num_seqs, max_model_len, block_size))
+        return MemoryProfile(*self._call("profile"))
 
-    def init_cache(self, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> int:
+    def init_cache(self, num_blocks: int, *, num_host_blocks: int = 0) -> int:
         """See `Worker.init_cache`."""
-        return self._call("init_cache", num_blocks, block_size, num_host_blocks)
+        return self._call("init_cache", num_blocks, num_host_blocks)
 
     @property
     def why(self) -> str:
@@ -227,18 +228,17 @@ class _Server:
     _on_gpu = False  # where a step is computed after it has been launched
 
     def load(
-        self, model: str, dtype: str, device: str, num_tokens: int | None, options: list, num_threads: int
+        self, model: str, options: list, dtype: str | None, device: str, num_tokens: int | None, num_threads: int
     ) -> None:
         torch.set_num_threads(num_threads)
-        runner_options = RunnerOptions(*options)
-        self.worker = Worker.load(model, dtype=dtype, device=device, num_tokens=num_tokens, options=runner_options)
+        self.worker = Worker.load(model, RunnerOptions(*options), dtype=dtype, device=device, num_tokens=num_tokens)
         self._on_gpu = self.worker.model.device.type == "cuda"
 
-    def profile(self, *limits: int) -> MemoryProfile:
-        return self.worker.profile(*limits)
+    def profile(self) -> MemoryProfile:
+        return self.worker.profile()
 
-    def init_cache(self, *sizes: int) -> int:
-        return self.worker.init_cache(*sizes)
+    def init_cache(self, num_blocks: int, num_host_blocks: int) -> int:
+        return self.worker.init_cache(num_blocks, num_host_blocks=num_host_blocks)
 
     def why(self) -> str:
         return self.worker.why
