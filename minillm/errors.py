@@ -301,6 +301,8 @@ def _described(kind: object) -> str:
         return f"one of {', '.join(map(repr, parts))}"
     if origin is Callable or kind is Callable:
         return "a function"
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return f"a list of {len(parts)}: {' and '.join(map(_described, parts))}"
     if isinstance(origin, type) and issubclass(origin, Iterable):
         return f"a list, each item {_described(parts[0])}"
     names = {

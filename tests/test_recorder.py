@@ -55,7 +55,7 @@ def test_two_lives_of_one_id_are_told_apart(tmp_path):
     run.clock.advance(5.0)
     run.add("a", 4, 2)
     trace = run.step(2)
-    assert trace.requests == [RequestRecord("a", 0.0, 2), RequestRecord("a#2", 8.0, 4, "a")]
+    assert trace.requests == [RequestRecord("a", 0.0, 2), RequestRecord("a#2", 8.0, 4, caller_id="a")]
     assert (trace.token_times("a"), trace.token_times("a#2")) == ([1.0, 2.0, 3.0], [9.0, 10.0])
     assert (trace.ttft("a"), trace.ttft("a#2"), trace.end_to_end("a#2")) == (1.0, 1.0, 2.0)
     figures = report(trace)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -173,7 +174,7 @@ def test_another_table_in_the_trace_is_another_table_in_the_picture():
     recorded = small_run()
     step = recorded.trace.steps[1]
     part = next(part for part in step.scheduled if part.request_id == "B")
-    wrong = ScheduledTokens(part.request_id, part.start, part.num_tokens, part.why, 1, 0, (2, 3))
+    wrong = replace(part, first_block=0, block_ids=(2, 3))
     others = tuple(part for part in step.scheduled if part.request_id != "B")
     trace = Trace(recorded.trace.requests, [recorded.trace.steps[0], StepEvent(1, 1.0, 2.0, (wrong, *others))])
     assert pool_states(recorded.trace, BLOCK_SIZE)[1].tables["B"] == (1, 3)
@@ -228,10 +229,11 @@ def test_what_the_last_step_left():
 
 
 def test_a_copy_before_writing_is_said():
-    parts = [
-        ("A", 0, 6, "prefill", 1, 0, (1, 2)), ("A", 6, 1, "decode", 1, 1, (3,)), ("A.1", 5, 1, "prefill", 1, 0, (1, 2)),
-    ]  # fmt: skip
-    scheduled = [ScheduledTokens(*part) for part in parts]
+    scheduled = [
+        ScheduledTokens("A", 0, 6, "prefill", 1, block_ids=(1, 2)),
+        ScheduledTokens("A", 6, 1, "decode", 1, first_block=1, block_ids=(3,)),
+        ScheduledTokens("A.1", 5, 1, "prefill", 1, block_ids=(1, 2)),
+    ]
     trace = Trace([RequestRecord("A", 0.0, 6), RequestRecord("A.1", 0.0, 6)])
     trace.steps.append(StepEvent(0, 0.0, 1.0, (scheduled[0],)))
     trace.steps.append(StepEvent(1, 1.0, 2.0, tuple(scheduled[1:]), copied_blocks=((2, 3),)))
@@ -244,14 +246,11 @@ def test_a_copy_before_writing_is_said():
 
 def test_a_block_that_was_copied_away_from_can_be_cached():
     """Two requests share a block that is not full; one goes on in a copy, the other fills it; then both end."""
-    parts = [
-        [("A", 0, 3, "prefill", 1, 0, (1,))],
-        [("A", 3, 1, "decode", 1, 0, (2,)), ("A.1", 2, 1, "prefill", 1, 0, (1,))],
-        [("A.1", 3, 1, "decode", 1)],
-    ]
+    first, second = ScheduledTokens("A", 0, 3, "prefill", 1, block_ids=(1,)), ScheduledTokens("A", 3, 1, "decode", 1)
+    fork = ScheduledTokens("A.1", 2, 1, "prefill", 1, block_ids=(1,))
+    parts = [(first,), (replace(second, block_ids=(2,)), fork), (ScheduledTokens("A.1", 3, 1, "decode", 1),)]
     trace = Trace([RequestRecord("A", 0.0, 3), RequestRecord("A.1", 0.0, 3)])
     for index, (scheduled, ended, cached) in enumerate(zip(parts, [(), ("A",), ("A.1",)], [0, 1, 2], strict=True)):
-        scheduled = tuple(ScheduledTokens(*part) for part in scheduled)
         use = BlockUse(1 if index < 2 else 0, cached, 3 - cached)
         trace.steps.append(StepEvent(index, index, index + 1.0, scheduled, ended, blocks=use))
     after = pool_states(trace, BLOCK_SIZE, tokens={"A": list("abcd"), "A.1": list("abce")})[-1]
@@ -262,7 +261,7 @@ def test_a_state_can_be_given_by_hand():
     state = PoolState(4, 6, {"cat": [5, 2], "dog": [5]}, {"cat": 6, "dog": 4}, cached=[3])
     picture = BlockTables(state, title="By hand")
     assert picture.text().splitlines()[:2] == ["A  cat: 6 tokens  0→5 ####  1→2 ##..", "B  dog: 4 tokens  0→5 ####"]
-    assert (state.use, state.num_empty, state.num_saved) == (BlockUse(2, 1, 2, 1), 2, 1)
+    assert (state.use, state.num_empty, state.num_saved) == (BlockUse(2, 1, 2, null=1), 2, 1)
     assert picture.alt().startswith("By hand: block tables and pool: 6 blocks")
 
 
@@ -480,7 +479,7 @@ def test_every_step_has_its_frame(name):
 
 
 def paged(*block_ids: int, first_block: int = 0, num_tokens: int = 4) -> Trace:
-    part = ScheduledTokens("a", 0, num_tokens, "prefill", 1, first_block, block_ids)
+    part = ScheduledTokens("a", 0, num_tokens, "prefill", 1, first_block=first_block, block_ids=block_ids)
     return Trace([RequestRecord("a", 0.0, num_tokens)], [StepEvent(0, 0.0, 1.0, (part,))])
 
 

@@ -43,7 +43,7 @@ class Recorder:
             lives = [life for life in self._lives.get(caller_id, [(-1, caller_id)]) if life[0] != next_step]
             self._lives[caller_id] = [*lives[-MOST_IN_FLIGHT:], (next_step, request_id)]
         named = None if request_id == caller_id else caller_id
-        record = RequestRecord(request_id, request.arrival_time, request.num_prompt_tokens, named)
+        record = RequestRecord(request_id, request.arrival_time, request.num_prompt_tokens, caller_id=named)
         self._records[request_id] = record
         self._trace = None
 
@@ -186,15 +186,15 @@ class NotedStep:
         """
         for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
             num_tokens, why, samples, first_block, block_ids, again = self.others.get(row, PLAIN)
-            table, sampled = (first_block, block_ids), int(samples)
+            table, sampled = {"first_block": first_block, "block_ids": block_ids}, int(samples)
             if row in self.discarded:
-                yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, *table)
+                yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, **table)
                 continue
             if 0 < again < num_tokens:
-                yield ScheduledTokens(request_id, start, again, "recompute", 0, *table)
+                yield ScheduledTokens(request_id, start, again, "recompute", 0, **table)
                 yield ScheduledTokens(request_id, start + again, num_tokens - again, why, sampled)
             else:
-                yield ScheduledTokens(request_id, start, num_tokens, "recompute" if again else why, sampled, *table)
+                yield ScheduledTokens(request_id, start, num_tokens, "recompute" if again else why, sampled, **table)
             if self.row_length is not None and self.row_length > num_tokens:
                 yield ScheduledTokens(request_id, start, self.row_length - num_tokens, "padding")
         for request_id in self.padding_rows:

@@ -8,11 +8,15 @@ All times are seconds on one clock, the run's own, which begins at 0 when the sc
 the time at which the step that computed it ended: then its id has been read, whether or not anybody has been told. So
 TTFT and ITL say when tokens were computed, under every way of batching. A request has ended when it leaves the batch
 with its result: with its last token, except in a static batch, where it leaves with all others.
+
+A new field stands below `KW_ONLY` and has a default. `files` reads and writes it by its annotation.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
+
+from minillm.errors import Count
 
 Why = Literal["prefill", "decode", "recompute", "padding"]
 WASTE = ("padding", "recompute")  # tokens computed for nothing, or for the second time
@@ -24,7 +28,8 @@ class RequestRecord:
 
     request_id: str  # unique in the trace: "a#2" is the second request there that its caller named "a"
     arrival_time: float  # seconds
-    num_prompt_tokens: int
+    num_prompt_tokens: Count
+    _: KW_ONLY
     caller_id: str | None = None  # the id its caller gave it, if that is not `request_id`
 
 
@@ -33,12 +38,13 @@ class ScheduledTokens:
     """Consecutive tokens of one request, computed in one step."""
 
     request_id: str
-    start: int  # position of the first token computed
-    num_tokens: int  # tokens pushed through the model
+    start: Count  # position of the first token computed
+    num_tokens: Count  # tokens pushed through the model
     why: Why  # "recompute": these tokens had been computed before
-    num_sampled: int = 0  # new tokens that came out of this step for the request (0 or 1)
-    first_block: int = 0  # paged cache: `block_ids` replaced the block table from this entry on
-    block_ids: tuple[int, ...] = ()  # paged cache: new entries of the block table; () if it did not change
+    num_sampled: Count = 0  # new tokens that came out of this step for the request (0 or 1)
+    _: KW_ONLY
+    first_block: Count = 0  # paged cache: `block_ids` replaced the block table from this entry on
+    block_ids: tuple[Count, ...] = ()  # paged cache: new entries of the block table; () if it did not change
 
     @property
     def end(self) -> int:
@@ -52,17 +58,18 @@ class Preemption:
 
     request_id: str
     mode: Literal["recompute", "swap"]  # what will bring its keys and values back
-    num_tokens: int  # tokens whose keys and values left the pool
+    num_tokens: Count  # tokens whose keys and values left the pool
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUse:
     """Who holds the blocks of a paged pool; the four sum to its size."""
 
-    used: int  # in a block table
-    cached: int  # in none, but kept for requests that begin with the same tokens
-    free: int
-    null: int = 1  # the block that stands for padding
+    used: Count  # in a block table
+    cached: Count  # in none, but kept for requests that begin with the same tokens
+    free: Count
+    _: KW_ONLY
+    null: Count = 1  # the block that stands for padding
 
     @property
     def total(self) -> int:
@@ -80,16 +87,17 @@ class StepEvent:
     (*) At `end_time`. If the next step has been planned by then (it has a `planned`), what it takes and writes counts.
     """
 
-    step: int
+    step: Count
     start_time: float  # seconds
     end_time: float  # seconds; tokens sampled in this step exist from here on
     scheduled: tuple[ScheduledTokens, ...]
     finished: tuple[str, ...] = ()  # ids of the requests that ended with this step
-    num_waiting: int = 0  # requests that had arrived but took no part
-    score_entries: int = 0  # query-key pairs scored, in one head of one layer
-    cached_tokens: int = 0  # tokens whose keys and values are held after the step (*), each request counting its own
+    _: KW_ONLY
+    num_waiting: Count = 0  # requests that had arrived but took no part
+    score_entries: Count = 0  # query-key pairs scored, in one head of one layer
+    cached_tokens: Count = 0  # tokens whose keys and values are held after the step (*), each request counting its own
     preempted: tuple[Preemption, ...] = ()  # before the step
-    copied_blocks: tuple[tuple[int, int], ...] = ()  # copy-on-write before the step: (from, to)
+    copied_blocks: tuple[tuple[Count, Count], ...] = ()  # copy-on-write before the step: (from, to)
     blocks: BlockUse | None = None  # paged cache: after the step (*)
     planned: float | None = None  # seconds, when the host began to plan the step, if that was before `start_time`
     launched: float | None = None  # seconds, when the host had launched the step
@@ -121,8 +129,8 @@ class Trace:
 
     requests: list[RequestRecord] = field(default_factory=list)
     steps: list[StepEvent] = field(default_factory=list)
-    dropped_steps: int = 0
-    dropped_requests: int = 0
+    dropped_steps: Count = 0
+    dropped_requests: Count = 0
 
     @property
     def dropped(self) -> str:

@@ -10,14 +10,12 @@ are written in full.
 """
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
-from minillm.errors import MiniLLMError, checked, read_text, write_text
-from minillm.trace.events import BlockUse, Preemption, RequestRecord, ScheduledTokens, StepEvent, Trace, Why
+from minillm.errors import Count, MiniLLMError, check_kind, checked, read_text, write_text
+from minillm.trace.events import RequestRecord, StepEvent, Trace
 
 FORMAT, VERSION = "minillm trace", 1
 DROPPED = ("dropped_steps", "dropped_requests")
@@ -82,11 +80,10 @@ def _read_header(path: str | Path, line: str) -> dict[str, int]:
             f"{path}, line 1: the trace is of version {header.get('version')!r}, this minillm reads {VERSION}; "
             "record it again or update minillm"
         )
-    dropped = {name: header.get(name, 0) for name in DROPPED}
-    for name, count in dropped.items():
-        if not _is_count(count):
-            raise TraceFileError(f"{path}, line 1: {name} is {count!r}; it must be a whole number, 0 or more")
-    return dropped
+    return {
+        name: check_kind(f"{path}, line 1: {name}", header.get(name, 0), Count, error=TraceFileError)
+        for name in DROPPED
+    }
 
 
 class _Line:
@@ -127,99 +124,24 @@ class _Line:
     def _check_order(self, trace: Trace, step: StepEvent) -> None:
         if step.end_time < step.start_time:
             raise self._error(f"the step ends at {step.end_time} s, before it begins at {step.start_time} s")
+        if step.device and step.device[1] < step.device[0]:
+            raise self._error(f"the device ends the step at {step.device[1]} s, before it begins at {step.device[0]} s")
         if trace.steps and step.start_time < trace.steps[-1].start_time:
             raise self._error(f"the step begins at {step.start_time} s, before the one in the line above")
 
     def _read(self, kind: type, values: object):
         """A dataclass from its JSON object."""
-        readers, known = READERS[kind], fields(kind)
         if not isinstance(values, dict):
             raise self._error(f"a {kind.__name__} must be a JSON object, not {values!r}")
-        unknown = values.keys() - readers.keys()
+        known = fields(kind)
+        unknown = values.keys() - {field.name for field in known}
         missing = [field.name for field in known if field.default is MISSING and field.name not in values]
         if unknown or missing:
             raise self._error(f"a {kind.__name__} with unknown fields {sorted(unknown)}, missing {missing}")
-        return kind(**{name: self._value(name, readers[name], value) for name, value in values.items()})
+        return kind(**{field.name: self._value(field, values[field.name]) for field in known if field.name in values})
 
-    def _value(self, name: str, reader: "Reader | Objects", value: object):
-        """What a field of a dataclass holds, from its JSON value."""
-        if isinstance(reader, Objects):
-            if not reader.many:
-                return self._read(reader.kind, value)
-            if not isinstance(value, list):
-                raise self._error(f"{name} is {value!r}; it must be a list")
-            return tuple(self._read(reader.kind, each) for each in value)
-        accepts, wanted = reader
-        if not accepts(value):
-            raise self._error(f"{name} is {value!r}; it must be {wanted}")
-        return _frozen(value)
-
-
-def _frozen(value):
-    """JSON's lists as tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-class Objects(NamedTuple):
-    """A field that holds another dataclass, or several."""
-
-    kind: type
-    many: bool = True
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
-
-
-# What each field may hold, and how an error says so.
-Reader = tuple[Callable[[object], bool], str]
-MODES = get_args(Preemption.__annotations__["mode"])
-NAME: Reader = (lambda value: isinstance(value, str), "a string")
-COUNT: Reader = (_is_count, "a whole number, 0 or more")
-COUNTS: Reader = (_are_counts, "a list of whole numbers, 0 or more")
-PAIRS: Reader = (
-    lambda value: isinstance(value, list) and all(_are_counts(pair) and len(pair) == 2 for pair in value),
-    "a list of pairs of whole numbers, 0 or more",
-)
-TIME: Reader = (lambda value: type(value) in (int, float) and math.isfinite(value), "seconds, a finite number")
-SPAN: Reader = (
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(TIME[0], value)) and value[0] <= value[1],
-    "two moments in seconds, the second not before the first",
-)
-NAMES: Reader = (lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value), "strings")
-WHY: Reader = (lambda value: value in get_args(Why), f"one of {', '.join(get_args(Why))}")
-MODE: Reader = (lambda value: value in MODES, f"one of {', '.join(MODES)}")
-READERS: dict[type, dict[str, Reader | Objects]] = {
-    RequestRecord: {"request_id": NAME, "arrival_time": TIME, "num_prompt_tokens": COUNT, "caller_id": NAME},
-    ScheduledTokens: {
-        "request_id": NAME,
-        "start": COUNT,
-        "num_tokens": COUNT,
-        "why": WHY,
-        "num_sampled": COUNT,
-        "first_block": COUNT,
-        "block_ids": COUNTS,
-    },
-    Preemption: {"request_id": NAME, "mode": MODE, "num_tokens": COUNT},
-    BlockUse: {"used": COUNT, "cached": COUNT, "free": COUNT, "null": COUNT},
-    StepEvent: {
-        "step": COUNT,
-        "start_time": TIME,
-        "end_time": TIME,
-        "scheduled": Objects(ScheduledTokens),
-        "finished": NAMES,
-        "num_waiting": COUNT,
-        "score_entries": COUNT,
-        "cached_tokens": COUNT,
-        "preempted": Objects(Preemption),
-        "copied_blocks": PAIRS,
-        "blocks": Objects(BlockUse, many=False),
-        "planned": TIME,
-        "launched": TIME,
-        "device": SPAN,
-    },
-}
+    def _value(self, field: Field, value: object):
+        """What a field of a dataclass holds, from its JSON value: an object there, or each in a list, is one too."""
+        if isinstance(value, list | dict) and (kind := next(filter(is_dataclass, get_args(field.type)), None)):
+            value = [self._read(kind, each) for each in value] if isinstance(value, list) else self._read(kind, value)
+        return check_kind(field.name, value, field.type, error=self._error)

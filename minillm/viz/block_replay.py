@@ -91,7 +91,7 @@ class PoolState:
     def use(self) -> BlockUse:
         """How many blocks are used, cached, free and null."""
         used, cached = len(self.used()), len(self.cached)
-        return BlockUse(used, cached, self.num_blocks - self.num_null - used - cached, self.num_null)
+        return BlockUse(used, cached, self.num_blocks - self.num_null - used - cached, null=self.num_null)
 
     @property
     def num_empty(self) -> int:
