@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Which tests belong to which module, the quickest first: a mutant that the first one kills never meets the last.
 TESTS = {
     "model/text.py": ["test_text.py", "test_detokenizer.py"],
-    "sampling/sampler.py": ["test_sampling.py", "test_logits_processors.py"],
+    "sampling/filters.py": ["test_sampling.py"],
+    "sampling/logprobs.py": ["test_sampling.py", "test_prompt_logprobs.py"],
+    "sampling/processors.py": ["test_logits_processors.py"],
+    "sampling/sampler.py": ["test_sampling.py", "test_sample_rows.py"],
     "sampling/params.py": ["test_sampling.py", "test_logits_processors.py", "test_wrong_input.py"],
     "checks/base.py": ["test_checks_base.py"],
     "engine/request.py": ["test_scheduler.py", "test_async_scheduling.py", "test_engine_machine.py"],

@@ -23,8 +23,7 @@ from minillm.ladder.attend import BlockDiagonalAttention, Part
 from minillm.ladder.contiguous import ContiguousExecutor
 from minillm.ladder.kv_cache import SlotCache
 from minillm.model.decoder import Decoder
-from minillm.sampling.params import SamplingParams
-from minillm.sampling.sampler import make_generator, sample
+from minillm.sampling import SamplingParams, SamplingState, sample
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.running import BATCHING, run
 from tiny_models import LADDER_TOLERANCE, all_logits
@@ -320,8 +319,8 @@ def test_requests_drawn_together_draw_what_each_would_alone_and_never_the_imposs
     logits = torch.randn(6, 50)
     logits[:, ::2] = -torch.inf
     params = [SamplingParams(temperature=1.0 + (row % 2), seed=row) for row in range(6)]
-    together, alone = ([make_generator(each) for each in params] for _ in range(2))
-    for _ in range(200):
-        drawn = sample(logits, params, together)
-        each = [sample(logits[row : row + 1], params[row : row + 1], alone[row : row + 1]) for row in range(6)]
+    states = [SamplingState.of(each, 50) for each in params]
+    for draw in range(200):
+        drawn = sample(logits, states, [draw] * 6)
+        each = [sample(logits[row : row + 1], states[row : row + 1], [draw]) for row in range(6)]
         assert torch.equal(drawn, torch.cat(each)) and (drawn % 2 == 1).all()

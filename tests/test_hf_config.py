@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from minillm import RopeConfig, SamplingParams, generate_cached, load_model
 from minillm.errors import CheckpointError, MiniLLMError, UnsupportedModelError
 from minillm.model.hf_config import NOT_IMPLEMENTED, load_tokenizer, read_config
-from minillm.sampling.sampler import sample
+from minillm.sampling import SamplingState, sample
 from tiny_models import KINDS, TOLERANCE, all_logits, change_config, difference, random_token_ids
 
 PROMPT = random_token_ids(20)
@@ -386,4 +386,4 @@ def test_in_a_vocabulary_with_holes_the_highest_id_can_be_sampled(copy):
     model, tokenizer = load_model(folder)
     assert (len(tokenizer), model.config.num_sampled_ids) == (3, 6)
     model.lm_head.weight[:] = torch.arange(199.0)[:, None]  # the higher an id the likelier
-    assert sample(model.logits(torch.ones(1, 64)), [SamplingParams(temperature=0.0)], [None]).tolist() == [5]
+    assert sample(model.logits(torch.ones(1, 64)), [SamplingState.of(SamplingParams(), 6)], [0]).tolist() == [5]

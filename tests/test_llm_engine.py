@@ -20,8 +20,7 @@ from minillm.errors import ConfigError, OutOfMemoryError, PromptError, SamplingP
 from minillm.model.text import Detokenizer
 from minillm.model.weights import locate
 from minillm.runtime.paged_runner import rows_computed
-from minillm.sampling.params import TokenLogprobs
-from minillm.sampling.sampler import token_logprobs
+from minillm.sampling import TokenLogprobs, token_logprobs
 from tiny_models import random_token_ids
 
 CONFIG = EngineConfig(num_blocks=12, block_size=4, max_model_len=40, max_num_seqs=4, max_num_batched_tokens=16)

@@ -18,9 +18,8 @@ import minillm
 from device_jobs import Job, run_jobs
 from minillm import EngineConfig, LLMEngine, SamplingParams, generate_cached, generate_chunked, generate_naive
 from minillm.errors import SamplingParamsError
-from minillm.runtime.plan import NewRequest
 from minillm.runtime.worker_process import ProcessWorker
-from minillm.sampling.sampler import make_generator, make_processor, processed, sample
+from minillm.sampling import LogitsProcessor, SamplingState, sample
 from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS, device_runner_of, paged_runner_of
 from tiny_models import ScriptedModel, all_logits, random_token_ids
 
@@ -44,13 +43,16 @@ ASKED = {
 }
 
 
-def processor_of(params, prompt=(), output=(), eos=(), num_ids=6):
-    new = NewRequest.of("a", replace(params, max_tokens=99), prompt, output, eos)
-    return make_processor(new, num_ids)
+def state_of(params, prompt=(), output=(), eos=(), num_ids=6):
+    ending_ids = (*params.stop_token_ids, *eos)
+    return SamplingState.of(params, num_ids, prompt_token_ids=prompt, output_token_ids=output, ending_ids=ending_ids)
 
 
-def changed(logits, params, **tokens):
-    return processed(torch.tensor(logits)[None], [processor_of(params, **tokens)])[0].tolist()
+def changed(logits, params, output=(), **tokens):
+    logits = torch.tensor(logits)
+    processor = state_of(params, output=output, **tokens).processor
+    processor.process(logits, torch.tensor(len(output)))
+    return logits.tolist()
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -86,8 +88,14 @@ def test_what_happens_to_logits(asked, expected):
 
 
 def test_who_asks_for_nothing_has_no_processor():
-    assert processor_of(SamplingParams()) is None
-    assert processor_of(SamplingParams(logit_bias={}, min_tokens=0, repetition_penalty=1, stop_token_ids=[1])) is None
+    nothing = SamplingParams(logit_bias={}, min_tokens=0, repetition_penalty=1, stop_token_ids=[1])
+    for state in (state_of(SamplingParams()), state_of(nothing), state_of(SamplingParams(top_k=5))):
+        assert state.processor is None and not state.asks
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 0}, {"min_tokens": 1}, {"temperature": 1.0, "top_k": 5}])
+def test_who_asks_for_more_than_a_temperature_is_known(asked):
+    assert state_of(SamplingParams(**asked)).asks
 
 
 def test_ids_that_have_no_logits_do_no_harm():
@@ -101,14 +109,14 @@ def test_a_request_counts_the_tokens_it_gets_and_its_neighbours_logits_stay(dtyp
     logits = torch.tensor([[3.0, 2.5, 0.0], [3.0, 2.5, 0.0]], dtype=dtype)
     before = logits.clone()
     params = [SamplingParams(frequency_penalty=0.75), SamplingParams()]
-    processors = [processor_of(each, prompt=[0], num_ids=3) for each in params]
-    tokens = [sample(logits, params, [None, None], processors).tolist() for _ in range(4)]
+    states = [state_of(each, prompt=[0], num_ids=3) for each in params]
+    tokens = [sample(logits, states, [draw, draw]).tolist() for draw in range(4)]
     assert tokens == [[0, 0], [1, 0], [0, 0], [1, 0]]  # 3; 2.25 < 2.5; 2.25 > 1.75; 1.5 < 1.75
     assert torch.equal(logits, before)
 
 
 def test_the_token_of_a_request_that_failed_does_no_harm():
-    processor_of(SamplingParams(frequency_penalty=1.0), num_ids=3).take(torch.tensor([-1]))
+    LogitsProcessor(SamplingParams(frequency_penalty=1.0), 3).count(torch.tensor([-1]))
 
 
 def test_penalties_come_before_temperature_and_filters():
@@ -116,7 +124,7 @@ def test_penalties_come_before_temperature_and_filters():
     logits = torch.tensor([[4.0, 1.0, 0.0]]).repeat(20, 1)
     for more in ({"min_p": 1.0}, {"top_k": 1}, {"top_p": 0.01}):
         params = SamplingParams(temperature=4.0, logit_bias={2: 6.0}, **more)
-        drawn = sample(logits, [params] * 20, [make_generator(params)] * 20, [processor_of(params, num_ids=3)] * 20)
+        drawn = sample(logits, [state_of(params, num_ids=3)] * 20, range(20))
         assert set(drawn.tolist()) == {2}
 
 

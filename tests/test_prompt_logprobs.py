@@ -7,7 +7,7 @@ import torch
 
 from device_jobs import Job, run_jobs
 from minillm import LLM, EngineConfig, LLMEngine, SamplingParams
-from minillm.sampling.sampler import PROMPT_ROWS
+from minillm.sampling import PROMPT_ROWS
 from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS, paged_runner_of
 from test_logits_processors import run_engine
 from tiny_models import all_logits, random_token_ids

@@ -15,10 +15,17 @@ from hypothesis import strategies as st
 from minillm import ModelConfig, SamplingParams
 from minillm.errors import SamplingParamsError
 from minillm.model.decoder import Decoder
+from minillm.sampling import SamplingState, next_token_probabilities, sample, token_logprobs
 from minillm.sampling.params import limited
-from minillm.sampling.sampler import make_generator, next_token_probabilities, sample, token_logprobs
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 3.0, 1.5, -4.0, 0.0, 2.5])
+
+
+def sample_all(logits, params):
+    """[R, V] logits -> [R] tokens: token after token of one request with these parameters."""
+    state = SamplingState.of(params, logits.shape[-1])
+    return sample(logits, [state] * len(logits), range(len(logits)))
+
 
 distinct_logits = st.lists(st.integers(-80, 80), min_size=2, max_size=30, unique=True).map(
     lambda values: torch.tensor(values) / 10
@@ -84,24 +91,23 @@ def test_lower_temperature_sharpens():
     assert likeliest[-1] == pytest.approx(1.0)
 
 
-def test_greedy_takes_the_likeliest_and_needs_no_generator():
+def test_greedy_takes_the_likeliest():
     params = SamplingParams()
     assert params.greedy
-    assert make_generator(params) is None
-    assert sample(LOGITS[None], [params], [None]).tolist() == [3]
+    assert sample_all(LOGITS[None], params).tolist() == [3]
+    assert sample_all(LOGITS[None], SamplingParams(top_k=3, min_p=0.1)).tolist() == [3]
     assert next_token_probabilities(LOGITS, params).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
 def test_a_temperature_next_to_zero_is_greedy_instead_of_overflowing(temperature):
     params = SamplingParams(temperature=temperature)
-    assert sample(LOGITS[None], [params], [make_generator(params)]).tolist() == [3]
+    assert sample_all(LOGITS[None], params).tolist() == [3]
 
 
 def test_a_single_candidate_is_always_drawn():
     for params in (SamplingParams(temperature=5.0, top_k=1), SamplingParams(temperature=5.0, top_p=1e-6)):
-        drawn = sample(LOGITS.repeat(50, 1), [params] * 50, [make_generator(params)] * 50)
-        assert set(drawn.tolist()) == {3}
+        assert set(sample_all(LOGITS.repeat(50, 1), params).tolist()) == {3}
 
 
 # --- ties ------------------------------------------------------------------------------------------------------------
@@ -139,12 +145,12 @@ def test_one_candidate_is_the_greedy_one_in_every_dtype(dtype):
     logits = torch.tensor(1.98, dtype=dtype) + spread * torch.randint(
         3, (200, 40), generator=torch.Generator().manual_seed(0)
     ).to(dtype)
-    greedy = sample(logits, [SamplingParams()] * 200, [None] * 200).tolist()
+    greedy = sample_all(logits, SamplingParams()).tolist()
     assert greedy == logits.argmax(-1).tolist() and len(set(greedy)) > 3
     for temperature in (0.7, 1.0, 1.9):  # divided by 1.9, neighbours are half a rounding apart
         for one in ({"top_k": 1}, {"top_p": 1e-9}, {"top_k": 1, "min_p": 1.0}):
             params = SamplingParams(temperature=temperature, **one)
-            assert sample(logits, [params] * 200, [make_generator(params)] * 200).tolist() == greedy
+            assert sample_all(logits, params).tolist() == greedy
     assert next_token_probabilities(logits, SamplingParams()).argmax(-1).tolist() == greedy
 
 
@@ -207,8 +213,7 @@ def chi_square(counts, probabilities) -> float:
 def test_draws_follow_the_distribution():
     """Chi-square with 7 degrees of freedom: the right distribution exceeds 24.3 once in a thousand seeds."""
     params = SamplingParams(temperature=1.3, seed=0)
-    generator, rows = make_generator(params), 4000
-    counts = sample(LOGITS.repeat(rows, 1), [params] * rows, [generator] * rows).bincount(minlength=8).double()
+    counts = sample_all(LOGITS.repeat(4000, 1), params).bincount(minlength=8).double()
     assert chi_square(counts, next_token_probabilities(LOGITS, params)) < 24.3
     slightly_wrong = next_token_probabilities(LOGITS, SamplingParams(temperature=1.5))
     assert chi_square(counts, slightly_wrong) > 24.3  # the test can tell
@@ -220,10 +225,10 @@ def test_draws_follow_the_distribution():
 def draw(logits, params, neighbours=(), position=0, steps=30):
     """`steps` tokens of one request that sits at `position` among neighbours, which draw too."""
     requests = [*neighbours[:position], params, *neighbours[position:]]
-    generators = [make_generator(request) for request in requests]
+    states = [SamplingState.of(request, len(logits)) for request in requests]
     rows = torch.randn(len(requests), len(logits), generator=torch.Generator().manual_seed(5))
     rows[position] = logits
-    return [int(sample(rows, requests, generators)[position]) for _ in range(steps)]
+    return [int(sample(rows, states, [step] * len(rows))[position]) for step in range(steps)]
 
 
 def test_a_seeded_request_draws_the_same_whatever_its_neighbours_do():

@@ -1,4 +1,4 @@
-"""Sampling in one pass over the logits, in Triton: `ops.sample_rows`, with its noise made where it is added.
+"""Sampling in one pass over the logits, in Triton: `sampling.sample_rows`, with its noise made where it is added.
 
 The logits are read once. With few rows, several programs share one, and a second kernel picks among their best; how
 many follows from shapes alone, so that CUDA graphs can be captured. Rows that are greedy make no noise.
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from minillm.errors import KernelError
 from minillm.kernels.checks import check_matrix, check_table
-from minillm.kernels.ops import NOISE_STRIDE, PHILOX_ROUNDS
 from minillm.kernels.triton_kernels import LIMITS, processors
-from minillm.sampling import GREEDY_BELOW
+from minillm.sampling import GREEDY_BELOW, NOISE_STRIDE, PHILOX_ROUNDS
 
 SAMPLE_PROGRAMS = 8  # a processor, to share the logits among
 MOST_PARTS = 64  # of a row of logits
@@ -22,7 +21,7 @@ MOST_PARTS = 64  # of a row of logits
 def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     """[R, ids] logits -> [R] token ids, drawn from softmax(logits / temperature), by counted noise. Raises KernelError.
 
-    The same ids as `ops.sample_rows`, unless two scores are equal but for rounding.
+    The same ids as `sampling.sample_rows`, unless two scores are equal but for rounding.
     """
     check_matrix("logits", logits, LIMITS)
     num_rows, num_ids = logits.shape
@@ -58,7 +57,7 @@ def sample_parts(num_rows: int, num_ids: int, num_processors: int) -> tuple[int,
 
 @triton.jit
 def _gumbel(bits):
-    """Noise of 32 random bits: see `ops.gumbel_noise`."""
+    """Noise of 32 random bits: see `sampling.gumbel_noise`."""
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32; 1 - 2^-24
     return -tl.log(tl.where(u < 0.0009765625, u + 0.5 * u * u, -tl.log(1.0 - u)))
 

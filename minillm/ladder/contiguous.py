@@ -6,7 +6,7 @@ from minillm.ladder.attend import PaddedAttention, Part, RaggedAttention
 from minillm.ladder.kv_cache import SlotCache
 from minillm.model import Decoder
 from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
-from minillm.sampling import make_generator, make_processor, sample
+from minillm.sampling import SamplingState, sample
 
 PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
 
@@ -21,7 +21,7 @@ class ContiguousExecutor:
         self.model = model
         self.cache = SlotCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
         self.slots: dict[str, int] = {}
-        self.params: dict[str, tuple] = {}  # sampling parameters, generator, logits processor of every running one
+        self.states: dict[str, tuple[SamplingState, int]] = {}  # of every running one, and the length of its prompt
 
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
@@ -32,23 +32,39 @@ class ContiguousExecutor:
         padded = plan.row_length is not None
         hidden, last_rows, score_entries = self._padded_pass(plan) if padded else self._ragged_pass(plan)
         sampling = [row for row, part in zip(last_rows, plan.scheduled, strict=True) if part.samples]
-        request_ids = [part.request_id for part in plan.scheduled if part.samples]
-        if not request_ids:
+        parts = [part for part in plan.scheduled if part.samples]
+        if not parts:
             return ModelOutput({}, score_entries)
-        how = zip(*(self.params[request_id] for request_id in request_ids), strict=True)
-        token_ids = sample(self.model.logits(hidden[sampling]), *how)
-        return ModelOutput(dict(zip(request_ids, token_ids.tolist(), strict=True)), score_entries)
+        states, num_prompt_tokens = zip(*(self.states[part.request_id] for part in parts), strict=True)
+        draws = [self._part(part).end - num for part, num in zip(parts, num_prompt_tokens, strict=True)]
+        token_ids = sample(self.model.logits(hidden[sampling]), states, draws).tolist()
+        sampled = dict(zip([part.request_id for part in parts], token_ids, strict=True))
+        failed = {
+            request_id: f"what the model computed for request {request_id!r} is not finite; its cache was discarded"
+            for request_id, token_id in sampled.items()
+            if token_id < 0
+        }
+        return ModelOutput(
+            {each: sampled[each] for each in sampled if each not in failed}, score_entries, failed=failed
+        )
 
     def _follow(self, plan: SchedulerOutput) -> None:
         """Give slots back and take new ones, as the plan says."""
         for request_id in plan.finished_ids:
             if request_id in self.slots:
                 self.cache.release(self.slots.pop(request_id))
-                del self.params[request_id]
+                del self.states[request_id]
         for new in plan.new_requests:
             self.slots[new.request_id] = self.cache.take(new.num_tokens_at_most)
-            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
-            self.params[new.request_id] = (new.params, make_generator(new.params), processor)
+            state = SamplingState.of(
+                new.params,
+                self.model.config.num_sampled_ids,
+                self.model.device,
+                prompt_token_ids=new.prompt_token_ids,
+                output_token_ids=new.output_token_ids,
+                ending_ids=new.ending_ids,
+            )
+            self.states[new.request_id] = (state, new.num_tokens_at_most - new.params.max_tokens)
 
     def _part(self, scheduled: ScheduledRequest) -> Part:
         return Part(self.slots[scheduled.request_id], scheduled.start, len(scheduled.token_ids))

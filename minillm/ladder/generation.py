@@ -26,15 +26,7 @@ from minillm.errors import (
 from minillm.ladder.attend import BlockDiagonalAttention, CachedAttention, CausalAttention
 from minillm.ladder.kv_cache import KVCache
 from minillm.model import Detokenizer, ModelConfig
-from minillm.runtime import NewRequest
-from minillm.sampling import (
-    LogitsProcessor,
-    SamplingParams,
-    finish_reason,
-    make_generator,
-    make_processor,
-    sample,
-)
+from minillm.sampling import SamplingParams, SamplingState, finish_reason, sample
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 REQUEST_ID = "req 0"  # the one request of a rung that runs one at a time
@@ -197,16 +189,15 @@ def generate_ragged(
     prompts = [check_prompt_ids(prompt) for prompt in prompts]
     params = [check_request(model.config, *each, tokenizer) for each in zip(prompts, params, strict=True)]
     outputs = [OutputBuilder(model.config, own, tokenizer, prompt) for prompt, own in zip(prompts, params, strict=True)]
-    generators = [make_generator(own, model.device) for own in params]
-    processors = [_processor(model, *each) for each in zip(prompts, params, strict=True)]
+    states = [_sampling_state(model, *each) for each in zip(prompts, params, strict=True)]
     began = time.perf_counter()
     trace = Trace([RequestRecord(f"req {i}", 0.0, len(prompt)) for i, prompt in enumerate(prompts)])
     while running := [i for i, output in enumerate(outputs) if output.finish_reason is None]:
         start_time = time.perf_counter() - began
         sequences = {i: prompts[i] + outputs[i].token_ids for i in running}
         logits, score_entries = _ragged_pass(model, list(sequences.values()), dense, kernel)
-        how = ([each[i] for i in running] for each in (params, generators, processors))
-        for i, token_id in zip(running, sample(logits, *how).tolist(), strict=True):
+        draws = [len(outputs[i].token_ids) for i in running]
+        for i, token_id in zip(running, _sample(logits, [states[i] for i in running], draws), strict=True):
             outputs[i].append(token_id)
         why = "recompute" if trace.steps else "prefill"
         event = StepEvent(
@@ -243,14 +234,14 @@ def _generate(
     prompt = check_prompt_ids(prompt_token_ids)
     params = check_request(model.config, prompt, params, tokenizer)
     output = OutputBuilder(model.config, params, tokenizer, prompt)
-    generator, processor = make_generator(params, model.device), _processor(model, prompt, params)
+    state = _sampling_state(model, prompt, params)
     began = time.perf_counter()
     trace = Trace(requests=[RequestRecord(REQUEST_ID, 0.0, len(prompt))])
     while output.finish_reason is None:
         start_time = time.perf_counter()
         done = forward(prompt + output.token_ids)
         if done.logits is not None:
-            token_id = int(sample(done.logits[None], [params], [generator], [processor])[0])
+            (token_id,) = _sample(done.logits[None], [state], [len(output.token_ids)])
             text = output.append(token_id)
         now = time.perf_counter()
         trace.steps.append(_step_event(trace, done, start_time - began, now - began, output.finish_reason))
@@ -259,9 +250,19 @@ def _generate(
     return output.result(prompt, trace)
 
 
-def _processor(model: Model, prompt: Sequence[int], params: SamplingParams) -> LogitsProcessor | None:
-    new = NewRequest.of(REQUEST_ID, params, prompt, eos_token_ids=model.config.eos_token_ids)
-    return make_processor(new, model.config.num_sampled_ids, model.device)
+def _sampling_state(model: Model, prompt: Sequence[int], params: SamplingParams) -> SamplingState:
+    config, ending_ids = model.config, (*params.stop_token_ids, *model.config.eos_token_ids)
+    return SamplingState.of(
+        params, config.num_sampled_ids, model.device, prompt_token_ids=prompt, ending_ids=ending_ids
+    )
+
+
+def _sample(logits: Tensor, states: Sequence[SamplingState], draws: Sequence[int]) -> list[int]:
+    """[R, V] logits -> R token ids. Raises FloatingPointError if a row is not finite."""
+    token_ids = sample(logits, states, draws).tolist()
+    if min(token_ids) < 0:
+        raise FloatingPointError("what the model computed is not finite: no token can be sampled")
+    return token_ids
 
 
 def _step_event(trace: Trace, done: Pass, start_time: float, end_time: float, finish_reason: str | None) -> StepEvent:

@@ -16,7 +16,7 @@ from minillm.errors import ConfigError
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.plan import ScheduledRequest, SchedulerOutput
 from minillm.runtime.step_inputs import Layout, StepInputs, carve, carve_changes, new_buffer
-from minillm.sampling import LogitsProcessor, SamplingParams
+from minillm.sampling import SamplingState
 
 TABLE_ALIGNED = 16  # entries that a row of the tables is a multiple of: Triton compiles anew for other strides
 
@@ -24,12 +24,8 @@ TABLE_ALIGNED = 16  # entries that a row of the tables is a multiple of: Triton 
 class Announced(NamedTuple):
     """What is remembered of a request until it ends."""
 
-    params: SamplingParams
-    temperature: float  # 0 if greedy
-    seed: int
+    sampling: SamplingState
     num_prompt_tokens: int
-    asks: bool  # for more than a temperature
-    processor: LogitsProcessor | None
 
 
 class Step(NamedTuple):
@@ -78,10 +74,10 @@ class DeviceBatch:
             self._changes.update(zip(range(first + part.first_block, first + end), part.block_ids, strict=True))
             if part.first_block == 0:
                 request = requests[part.request_id]
-                self.temperatures[row] = request.temperature
-                self.seeds[row] = request.seed
+                self.temperatures[row] = request.sampling.temperature
+                self.seeds[row] = request.sampling.seed
                 self.num_prompt_tokens[row] = request.num_prompt_tokens
-                self.asking[row] = request.asks
+                self.asking[row] = request.sampling.asks
 
     def prepare(self, plan: SchedulerOutput, graphs: Sequence[int] = ()) -> Step:
         """The inputs of a step. `graphs`: if all its requests have one new token, get another and ask for no more than

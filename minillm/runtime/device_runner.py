@@ -5,7 +5,6 @@ is handed to the device's queue, and `launch` returns. The next step may be laun
 token nobody has read yet is planned with PENDING, and the token is taken from where the device keeps it.
 """
 
-import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
@@ -26,7 +25,6 @@ from minillm.runtime.plan import (
     PENDING,
     FinishedOutput,
     ModelOutput,
-    NewRequest,
     PendingOutput,
     RunnerOptions,
     SchedulerOutput,
@@ -34,27 +32,21 @@ from minillm.runtime.plan import (
 from minillm.runtime.step_graph import bucket_sizes, record
 from minillm.runtime.step_inputs import Layout, StepInputs, buffer_size, carve, carve_changes
 from minillm.sampling import (
-    LogitsProcessor,
     PromptLogprobs,
-    SamplingParams,
+    SamplingState,
     TokenLogprobs,
-    make_processor,
-    next_token_probabilities,
-    processed,
     prompt_logprobs,
-    take,
+    sample,
     to_device,
     token_logprobs,
 )
 
 
 class DeviceRunner:
-    """Runs the plans of a `PagedScheduler` with a kernel backend; greedy requests get the tokens of `PagedRunner`.
+    """Runs the plans of a `PagedScheduler` with a kernel backend; with the tokens of `PagedRunner`.
 
-    The others are drawn with random numbers that follow from a request's seed, the number of the token and its id
-    alone: neither the other requests of the step matter nor how it is run, nor a restart. A step in which somebody asks
-    for more than a temperature is no graph, and reading log-probabilities waits for the step that was launched behind
-    it. `ops` are the small operations, `kernels/ops.py` or `kernels/triton_ops.py`.
+    A step in which somebody asks for more than a temperature is no graph, and reading log-probabilities waits for the
+    step that was launched behind it. `ops` are the small operations, `kernels/ops.py` or `kernels/triton_ops.py`.
     """
 
     mask_bytes = 0  # kernels see by lengths
@@ -109,7 +101,7 @@ class DeviceRunner:
         if not plan.scheduled:
             return FinishedOutput(ModelOutput({}, 0))
         step = self.batch.prepare(plan, list(self.graphs))
-        asking = [self.requests[request_id] for request_id in step.sampled_ids] if step.asking else []
+        asking = [self.requests[request_id].sampling for request_id in step.sampled_ids] if step.asking else []
         judged = self._judged(plan) if self.prompts else []
         output = DeviceOutput(self.queue, step, asking, judged, self.batch.pinned)
         self.queue.run(partial(self._run, step, output))
@@ -125,8 +117,15 @@ class DeviceRunner:
         for move in plan.block_moves:
             self.queue.run(partial(self.cache.move, move))
         for new in plan.new_requests:
-            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
-            self.requests[new.request_id] = announced(new, processor)
+            state = SamplingState.of(
+                new.params,
+                self.model.config.num_sampled_ids,
+                self.model.device,
+                prompt_token_ids=new.prompt_token_ids,
+                output_token_ids=new.output_token_ids,
+                ending_ids=new.ending_ids,
+            )
+            self.requests[new.request_id] = Announced(state, new.num_tokens_at_most - new.params.max_tokens)
             if new.params.prompt_logprobs is not None:
                 self.prompts[new.request_id] = new.prompt_token_ids
         self.batch.follow(changed, self.requests)
@@ -138,7 +137,7 @@ class DeviceRunner:
             end = part.start + len(part.token_ids)
             following = self.prompts.get(part.request_id, ())[part.start + 1 : end + 1]
             if following:
-                most = self.requests[part.request_id].params.prompt_logprobs
+                most = self.requests[part.request_id].sampling.params.prompt_logprobs
                 judged.append(JudgedPrompt(part.request_id, part.start + 1, following, most, first))
             first += end - part.start
         return judged
@@ -204,23 +203,11 @@ class DeviceRunner:
         return self.model(token_ids, positions, attend)
 
     def _sample(self, logits: Tensor, inputs: StepInputs, output: "DeviceOutput | None") -> Tensor:
-        """[R, ids] logits -> [R] token ids.
-
-        Requests with top-k, top-p or min-p draw, with the same random numbers, from what these leave of their logits.
-        """
-        temperatures, seeds, draws = inputs.temperatures, inputs.seeds, inputs.draws
-        asking = [] if output is None else output.asking
-        changed = processed(logits, [each.processor for each in asking])
-        token_ids = self.ops.sample_rows(changed, temperatures, seeds, draws)
-        if asking:
-            for params, rows in rows_by_filter([each.params for each in asking]):
-                rows = to_device(rows, logits.device)
-                kept = next_token_probabilities(changed.index_select(0, rows), params).log()  # -inf: dropped
-                numbers = (each.index_select(0, rows) for each in (seeds, draws))
-                ids = self.ops.sample_rows(kept, temperatures.new_ones(len(rows)), *numbers)
-                token_ids.index_copy_(0, rows, ids)
-            take(token_ids, [each.processor for each in asking])
-            output.logits, output.sampled = logits, token_ids
+        """[R, ids] logits -> [R] token ids."""
+        if output is None or not output.asking:
+            return self.ops.sample_rows(logits, inputs.temperatures, inputs.seeds, inputs.draws)
+        token_ids = sample(logits, output.asking, inputs.draws, self.ops.sample_rows)
+        output.logits, output.sampled = logits, token_ids
         return token_ids
 
     # --- graphs ---
@@ -263,7 +250,7 @@ class DeviceOutput:
     """
 
     def __init__(
-        self, queue: Queue, step: Step, asking: Sequence[Announced], judged: Sequence[JudgedPrompt], pinned: bool
+        self, queue: Queue, step: Step, asking: Sequence[SamplingState], judged: Sequence[JudgedPrompt], pinned: bool
     ):
         self.asking = asking
         self.judged = judged
@@ -327,33 +314,3 @@ def free_bytes(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
-
-
-# --- requests ---
-
-
-def announced(new: NewRequest, processor: LogitsProcessor | None = None) -> Announced:
-    """What is to be remembered of a request. One without a seed gets one that nobody has."""
-    params = new.params
-    return Announced(
-        params=params,
-        temperature=0.0 if params.greedy else params.temperature,
-        seed=secrets.randbits(63) if params.seed is None else params.seed,
-        num_prompt_tokens=new.num_tokens_at_most - params.max_tokens,
-        asks=params.logprobs is not None or params.changes_logits or filters(params),
-        processor=processor,
-    )
-
-
-def filters(params: SamplingParams) -> bool:
-    """True if some tokens may not be drawn though the model gives them a chance."""
-    return not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-
-
-def rows_by_filter(params: Sequence[SamplingParams]) -> list[tuple[SamplingParams, list[int]]]:
-    """The rows whose requests filter, those together that do so in the same way."""
-    rows: dict[tuple, list[int]] = {}
-    for row, each in enumerate(params):
-        if filters(each):
-            rows.setdefault((each.temperature, each.top_k, each.top_p, each.min_p), []).append(row)
-    return [(params[same[0]], same) for same in rows.values()]

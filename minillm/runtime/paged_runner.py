@@ -18,10 +18,10 @@ from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
 from minillm.runtime.plan import PENDING, ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.sampling import (
     PromptLogprobs,
-    make_generator,
-    make_processor,
+    SamplingState,
     prompt_logprobs,
     sample,
+    sample_rows,
     to_device,
     token_logprobs,
 )
@@ -37,9 +37,8 @@ def rows_computed(num_rows: int, device: torch.device) -> int:
 class PagedRunner:
     """Runs the plans of a `PagedScheduler` on a model.
 
-    It remembers of a request what plans do not repeat: its block table, its sampling parameters, its generator and its
-    logits processor; and of the last step what was sampled, because the next one may have been planned before that was
-    known.
+    It remembers of a request what plans do not repeat: its block table and how it is sampled; and of the last step what
+    was sampled, because the next one may have been planned before that was known.
     """
 
     def __init__(
@@ -50,7 +49,8 @@ class PagedRunner:
         self.cache = cache
         self.backend = backend
         self.fused = FusedDecoder(model, ops) if ops else None
-        self.params: dict[str, tuple] = {}  # parameters, generator, logits processor of every request announced
+        self.sample_rows = ops.sample_rows if ops else sample_rows
+        self.states: dict[str, tuple[SamplingState, int]] = {}  # of every request announced, and its prompt's length
         self.prompts: dict[str, Sequence[int]] = {}  # of those among them that want its log-probabilities
         self.sampled: Mapping[str, int] = {}  # in the last step: what PENDING stands for in the next
         self.mask_bytes = 0  # of the last step
@@ -106,7 +106,8 @@ class PagedRunner:
         rows = self._padded(np.fromiter(samplers.values(), np.int64, len(samplers)))
         logits = self.model.logits(hidden.index_select(0, rows))[: len(samplers)]  # [R, ids]
         failed |= self._not_finite(list(samplers), logits)
-        return self._sample(list(samplers), logits, failed)
+        ends = {part.request_id: part.start + len(part.token_ids) for part in plan.scheduled}
+        return self._sample(ends, list(samplers), logits, failed)
 
     def _forward(self, token_ids: Tensor, positions: Tensor, attend: PagedAttention | KernelAttention) -> Tensor:
         if self.fused is None:
@@ -123,7 +124,7 @@ class PagedRunner:
             if following:
                 first = newest_rows[request_id] - len(token_ids) + 1
                 rows, ids = hidden[first : first + len(following)], to_device(following, hidden.device)
-                most = self.params[request_id][0].prompt_logprobs
+                most = self.states[request_id][0].params.prompt_logprobs
                 judged[request_id] = PromptLogprobs(start + 1, prompt_logprobs(self.model.logits, rows, ids, most))
         return judged
 
@@ -131,16 +132,22 @@ class PagedRunner:
         """Do what the plan says of requests and blocks before anything is computed."""
         changed = self.cache.follow(plan)
         for request_id in plan.finished_ids:
-            self.params.pop(request_id, None)
+            self.states.pop(request_id, None)
             self.prompts.pop(request_id, None)
         for move in plan.block_moves:
             self.cache.move(move)
         if self.backend is None:  # masked attention multiplies what it does not see by 0; kernels do not read it
             self.cache.clear(changed)
         for new in plan.new_requests:
-            generator = make_generator(new.params, self.model.device, new.num_sampled)
-            processor = make_processor(new, self.model.config.num_sampled_ids, self.model.device)
-            self.params[new.request_id] = (new.params, generator, processor)
+            state = SamplingState.of(
+                new.params,
+                self.model.config.num_sampled_ids,
+                self.model.device,
+                prompt_token_ids=new.prompt_token_ids,
+                output_token_ids=new.output_token_ids,
+                ending_ids=new.ending_ids,
+            )
+            self.states[new.request_id] = state, new.num_tokens_at_most - new.params.max_tokens
             if new.params.prompt_logprobs is not None:
                 self.prompts[new.request_id] = new.prompt_token_ids
 
@@ -221,16 +228,19 @@ class PagedRunner:
             for request_id in failed
         }
 
-    def _sample(self, request_ids: list[str], logits: Tensor, failed: dict[str, str]) -> ModelOutput:
+    def _sample(
+        self, ends: dict[str, int], request_ids: list[str], logits: Tensor, failed: dict[str, str]
+    ) -> ModelOutput:
         """New tokens for the requests that have not failed, each from its row of logits."""
         if failed:
             rows = [row for row, request_id in enumerate(request_ids) if request_id not in failed]
             request_ids, logits = [request_ids[row] for row in rows], logits[rows]
         if not request_ids:
             return ModelOutput({}, 0, failed=failed)
-        params, *how = zip(*[self.params[request_id] for request_id in request_ids], strict=True)
-        token_ids = sample(logits, params, *how)
-        asked = token_logprobs(logits, params, token_ids)
+        states, num_prompt_tokens = zip(*[self.states[request_id] for request_id in request_ids], strict=True)
+        draws = [ends[request_id] - num for request_id, num in zip(request_ids, num_prompt_tokens, strict=True)]
+        token_ids = sample(logits, states, draws, self.sample_rows)
+        asked = token_logprobs(logits, [state.params for state in states], token_ids)
         return ModelOutput(
             dict(zip(request_ids, token_ids.tolist(), strict=True)),
             0,

@@ -40,7 +40,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # ids that end the output, like eos; the id is kept, but not its text
     include_stop_str_in_output: bool = False  # True: the text ends behind the stop string or stop id, not before it
     ignore_eos: bool = False  # go on after an eos token, up to max_tokens
-    seed: int | None = None  # of this request's own generator; None = a fresh one
+    seed: int | None = None  # of this request's own random numbers; None = one that nobody has
     n: int = 1  # outputs for the same prompt; the i-th is seeded with seed + i
     logprobs: int | None = None  # log-probabilities of so many likeliest tokens beside each sampled one; None = none
     prompt_logprobs: int | None = None  # the same beside each token of the prompt but the first
@@ -70,6 +70,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True if the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def filters(self) -> bool:
+        """True if some tokens may not be drawn though the model gives them a chance."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
     def penalizes(self) -> bool:
