@@ -5,6 +5,7 @@ request alone. Each run proves from its trace that it took the path it is named 
 of each path must be caught by the same comparison.
 """
 
+import dataclasses
 import functools
 import random
 
@@ -298,6 +299,34 @@ def test_pads_come_out_as_zeros_never_nan():
     out = attend(0, torch.randn(9, 4, 16).double(), *torch.randn(2, 9, 2, 16).double())
     is_zero = (out == 0).all(-1).all(-1).tolist()
     assert is_zero == [True, True, False, False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("batching", BATCHING)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_is_not_finite_fails_alone(batching, temperature):
+    """The others get what they would get alone, the one that is given its slot of the cache afterwards too."""
+    requests = [request_of(number, *shape, 0) for number, (*shape, _) in enumerate(MIX[:5])]
+    requests[1].params = dataclasses.replace(requests[1].params, temperature=temperature)
+    others = [request for request in requests if request is not requests[1]]
+    expected = [tokens_alone(request) for request in others]
+    known = {
+        token_id
+        for request, output in zip(others, expected, strict=True)
+        for token_id in (*request.prompt_token_ids, *output)
+    }
+    bad = min(set(range(CONFIG.vocab_size)) - known)
+    requests[1].prompt_token_ids[1] = bad
+    weights = model().embed_tokens.weight
+    kept = weights[bad].clone()
+    weights[bad] = torch.nan
+    try:
+        clock = VirtualClock()
+        run(BATCHING[batching](LIMITS, clock), ContiguousExecutor(model(), 3, 64), requests, clock)
+    finally:
+        weights[bad] = kept
+    assert requests[1].finish_reason == "error" and "not finite" in requests[1].stop_reason
+    assert not requests[1].output_token_ids
+    assert [tuple(request.output_token_ids) for request in others] == expected
 
 
 @pytest.mark.parametrize("slots", [[1, 2, 3], [3, 0], [2]])

@@ -12,11 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm import ModelConfig, SamplingParams
+from minillm import LLM, ModelConfig, SamplingParams, generate_cached, generate_ragged
+from minillm.engine.request import Request
+from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import SamplingParamsError
+from minillm.kernels.cpu import unusable
+from minillm.ladder.contiguous import ContiguousExecutor
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingState, next_token_probabilities, sample, token_logprobs
 from minillm.sampling.params import limited
+from minillm.simulation.clock import RealClock
+from minillm.simulation.running import BATCHING, run
+from tiny_models import ScriptedModel, random_token_ids
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 3.0, 1.5, -4.0, 0.0, 2.5])
 
@@ -244,6 +251,75 @@ def test_a_seeded_request_draws_the_same_whatever_its_neighbours_do():
 def test_requests_without_a_seed_draw_differently():
     params = SamplingParams(temperature=2.0)
     assert draw(LOGITS, params) != draw(LOGITS, params)  # equal by chance once in 10^20
+
+
+# --- the same on every path ------------------------------------------------------------------------------------------
+
+ASKED = [{}, {"top_k": 9, "min_p": 0.01}, {"top_p": 0.8, "repetition_penalty": 1.3}, {"seed": -7, "min_tokens": 5}]
+PARAMS = [SamplingParams(**{"temperature": 1.3, "seed": 5, "max_tokens": 7} | asked) for asked in ASKED]
+PROMPTS = [random_token_ids(2 + 4 * i, 190, seed=i) for i in range(len(PARAMS))]
+
+
+def by_contiguous_executor(model, folder):
+    limits, clock = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=8, max_model_len=64), RealClock()
+    requests = [
+        Request(f"r{i}", *each, eos_token_ids=model.config.eos_token_ids)
+        for i, each in enumerate(zip(PROMPTS, PARAMS, strict=True))
+    ]
+    run(BATCHING["continuous"](limits, clock), ContiguousExecutor(model, 3, 64), requests, clock)
+    return [tuple(request.output_token_ids) for request in requests]
+
+
+def by_engine(backend, dtype="float64"):
+    def generate(model, folder):
+        if backend == "cpu" and (why := unusable(getattr(torch, dtype), 16, 2)):
+            pytest.skip(why)
+        if backend == "triton":
+            pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
+        config = {"max_num_seqs": 3, "max_num_batched_tokens": 12, "num_blocks": 20, "max_model_len": 64}
+        llm = LLM(folder, dtype=dtype, attention_backend=backend, skip_tokenizer_init=True, verbose=False, **config)
+        assert llm.engine.executor.workers[0].backend.name == backend
+        return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+    return generate
+
+
+PATHS = {
+    "ragged": lambda model, folder: [result.token_ids for result in generate_ragged(model, PROMPTS, PARAMS)],
+    "contiguous": by_contiguous_executor,
+    "reference": by_engine("reference"),
+    "cpu": by_engine("cpu"),
+    "cpu, float32": by_engine("cpu", "float32"),
+    "triton, float32": by_engine("triton", "float32"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_same_seed_says_the_same_on_every_path(path, load, checkpoint):
+    model = load("llama-mqa", torch.float64)
+    alone = [generate_cached(model, *each).token_ids for each in zip(PROMPTS, PARAMS, strict=True)]
+    assert PATHS[path](model, checkpoint("llama-mqa")) == alone
+    assert all(len(set(token_ids)) > 3 for token_ids in alone), "they were drawn"
+
+
+def test_the_n_th_output_is_that_of_the_seed_plus_n(load, checkpoint):
+    """Whatever path: the seed alone tells them apart."""
+    model, params = load("llama-mqa", torch.float64), SamplingParams(temperature=1.3, seed=5, max_tokens=8)
+    llm = LLM(checkpoint("llama-mqa"), dtype="float64", skip_tokenizer_init=True, verbose=False, num_blocks=20)
+    (output,) = llm.generate([PROMPTS[1]], replace(params, n=3), use_tqdm=False)
+    for i, completion in enumerate(output.outputs):
+        alone = generate_cached(model, PROMPTS[1], replace(params, seed=5 + i))
+        assert tuple(completion.token_ids) == alone.token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_ladder_refuses_what_is_not_finite(temperature):
+    """Rather than to feed -1 to the model."""
+    model = ScriptedModel([7])
+    model.logits = lambda hidden: torch.full((*hidden.shape[:-1], 1000), math.nan)
+    for generate in (generate_cached, lambda model, prompt, params: generate_ragged(model, [prompt], params)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            generate(model, [1, 2], SamplingParams(temperature=temperature))
 
 
 # --- the vocabulary's padding ----------------------------------------------------------------------------------------
