@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm import sampling
 from minillm.kernels import dispatch
 from minillm.model.config import RopeConfig
 from minillm.model.decoder import rope_frequencies, rope_rotation, rotate
@@ -97,3 +98,61 @@ def both_forwards(model, fused, backend_name: str) -> tuple[Tensor, Tensor]:
     ours, own_keys, theirs, their_keys = hidden
     torch.testing.assert_close(own_keys, their_keys, rtol=1e-4, atol=1e-4)
     return model.logits(ours), model.logits(theirs)
+
+
+# --- sampling ---
+
+
+def sampling_case(num_rows: int, num_ids: int, dtype=torch.float32, seed: int = 0) -> list[Tensor]:
+    """Logits, temperatures (every third row greedy), seeds over all 64 bits, numbers of draws."""
+    temperatures = torch.tensor([0.0, 0.6, 1.0, 1e-6, 2.0, 0.8])[torch.arange(num_rows) % 6].to(DEVICE)
+    seeds = torch.arange(num_rows, device=DEVICE) * 0x1234_5678_9ABC_DEF - 2**62
+    draws = torch.arange(num_rows, device=DEVICE) * (2**31 - 1)
+    return [3 * random(num_rows, num_ids, dtype=dtype, seed=seed), temperatures, seeds, draws]
+
+
+def check_same_tokens(sampler, num_ids: int = 4096, dtype=torch.float32, num_rows: int = 6, seed: int = 0) -> None:
+    case = sampling_case(num_rows, num_ids, dtype, seed)
+    assert sampler.sample_rows(*case).tolist() == sampling.sample_rows(*case).tolist()
+
+
+def check_the_last_token(sampler) -> None:
+    """It is the likeliest, behind all whole tiles."""
+    case = sampling_case(4, 2500)
+    case[0][:, -1] = 50
+    assert sampler.sample_rows(*case).tolist() == [2499] * 4
+
+
+def check_first_of_equals(sampler, dtype: torch.dtype = torch.float16) -> None:
+    """Greedy rows are argmax, and of equal logits the first."""
+    logits, temperatures, *numbers = sampling_case(6, 2500, dtype)
+    logits[0, [2499, 2100, 700]] = logits[0].max() + 1
+    logits[3] = 2.0
+    ids = sampler.sample_rows(logits, temperatures, *numbers)
+    assert ids.dtype == torch.int64 and ids.shape == (6,)
+    assert ids[[0, 3]].tolist() == [700, 0] == logits.argmax(-1)[[0, 3]].tolist()
+    everything = sampler.sample_rows(logits, torch.zeros_like(temperatures), *numbers)
+    assert torch.equal(everything, logits.argmax(-1))
+
+
+def check_not_finite(sampler, temperature: float, place: int) -> None:
+    """-1 for rows with NaN or +infinity, and for no others."""
+    logits, temperatures, *numbers = sampling_case(5, 2500)
+    temperatures.fill_(temperature)
+    expected = sampler.sample_rows(logits, temperatures, *numbers)
+    logits[1, place], logits[3, place] = math.nan, math.inf
+    logits[4, 1:] = -math.inf
+    ids = sampler.sample_rows(logits, temperatures, *numbers)
+    assert ids.tolist() == [expected[0], -1, expected[2], -1, 0]
+    logits[4] = -math.inf
+    assert sampler.sample_rows(logits, temperatures, *numbers)[4] == 0
+
+
+def check_rows_alone(sampler) -> None:
+    """A row's token depends on nothing but its own."""
+    logits, temperatures, seeds, draws = case = sampling_case(7, 2100)
+    together = sampler.sample_rows(*case)
+    alone = [sampler.sample_rows(*(x[row : row + 1] for x in case)) for row in range(7)]
+    assert torch.equal(together, torch.cat(alone))
+    order = torch.tensor([3, 6, 0, 1, 5, 2, 4], device=DEVICE)
+    assert torch.equal(together[order], sampler.sample_rows(*(x[order] for x in case)))

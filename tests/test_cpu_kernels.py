@@ -106,6 +106,18 @@ def test_add_rms_norm_and_silu_mul(size, dtype, on_the_cpu):
     assert cpu.add_rms_norm(nothing, nothing.clone(), torch.ones(2 * size, dtype=dtype), 1e-5).shape == (0, 2 * size)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_ids", [1, 199, 2047, 2048, 2049, 4500])
+def test_the_same_tokens_are_sampled(num_ids, dtype, on_the_cpu):
+    on_the_cpu.check_same_tokens(cpu, num_ids, dtype, num_rows=12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("place", [0, 1300, 2499])
+def test_rows_that_are_not_finite_are_minus_one(temperature, place, on_the_cpu):
+    on_the_cpu.check_not_finite(cpu, temperature, place)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_size"), [((4, 2), 64), ((5, 1), 32)])
 @pytest.mark.parametrize("normed", [True, False])
@@ -202,6 +214,15 @@ def small_operations():
     operation_cases.check_norm_rotate_store(cpu, torch.float32)
 
 
+def sampling():
+    for seed in range(8):
+        operation_cases.check_same_tokens(cpu, seed=seed)
+    operation_cases.check_the_last_token(cpu)
+    operation_cases.check_first_of_equals(cpu, torch.float32)
+    operation_cases.check_not_finite(cpu, 1.0, 1300)
+    operation_cases.check_rows_alone(cpu)
+
+
 BUGS = {
     "one key too few": (
         "t < end; ++t) {\n        const SCALAR* value",
@@ -224,6 +245,15 @@ BUGS = {
     "x not added": ("real(kept[i]) + real(x", "real(kept[i]) + 0 * real(x", small_operations),
     "silu of the other side": ("(g > 0 ? g : g * e)", "(g > 0 ? g * e : g)", small_operations),
     "padding stored": ("if (slots[t] < 0) continue;\n        SCALAR *key", "SCALAR *key", small_operations),
+    "rows share their noise": ("uint64_t(seeds[row])", "uint64_t(seeds[0])", sampling),
+    "half of the draw's number": ("uint32_t(draw >> 32)", "0", sampling),
+    "tiles share their noise": ("philox(uint32_t(first / 4)", "philox(0", sampling),
+    "9 rounds": ("round < 10", "round < 9", sampling),
+    "noise is scaled too": ("scores[i] += gumbel(bits[i])", "scores[i] += scale * gumbel(bits[i])", sampling),
+    "a bad logarithm": ("e * 0.693147181f", "e * 0.5f", sampling),
+    "the last tile is left out": ("first < size; first += IDS", "first + IDS <= size; first += IDS", sampling),
+    "of equals the last": ("if (!(most > best)) continue", "if (!(most >= best)) continue", sampling),
+    "NaN is passed over": ("wrong += !(real(own[i]) < -NOTHING)", "wrong += real(own[i]) == -NOTHING", sampling),
     "turned the other way": ("real(cos[i]) + y[i + D / 2]", "real(cos[i]) - y[i + D / 2]", small_operations),
 }
 

@@ -12,6 +12,16 @@ from minillm.sampling import sampler as plain
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
 from minillm.kernels import triton_sampling  # noqa: E402
+from operation_cases import (  # noqa: E402
+    check_first_of_equals,
+    check_not_finite,
+    check_rows_alone,
+    check_same_tokens,
+    check_the_last_token,
+    integers,
+    random,
+    sampling_case,
+)
 from planted import compiled, with_bug
 
 GPU = torch.cuda.is_available()
@@ -19,30 +29,13 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
-
-
-def integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
-
 # --- tokens ---
-
-
-def sampling_case(num_rows: int, num_ids: int, dtype=torch.float32, seed: int = 0) -> list[Tensor]:
-    """Logits, temperatures (every third row greedy), seeds over all 64 bits, numbers of draws."""
-    temperatures = torch.tensor([0.0, 0.6, 1.0, 1e-6, 2.0, 0.8])[torch.arange(num_rows) % 6].to(DEVICE)
-    seeds = torch.arange(num_rows, device=DEVICE) * 0x1234_5678_9ABC_DEF - 2**62
-    draws = torch.arange(num_rows, device=DEVICE) * (2**31 - 1)
-    return [3 * random(num_rows, num_ids, dtype=dtype, seed=seed), temperatures, seeds, draws]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_ids", [1, 199, 2047, 2048, 2049, 4500])
 def test_fused_sampling_draws_the_same_tokens(num_ids, dtype):
-    case = sampling_case(12, num_ids, dtype)
-    assert triton_sampling.sample_rows(*case).tolist() == plain.sample_rows(*case).tolist()
+    check_same_tokens(triton_sampling, num_ids, dtype, num_rows=12)
 
 
 def test_few_rows_are_cut_into_parts_and_many_are_not():
@@ -57,39 +50,19 @@ def test_few_rows_are_cut_into_parts_and_many_are_not():
 
 @pytest.mark.parametrize("sampler", [plain, triton_sampling])
 def test_greedy_rows_are_argmax_and_of_equal_logits_the_first(sampler):
-    logits, temperatures, *numbers = sampling_case(6, 2500, torch.float16)
-    logits[0, [2499, 2100, 700]] = logits[0].max() + 1
-    logits[3] = 2.0
-    ids = sampler.sample_rows(logits, temperatures, *numbers)
-    assert ids.dtype == torch.int64 and ids.shape == (6,)
-    assert ids[[0, 3]].tolist() == [700, 0] == logits.argmax(-1)[[0, 3]].tolist()
-    everything = sampler.sample_rows(logits, torch.zeros_like(temperatures), *numbers)
-    assert torch.equal(everything, logits.argmax(-1))
+    check_first_of_equals(sampler)
 
 
 @pytest.mark.parametrize("sampler", [plain, triton_sampling])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("place", [0, 1300, 2499])
 def test_rows_that_are_not_finite_are_minus_one_and_alone(sampler, temperature, place):
-    logits, temperatures, *numbers = sampling_case(5, 2500)
-    temperatures.fill_(temperature)
-    expected = sampler.sample_rows(logits, temperatures, *numbers)
-    logits[1, place], logits[3, place] = math.nan, math.inf
-    logits[4, 1:] = -math.inf
-    ids = sampler.sample_rows(logits, temperatures, *numbers)
-    assert ids.tolist() == [expected[0], -1, expected[2], -1, 0]
-    logits[4] = -math.inf
-    assert sampler.sample_rows(logits, temperatures, *numbers)[4] == 0
+    check_not_finite(sampler, temperature, place)
 
 
 @pytest.mark.parametrize("sampler", [plain, triton_sampling])
 def test_a_row_s_token_depends_on_nothing_but_its_own(sampler):
-    logits, temperatures, seeds, draws = case = sampling_case(7, 2100)
-    together = sampler.sample_rows(*case)
-    alone = [sampler.sample_rows(*(x[row : row + 1] for x in case)) for row in range(7)]
-    assert torch.equal(together, torch.cat(alone))
-    order = torch.tensor([3, 6, 0, 1, 5, 2, 4], device=DEVICE)
-    assert torch.equal(together[order], sampler.sample_rows(*(x[order] for x in case)))
+    check_rows_alone(sampler)
 
 
 # --- the noise ---
@@ -223,40 +196,24 @@ def test_what_sampling_does_not_take_is_refused_by_name(message):
 # --- bugs planted in the source ---
 
 
-def same_tokens(fused):
-    case = sampling_case(6, 4096)
-    assert fused.sample_rows(*case).tolist() == plain.sample_rows(*case).tolist()
-
-
-def same_tokens_at_the_end(fused):
-    """The likeliest token is the last one, behind all whole tiles."""
-    case = sampling_case(4, 2500)
-    case[0][:, -1] = 50
-    assert fused.sample_rows(*case).tolist() == [2499] * 4
-
-
 def minus_one(fused):
-    test_rows_that_are_not_finite_are_minus_one_and_alone(fused, 1.0, 1300)
-
-
-def first_of_equals(fused):
-    test_greedy_rows_are_argmax_and_of_equal_logits_the_first(fused)
+    check_not_finite(fused, 1.0, 1300)
 
 
 BUGS = {
-    "rows share their noise": ("seed = tl.load(seeds + row)", "seed = tl.load(seeds)", same_tokens),
-    "draws share their noise": ("draw = tl.load(draws + row)", "draw = tl.load(draws)", same_tokens),
-    "half of the draw's number": ("zero + low, zero + high", "zero + low, zero", same_tokens),
-    "tiles share their noise": ("(tile * STRIDE + lane).to", "lane.to", same_tokens),
-    "one word for two quarters": ("_gumbel(n2)", "_gumbel(n1)", same_tokens),
-    "noise is scaled too": ("logit / temperature + noise", "(logit + noise) / temperature", same_tokens),
-    "7 rounds": ("ROUNDS=PHILOX_ROUNDS", "ROUNDS=7", same_tokens),
-    "the last tile is left out": ("tl.cdiv(num_ids, 4 * STRIDE))", "num_ids // (4 * STRIDE))", same_tokens_at_the_end),
-    "parts lie over each other": ("first_tile = part * tiles_a_part", "first_tile = 0 * part", same_tokens_at_the_end),
+    "rows share their noise": ("seed = tl.load(seeds + row)", "seed = tl.load(seeds)", check_same_tokens),
+    "draws share their noise": ("draw = tl.load(draws + row)", "draw = tl.load(draws)", check_same_tokens),
+    "half of the draw's number": ("zero + low, zero + high", "zero + low, zero", check_same_tokens),
+    "tiles share their noise": ("(tile * STRIDE + lane).to", "lane.to", check_same_tokens),
+    "one word for two quarters": ("_gumbel(n2)", "_gumbel(n1)", check_same_tokens),
+    "noise is scaled too": ("logit / temperature + noise", "(logit + noise) / temperature", check_same_tokens),
+    "7 rounds": ("ROUNDS=PHILOX_ROUNDS", "ROUNDS=7", check_same_tokens),
+    "the last tile is left out": ("tl.cdiv(num_ids, 4 * STRIDE))", "num_ids // (4 * STRIDE))", check_the_last_token),
+    "parts lie over each other": ("first_tile = part * tiles_a_part", "first_tile = 0 * part", check_the_last_token),
     "NaN is passed over": ("(new > score) | (new != new)", "new > score", minus_one),
     "infinity is a score": ('logit < float("inf"), logit', 'logit <= float("inf"), logit', minus_one),
     "NaN of one part is passed over": ("tl.where(broken, -1, chosen)", "chosen", minus_one),
-    "of equals the last": ("(new > score) |", "(new >= score) |", first_of_equals),
+    "of equals the last": ("(new > score) |", "(new >= score) |", check_first_of_equals),
 }
 
 

@@ -251,7 +251,7 @@ def one_token_plan(name: str, token_ids: list[int], start: int = 0) -> Scheduler
     """A step for one greedy request, with the first block that there is."""
     plan = SchedulerOutput(start, 0.0, num_tokens=1)
     if start == 0:
-        plan.new_requests.append(NewRequest(name, SamplingParams(), 10))
+        plan.new_requests.append(NewRequest(name, SamplingParams(max_tokens=9), 10))
     plan.scheduled.append(ScheduledRequest(name, start, token_ids, True, "decode", block_ids=() if start else (1,)))
     return plan
 

@@ -177,6 +177,17 @@ def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, limits: Limi
     check_table("weight", weight, (x.shape[1],), x)
 
 
+def check_sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor, limits: Limits) -> None:
+    """Raise KernelError unless there are [R, V] logits, V at least 1, and three [R] columns beside them."""
+    check_matrix("logits", logits, limits)
+    num_rows, num_ids = logits.shape
+    check_table("temperatures", temperatures, (num_rows,), logits, torch.float32)
+    for name, numbers in (("seeds", seeds), ("draws", draws)):
+        check_table(name, numbers, (num_rows,), logits, torch.int64)
+    if num_ids < 1:
+        raise KernelError("logits of 0 ids: there is nothing to draw")
+
+
 def check_silu_mul(gate_up: Tensor, limits: Limits) -> None:
     """Raise KernelError unless this is a [T, 2 * ff]."""
     check_matrix("gate_up", gate_up, limits)

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.errors import KernelError
-from minillm.kernels.checks import check_matrix, check_table
+from minillm.kernels.checks import check_sample_rows
 from minillm.kernels.triton_kernels import LIMITS, processors
 from minillm.sampling import GREEDY_BELOW, NOISE_STRIDE, PHILOX_ROUNDS
 
@@ -23,13 +22,8 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
 
     The same ids as `sampling.sample_rows`, unless two scores are equal but for rounding.
     """
-    check_matrix("logits", logits, LIMITS)
+    check_sample_rows(logits, temperatures, seeds, draws, LIMITS)
     num_rows, num_ids = logits.shape
-    check_table("temperatures", temperatures, (num_rows,), logits, torch.float32)
-    for name, numbers in (("seeds", seeds), ("draws", draws)):
-        check_table(name, numbers, (num_rows,), logits, torch.int64)
-    if num_ids < 1:
-        raise KernelError("logits of 0 ids: there is nothing to draw")
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
         return token_ids

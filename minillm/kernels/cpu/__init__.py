@@ -20,11 +20,12 @@ from minillm.kernels.checks import (
     check_decode,
     check_norm_rotate_store,
     check_prefill,
+    check_sample_rows,
     check_silu_mul,
     check_store,
     output_for,
 )
-from minillm.kernels.ops import sample_rows
+from minillm.sampling import GREEDY_BELOW
 
 __all__ = ["add_rms_norm", "decode", "norm_rotate_store", "prefill", "sample_rows", "silu_mul", "store_kv", "unusable"]
 
@@ -47,6 +48,7 @@ ANY_SHAPE = 2, 1  # head size and group of the library for operations in which h
 ARGUMENTS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a float32
     "add_rms_norm": "ppppfiin",
     "silu_mul": "ppiin",
+    "sample_rows": "pppppiifn",
     "store_kv": "pppppiiii",
     "norm_rotate_store": "pppfppppppiin",
     "decode": "pipppippiiiinn",
@@ -185,6 +187,17 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
         gate_up.data_ptr(), out.data_ptr(), num_tokens, both // 2, torch.get_num_threads()
     )
     return out
+
+
+def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
+    """See `sampling.sample_rows`; the same ids, unless two scores are equal but for rounding. Raises KernelError."""
+    check_sample_rows(logits, temperatures, seeds, draws, LIMITS)
+    token_ids = torch.empty(len(logits), dtype=torch.int64)
+    _library(logits.dtype, *ANY_SHAPE).sample_rows(
+        *(each.data_ptr() for each in (logits, temperatures, seeds, draws, token_ids)), *logits.shape, GREEDY_BELOW,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return token_ids
 
 
 def norm_rotate_store(

@@ -161,6 +161,88 @@ extern "C" void norm_rotate_store(const SCALAR* qkv, const SCALAR* q_weight, con
     }
 }
 
+// ---- sampling ----
+
+// ln(x) for x > 0, to about 1 in the last place: 2^e * (1 + m), with 1 + m from sqrt(1/2) to sqrt(2).
+static inline float log_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    const int32_t below = bits - 0x3f3504f3;  // sqrt(1/2)
+    const float e = float(below >> 23);
+    bits = (below & 0x7fffff) + 0x3f3504f3;
+    float m;
+    memcpy(&m, &bits, 4);
+    m -= 1.0f;
+    float p = 7.0376836292e-2f;
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    return m - 0.5f * m * m + p * m * m * m + e * 0.693147181f;
+}
+
+constexpr int STRIDE = 512;  // ids between the four whose noise one count makes, as everywhere
+constexpr int IDS = 4 * STRIDE;
+
+// See `sampling.philox`: word w of count number i goes to bits[w * STRIDE + i].
+static void philox(uint32_t first_count, uint64_t seed, uint64_t draw, uint32_t* bits) {
+    for (uint32_t i = 0; i < STRIDE; ++i) {
+        uint32_t c0 = first_count + i, c1 = 0, c2 = uint32_t(draw), c3 = uint32_t(draw >> 32);
+        uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t left = uint64_t(c0) * 0xD2511F53u, right = uint64_t(c2) * 0xCD9E8D57u;
+            c0 = uint32_t(right >> 32) ^ c1 ^ k0;
+            c1 = uint32_t(right);
+            c2 = uint32_t(left >> 32) ^ c3 ^ k1;
+            c3 = uint32_t(left);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        bits[i] = c0, bits[STRIDE + i] = c1, bits[2 * STRIDE + i] = c2, bits[3 * STRIDE + i] = c3;
+    }
+}
+
+// See `sampling.gumbel_noise`.
+static inline float gumbel(uint32_t bits) {
+    const float u = smaller((float(bits) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
+    return -log_of(u < 0x1p-10f ? u + 0.5f * u * u : -log_of(1 - u));
+}
+
+// logits [rows, size] -> ids [rows]: the largest of logit / temperature + noise, of equal ones the first.
+extern "C" void sample_rows(const SCALAR* logits, const float* temperatures, const int64_t* seeds, const int64_t* draws,
+                            int64_t* ids, int64_t rows, int64_t size, float greedy_below, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const bool draws_it = temperatures[row] >= greedy_below;
+        const real scale = draws_it ? 1 / real(temperatures[row]) : 1;
+        real best = NOTHING, scores[IDS];
+        uint32_t bits[IDS];
+        int64_t id = 0, wrong = 0;
+        for (int64_t first = 0; first < size; first += IDS) {
+            const SCALAR* own = logits + row * size + first;
+            const int count = int(smaller<int64_t>(IDS, size - first));
+            for (int i = 0; i < count; ++i) scores[i] = real(own[i]) * scale;
+            for (int i = 0; i < count; ++i) wrong += !(real(own[i]) < -NOTHING);  // NaN, too
+            if (draws_it) {
+                philox(uint32_t(first / 4), uint64_t(seeds[row]), uint64_t(draws[row]), bits);
+                for (int i = 0; i < count; ++i) scores[i] += gumbel(bits[i]);
+            }
+            real most = NOTHING;
+            for (int i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
+            if (!(most > best)) continue;
+            int i = 0;
+            while (scores[i] != most) ++i;
+            best = most, id = first + i;
+        }
+        ids[row] = wrong ? -1 : id;
+    }
+}
+
 // ---- decode: one query per request and head ----
 
 // scores[first .. end) become weights that sum to 1 (softmax).
