@@ -111,7 +111,7 @@ class PagedScheduler(Scheduler):
     def retract(self, plan: SchedulerOutput) -> None:
         """The step failed, nothing came of it: whoever took part waits again, and will be computed from its beginning.
 
-        The executor may have carried out any part of the plan: it is told to forget the tables and generators of all
+        The executor may have carried out any part of the plan: it is told to forget the tables of all
         who were in it, and later everything again.
         """
         self._left += plan.finished_ids
