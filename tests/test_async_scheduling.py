@@ -136,7 +136,7 @@ def test_a_parent_that_gives_way_before_its_fork_leaves_nobody_behind():
     """Its prompt has been computed in the step that nobody has read when it is swapped out."""
     machine = type("M", (AsyncMachine,), {"policy": "priority", "preemption_mode": "swap", "seen": Counter()})()
     machine.begin(2, 4, 12, False, "SHA-256", 4, 0, True, 0)
-    machine.add(2, 0, 2, [], 2, 2, 0, [0, 0], 0, "", ())
+    machine.add(2, 0, 2, [], 2, 2, 0, [{"arrival_time": 0}] * 2, 0, "", ())
     machine.run_to_the_end()
     machine.patch.undo()
     assert machine.seen["swap_in"] and machine.seen["length"] == 4, machine.seen

@@ -35,6 +35,7 @@ from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, SchedulerOutpu
 from minillm.sampling.params import SamplingParams, finish_reason
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.reporting import report
+from test_scheduler import drawn_at, ranks
 
 VOCABULARY = 3
 BAD = -1  # the history of a slot that holds NaN
@@ -42,7 +43,7 @@ BAD = -1  # the history of a slot that holds NaN
 HASHES = {
     "SHA-256": block_manager.hash_block,
     "constant": lambda parent, token_ids: b"",
-    "without parent": lambda parent, token_ids: bytes(token_ids),
+    "without parent": lambda parent, token_ids: repr(token_ids).encode(),
 }
 
 
@@ -265,12 +266,12 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.sampled_from([1, 2, 5, 10, 15, 20]),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         seed=st.integers(0, 3),
-        priorities=st.lists(st.integers(-1, 1), min_size=4, max_size=4),
+        drawn=st.lists(ranks, min_size=4, max_size=4),
         pause=st.sampled_from([0, 0.25, 2]),
         salt=st.sampled_from(["", "", "salt"]),
         ending=st.sampled_from([(), (), (), (), (2,)]),
     )
-    def add(self, count, text, shared, own, max_tokens, n, seed, priorities, pause, salt, ending):
+    def add(self, count, text, shared, own, max_tokens, n, seed, drawn, pause, salt, ending):
         """Some requests for the same prompt, at intervals; ids are used again once they are free."""
         prompt = (picked(self.texts, text)[:shared] + own or [0])[: self.longest - 1]
         max_tokens = min(max_tokens, self.longest - len(prompt))
@@ -280,7 +281,7 @@ class EngineMachine(RuleBasedStateMachine):
             name = min(set(NAMES) - {known.split(".")[0] for known in self.expected}, default=None)
             if name is None:
                 return
-            request = Request(name, prompt, params, arrival_time=self.clock(), priority=priorities[i], cache_salt=salt)
+            request = Request(name, prompt, params, cache_salt=salt, **drawn_at(self.clock(), drawn[i]))
             self.scheduler.add_request(request)
             self.clock.advance(pause)
             assert len(request.children) == n - 1

@@ -1,5 +1,7 @@
 """The scheduler: budget, order, fairness, aborts; its work does not grow with who waits. No model, no torch."""
 
+import inspect
+import itertools
 import subprocess
 import sys
 
@@ -355,9 +357,26 @@ def test_the_scheduler_imports_neither_torch_nor_numpy():
 
 # --- invariants, on random arrivals and aborts -----------------------------------------------------------------------
 
+# All that a policy sorts by; of `arrival_time`, how many seconds ago.
+RANKS = {"arrival_time": [0, 0.5, 7], "priority": [-1, 0, 1], "predicted_output_tokens": [None, 1, 5, 20]}
+ranks = st.sampled_from([dict(zip(RANKS, values, strict=True)) for values in itertools.product(*RANKS.values())])
+
+
+def drawn_at(now: float, drawn: dict) -> dict:
+    """What a request is given that is added now."""
+    return drawn | {"arrival_time": now - drawn["arrival_time"]}
+
+
+def test_random_requests_draw_all_that_a_policy_may_sort_by():
+    """A field that is new is drawn, or added here because no policy will ever sort by it."""
+    parameters = inspect.signature(Request).parameters.values()
+    optional = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert optional - RANKS.keys() == {"eos_token_ids", "cache_salt"}
+
+
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 12), st.integers(0, 3)),
+        st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 12), ranks),
         st.tuples(st.just("abort"), st.integers(0, 40)),
         st.tuples(st.just("step"), st.integers(1, 3)),
     ),
@@ -402,8 +421,9 @@ class Watch:
         self.aborted = set()
         self.outputs = {}
 
-    def add(self, prompt, output, priority):
-        request = made_request(f"{len(self.requests)}", self.scheduler.clock(), prompt, output, priority=priority)
+    def add(self, prompt, output, drawn):
+        made = drawn_at(self.scheduler.clock(), drawn)
+        request = made_request(f"{len(self.requests)}", num_prompt_tokens=prompt, num_output_tokens=output, **made)
         self.requests[request.request_id] = request
         self.scheduler.add_request(request)
 
