@@ -239,7 +239,7 @@ def test_the_storyteller_says_on_the_card_what_it_says_on_the_cpu():
 
 def test_host_blocks_are_pinned(on_gpu):
     cache = CacheEngine(on_gpu("qwen3").config, 4, BLOCK_SIZE, torch.float32, DEVICE, num_host_blocks=3)
-    assert cache.host_keys.is_pinned() and cache.host_values.is_pinned()
+    assert all(block.is_pinned() for block in (*cache.host_keys, *cache.host_values))
 
 
 # --- as exact as transformers ----------------------------------------------------------------------------------------

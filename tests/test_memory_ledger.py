@@ -1,9 +1,11 @@
 """The ledger adds up on every model, what was measured is enough for what runs, and a pool too small is refused."""
 
 import dataclasses
+import math
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, OutOfMemoryError
+from minillm.runtime.cache_engine import host_zeros
 from tiny_models import KINDS, random_token_ids
 
 ON_CPU = MemoryProfile(
@@ -97,8 +100,62 @@ def test_a_pool_smaller_than_one_request_is_refused_with_the_numbers():
 
 
 def test_blocks_to_swap_to_must_fit_the_machine():
-    with pytest.raises(OutOfMemoryError, match="401 host blocks need 401.0 MiB, the machine has 400.0 MiB"):
-        plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=401))
+    """Pinned, keys and values apart, in powers of two: 257 times half a MiB are twice 256 MiB."""
+    with pytest.raises(OutOfMemoryError, match="257 host blocks need 512.0 MiB, the machine has 400.0 MiB"):
+        plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=257))
+    assert plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=256)).host_blocks == 256 * MIB
+
+
+@pytest.mark.parametrize(
+    ("profile", "num_blocks", "num_host_blocks", "taken"),
+    [
+        (ON_CARD._replace(host_available=10_000 * MIB), 81, 81, 128 * MIB),  # as many as the pool has: 2 * 40.5 MiB
+        (ON_CARD, 81, 64, 64 * MIB),  # 65 would take 128 MiB, more than a quarter of 400
+        (ON_CARD._replace(host_available=7 * MIB), 81, 1, MIB),
+        (ON_CARD._replace(host_available=0), 81, 0, 0),
+        (ON_CPU, 250, 100, 100 * MIB),  # not pinned
+    ],
+)
+def test_as_many_blocks_to_swap_to_as_the_pool_has_but_a_quarter_of_the_memory_at_most(
+    profile, num_blocks, num_host_blocks, taken
+):
+    limits = dataclasses.replace(LIMITS, num_blocks=num_blocks, num_host_blocks=None)
+    ledger = plan_cache(profile, limits)
+    assert (ledger.num_host_blocks, ledger.host_blocks) == (num_host_blocks, taken)
+
+
+def test_swapping_on_a_large_card_takes_a_quarter_of_the_host_and_not_the_power_of_two_above():
+    block = 2 * 36 * 16 * 8 * 128 * 2  # bytes, of Qwen3-8B
+    h200 = MemoryProfile(16 * 2**30, 2**30, 0, block, 120 * 2**30, 200 * 2**30, card_bytes=140 * 2**30)
+    limits = CacheLimits(max_num_seqs=1000, max_model_len=4096, num_host_blocks=None)
+    ledger = plan_cache(h200, limits)
+    assert ledger.cache > 100 * 2**30 and 0.98 * 50 * 2**30 < ledger.num_host_blocks * block < ledger.host_blocks
+    assert ledger.host_blocks <= 50 * 2**30 and ledger.swap == 0
+    assert plan_cache(h200, dataclasses.replace(limits, num_host_blocks=0)).num_blocks == ledger.num_blocks
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 3, 4, 9, 16])
+def test_the_ledger_counts_what_is_taken_for_pinned_blocks(monkeypatch, num_blocks):
+    """The allocator is torch's: whatever is asked for takes a power of two."""
+    taken, torch_zeros = [], torch.zeros
+
+    def pinned_zeros(shape, dtype, pin_memory):
+        assert pin_memory
+        found = torch_zeros(shape, dtype=dtype)
+        taken.append(1 << math.ceil(math.log2(found.nbytes)))
+        return found
+
+    monkeypatch.setattr(torch, "zeros", pinned_zeros)
+    monkeypatch.setattr(memory_ledger, "PINNED_PIECE", 2**12)
+    shape = (3, 16, 2, 8)  # 1,536 bytes: 2 in each piece of 4,096
+    keys, values = (host_zeros(num_blocks, shape, torch.bfloat16, "cuda") for _ in range(2))
+    assert [block.shape for block in (*keys, *values)] == [shape] * 2 * num_blocks
+    bytes_per_block = 2 * math.prod(shape) * 2
+    ledger = plan_cache(
+        ON_CARD._replace(bytes_per_block=bytes_per_block), dataclasses.replace(LIMITS, num_host_blocks=num_blocks)
+    )
+    assert sum(taken) == ledger.host_blocks
+    assert len({block.data_ptr() for block in (*keys, *values)}) == 2 * num_blocks
 
 
 @pytest.mark.parametrize(
@@ -122,7 +179,7 @@ def test_impossible_limits_are_refused(wrong):
     st.builds(
         MemoryProfile,
         *[st.integers(0, 2**34) for _ in range(3)],
-        st.integers(1, 2**24),
+        st.integers(1, 2**23).map(lambda half: 2 * half),  # keys and values
         *[st.integers(0, 2**36) for _ in range(2)],
         st.none() | st.integers(2**30, 2**37),
     ),
@@ -143,6 +200,9 @@ def test_whatever_the_numbers_the_ledger_adds_up_or_refuses(profile, limits):
     assert ledger.free >= 0
     assert limits.least_blocks <= ledger.num_blocks <= limits.most_blocks(profile)
     assert ledger.cache == ledger.num_blocks * profile.bytes_per_block
+    assert ledger.host_blocks >= ledger.num_host_blocks * profile.bytes_per_block
+    if limits.num_host_blocks is None:
+        assert ledger.num_host_blocks <= ledger.num_blocks and 4 * ledger.host_blocks <= profile.host_available
 
 
 def test_the_table_printed_at_start_names_every_post():
@@ -156,7 +216,7 @@ def test_the_table_printed_at_start_names_every_post():
         "  masks                  1.0 MiB    0.3%",
         "  free                 131.0 MiB   43.7%",
     ]
-    assert "20 blocks, 20.0 MiB of host memory" in str(
+    assert "20 blocks, 32.0 MiB of host memory" in str(
         plan_cache(ON_CARD, dataclasses.replace(LIMITS, num_host_blocks=20))
     )
 

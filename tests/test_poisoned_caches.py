@@ -98,7 +98,8 @@ def poison_unused(cache, manager, poison):
     """All blocks that are in no table and not kept for their content, in the pool and of host memory."""
     unused, host = list(manager._free), list(manager._free_host)
     cache.keys[:, unused], cache.values[:, unused] = poison, poison
-    cache.host_keys[host], cache.host_values[host] = poison, poison
+    for block in host:
+        cache.host_keys[block].fill_(poison), cache.host_values[block].fill_(poison)
     return len(unused)
 
 

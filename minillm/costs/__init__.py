@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = hand_on(
             "available_memory",
             "blocks_needed",
             "mib",
+            "pieces",
             "plan_cache",
         ],
         "peak_memory": ["PeakMemory"],

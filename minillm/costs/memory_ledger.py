@@ -5,6 +5,7 @@ A worker loads the weights and measures the worst step (`MemoryProfile`); `plan_
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest i
 CPU_POOL_BYTES = 4 * 2**30  # most that a pool takes of the machine's memory where nobody says how large it is to be
 ROOM_FOR_PREFIXES = 2  # beside a card the pool holds at most so many times what running requests use, to cache prefixes
 NULL_BLOCKS = 1  # the block that stands for padding
+HOST_SHARE = 0.25  # of the machine's available memory goes to swapped blocks at most, unless they are asked for
+PINNED_PIECE = 2**28  # bytes of one piece of pinned memory: torch rounds each up to a power of two
 MIB = 2**20
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 
@@ -76,8 +79,8 @@ class MemoryLedger:
 
     @property
     def host_blocks(self) -> int:
-        """Bytes of the host blocks, wherever they are."""
-        return self.num_host_blocks * self.bytes_per_block
+        """Bytes of the host blocks, wherever they are; beside a card what is really taken for them."""
+        return host_bytes(self.num_host_blocks, self.bytes_per_block, pinned=not self.host_is_budget)
 
     @property
     def swap(self) -> int:
@@ -182,8 +185,9 @@ class CacheLimits:
 def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
     """How many blocks the engine gets: `limits.num_blocks`, or as many as the budget holds, `most_blocks` at most.
 
-    Blocks asked for by number may take all that is available. Raises OutOfMemoryError, before the pool is allocated,
-    if what was asked for does not fit, or less than one request of `max_model_len` does.
+    Blocks asked for by number may take all that is available. Host blocks are as many as those of the pool unless their
+    number is given, but no more than HOST_SHARE of the available memory holds. Raises OutOfMemoryError, before the pool
+    is allocated, if what was asked for does not fit, or less than one request of `max_model_len` does.
     """
     if limits.num_blocks is None:
         total = profile.budget(limits.gpu_memory_utilization)
@@ -200,7 +204,7 @@ def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
         bytes_per_block=profile.bytes_per_block,
         num_blocks=num_blocks,
         block_size=limits.block_size,
-        num_host_blocks=num_blocks if limits.num_host_blocks is None else limits.num_host_blocks,
+        num_host_blocks=_host_blocks(profile, num_blocks) if limits.num_host_blocks is None else limits.num_host_blocks,
         host_is_budget=profile.on_cpu,
     )
     ledger.check()
@@ -215,6 +219,28 @@ def _blocks_that_fit(profile: MemoryProfile, limits: CacheLimits, total: int) ->
     if limits.num_host_blocks is None:  # each block of the pool brings one for swapping
         return max(0, left // (2 * profile.bytes_per_block))
     return max(0, left // profile.bytes_per_block - limits.num_host_blocks)
+
+
+def _host_blocks(profile: MemoryProfile, num_blocks: int) -> int:
+    """As many as the pool has, if their share of the machine's memory holds them, else as many as that holds."""
+    share = int(profile.host_available * HOST_SHARE)
+    sizes = range(num_blocks + 1)
+    pinned = not profile.on_cpu
+    return bisect_right(sizes, share, key=lambda number: host_bytes(number, profile.bytes_per_block, pinned)) - 1
+
+
+def host_bytes(num_blocks: int, bytes_per_block: int, pinned: bool) -> int:
+    """What so many host blocks take of the machine's memory: keys and values apart, and if pinned, in `pieces`."""
+    if not pinned:
+        return num_blocks * bytes_per_block
+    half = bytes_per_block // 2
+    return 2 * sum(1 << (number * half - 1).bit_length() for number in pieces(num_blocks, half))
+
+
+def pieces(num_blocks: int, block_bytes: int) -> list[int]:
+    """Blocks in each piece of pinned memory: one large piece could take twice what it holds, see PINNED_PIECE."""
+    full = max(1, PINNED_PIECE // block_bytes)
+    return [min(full, num_blocks - first) for first in range(0, num_blocks, full)]
 
 
 def _too_small(profile: MemoryProfile, limits: CacheLimits, total: int, num_blocks: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.costs import blocks_needed, kv_bytes_per_token
+from minillm.costs import blocks_needed, kv_bytes_per_token, pieces
 from minillm.errors import ConfigError
 from minillm.model import ModelConfig
 from minillm.runtime.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput
@@ -20,8 +20,8 @@ from minillm.sampling import to_device
 class CacheEngine:
     """Pools of keys and values, [L, num_blocks, block_size, Hkv, D] each, and as many host blocks as asked for.
 
-    Host blocks are [num_host_blocks, L, block_size, Hkv, D]: a whole block is one piece of memory, so that it crosses
-    in one copy. Beside a GPU they are pinned: nobody waits for that copy. Everything starts as zeros. `tables` is the
+    Host blocks are lists of [L, block_size, Hkv, D]: a whole block lies together, so that it crosses in one copy.
+    Beside a GPU they are pinned: nobody waits for that copy. Everything starts as zeros. `tables` is the
     look-up from request to row; row r of `block_tables` lists the request's blocks in the order of its tokens, null
     blocks behind them.
     """
@@ -48,9 +48,9 @@ class CacheEngine:
         self.keys = zeros(shape, dtype, device)
         self.values = zeros(shape, dtype, device)
         self.layers = list(zip(self.keys, self.values, strict=True))  # of each layer, its two pools
-        host_shape = (num_host_blocks, config.num_hidden_layers, *block)
-        self.host_keys = host_zeros(host_shape, dtype, device)
-        self.host_values = host_zeros(host_shape, dtype, device)
+        host_block = (config.num_hidden_layers, *block)
+        self.host_keys = host_zeros(num_host_blocks, host_block, dtype, device)
+        self.host_values = host_zeros(num_host_blocks, host_block, dtype, device)
         self.rows: dict[str, int] = {}  # request id -> row of block_tables
         self.block_tables = np.zeros((16, 16), dtype=np.int64)
         self._free_rows = list(range(16))[::-1]
@@ -112,7 +112,8 @@ class CacheEngine:
         """Copy whole blocks, in all layers. On a GPU in the order of its stream: nobody waits for it here."""
         for pool, host in ((self.keys, self.host_keys), (self.values, self.host_values)):
             if move.kind == "swap_in":
-                blocks = torch.empty((len(move.sources), *host.shape[1:]), dtype=pool.dtype, device=pool.device)
+                shape = (len(move.sources), len(pool), *pool.shape[2:])
+                blocks = torch.empty(shape, dtype=pool.dtype, device=pool.device)
                 for block, source in zip(blocks, move.sources, strict=True):
                     block.copy_(host[source], non_blocking=True)
             else:
@@ -142,11 +143,12 @@ class CacheEngine:
                 pool.index_fill_(1, to_device(new_blocks, pool.device), 0)
 
 
-def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros in the machine's own memory, pinned if `device` is a GPU that reads and writes them."""
-    if torch.device(device).type == "cuda" and 0 not in shape:
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
-    return zeros(shape, dtype, "cpu")
+def host_zeros(num_blocks: int, block: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+    """Blocks of zeros in the machine's own memory, pinned if `device` is a GPU that reads and writes them."""
+    if torch.device(device).type != "cuda":
+        return list(zeros((num_blocks, *block), dtype, "cpu"))
+    sizes = pieces(num_blocks, math.prod(block) * dtype.itemsize)
+    return [each for size in sizes for each in torch.zeros((size, *block), dtype=dtype, pin_memory=True)]
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
