@@ -9,6 +9,8 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import minillm
 from minillm import costs
@@ -16,7 +18,7 @@ from minillm.bench import batching, simulator
 from minillm.bench import measuring as measure
 from minillm.cli import main as cli
 from minillm.costs.kv_bytes import kv_bytes_per_token
-from minillm.costs.shapes import H200, LLAMA_2_7B
+from minillm.costs.shapes import H200, LLAMA_2_7B, SHAPES
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, PromptError
 from minillm.ladder.contiguous import ContiguousExecutor
@@ -25,7 +27,7 @@ from minillm.model.decoder import Decoder
 from minillm.runtime.plan import NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.simulation import workload
 from minillm.simulation.clock import RealClock, VirtualClock
-from minillm.simulation.cost_model import Calibrated, Roofline, StepWork, non_negative_least_squares, preset
+from minillm.simulation.cost_model import CARDS, Calibrated, Roofline, StepWork, non_negative_least_squares, preset
 from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.reporting import SLO, ReportBuilder, Spread, report, spread
 from minillm.simulation.running import BATCHING, compare_batching, run
@@ -250,18 +252,45 @@ def test_work_counted_by_hand():
 # --- cost models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("context", "batch"), [(1, 1), (1000, 1), (500, 64), (200, 1000)])
-def test_the_roofline_of_a_decode_step_is_that_of_costs(context, batch):
-    roofline = Roofline(LLAMA_2_7B, H200, launch_overhead=0.0)
-    work = roofline.work(plan_of(*[(context - 1, 1)] * batch))
-    assert roofline.seconds(work) == pytest.approx(costs.decode_seconds(LLAMA_2_7B, H200, context, batch))
+@given(
+    st.sampled_from([*SHAPES]),
+    st.sampled_from([*CARDS]),
+    st.sampled_from([0.0, 1e-3]),
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 1000), st.booleans()), min_size=1, max_size=6),
+)
+def test_a_simulated_step_takes_what_costs_says_to_the_last_digit(shape, card, overhead, shapes):
+    """Of the plan, with every count, and of the event that the step leaves in the trace."""
+    parts = [
+        ScheduledRequest(f"{i}", start, range(n), samples, "decode") for i, (start, n, samples) in enumerate(shapes)
+    ]
+    plan = SchedulerOutput(0, 0.0, parts, num_tokens=sum(n for _, n, _ in shapes))
+    roofline = preset(shape, card, overhead)
+    simulated = roofline.seconds(roofline.work(plan))
+    what = (SHAPES[shape], CARDS[card])
+    keys, entries = sum(start + n for start, n, _ in shapes), sum(costs.causal_entries(k, k + n) for k, n, _ in shapes)
+    rows = sum(samples for *_, samples in shapes)
+    assert simulated == overhead + costs.step_seconds(*what, plan.num_tokens, rows, keys, entries)
+    tokens = tuple(ScheduledTokens(f"{i}", k, n, "decode", num_sampled=int(s)) for i, (k, n, s) in enumerate(shapes))
+    assert simulated == overhead + costs.trace_seconds(*what, [StepEvent(0, 0.0, 1.0, tokens)])
+    if len(shapes) == 1 and rows and keys == plan.num_tokens:
+        assert simulated == overhead + costs.prefill_seconds(*what, keys)
+    if rows == len(shapes) == plan.num_tokens == 1:
+        assert simulated == overhead + costs.decode_seconds(*what, keys)
 
 
-@pytest.mark.parametrize("num_tokens", [1000, 4000])
-def test_the_roofline_of_a_long_prompt_is_that_of_costs(num_tokens):
+def test_a_simulated_run_takes_what_costs_says_of_its_trace():
+    clock, roofline = VirtualClock(), Roofline(LLAMA_2_7B, H200, launch_overhead=0.0)
+    trace = run(BATCHING["continuous"](LIMITS, clock), SimulatedExecutor(roofline, clock), some_requests(), clock)
+    expected = costs.trace_seconds(LLAMA_2_7B, H200, trace.steps)
+    assert expected == pytest.approx(sum(step.end_time - step.start_time for step in trace.steps), rel=1e-9)
+    assert len(trace.steps) > 20
+
+
+@pytest.mark.parametrize("batch", [1, 64, 1000])
+def test_a_simulated_decode_step_takes_what_costs_says_of_a_batch(batch):
     roofline = Roofline(LLAMA_2_7B, H200, launch_overhead=0.0)
-    work = roofline.work(plan_of((0, num_tokens)))
-    assert roofline.seconds(work) == pytest.approx(costs.prefill_seconds(LLAMA_2_7B, H200, num_tokens), rel=1e-3)
+    work = roofline.work(plan_of(*[(499, 1)] * batch))
+    assert roofline.seconds(work) == costs.decode_seconds(LLAMA_2_7B, H200, 500, batch)
 
 
 def test_a_roofline_adds_launches_and_cache():

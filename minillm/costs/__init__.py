@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = hand_on(
         ],
         "peak_memory": ["PeakMemory"],
         "roofline": [
+            "StepPrices",
             "attention_flops",
             "cached_flops",
             "causal_entries",

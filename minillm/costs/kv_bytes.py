@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minillm.costs.memory_ledger import MemoryProfile
 from minillm.errors import Positive, check_number, checked
 from minillm.model import ModelConfig
 
@@ -23,8 +24,11 @@ class MemoryFit:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes left for the cache; 0 if the weights alone do not fit."""
-        return max(0, self.card_bytes - self.weight_bytes - self.reserved_bytes)
+        """Bytes left for the cache, as an engine plans its memory; 0 if the weights alone do not fit."""
+        sizes = {"weights": self.weight_bytes, "activations": self.reserved_bytes, "masks": 0, "host_available": 0}
+        available, block = self.card_bytes - self.weight_bytes, self.bytes_per_token
+        profile = MemoryProfile(**sizes, bytes_per_block=block, available=available, card_bytes=self.card_bytes)
+        return profile.room(profile.budget(gpu_memory_utilization=1.0))
 
     @property
     def num_tokens(self) -> int:

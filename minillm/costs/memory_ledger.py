@@ -57,6 +57,10 @@ class MemoryProfile(NamedTuple):
             return self.weights + int(self.available * CPU_MEMORY_SHARE)
         return self.weights + self.available - (self.card_bytes - int(self.card_bytes * gpu_memory_utilization))
 
+    def room(self, total: int) -> int:
+        """Bytes of a budget that are left for the cache; 0 if weights and activations alone do not fit."""
+        return max(0, total - self.weights - self.activations - self.masks)
+
 
 @dataclass(frozen=True)
 class MemoryLedger:
@@ -213,12 +217,12 @@ def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
 
 
 def _blocks_that_fit(profile: MemoryProfile, limits: CacheLimits, total: int) -> int:
-    left = total - profile.weights - profile.activations - profile.masks
+    blocks = profile.room(total) // profile.bytes_per_block
     if not profile.on_cpu:
-        return max(0, left // profile.bytes_per_block)
+        return blocks
     if limits.num_host_blocks is None:  # each block of the pool brings one for swapping
-        return max(0, left // (2 * profile.bytes_per_block))
-    return max(0, left // profile.bytes_per_block - limits.num_host_blocks)
+        return blocks // 2
+    return max(0, blocks - limits.num_host_blocks)
 
 
 def _host_blocks(profile: MemoryProfile, num_blocks: int) -> int:

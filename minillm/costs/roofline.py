@@ -7,6 +7,7 @@ beside them. Source of the bounds: the roofline model (Williams, Waterman and Pa
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from minillm.costs.kv_bytes import kv_bytes_per_token
 from minillm.costs.shapes import Card
@@ -65,6 +66,41 @@ def cached_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_token
     return prefill + tokenwise_flops(config, later, later) + attention_flops(config, causal_entries(n, n + later))
 
 
+class StepPrices(NamedTuple):
+    """Seconds that a card needs at least for each part of a step; every time said here is a sum of these.
+
+    Token-wise part: the larger of reading the weights once and multiplying by them. Then attention: the larger of
+    reading the cached keys and values and scoring them. A single new token scores what it reads in less time than it
+    reads it; a prompt's scores are matrix products.
+    """
+
+    layers: float  # reading their weights, once a step
+    head: float  # reading the output head's, in a step with logits
+    token: float  # multiplying one token by the layers' weights
+    logit_row: float  # the same by the head's
+    key: float  # reading the keys and values of one token
+    score: float  # one query-key pair a head
+
+    @classmethod
+    def of(cls, config: ModelConfig, card: Card, dtype_bytes: int) -> "StepPrices":
+        """What a model costs on a card, each in all layers."""
+        head = config.vocab_size * config.hidden_size
+        return cls(
+            layers=num_layer_parameters(config) * dtype_bytes / card.bandwidth,
+            head=head * dtype_bytes / card.bandwidth,
+            token=tokenwise_flops(config, 1, 0) / card.flops,
+            logit_row=tokenwise_flops(config, 0, 1) / card.flops,
+            key=kv_bytes_per_token(config, dtype_bytes) / card.bandwidth,
+            score=attention_flops(config, 1) / card.flops,
+        )
+
+    def seconds(self, num_tokens: int, num_logit_rows: int, keys_read: int, score_entries: int) -> float:
+        """Least time for one step; see `step_seconds`."""
+        reading = self.layers + self.head if num_logit_rows else self.layers
+        arithmetic = num_tokens * self.token + num_logit_rows * self.logit_row
+        return max(reading, arithmetic) + max(keys_read * self.key, score_entries * self.score)
+
+
 @checked
 def step_seconds(
     config: ModelConfig,
@@ -75,23 +111,19 @@ def step_seconds(
     score_entries: Count = 0,
     dtype_bytes: Positive = 2,
 ) -> float:
-    """Least time for one step: the larger of reading the weights once and the arithmetic, and reading the cache.
+    """Least time for one step, see `StepPrices`.
 
     `num_tokens` pass the layers and `num_logit_rows` of them the output head. The keys and values of `cached_tokens`
-    are read, those of all requests summed. `score_entries` query-key pairs a head count as arithmetic, for prompts,
-    whose scores are matrix products; a single new token's are not counted: reading its cache takes longer.
+    are read, those of all requests summed and the step's own included; `score_entries` are query-key pairs a head.
     """
-    head = config.vocab_size * config.hidden_size if num_logit_rows else 0
-    reading = (num_layer_parameters(config) + head) * dtype_bytes / card.bandwidth
-    flops = tokenwise_flops(config, num_tokens, num_logit_rows) + attention_flops(config, score_entries)
-    cache = cached_tokens * kv_bytes_per_token(config, dtype_bytes) / card.bandwidth
-    return max(reading, flops / card.flops) + cache
+    prices = StepPrices.of(config, card, dtype_bytes)
+    return prices.seconds(num_tokens, num_logit_rows, cached_tokens, score_entries)
 
 
 @checked
 def prefill_seconds(config: ModelConfig, card: Card, num_tokens: Count, dtype_bytes: Positive = 2) -> float:
-    """Least time for the prompt's pass: the larger of its arithmetic (causal scores) and reading the weights once."""
-    return step_seconds(config, card, num_tokens, 1, 0, causal_entries(0, num_tokens), dtype_bytes)
+    """Least time for the prompt's pass, with causal scores."""
+    return step_seconds(config, card, num_tokens, 1, num_tokens, causal_entries(0, num_tokens), dtype_bytes)
 
 
 @checked
@@ -103,7 +135,8 @@ def decode_seconds(
     Weights are read once for the whole batch or, with a large one, arithmetic takes longer; each request's cache is
     read besides.
     """
-    return step_seconds(config, card, batch_size, batch_size, batch_size * context, dtype_bytes=dtype_bytes)
+    contexts = batch_size * context
+    return step_seconds(config, card, batch_size, batch_size, contexts, contexts, dtype_bytes)
 
 
 @checked
@@ -111,7 +144,7 @@ def causal_entries(start: Count, end: Count) -> int:
     """Query-key pairs of the tokens at positions start .. end - 1, each of which sees itself and all before it."""
     if start > end:
         raise ConfigError(f"tokens from {start} to {end} are none; use start <= end")
-    return (end * (end + 1) - start * (start + 1)) // 2
+    return sum_below(end + 1) - sum_below(start + 1)
 
 
 @checked
@@ -126,12 +159,13 @@ def workload_seconds(
     longest = max((outputs for _, outputs in lengths), default=0)
     if not 1 <= longest <= MOST_STEPS:
         raise ConfigError(f"the longest of {len(lengths)} outputs has {longest} tokens; give 1 to {MOST_STEPS}")
+    prices = StepPrices.of(config, card, dtype_bytes)
     entries = sum(causal_entries(0, prompt) for prompt, _ in lengths)
     prompts = sum(prompt for prompt, _ in lengths)
-    seconds = step_seconds(config, card, prompts, len(lengths), 0, entries, dtype_bytes)
+    seconds = prices.seconds(prompts, len(lengths), prompts, entries)
     for generated in range(1, longest):
         contexts = [prompt + generated for prompt, outputs in lengths if outputs > generated]
-        seconds += step_seconds(config, card, len(contexts), len(contexts), sum(contexts), dtype_bytes=dtype_bytes)
+        seconds += prices.seconds(len(contexts), len(contexts), sum(contexts), sum(contexts))
     return seconds
 
 
@@ -142,19 +176,16 @@ def trace_seconds(config: ModelConfig, card: Card, steps: Iterable[StepEvent], d
     More than `workload_seconds` by what the batching cost: steps that were not full, tokens computed again, weights
     read for prompts and prompts' cached beginnings read once a chunk.
     """
-    seconds = 0.0
-    for step in steps:
-        chunks = [part for part in step.scheduled if part.num_tokens > 1]
-        seconds += step_seconds(
-            config,
-            card,
+    prices = StepPrices.of(config, card, dtype_bytes)
+    return sum(
+        prices.seconds(
             step.num_tokens,
             sum(part.num_sampled for part in step.scheduled),
-            sum(part.end for part in step.scheduled if part.num_tokens == 1) + sum(part.start for part in chunks),
-            sum(causal_entries(part.start, part.end) for part in chunks),
-            dtype_bytes,
+            sum(part.end for part in step.scheduled),
+            sum(causal_entries(part.start, part.end) for part in step.scheduled),
         )
-    return seconds
+        for step in steps
+    )
 
 
 @checked

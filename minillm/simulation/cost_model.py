@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from minillm import costs
-from minillm.costs import A100_80GB, H200, RTX_4090, SHAPES, Card, kv_bytes_per_token
+from minillm.costs import A100_80GB, H200, RTX_4090, SHAPES, Card, StepPrices
 from minillm.errors import (
     ConfigError,
     Positive,
@@ -98,11 +97,7 @@ class CostModel(Protocol):
 
 
 class Roofline:
-    """The least time a card needs: weights, cache, arithmetic, and launching the kernels.
-
-    Token-wise part: the larger of reading the weights once and multiplying by them. Attention: the larger of reading
-    the cached keys and values and scoring them. Source: Williams, Waterman and Patterson 2009.
-    """
+    """The least time a card needs, as `costs.StepPrices` has it, and launching the kernels."""
 
     @checked
     def __init__(
@@ -114,21 +109,16 @@ class Roofline:
         if launch_overhead is None:
             launch_overhead = config.num_hidden_layers * KERNELS_A_LAYER * LAUNCH_SECONDS
         self.launch_overhead = check_seconds("launch_overhead", launch_overhead, 0)
-        self._read_weights = costs.matmul_parameters(config) * dtype_bytes / card.bandwidth
-        self._per_slot = costs.tokenwise_flops(config, 1, num_logit_rows=0) / card.flops
-        self._per_logit_row = costs.tokenwise_flops(config, 0, num_logit_rows=1) / card.flops
-        self._per_key = kv_bytes_per_token(config, dtype_bytes) / card.bandwidth
-        self._per_score = costs.attention_flops(config, 1) / card.flops
+        self._prices = StepPrices.of(config, card, dtype_bytes)
 
     def work(self, plan: SchedulerOutput) -> StepWork:
         """The counts of a variable-length kernel."""
         return StepWork.of_variable_length_kernel(plan)
 
     def seconds(self, work: StepWork) -> float:
-        """Launches, token-wise part and attention, one after the other."""
-        arithmetic = work.slots * self._per_slot + work.logit_rows * self._per_logit_row
-        attention = max(work.keys_read * self._per_key, work.score_entries * self._per_score)
-        return self.launch_overhead + max(self._read_weights, arithmetic) + attention
+        """Launches, and then what `costs.step_seconds` says."""
+        least = self._prices.seconds(work.slots, work.logit_rows, work.keys_read, work.score_entries)
+        return self.launch_overhead + least
 
 
 def preset(shape: str, card: str, launch_overhead: float | None = None) -> Roofline:
