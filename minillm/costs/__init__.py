@@ -33,8 +33,6 @@ __getattr__, __dir__, __all__ = hand_on(
             "num_layer_parameters",
             "prefill_seconds",
             "step_seconds",
-            "sum_below",
-            "sum_of_squares_below",
             "tokenwise_flops",
             "trace_seconds",
             "workload_seconds",

@@ -31,7 +31,6 @@ class StepWork(NamedTuple):
     """What one step computes. Score entries are query-key pairs in one head of one layer."""
 
     slots: int  # tokens pushed through the model, padding included
-    useful_tokens: int  # those of them that are not padding
     rows: int  # requests that take part, rows of padding included
     rectangles: int  # 1 for a padded step, 0 for a ragged one
     chunks: int  # of those, how many compute several tokens in a ragged step
@@ -57,7 +56,7 @@ class StepWork(NamedTuple):
         rows = len(plan.scheduled)
         decode_keys = (rows - chunks) * longest
         scores, keys = chunk_scores + decode_keys, chunk_keys + decode_keys
-        return cls(plan.num_tokens, plan.num_tokens, rows, 0, chunks, logit_rows, scores, keys)
+        return cls(plan.num_tokens, rows, 0, chunks, logit_rows, scores, keys)
 
     @classmethod
     def _of_rectangle(cls, plan: SchedulerOutput) -> "StepWork":
@@ -65,7 +64,7 @@ class StepWork(NamedTuple):
         keys = rows * max(part.start + len(part.token_ids) for part in plan.scheduled)
         logit_rows = sum(part.samples for part in plan.scheduled)
         slots = rows * plan.row_length
-        return cls(slots, plan.num_tokens, rows, 1, 0, logit_rows, plan.row_length * keys, keys)
+        return cls(slots, rows, 1, 0, logit_rows, plan.row_length * keys, keys)
 
     @classmethod
     def of_variable_length_kernel(cls, plan: SchedulerOutput) -> "StepWork":
@@ -82,7 +81,7 @@ class StepWork(NamedTuple):
             chunks += num_tokens > 1
             keys += start + num_tokens
             scores += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-        return cls(plan.num_tokens, plan.num_tokens, len(plan.scheduled), 0, chunks, logit_rows, scores, keys)
+        return cls(plan.num_tokens, len(plan.scheduled), 0, chunks, logit_rows, scores, keys)
 
 
 @runtime_checkable
@@ -151,8 +150,8 @@ class Calibrated:
         return StepWork.of(plan)
 
     def seconds(self, work: StepWork) -> float:
-        """Every count times its price."""
-        return sum(price * count for price, count in zip(self.prices, _counts(work), strict=True))
+        """Every count times its price; the step itself counts as 1."""
+        return sum(price * count for price, count in zip(self.prices, (1, *work), strict=True))
 
     @property
     def prices(self) -> tuple[float, ...]:
@@ -180,16 +179,9 @@ class Calibrated:
     @classmethod
     def _fit(cls, measured: Sequence[tuple[StepWork, float]], units: Sequence[float]) -> "Calibrated":
         """Least squares of the error of each pair, measured in its own unit."""
-        rows = [[count / unit for count in _counts(work)] for (work, _), unit in zip(measured, units, strict=True)]
+        rows = [[count / unit for count in (1, *work)] for (work, _), unit in zip(measured, units, strict=True)]
         targets = [seconds / unit for (_, seconds), unit in zip(measured, units, strict=True)]
         return cls(*non_negative_least_squares(rows, targets))
-
-
-def _counts(work: StepWork) -> tuple[int, ...]:
-    """The counts that have a price, in the order of the prices; 1 is the step itself."""
-    work = work._asdict()
-    del work["useful_tokens"]  # a token costs the same, useful or not
-    return (1, *work.values())
 
 
 def non_negative_least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
