@@ -152,11 +152,21 @@ def test_nan_stays_with_those_who_see_it(what):
 
 
 def test_splits_fill_the_processors_and_follow_from_shapes_alone():
-    assert triton_kernels.splits_for(num_programs=8, max_keys=8192, processors=132) == 32
-    assert triton_kernels.splits_for(num_programs=64, max_keys=8192, processors=132) == 4
-    assert triton_kernels.splits_for(num_programs=2048, max_keys=8192, processors=132) == 1
-    assert triton_kernels.splits_for(num_programs=8, max_keys=200, processors=132) == 2
-    assert triton_kernels.splits_for(num_programs=8, max_keys=16, processors=132) == 1
+    of = partial(triton_kernels.splits_for, processors=132)  # of tiles of 64 keys
+    assert of(num_programs=8, max_tiles=128) == (66, 66, 16)  # four programs a processor
+    assert of(num_programs=64, max_tiles=128) == (8, 8, 16)
+    assert of(num_programs=64, max_tiles=512) == (32, 8, 16)  # of 1,024 keys at most
+    assert of(num_programs=2048, max_tiles=512) == (32, 1, 16)
+    assert of(num_programs=2048, max_tiles=32) == (1, 1, 32)  # not worth it
+    assert of(num_programs=8, max_tiles=3) == (3, 3, 16)
+    assert of(num_programs=8, max_tiles=1) == (1, 1, 1)
+    assert of(num_programs=2048, max_tiles=16384) == (128, 1, 128)
+    for num_programs in (1, 8, 100, 5000):
+        for max_tiles in (1, 2, 17, 33, 500, 4096):
+            most, wanted, tiles = of(num_programs=num_programs, max_tiles=max_tiles)
+            for num_tiles in {1, max_tiles // 2 + 1, max_tiles}:
+                share = max(1, min(-(-num_tiles // wanted), tiles))
+                assert -(-num_tiles // share) <= most <= triton_kernels.MAX_SPLITS
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 32])

@@ -11,7 +11,7 @@ rows of D loaded, for a request of n tokens in the cache, q of them new, Hq quer
     store_kv   2 * q * Hkv                         and as many stored
     decode     2 * n * Hkv  (+ Hq queries)         every key and value once: a program serves all heads of a group
                                                    (one program a query head would load 2 * n * Hq: group times as many)
-    combine    num_splits * Hq                     in float32; only splits that had something to look at
+    combine    splits * Hq                         in float32; nothing for a request whose keys were not split
     prefill    2 * n * Hkv * ceil(q / TILE_QUERIES)   at most: a tile of queries shares what it loads, and stops at its
                                                    diagonal (one program a query would load 2 * n * Hq * q)
 
@@ -44,6 +44,16 @@ DECODE_ROWS = 16  # of a decode tile: the heads of a group; what is over multipl
 TILE_KEYS = 64  # keys looked at together, from 64 / block_size blocks or from a part of one
 
 
+class Splits(NamedTuple):
+    """How the keys of each request are shared out; from shapes alone, so that a captured CUDA graph holds for all
+    lengths.
+    """
+
+    most: int  # that a request can have; 1: nothing is split
+    wanted: int  # so many equal ones, that all processors have work
+    tiles: int  # but none is longer: then there are more
+
+
 class Launch(NamedTuple):
     """How an attention kernel is compiled: what changes its speed and not its result."""
 
@@ -53,11 +63,17 @@ class Launch(NamedTuple):
     num_stages: int  # tiles under way at once: the loads of the next ones run while one is computed
 
 
-# Compiled for an H200 (Triton 3.6, bfloat16, D = 128) this takes 128 registers a thread and 39 KiB of shared memory:
-# four programs at once on a processor, each with the 32 KiB of its next tile under way. One of three stages goes to
-# looking up the table, so 4 give the same code as 3, and 5 load two tiles ahead.
+# Compiled for an H200 (Triton 3.6, bfloat16, D = 128) this takes 96 registers a thread and 39 KiB of shared memory,
+# each program with the 32 KiB of its next tile under way. One of three stages goes to looking up the table, so 4 give
+# the same code as 3, and 5 load two tiles ahead. Where keys are split it would take 168: with fewer it stores 24 bytes
+# a thread on the side, and as many programs as are counted on run at once.
 DECODE_LAUNCH = Launch(DECODE_ROWS, TILE_KEYS, num_warps=4, num_stages=3)
-MAX_SPLITS = 32
+PROGRAMS_A_PROCESSOR = 4  # at once
+REGISTERS = 128  # a thread of them has at most
+SPLIT_KEYS = 1024  # of a request that one program looks at, one tile after the other; longer ones are split
+MAX_SPLITS = 128
+COMBINED = 16  # splits that are put together at once
+LEAST_REQUESTS = 32  # looked through at once, though there are fewer: 32 threads do it
 CPU_PROCESSORS = 8  # as if the interpreter had as many: enough to have splits to test
 
 
@@ -94,9 +110,9 @@ def decode(
     """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
 
     `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
-    many are seen. `num_splits` programs share the keys of a request and a key head; without one it follows from shapes
-    alone, never from `lengths`, so that a captured CUDA graph holds for all lengths. `launch` changes the speed alone.
-    `out` is written if given.
+    many are seen. `num_splits` programs share the keys of a request and a key head, as equally as tiles allow; without
+    one see `splits_for`. The grid never follows from `lengths`. `launch` changes the speed alone. `out` is written if
+    given.
     Raises KernelError for what this kernel does not take.
     """
     group = check_decode(q, keys, values, tables, lengths, window, LIMITS)
@@ -104,27 +120,36 @@ def decode(
     out = output_for(q, out)
     num_requests, num_heads, head_size = q.shape
     block_size, num_kv_heads = keys.shape[1:3]
-    splits = num_splits or splits_for(
-        num_requests * num_kv_heads, tables.shape[1] * block_size, processors(q.device), launch.keys
-    )
-    if not 1 <= splits <= MAX_SPLITS:
-        raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
     if num_requests == 0:
         return out
-    parts, logs = out, out  # a single split writes the result itself and no logarithm
-    if splits > 1:
-        parts = torch.empty(num_requests, num_heads, splits, head_size, dtype=torch.float32, device=q.device)
-        logs = torch.empty(num_requests, num_heads, splits, dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_requests, num_kv_heads, splits)](
-        q, keys, values, tables, lengths, parts, logs, q.stride(0), tables.stride(0), _scale(head_size),
+    max_keys = tables.shape[1] * block_size
+    max_tiles = triton.cdiv(min(max_keys, window + launch.keys) if window else max_keys, launch.keys)
+    splits = (
+        Splits(num_splits, num_splits, max_tiles)
+        if num_splits is not None
+        else splits_for(num_requests * num_kv_heads, max_tiles, processors(q.device), launch.keys)
+    )
+    if not 1 <= splits.most <= MAX_SPLITS:
+        raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
+    parts, logs, num_sharing, requests = out, out, 0, 0  # where nothing is split, results are written at once
+    if splits.most > 1:
+        parts = torch.empty(num_requests, num_heads, splits.most, head_size, dtype=torch.float32, device=q.device)
+        logs = torch.empty(num_requests, num_heads, splits.most, dtype=torch.float32, device=q.device)
+        enough = triton.cdiv(PROGRAMS_A_PROCESSOR * processors(q.device), num_kv_heads)
+        num_sharing = min(num_requests * (splits.most - 1), enough)
+        requests = max(LEAST_REQUESTS, triton.next_power_of_2(num_requests))
+    _decode_kernel[(num_kv_heads, num_sharing + num_requests)](
+        q, keys, values, tables, lengths, out, parts, logs, q.stride(0), tables.stride(0), _scale(head_size),
+        num_requests, *splits,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_size, BLOCK_SIZE=block_size, WINDOW=window or 0,
-        NUM_SPLITS=splits, ROWS=launch.rows, KEYS=launch.keys, PRECISION=_precision(q),
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        REQUESTS=requests, ROWS=launch.rows, KEYS=launch.keys, PRECISION=_precision(q),
+        num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=REGISTERS if requests else None,
     )  # fmt: skip
-    if splits > 1:
+    if splits.most > 1:
         _combine_kernel[(num_requests * num_heads,)](
-            parts, logs, out, D=head_size, NUM_SPLITS=splits, SPLITS=triton.next_power_of_2(splits), num_warps=1
-        )
+            parts, logs, lengths, out, *splits,
+            NUM_HEADS=num_heads, D=head_size, WINDOW=window or 0, KEYS=launch.keys, SPLITS=COMBINED, num_warps=1,
+        )  # fmt: skip
     return out
 
 
@@ -165,14 +190,17 @@ def prefill(
     return out
 
 
-def splits_for(num_programs: int, max_keys: int, processors: int, tile_keys: int = TILE_KEYS) -> int:
-    """Into how many parts to split each request's keys, so that two programs a processor have work.
+def splits_for(num_programs: int, max_tiles: int, processors: int, tile_keys: int = TILE_KEYS) -> Splits:
+    """How to split the keys of requests with up to `max_tiles` tiles each.
 
-    `num_programs` there would be without splitting; a split is not worth less than a tile of keys. Powers of two, so
-    that few versions of the kernel are compiled.
+    `num_programs` there would be without splitting. Where these are too few for all processors, each request is split
+    so that they are enough; and no split is longer than SPLIT_KEYS, else one long request among many short ones would
+    keep all of them waiting. Two splits of what may be as long are not worth putting together.
     """
-    wanted = min(2 * processors // max(1, num_programs), max_keys // tile_keys, MAX_SPLITS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    wanted = max(1, min(PROGRAMS_A_PROCESSOR * processors // num_programs, max_tiles, MAX_SPLITS))
+    tiles = max(1, SPLIT_KEYS // tile_keys, triton.cdiv(max_tiles, MAX_SPLITS))
+    most = max(wanted, triton.cdiv(max_tiles, tiles))
+    return Splits(1, 1, max_tiles) if wanted == 1 and most <= 2 else Splits(most, wanted, tiles)
 
 
 # --- kernels ---
@@ -222,31 +250,81 @@ def _softmax_step(scores, v, best, total, acc, PRECISION: tl.constexpr):
     return new_best, total, acc
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_requests", "most_splits", "wanted_splits", "split_tiles"],
+    do_not_specialize_on_alignment=["tables", "lengths"],
+)
 def _decode_kernel(
-    q, keys, values, tables, lengths, parts, logs, q_stride, table_stride, scale,
+    q, keys, values, tables, lengths, out, parts, logs, q_stride, table_stride, scale,
+    num_requests, most_splits, wanted_splits, split_tiles,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One request, one key head and one split of its keys a program; its rows are the GROUP query heads that share
-    the key head, so each key comes from memory once for all of them.
+    """One key head of one split of a request's keys a program. The last programs of the grid take the first split of
+    each request. Those before them share all other splits, however many the lengths make: the work of long requests
+    begins first, and a short one has no program that finds nothing to do. REQUESTS, a power of two: so many are looked
+    through at once to find those splits; 0 if there are none.
     """
-    request = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    kv_head = tl.program_id(0)
+    place = tl.program_id(1)
+    begin, end, step = 0, 1, 1
+    num_sharing = 0
+    if REQUESTS:
+        num_sharing = tl.num_programs(1) - num_requests
+        every = tl.arange(0, REQUESTS)
+        looked_at = (every < num_requests) & (place < num_sharing)
+        length = tl.load(lengths + every, mask=looked_at, other=0).to(tl.int32)
+        further = tl.maximum(_splits(length, wanted_splits, split_tiles, WINDOW, KEYS)[3] - 1, 0)
+        ends = tl.cumsum(further, axis=0)  # request r has the splits numbered ends[r - 1] .. ends[r] - 1
+        if place < num_sharing:
+            begin, end, step = place, tl.sum(further, axis=0), num_sharing
+    for number in range(begin, end, step):
+        request = place - num_sharing
+        split = 0
+        if REQUESTS:
+            before = ends <= number
+            if place < num_sharing:
+                request = tl.sum(before.to(tl.int32), axis=0)
+                split = 1 + number - tl.max(tl.where(before, ends, 0), axis=0)
+        _decode_split(
+            request, kv_head, split, q, keys, values, tables, lengths, out, parts, logs, q_stride, table_stride, scale,
+            most_splits, wanted_splits, split_tiles, NUM_KV_HEADS, GROUP, D, BLOCK_SIZE, WINDOW, REQUESTS, ROWS, KEYS,
+            PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _splits(length, wanted_splits, split_tiles, WINDOW: tl.constexpr, KEYS: tl.constexpr):
+    """The first key to be seen and its tile, tiles of a split, and splits: of as many equal ones as are wanted, or of
+    more if these would be longer than `split_tiles`.
+    """
+    start = tl.maximum(length - WINDOW, 0) if WINDOW else length * 0
+    first_tile = start // KEYS
+    num_tiles = tl.cdiv(length, KEYS) - first_tile
+    share = tl.maximum(tl.minimum(tl.cdiv(num_tiles, wanted_splits), split_tiles), 1)
+    return start, first_tile, share, tl.cdiv(num_tiles, share)
+
+
+@triton.jit
+def _decode_split(
+    request, kv_head, split, q, keys, values, tables, lengths, out, parts, logs, q_stride, table_stride, scale,
+    most_splits, wanted_splits, split_tiles,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows are the GROUP query heads that share the key head, so each key comes from memory once for all of them."""
+    request = request.to(tl.int64)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, D)
     head = kv_head * GROUP + row
     real = row < GROUP
 
-    # Tiles that hold a key to be seen, shared out evenly: split s takes tiles first + s * share, ...
     length = tl.load(lengths + request).to(tl.int32)
-    start = tl.maximum(length - WINDOW, 0) if WINDOW else 0
-    first_tile = start // KEYS
-    end_tile = tl.cdiv(length, KEYS)
-    share = tl.cdiv(end_tile - first_tile, NUM_SPLITS)
-    own_first = first_tile + split * share
-    own_end = tl.minimum(own_first + share, end_tile)
+    start, own_first, share, num_splits = _splits(length, wanted_splits, split_tiles, WINDOW, KEYS)
+    own_end = tl.cdiv(length, KEYS)
+    if REQUESTS:
+        own_first += split * share
+        own_end = tl.minimum(own_first + share, own_end)
 
     q_tile = tl.load(q + request * q_stride + head[:, None] * D + column[None, :], mask=real[:, None], other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -266,31 +344,49 @@ def _decode_kernel(
 
     divisor = tl.where(total == 0.0, 1.0, total)  # nothing seen: 0 / 1, not 0 / 0
     acc = acc / divisor[:, None]
-    part = (request * NUM_KV_HEADS * GROUP + head) * NUM_SPLITS + split
-    if NUM_SPLITS > 1:
-        # A split without keys says so by -inf, and stores nothing that combine would read.
-        tl.store(logs + part, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=real)
-        real = real & (own_first < own_end)
-    tl.store(parts + part[:, None] * D + column[None, :], acc.to(parts.dtype.element_ty), mask=real[:, None])
+    own = request * NUM_KV_HEADS * GROUP + head
+    whole = real
+    if REQUESTS:  # one split of several is for the combine kernel
+        whole = real & (num_splits <= 1)
+        part = own * most_splits + split
+        tl.store(logs + part, best + tl.log2(divisor), mask=real & (num_splits > 1))
+        tl.store(parts + part[:, None] * D + column[None, :], acc, mask=(real & (num_splits > 1))[:, None])
+    tl.store(out + own[:, None] * D + column[None, :], acc.to(out.dtype.element_ty), mask=whole[:, None])
 
 
-@triton.jit
-def _combine_kernel(parts, logs, out, D: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr):
-    """One query head of one request a program: its NUM_SPLITS parts, neighbours in memory, each weighted by the share
-    2^log of all exponentials that it has summed.
+@triton.jit(
+    do_not_specialize=["most_splits", "wanted_splits", "split_tiles"], do_not_specialize_on_alignment=["lengths"]
+)
+def _combine_kernel(
+    parts, logs, lengths, out, most_splits, wanted_splits, split_tiles,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One query head of one request a program: the parts that its splits left, neighbours in memory, each weighted by
+    the share 2^log of all exponentials that it has summed.
     """
     row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
+    length = tl.load(lengths + row // NUM_HEADS).to(tl.int32)
+    num_splits = _splits(length, wanted_splits, split_tiles, WINDOW, KEYS)[3]
+    if num_splits <= 1:
+        return  # the split has written the result itself
     column = tl.arange(0, D)
-    log = tl.load(logs + row * NUM_SPLITS + split, mask=split < NUM_SPLITS, other=float("-inf"))
-    used = log != float("-inf")  # true of NaN, which must come out
-    best = tl.max(log, axis=0)
-    weight = tl.where(used, tl.exp2(log - tl.where(best == float("-inf"), 0.0, best)), 0.0)
-    part = tl.load(
-        parts + (row * NUM_SPLITS + split[:, None]) * D + column[None, :], mask=used[:, None], other=0.0
-    )  # [SPLITS, D]
-    total = tl.sum(weight, axis=0)
-    mean = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    first = row * most_splits
+    best = float("-inf")
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
+    for chunk in range(0, num_splits, SPLITS):
+        split = chunk + tl.arange(0, SPLITS)
+        used = split < num_splits
+        log = tl.load(logs + first + split, mask=used, other=float("-inf"))
+        part = tl.load(parts + (first + split[:, None]) * D + column[None, :], mask=used[:, None], other=0.0)
+        new_best = tl.maximum(best, tl.max(log, axis=0))
+        base = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing but scores of -inf: -inf - -inf is NaN
+        weight = tl.exp2(log - base)  # NaN for NaN, which must come out
+        rescale = tl.exp2(best - base)
+        total = total * rescale + tl.sum(weight, axis=0)
+        acc = acc * rescale + tl.sum(part * weight[:, None], axis=0)
+        best = new_best
+    mean = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * D + column, mean.to(out.dtype.element_ty))
 
 
@@ -309,9 +405,10 @@ def _prefill_kernel(
     first_row = tl.load(query_starts + request).to(tl.int64)
     num_queries = (tl.load(query_starts + request + 1) - first_row).to(tl.int32)
     length = tl.load(lengths + request).to(tl.int32)
-    first_query = tl.program_id(0) * TILE_QUERIES
-    if first_query >= num_queries:
+    tile_of_queries = tl.cdiv(num_queries, TILE_QUERIES) - 1 - tl.program_id(0)  # the last one has most keys
+    if tile_of_queries < 0:
         return  # the grid is as long as the longest request
+    first_query = tile_of_queries * TILE_QUERIES
 
     row = tl.arange(0, ROWS)
     column = tl.arange(0, D)
