@@ -201,8 +201,8 @@ from minillm.kernels import triton_ops
 floats = ["x", "residual", "weight", "out", "qkv", "q_weight", "k_weight", "cosines", "sines", "q", "keys", "values"]
 types = dict.fromkeys([*floats, "gate_up"], "*bf16")
 types |= {"slots": "*i64", "eps": "fp32", "size": "i32"}
-constants = dict(NUM_HEADS=16, NUM_KV_HEADS=8, HALF=64, NORMED=True)
-for name, columns, warps in (("add_rms_norm", 4096, 8), ("norm_rotate_store", 0, 1), ("silu_mul", 1024, 4)):
+constants = dict(NUM_HEADS=16, NUM_KV_HEADS=8, HALF=64, HEADS=triton_ops.HEADS, NORMED=True)
+for name, columns, warps in (("add_rms_norm", 4096, 8), ("norm_rotate_store", 0, 4), ("silu_mul", 1024, 4)):
     kernel = getattr(triton_ops, f"_{name}_kernel")
     constants["COLUMNS"] = columns
     own = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
@@ -220,7 +220,7 @@ def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
     """Triton's compiler needs no GPU: neighbours are loaded together, nothing is spilled, little memory is shared."""
     rows = compiled(COMPILE)
     assert list(rows) == ["add_rms_norm", "norm_rotate_store", "silu_mul"]
-    assert rows["add_rms_norm"][1] == rows["silu_mul"][1] == "True"
+    assert all(wide == "True" for _, wide, _ in rows.values())
     assert all(spills == "False" and int(shared) <= 1024 for shared, _, spills in rows.values())
 
 
@@ -285,6 +285,11 @@ def small_norm_rotate_store(fused):
     check_norm_rotate_store(fused, torch.float32)
 
 
+def single_kv_head(fused):
+    """3 heads in all: most of a program's tile is of none."""
+    check_norm_rotate_store(fused, torch.float32, heads=(1, 1))
+
+
 BUGS = {
     "residual is not updated": ("tl.store(residual + row + column, total, mask=real)", "pass", small_add_rms_norm),
     "norm without eps": ("/ size + eps)", "/ size)", small_add_rms_norm),
@@ -293,8 +298,29 @@ BUGS = {
     "up is gate": ("source + size, mask", "source, mask", small_silu_mul),
     "silu without its sign": ("tl.exp(-gate)", "tl.exp(gate)", small_silu_mul),
     "head norm without eps": ("/ D + eps)", "/ D)", small_norm_rotate_store),
-    "head norm of one half": ("+ tl.sum(second * second, axis=0)", "", small_norm_rotate_store),
-    "k is normalised as q": ("weight = k_weight + column", "weight = q_weight + column", small_norm_rotate_store),
+    "head norm of one half": ("+ tl.sum(second * second, axis=1)", "", small_norm_rotate_store),
+    "head norm over all heads": (
+        "(tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)[:, None]",
+        "(tl.sum(first * first) + tl.sum(second * second)) / D + eps)",
+        small_norm_rotate_store,
+    ),
+    "k is normalised as q": (
+        "low_weight = tl.where(of_q, ",
+        "low_weight = tl.where(head >= 0, ",
+        small_norm_rotate_store,
+    ),
+    "one half's norm for both": (
+        "tl.load(q_weight + HALF + column)",
+        "tl.load(q_weight + column)",
+        small_norm_rotate_store,
+    ),
+    "the last heads are left out": ("triton.cdiv(all_heads, HEADS)", "all_heads // HEADS", small_norm_rotate_store),
+    "every program takes the first heads": (
+        "head = tl.program_id(1) * HEADS + tl",
+        "head = tl.program_id(1) * 0 + tl",
+        small_norm_rotate_store,
+    ),
+    "heads that are not there are stored": ("stored = real & (slot", "stored = (head >= 0) & (slot", single_kv_head),
     "turned the wrong way": ("+ second * tl.load(sines", "- second * tl.load(sines", small_norm_rotate_store),
     "both halves by the first's table": ("angle += HALF", "angle += 0", small_norm_rotate_store),
     "key's head is counted from 0": (
@@ -307,7 +333,12 @@ BUGS = {
         "head - NUM_HEADS) * D",
         small_norm_rotate_store,
     ),
-    "padding is stored": ("elif slot >= 0:", "else:", small_norm_rotate_store),
+    "padding is stored": ("stored = real & (slot >= 0)", "stored = real", small_norm_rotate_store),
+    "keys are stored as values": (
+        "mask=stored & of_v)\n    tl.store(target + HALF, high,",
+        "mask=stored)\n    tl.store(target + HALF, high,",
+        small_norm_rotate_store,
+    ),
 }
 
 

@@ -22,6 +22,7 @@ __all__ = ["add_rms_norm", "norm_rotate_store", "sample_rows", "silu_mul"]
 
 MOST_COLUMNS = 16384  # of a row that one program keeps in registers
 SILU_COLUMNS = 1024  # of a silu_mul tile
+HEADS = 8  # of a token that one program of norm_rotate_store takes: enough bytes under way to be worth its beginning
 
 
 # --- what callers see: see `ops` for what they mean ---
@@ -62,9 +63,10 @@ def norm_rotate_store(
     q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype, device=qkv.device)
     if num_tokens:
         normed = q_weight is not None
-        _norm_rotate_store_kernel[(num_tokens, all_heads)](
+        _norm_rotate_store_kernel[(num_tokens, triton.cdiv(all_heads, HEADS))](
             qkv, q_weight if normed else qkv, k_weight if normed else qkv, *rotation, slots, q, keys, values, eps,
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_size // 2, NORMED=normed, num_warps=1,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_size // 2, HEADS=HEADS, NORMED=normed,
+            num_warps=4,
         )  # fmt: skip
     return q
 
@@ -102,43 +104,47 @@ def _add_rms_norm_kernel(x, residual, weight, out, eps, size, COLUMNS: tl.conste
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _norm_rotate_store_kernel(
     qkv, q_weight, k_weight, cosines, sines, slots, q, keys, values, eps,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token a program, as its two halves: number i of one is turned with number i of the other."""
+    """HEADS heads of one token a program, each as its two halves: number i of one is turned with number i of the other.
+
+    What is loaded and computed is the same for q, k and v; what is stored is not.
+    """
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, HALF)
-    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * D + column
-    low, high = tl.load(source), tl.load(source + HALF)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
+    column = tl.arange(0, HALF)[None, :]
+    real = head < NUM_HEADS + 2 * NUM_KV_HEADS
+    of_q = head < NUM_HEADS
+    of_v = head >= NUM_HEADS + NUM_KV_HEADS
+    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * D + column  # [HEADS, HALF]
+    low, high = tl.load(source, mask=real, other=0.0), tl.load(source + HALF, mask=real, other=0.0)
+    first, second = low.to(tl.float32), high.to(tl.float32)
+    if NORMED:
+        scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)[:, None]
+        low_weight = tl.where(of_q, tl.load(q_weight + column), tl.load(k_weight + column)).to(tl.float32)
+        first = first * scale * low_weight
+        high_weight = tl.where(of_q, tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column))
+        second = second * scale * high_weight.to(tl.float32)
+    angle = token * D + column
+    turned = first * tl.load(cosines + angle).to(tl.float32) + second * tl.load(sines + angle).to(tl.float32)
+    angle += HALF
+    partner = second * tl.load(cosines + angle).to(tl.float32) + first * tl.load(sines + angle).to(tl.float32)
+    turned, partner = turned.to(low.dtype), partner.to(low.dtype)
+
+    target = q + (token * NUM_HEADS + head) * D + column
+    tl.store(target, turned, mask=of_q)
+    tl.store(target + HALF, partner, mask=of_q)
     slot = tl.load(slots + token).to(tl.int64)
-    if head >= NUM_HEADS + NUM_KV_HEADS:
-        if slot >= 0:
-            target = values + (slot * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * D + column
-            tl.store(target, low)
-            tl.store(target + HALF, high)
-    else:
-        first, second = low.to(tl.float32), high.to(tl.float32)
-        if NORMED:
-            scale = tl.rsqrt((tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / D + eps)
-            weight = q_weight + column
-            if head >= NUM_HEADS:
-                weight = k_weight + column
-            first = first * scale * tl.load(weight).to(tl.float32)
-            second = second * scale * tl.load(weight + HALF).to(tl.float32)
-        angle = token * D + column
-        turned = first * tl.load(cosines + angle).to(tl.float32) + second * tl.load(sines + angle).to(tl.float32)
-        angle += HALF
-        partner = second * tl.load(cosines + angle).to(tl.float32) + first * tl.load(sines + angle).to(tl.float32)
-        dtype = q.dtype.element_ty
-        if head < NUM_HEADS:
-            target = q + (token * NUM_HEADS + head) * D + column
-            tl.store(target, turned.to(dtype))
-            tl.store(target + HALF, partner.to(dtype))
-        elif slot >= 0:
-            target = keys + (slot * NUM_KV_HEADS + head - NUM_HEADS) * D + column
-            tl.store(target, turned.to(dtype))
-            tl.store(target + HALF, partner.to(dtype))
+    stored = real & (slot >= 0)
+    target = keys + (slot * NUM_KV_HEADS + head - NUM_HEADS) * D + column
+    of_k = stored & (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    tl.store(target, turned, mask=of_k)
+    tl.store(target + HALF, partner, mask=of_k)
+    target = values + (slot * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * D + column
+    tl.store(target, low, mask=stored & of_v)
+    tl.store(target + HALF, high, mask=stored & of_v)
 
 
 @triton.jit
