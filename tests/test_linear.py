@@ -74,3 +74,14 @@ def test_a_packed_model_gives_the_same_logits_however_few_ids_its_tokenizer_has(
         packed = model.logits(model(token_ids, token_ids, CausalAttention(model.config)))
     assert packed.shape == (7, num_tokens or 4000)
     assert torch.allclose(packed, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_tokens", "stride"), [(200, 130, 192), (150, 130, 130), (128, None, 128)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_an_odd_vocabulary_are_rows_of_an_aligned_product(vocab_size, num_tokens, stride, tied):
+    config = dataclasses.replace(CONFIG, vocab_size=vocab_size, tie_word_embeddings=tied, num_tokens=num_tokens)
+    model, hidden = Decoder(config), torch.randn(3, CONFIG.hidden_size)
+    plain = model.logits(hidden)
+    assert plain.is_contiguous() and plain.shape == (3, config.num_sampled_ids)
+    away = model.to("meta").logits(hidden.to("meta"))  # as on a GPU
+    assert away.shape == plain.shape and away.stride() == (stride, 1)

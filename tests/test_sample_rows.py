@@ -141,17 +141,19 @@ from minillm.kernels import triton_sampling
 
 types = {"logits": "*bf16", "temperatures": "*fp32", "seeds": "*i64", "draws": "*i64", "token_ids": "*i64"}
 types |= {"best": "*i32", "scores": "*fp32", "num_ids": "i32", "tiles_a_part": "i32", "num_parts": "i32"}
-constants = dict(STRIDE=triton_sampling.NOISE_STRIDE, ROUNDS=10, GREEDY=1e-5, PARTS=4)
+types |= {"row_stride": "i32", "num_read": "i32"}
+constants = dict(STRIDE=triton_sampling.NOISE_STRIDE, ROUNDS=10, GREEDY=1e-5, COMPILED=True, PARTS=4)
 for name, warps in (("sample", 4), ("pick", 1)):
     kernel = getattr(triton_sampling, f"_{name}_kernel")
     own = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    aligned = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in ("logits", "num_ids")
-               if argument in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]]
+               for argument in ("logits", "row_stride", "num_read") if argument in kernel.arg_names}
     source = ASTSource(kernel, signature, own, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
     ptx = compiled.asm["ptx"]
     print(name, compiled.metadata.shared, "ld.global.v" in ptx, "st.local" in ptx)
+    assert name == "pick" or 0 < ptx.count("div.") + ptx.count("ex2") < 3 < ptx.count("lg2.approx")  # not a token
 print("specialised", *[f"{kernel.__name__}.{each.name}" for kernel in (
     triton_sampling._sample_kernel, triton_sampling._pick_kernel) for each in kernel.params
     if each.is_constexpr or not (each.do_not_specialize or each.do_not_specialize_on_alignment)])
@@ -165,8 +167,9 @@ def test_the_kernels_compile_for_a_gpu_of_compute_capability_9():
     assert list(rows) == ["sample", "pick"] and rows["sample"][1] == "True"
     assert all(spills == "False" and int(shared) <= 4096 for shared, _, spills in rows.values())
     # What follows from the number of rows: a step of another size must not wait for the compiler.
-    assert "_sample_kernel.num_ids" in specialised
-    assert not {"_sample_kernel.tiles_a_part", "_pick_kernel.num_parts"} & specialised
+    assert {"_sample_kernel.row_stride", "_sample_kernel.num_read"} <= specialised
+    assert not {f"_sample_kernel.{name}" for name in ("num_ids", "tiles_a_part")} & specialised
+    assert "_pick_kernel.num_parts" not in specialised
     assert [name for name in specialised if "PARTS" in name] == ["_pick_kernel.PARTS"]  # powers of two
 
 
@@ -183,6 +186,7 @@ REFUSED = {
     "temperatures: torch.float64": lambda: sample_of(temperatures=torch.zeros(2, dtype=torch.float64, device=DEVICE)),
     "seeds: torch.int32": lambda: sample_of(seeds=integers(1, 2).int()),
     r"draws.*\[1\].*\[2\]": lambda: sample_of(draws=integers(1)),
+    "logits of shape.*contiguous matrix": lambda: sample_of(logits=random(50, 2).T),
     "logits of 0 ids": lambda: sample_of(logits=torch.zeros(2, 0, device=DEVICE)),
 }
 
@@ -196,6 +200,29 @@ def test_what_sampling_does_not_take_is_refused_by_name(message):
 # --- bugs planted in the source ---
 
 
+def rows_apart(fused):
+    """Rows of a wider matrix, with NaN behind them; of the last row's, memory may end with its ids."""
+    logits, *numbers = sampling_case(6, 999)
+    wide = torch.full((6, 1024), math.nan, device=DEVICE)
+    wide[:, :999] = logits
+    ends = torch.cat([wide.flatten()[: 5 * 1024 + 999]]).as_strided((6, 999), (1024, 1))
+    assert (fused.readable(wide[:, :999]), fused.readable(logits), fused.readable(ends)) == (1008, 999, 999)
+    for each in (wide[:, :999], ends):
+        assert fused.sample_rows(each, *numbers).tolist() == plain.sample_rows(logits, *numbers).tolist()
+
+
+def rare_noise(fused):
+    """Two tokens, the first with noise near the end of the series: its logit makes up for the rest, all but 5e-5."""
+    seeds = torch.arange(4000, device=DEVICE)
+    noise = plain.gumbel_noise(seeds, seeds, 2)
+    rows = ((noise[:, 0] > 3.3) & (noise[:, 0] < 4)).nonzero().flatten()[:80]
+    first_wins = rows % 2 == 0
+    logits = torch.zeros(len(rows), 2, device=DEVICE)
+    logits[:, 0] = noise[rows, 1] - noise[rows, 0] + torch.where(first_wins, 5e-5, -5e-5)
+    ids = fused.sample_rows(logits, torch.ones(len(rows), device=DEVICE), rows, rows)
+    assert len(rows) == 80 and ids.tolist() == (~first_wins).long().tolist()
+
+
 def minus_one(fused):
     check_not_finite(fused, 1.0, 1300)
 
@@ -205,8 +232,18 @@ BUGS = {
     "draws share their noise": ("draw = tl.load(draws + row)", "draw = tl.load(draws)", check_same_tokens),
     "half of the draw's number": ("zero + low, zero + high", "zero + low, zero", check_same_tokens),
     "tiles share their noise": ("(tile * STRIDE + lane).to", "lane.to", check_same_tokens),
-    "one word for two quarters": ("_gumbel(n2)", "_gumbel(n1)", check_same_tokens),
-    "noise is scaled too": ("logit / temperature + noise", "(logit + noise) / temperature", check_same_tokens),
+    "one word for two quarters": ("_gumbel(n2, COMPILED)", "_gumbel(n1, COMPILED)", check_same_tokens),
+    "noise is scaled too": ("logit * factor + noise", "(logit + noise) * factor", check_same_tokens),
+    "noise in other units than scores": ("factor = 1.4426950408889634 /", "factor = 1.0 /", check_same_tokens),
+    "the series in other units": ("series * 1.4426950408889634", "series", rare_noise),
+    "a series that is too short": ("(0.33333334 + u * 0.25)", "0.0", rare_noise),
+    "rows lie side by side": ("logits += row * row_stride", "logits += row * num_ids", rows_apart),
+    "what is behind the ids is taken": (
+        "tl.where(own < num_ids, logit, float",
+        "tl.where(own >= 0, logit, float",
+        rows_apart,
+    ),
+    "ids are counted by what is read": ("mask=own < num_read", "mask=own < num_ids - 1", check_the_last_token),
     "7 rounds": ("ROUNDS=PHILOX_ROUNDS", "ROUNDS=7", check_same_tokens),
     "the last tile is left out": ("tl.cdiv(num_ids, 4 * STRIDE))", "num_ids // (4 * STRIDE))", check_the_last_token),
     "parts lie over each other": ("first_tile = part * tiles_a_part", "first_tile = 0 * part", check_the_last_token),

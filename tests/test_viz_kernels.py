@@ -59,17 +59,27 @@ def seen(monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
     found = Seen(defaultdict(list), defaultdict(list))
-    row_offsets, softmax_step = kernels._row_offsets, kernels._softmax_step
+    row_offsets, softmax_step, decode_split = kernels._row_offsets, kernels._softmax_step, kernels._decode_split
+    program = []  # of decode: (request, KV head, split), whichever place of the grid has taken them; else the place
+
+    def place():
+        return program[-1] if program else interpreter_builder.grid_idx
+
+    def take_over(*arguments):
+        own = arguments[:3]
+        program.append(tuple(int(each.handle.data.item()) if hasattr(each, "handle") else each for each in own))
+        return decode_split(*arguments)
 
     def look_up(table, position, present, *rest):
         keys, is_read = (np.atleast_1d(each.handle.data) for each in (position, present))
-        found.keys[interpreter_builder.grid_idx].append(keys[np.broadcast_to(is_read, keys.shape)].tolist())
+        found.keys[place()].append(keys[np.broadcast_to(is_read, keys.shape)].tolist())
         return row_offsets(table, position, present, *rest)
 
     def take_in(scores, *rest):
-        found.masked[interpreter_builder.grid_idx].append(bool(np.isneginf(scores.handle.data).any()))
+        found.masked[place()].append(bool(np.isneginf(scores.handle.data).any()))
         return softmax_step(scores, *rest)
 
+    monkeypatch.setattr(kernels, "_decode_split", take_over)
     monkeypatch.setattr(kernels, "_row_offsets", look_up)
     monkeypatch.setattr(kernels, "_softmax_step", take_in)
     return found
@@ -127,7 +137,7 @@ def test_prefill_tiles_are_the_keys_that_each_program_reads(seen, length, num_qu
     sides = {"tile_rows": 32, "tile_keys": 32} if dtype == torch.float32 else {}
     picture = PrefillTiles(length, num_queries, group=group, window=window, **sides)
     assert len(picture.programs) == len(seen.keys)
-    for index, program in enumerate(picture.programs):
+    for index, program in enumerate(reversed(picture.programs)):  # the kernel begins with the longest
         expected = [[key for key in picture.loaded(program, tile) if key < length] for tile in program.tiles]
         assert seen.keys[index, 0, 0] == expected
         masked = [picture.state(program, tile) is MASKED for tile in program.tiles]

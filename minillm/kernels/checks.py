@@ -146,10 +146,19 @@ def check_integers(name: str, x: Tensor, shape: tuple[int, ...], beside: Tensor)
 
 
 def check_matrix(
-    name: str, x: Tensor, limits: Limits, shape: tuple[int, ...] | None = None, beside: Tensor | None = None
+    name: str,
+    x: Tensor,
+    limits: Limits,
+    shape: tuple[int, ...] | None = None,
+    beside: Tensor | None = None,
+    *,
+    rows_apart: bool = False,
 ) -> None:
-    """Raise KernelError unless `x` is a matrix within the limits, without gaps; of this shape and `beside`'s kind."""
-    if x.ndim != 2 or not x.is_contiguous():
+    """Raise KernelError unless `x` is a matrix within the limits; of this shape and `beside`'s kind.
+
+    There may be no gaps in it, with `rows_apart` none but between rows.
+    """
+    if x.ndim != 2 or not (x.is_contiguous() or (rows_apart and x.stride(1) == 1 and x.stride(0) >= x.shape[1])):
         raise KernelError(f"{name} of shape {list(x.shape)}, strides {list(x.stride())}: pass a contiguous matrix")
     if x.dtype not in limits.dtypes or x.device.type not in limits.devices:
         raise KernelError(
@@ -177,9 +186,11 @@ def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, limits: Limi
     check_table("weight", weight, (x.shape[1],), x)
 
 
-def check_sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor, limits: Limits) -> None:
+def check_sample_rows(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor, limits: Limits, *, rows_apart: bool = False
+) -> None:
     """Raise KernelError unless there are [R, V] logits, V at least 1, and three [R] columns beside them."""
-    check_matrix("logits", logits, limits)
+    check_matrix("logits", logits, limits, rows_apart=rows_apart)
     num_rows, num_ids = logits.shape
     check_table("temperatures", temperatures, (num_rows,), logits, torch.float32)
     for name, numbers in (("seeds", seeds), ("draws", draws)):

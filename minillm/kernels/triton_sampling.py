@@ -10,19 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.kernels.checks import check_sample_rows
-from minillm.kernels.triton_kernels import LIMITS, processors
+from minillm.kernels.triton_kernels import INTERPRETED, LIMITS, processors
 from minillm.sampling import GREEDY_BELOW, NOISE_STRIDE, PHILOX_ROUNDS
 
 SAMPLE_PROGRAMS = 8  # a processor, to share the logits among
 MOST_PARTS = 64  # of a row of logits
+LOADED = 16  # numbers of which a multiple is loaded together
 
 
 def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     """[R, ids] logits -> [R] token ids, drawn from softmax(logits / temperature), by counted noise. Raises KernelError.
 
-    The same ids as `sampling.sample_rows`, unless two scores are equal but for rounding.
+    The same ids as `sampling.sample_rows`, unless two scores are equal but for rounding. Rows of logits may lie apart.
     """
-    check_sample_rows(logits, temperatures, seeds, draws, LIMITS)
+    check_sample_rows(logits, temperatures, seeds, draws, LIMITS, rows_apart=True)
     num_rows, num_ids = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
@@ -31,11 +32,22 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
     scores = torch.empty(num_rows, parts, dtype=torch.float32, device=logits.device)
     best = torch.empty(num_rows, parts, dtype=torch.int32, device=logits.device)
     _sample_kernel[(num_rows, parts)](
-        logits, temperatures, seeds, draws, scores, best, num_ids, tiles_a_part,
-        STRIDE=NOISE_STRIDE, ROUNDS=PHILOX_ROUNDS, GREEDY=GREEDY_BELOW, num_warps=4,
+        logits, temperatures, seeds, draws, scores, best, logits.stride(0), readable(logits), num_ids, tiles_a_part,
+        STRIDE=NOISE_STRIDE, ROUNDS=PHILOX_ROUNDS, GREEDY=GREEDY_BELOW, COMPILED=not INTERPRETED, num_warps=4,
     )  # fmt: skip
     _pick_kernel[(num_rows,)](scores, best, token_ids, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
     return token_ids
+
+
+def readable(logits: Tensor) -> int:
+    """How many numbers of each row to load: with some of those between rows they are a multiple of LOADED.
+
+    Without such a gap, or where the memory ends behind the last row's ids, just those.
+    """
+    (num_rows, num_ids), stride = logits.shape, logits.stride(0)
+    end = logits.storage_offset() + num_rows * stride
+    ends_behind = end * logits.element_size() <= logits.untyped_storage().nbytes()
+    return min(stride, triton.cdiv(num_ids, LOADED) * LOADED) if ends_behind and stride >= num_ids else num_ids
 
 
 def sample_parts(num_rows: int, num_ids: int, num_processors: int) -> tuple[int, int]:
@@ -50,29 +62,44 @@ def sample_parts(num_rows: int, num_ids: int, num_processors: int) -> tuple[int,
 
 
 @triton.jit
-def _gumbel(bits):
-    """Noise of 32 random bits: see `sampling.gumbel_noise`."""
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32; 1 - 2^-24
-    return -tl.log(tl.where(u < 0.0009765625, u + 0.5 * u * u, -tl.log(1.0 - u)))
+def _log2(x, COMPILED: tl.constexpr):
+    """By the instruction that a GPU has for it, which is off by 2^-22 at most near 1; `tl.log` is some 25 of them."""
+    if COMPILED:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
 
 
 @triton.jit
-def _take_better(score, token_id, logits, first, noise, temperature, num_ids, STRIDE: tl.constexpr):
+def _gumbel(bits, COMPILED: tl.constexpr):
+    """Noise of 32 random bits, as `sampling.gumbel_noise` makes it, in units of ln 2 and less a constant of all tokens.
+
+    Near 0, where the logarithm of 1 - u would be too coarse, a series makes it.
+    """
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32; 1 - 2^-24
+    series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)))  # next is u^5 / 5: 2 * 10^-7 of it at 1/32
+    return -_log2(tl.where(u < 0.03125, series * 1.4426950408889634, -_log2(1.0 - u, COMPILED)), COMPILED)
+
+
+@triton.jit
+def _take_better(score, token_id, logits, first, noise, factor, num_read, num_ids, STRIDE: tl.constexpr):
     """The better of each lane's best so far and its next token, which comes later: of equal ones the first stays.
 
     NaN once taken stays, because nothing is larger; it is what a logit that is NaN or +infinity gives.
     """
     own = first + tl.arange(0, STRIDE)
-    logit = tl.load(logits + own, mask=own < num_ids, other=float("-inf")).to(tl.float32)
-    new = tl.where(logit < float("inf"), logit / temperature + noise, float("nan"))
+    logit = tl.load(logits + own, mask=own < num_read, other=float("-inf")).to(tl.float32)
+    logit = tl.where(own < num_ids, logit, float("-inf"))  # what is read behind them may be anything
+    new = tl.where(logit < float("inf"), logit * factor + noise, float("nan"))
     better = (new > score) | (new != new)
     return tl.where(better, new, score), tl.where(better, own, token_id)
 
 
-@triton.jit(do_not_specialize=["tiles_a_part"], do_not_specialize_on_alignment=["temperatures", "seeds", "draws"])
+@triton.jit(
+    do_not_specialize=["num_ids", "tiles_a_part"], do_not_specialize_on_alignment=["temperatures", "seeds", "draws"]
+)
 def _sample_kernel(
-    logits, temperatures, seeds, draws, scores, best, num_ids, tiles_a_part,
-    STRIDE: tl.constexpr, ROUNDS: tl.constexpr, GREEDY: tl.constexpr,
+    logits, temperatures, seeds, draws, scores, best, row_stride, num_read, num_ids, tiles_a_part,
+    STRIDE: tl.constexpr, ROUNDS: tl.constexpr, GREEDY: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """One part of one row of logits a program: tiles of 4 * STRIDE ids, whose noise STRIDE counts make."""
     row = tl.program_id(0).to(tl.int64)
@@ -80,7 +107,7 @@ def _sample_kernel(
     temperature = tl.load(temperatures + row)
     seed = tl.load(seeds + row)
     draw = tl.load(draws + row)
-    logits += row * num_ids
+    logits += row * row_stride
     lane = tl.arange(0, STRIDE)
     first_tile = part * tiles_a_part
     end_tile = tl.minimum(first_tile + tiles_a_part, tl.cdiv(num_ids, 4 * STRIDE))
@@ -88,8 +115,10 @@ def _sample_kernel(
     token_id = first_tile * 4 * STRIDE + lane
     if temperature < GREEDY:
         for tile in range(4 * first_tile, 4 * end_tile):
-            score, token_id = _take_better(score, token_id, logits, tile * STRIDE, 0.0, 1.0, num_ids, STRIDE)
+            first = tile * STRIDE
+            score, token_id = _take_better(score, token_id, logits, first, 0.0, 1.0, num_read, num_ids, STRIDE)
     else:
+        factor = 1.4426950408889634 / temperature  # scores, too, in units of ln 2
         low = (draw & 0xFFFFFFFF).to(tl.uint32)
         high = ((draw >> 32) & 0xFFFFFFFF).to(tl.uint32)
         for tile in range(first_tile, end_tile):
@@ -97,13 +126,17 @@ def _sample_kernel(
             zero = count * 0
             n0, n1, n2, n3 = tl.philox(seed, count, zero, zero + low, zero + high, ROUNDS)
             first = tile * 4 * STRIDE
-            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n0), temperature, num_ids, STRIDE)
+            noise = _gumbel(n0, COMPILED)
+            score, token_id = _take_better(score, token_id, logits, first, noise, factor, num_read, num_ids, STRIDE)
             first += STRIDE
-            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n1), temperature, num_ids, STRIDE)
+            noise = _gumbel(n1, COMPILED)
+            score, token_id = _take_better(score, token_id, logits, first, noise, factor, num_read, num_ids, STRIDE)
             first += STRIDE
-            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n2), temperature, num_ids, STRIDE)
+            noise = _gumbel(n2, COMPILED)
+            score, token_id = _take_better(score, token_id, logits, first, noise, factor, num_read, num_ids, STRIDE)
             first += STRIDE
-            score, token_id = _take_better(score, token_id, logits, first, _gumbel(n3), temperature, num_ids, STRIDE)
+            noise = _gumbel(n3, COMPILED)
+            score, token_id = _take_better(score, token_id, logits, first, noise, factor, num_read, num_ids, STRIDE)
     _store_best(scores, best, row * tl.num_programs(1) + part, score, token_id)
 
 

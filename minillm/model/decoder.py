@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from minillm.model.config import ModelConfig, RopeConfig
 from minillm.model.linear import Embedding, Linear, pack, pack_linears, packed_linear, worth_packing
 
+ALIGNED_IDS = 64  # on a GPU so many columns of the logits or a multiple are computed, if the weight has so many rows
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -45,11 +47,18 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, ids]: only for the rows asked for, and only for ids the tokenizer knows."""
+        """[R, hidden] -> [R, ids]: only for the rows asked for, and only for ids the tokenizer knows.
+
+        On a GPU they may be a view of wider rows: it multiplies slowly where rows begin at odd addresses, and a
+        vocabulary is rarely a round number (Qwen3's tokenizer knows 151,669 ids, its matrix has 151,936).
+        """
         if self.packed_head is not None:
             return packed_linear(hidden, self.packed_head)
-        projection = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, projection.weight[: self.config.num_sampled_ids])
+        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        num_ids = num_rows = self.config.num_sampled_ids
+        if hidden.device.type != "cpu" and (aligned := -(-num_ids // ALIGNED_IDS) * ALIGNED_IDS) <= len(weight):
+            num_rows = aligned
+        return F.linear(hidden, weight[:num_rows])[..., :num_ids]
 
     def pack(self) -> None:
         """Bring the weights into the form that this machine multiplies fastest, where there is one (see `linear`).

@@ -1,6 +1,6 @@
 """Tiles and splits of paged decode: which program of the Triton kernel looks at which keys, in which blocks.
 
-The schedule follows `_decode_kernel` of runtime/kernels/triton_kernels.py, written again in plain Python so that the
+The schedule follows `_decode_kernel` of kernels/triton_kernels.py, written again in plain Python so that the
 picture needs no Triton; a test has the kernel say which keys each of its programs reads.
 """
 

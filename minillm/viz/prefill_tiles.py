@@ -1,6 +1,6 @@
 """Tiles of paged prefill: which keys a program of the Triton kernel loads for its queries, and which tiles it skips.
 
-The schedule follows `_prefill_kernel` of runtime/kernels/triton_kernels.py, written again in plain Python so that the
+The schedule follows `_prefill_kernel` of kernels/triton_kernels.py, written again in plain Python so that the
 picture needs no Triton; a test has the kernel say which keys each of its programs reads.
 """
 
