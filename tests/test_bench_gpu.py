@@ -5,6 +5,7 @@ import json
 import random
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,13 +14,14 @@ import pytest
 import torch
 
 from minillm.bench import recorded
-from minillm.bench.contenders import Job
+from minillm.bench.contenders import Job, Ours, our_arguments
 from minillm.bench.gpu import ceilings, command, kernels, models, peers, report, serving, supervisor, timing, workloads
 from minillm.bench.gpu.scale import DRY, FULL
 from minillm.bench.gpu.session import UNFINISHED, DeviceLost, Session, new_record
 from minillm.cli import main as cli
 from minillm.costs import shapes
 from minillm.costs.shapes import Card
+from minillm.engine.recorder import Recorder
 from minillm.errors import ConfigError, KernelError, UnsupportedModelError
 from minillm.kernels import reference
 from minillm.model import hf_config
@@ -252,11 +254,16 @@ def test_a_part_that_fails_outside_its_entries_does_not_end_the_run(session):
 def test_an_error_of_cuda_ends_the_process_and_running_out_of_memory_does_not(session, monkeypatch):
     session.scale = replace(DRY, device="cuda")
     monkeypatch.setattr(session, "free_memory", lambda: None)
-    for error in (torch.OutOfMemoryError("too large"), KeyError("x"), KernelError("head size 7")):
+    harmless = [torch.OutOfMemoryError("too large"), KeyError("CUDA error"), KernelError("head size 7")]
+    harmless += [RuntimeError("Failed to find C compiler"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")]
+    for error in harmless:
         session.entry(session.part("w1"), repr(error), partial(fail, error))
     with pytest.raises(DeviceLost, match="RuntimeError: operation failed during capture"):
         session.entry(session.part("w1"), "graph", partial(fail, RuntimeError("operation failed during capture")))
     assert "during capture" in saved(session)["w1"]["graph"]["error"]
+    for words in ("CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal memory access"):
+        with pytest.raises(DeviceLost):
+            session.entry(session.part(words), "lost", partial(fail, RuntimeError(words)))
 
 
 def test_a_row_that_ends_one_process_after_the_other_is_given_up(session, monkeypatch):
@@ -267,14 +274,14 @@ def test_a_row_that_ends_one_process_after_the_other_is_given_up(session, monkey
     row["crashed"] = json.loads(json.dumps(UNFINISHED))  # as the next process finds it
     assert session.entry(row, "works", lambda: {"figure": 1})["figure"] == 1
     with pytest.raises(DeviceLost):
-        session.entry(row, "lost", partial(fail, RuntimeError("an illegal memory access")))
+        session.entry(row, "lost", partial(fail, RuntimeError("CUDA error: an illegal memory access")))
     assert "not tried" in session.entry(row, "next", partial(fail, AssertionError("tried")))["error"]
     part = session.part("kernels")
     for number in range(2, 6):
         other = part.setdefault(f"row {number}", {})
         assert session.entry(other, "works", lambda: {"figure": 2})["figure"] == 2
         with pytest.raises(DeviceLost):
-            session.entry(other, "lost", partial(fail, RuntimeError("an illegal memory access")))
+            session.entry(other, "lost", partial(fail, RuntimeError("CUDA error: an illegal memory access")))
     late = part.setdefault("row 6", {})
     assert "not tried" in session.entry(late, "late", partial(fail, AssertionError("tried")))["error"]
     assert session.entry(session.part("w1"), "of another part", lambda: {"figure": 3})["figure"] == 3
@@ -443,7 +450,7 @@ def test_a_peer_with_cut_outputs_is_compared_with_ours_on_the_same(session, monk
     monkeypatch.setattr(serving, "Ours", lambda *arguments: FakePeer({}))
     for name in ("steps", "kernels"):
         monkeypatch.setattr(FakePeer, name, [], raising=False)
-    for name in ("roofline", "device_busy_share", "random_decoder"):
+    for name in ("roofline", "step_on_device_share", "random_decoder"):
         monkeypatch.setattr(serving, name, lambda *arguments: {})
 
     def timed_runs(peer, part, repeats, session):
@@ -463,6 +470,36 @@ def test_a_peer_with_cut_outputs_is_compared_with_ours_on_the_same(session, monk
     entries = {}
     serving.compare(session, entries, TINY, jobs, {8: others[8]})  # by batches alone: nothing is cut
     assert entries["minillm"][serving.CUT_SPEEDS] == {}
+
+
+@pytest.mark.parametrize("fastest", [*peers.PAGES, None])
+@pytest.mark.parametrize("failing", [None, *peers.PAGES])
+def test_transformers_gets_the_pages_with_which_it_is_fastest(monkeypatch, fastest, failing):
+    clock, closed = [0.0], []
+
+    class Contender(FakePeer):
+        def generate(self, jobs):
+            clock[0] += sum(job.num_outputs for job in jobs) * (1 if self.settings["pages"] == fastest else 2)
+
+        def close(self):
+            closed.append(self.settings["pages"])
+
+    def make(model, jobs, most, budget, temperature):
+        pages = peers.DEFAULTS if budget is None else peers.OURS
+        assert budget in (None, FULL.max_num_batched_tokens)
+        return Contender({"pages": pages}) if pages != failing else fail(RuntimeError("no room"))
+
+    monkeypatch.setattr(peers, "random_peer", lambda *arguments: None)
+    monkeypatch.setattr(peers, "ContinuousBatches", make)
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock[0])
+    peer = peers.continuous_peer(TINY, [Job([1], 80)] * 9, FULL)
+    [expected] = {fastest or peers.DEFAULTS} - {failing} or {*peers.PAGES} - {failing}
+    assert peer.settings["pages"] == peer.settings["pages_and_budget"] == expected
+    assert closed == [pages for pages in peers.PAGES if pages != failing]  # not the one that is to run
+    assert peer.settings["seconds_of_a_pilot"] == {each: 90 if each == fastest else 180 for each in closed}
+    monkeypatch.setattr(peers, "ContinuousBatches", lambda *arguments: fail(RuntimeError("no room")))
+    with pytest.raises(RuntimeError, match="no room"):
+        peers.continuous_peer(TINY, [Job([1], 80)], FULL)
 
 
 @pytest.mark.parametrize(
@@ -515,11 +552,24 @@ def test_ours_stands_beside_what_the_ceilings_allow(session):
     assert record["roofline_share"] == pytest.approx(record["roofline_seconds"] * 2 / sum(record["seconds"]))
 
 
-def test_how_busy_the_device_was():
+def test_a_run_is_written_down_when_its_steps_are_asked_for_and_not_when_the_next_begins(monkeypatch):
+    model = models.random_decoder(TINY, torch.float32, torch.device("cpu"))
+    jobs = workloads.w1_jobs(DRY)
+    written, right = [], Recorder.trace.fget
+    monkeypatch.setattr(Recorder, "trace", property(lambda recorder: written.append(1) or right(recorder)))
+    with closing(Ours(model, our_arguments(jobs, 4, 32))) as ours:
+        ours.generate(jobs)
+        ours.generate(jobs[:1])
+        assert not written
+        assert sum(part.num_sampled for step in ours.steps for part in step.scheduled) == jobs[0].num_outputs
+        assert written
+
+
+def test_how_long_a_step_was_on_the_device():
     times = [(0.0, 1.0), (1.5, 2.0), (3.0, 4.0)]
     steps = [StepEvent(i, *each, (), device=each) for i, each in enumerate(times)]
-    assert serving.device_busy_share(steps) == 2.5 / 4
-    assert serving.device_busy_share([*steps, StepEvent(3, 4.0, 5.0, ())]) is None
+    assert serving.step_on_device_share(steps) == 2.5 / 4
+    assert serving.step_on_device_share([*steps, StepEvent(3, 4.0, 5.0, ())]) is None
 
 
 def test_each_variant_differs_from_the_first_in_what_its_name_says(session):

@@ -128,10 +128,10 @@ class Ours:
         self.settings = {"engine": "minillm LLM", **arguments}
         self.temperature = temperature
         self.llm = LLM(model, skip_tokenizer_init=True, verbose=False, **arguments)
-        self._first_step = 0
+        self._began = 0.0  # the last `generate`, on the engine's clock
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
-        self._first_step = len(self.llm.trace.steps)
+        self._began = self.llm.engine.scheduler.clock()
         params = [
             SamplingParams(temperature=self.temperature, max_tokens=job.num_outputs, ignore_eos=True) for job in jobs
         ]
@@ -150,8 +150,8 @@ class Ours:
 
     @property
     def steps(self) -> list[StepEvent]:
-        """The steps of the last `generate`."""
-        return self.llm.trace.steps[self._first_step :]
+        """The steps of the last `generate`. They are written down now: that must not be part of what is timed."""
+        return [step for step in self.llm.trace.steps if step.start_time >= self._began]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -205,17 +205,22 @@ class ContinuousBatches:
         model: PreTrainedModel,
         jobs: Sequence[Job],
         max_requests_per_batch: int,
-        max_batch_tokens: int,
+        max_batch_tokens: int | None,
         temperature: float = 0.0,
     ):
+        """`max_batch_tokens` None leaves that, pages and pool as they are by default."""
         known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         arguments = {
-            "page_size" if "page_size" in known else "block_size": BLOCK_SIZE,  # its name up to transformers 5.17
-            "num_blocks": num_blocks_for(jobs),
-            "max_batch_tokens": max_batch_tokens,
             "max_requests_per_batch": max_requests_per_batch,
             "allow_block_sharing": False,
         }
+        if max_batch_tokens is not None:
+            page_size = "page_size" if "page_size" in known else "block_size"  # its name up to transformers 5.17
+            arguments |= {
+                page_size: BLOCK_SIZE,
+                "num_blocks": num_blocks_for(jobs),
+                "max_batch_tokens": max_batch_tokens,
+            }
         if unknown := arguments.keys() - known:
             raise ConfigError(
                 f"this transformers does not know {', '.join(sorted(unknown))} of its continuous batching; "

@@ -30,7 +30,9 @@ flash-attn; where that is missing, a module of the same name on the path that of
 """
 
 import importlib
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -44,6 +46,8 @@ from minillm.errors import ConfigError
 from minillm.model import ModelConfig
 
 GPU_MEMORY_UTILIZATION = 0.85  # of the card, for every engine that asks
+PAGES = DEFAULTS, OURS = "its own defaults", "minillm's pages and budget"  # with which its continuous batching is tried
+PILOT = 8  # outputs so many times shorter tell which is faster
 
 
 class Peer(Protocol):
@@ -112,6 +116,29 @@ def largest_static_batch(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) 
 
 
 def continuous_peer(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> ContinuousBatches:
-    """transformers' continuous batching, with a pool in which all jobs find room."""
+    """transformers' continuous batching, with the pages and the budget under which it is fastest; see `PAGES`.
+
+    Raises what the last of them raised if it runs with none.
+    """
+    pilot = [Job(job.prompt, max(1, job.num_outputs // PILOT)) for job in jobs]
+    tried, failed = {}, None
+    for name in PAGES if scale.is_full else (OURS,):  # on a CPU its defaults take gigabytes
+        try:
+            with closing(_continuous(name, shape, jobs, scale)) as peer:
+                peer.generate(pilot[:PILOT])  # so that it has run once
+                began = time.perf_counter()
+                peer.generate(pilot)
+                tried[name] = time.perf_counter() - began
+        except Exception as error:  # it may not know them, or find no room for them
+            failed = error
+    if not tried:
+        raise failed
+    peer = _continuous(min(tried, key=tried.get), shape, jobs, scale)
+    peer.settings |= {"pages_and_budget": min(tried, key=tried.get), "seconds_of_a_pilot": tried}
+    return peer
+
+
+def _continuous(pages: str, shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> ContinuousBatches:
+    budget = scale.max_num_batched_tokens if pages == OURS else None
     model = random_peer(shape, scale.dtype, scale.torch_device)
-    return ContinuousBatches(model, jobs, scale.max_num_seqs, scale.peer_batch_tokens, TEMPERATURE)
+    return ContinuousBatches(model, jobs, scale.max_num_seqs, budget, TEMPERATURE)

@@ -115,8 +115,10 @@ def engine_line(label: str, entry: Mapping) -> str:
     line = f"  {label:44}{entry[SPEED]:>9.1f} output tokens/s ({runs} run{'s' * (runs > 1)})"
     if "roofline_share" in entry:
         line += f", {entry['roofline_share']:.1%} of the roofline"
-    if entry.get("device_busy_share"):
-        line += f", device busy {entry['device_busy_share']:.0%}"
+    if entry.get("step_on_device_share"):
+        line += f", a step on the device {entry['step_on_device_share']:.0%} of the time"
+    if pages := entry.get("settings", {}).get("pages_and_budget"):
+        line += f", with {pages}"
     if "minillm_is_faster_by" in entry:
         line += f", minillm {entry['minillm_is_faster_by']:.2f}x"
     if "speed_of_all_on" in entry:

@@ -50,7 +50,6 @@ class Scale:
     max_num_seqs: int
     max_num_batched_tokens: int
     static_batches: tuple[int, ...]  # transformers' left-padded batches in W1
-    peer_batch_tokens: int  # transformers' continuous batching
     ablation_blocks: tuple[int, ...]
 
     @property
@@ -89,7 +88,6 @@ FULL = Scale(
     max_num_seqs=256,
     max_num_batched_tokens=16_384,
     static_batches=(256, 32),
-    peer_batch_tokens=1024,
     ablation_blocks=(32, 256),
 )
 
@@ -129,6 +127,5 @@ DRY = Scale(
     max_num_seqs=4,
     max_num_batched_tokens=32,
     static_batches=(3, 2),
-    peer_batch_tokens=32,
     ablation_blocks=(32, 256),
 )

@@ -167,7 +167,7 @@ def run_ours(
                 CUT_SPEEDS: {str(each["output_tokens"]): each[SPEED] for each in cut},
                 "steps": len(engine.steps),
                 "preemptions": sum(len(step.preempted) for step in engine.steps),
-                "device_busy_share": device_busy_share(engine.steps),
+                "step_on_device_share": step_on_device_share(engine.steps),
                 "kernels": engine.kernels,
                 "settings": engine.settings,
             }
@@ -195,8 +195,12 @@ def roofline(
     }
 
 
-def device_busy_share(steps: Sequence[StepEvent]) -> float | None:
-    """Share of a run in which the device computed; None if the engine does not record it."""
+def step_on_device_share(steps: Sequence[StepEvent]) -> float | None:
+    """Share of a run in which a step was on the device; None if the engine does not record it.
+
+    From the copy of its inputs to its last kernel: a step that is launched kernel by kernel counts with the gaps in
+    which the device waits for the next one. Events cannot tell them apart.
+    """
     times = [step.device for step in steps]
     if None in times:
         return None

@@ -35,6 +35,7 @@ SPEED = "output_tokens_per_second"  # of a run of a workload: what speeds are co
 UNFINISHED = {"error": "did not finish: the process ended while this was measured", "ended_process": True}
 MOST_ENDED = 2  # processes ended by entries side by side, before the rest of these is given up
 MOST_ENDED_IN_PART = 6  # the same of a whole part
+WORDS_OF_CUDA = "CUDA error", "CUDA driver error", "[CUDA]", "cuda runtime error", "during capture"
 FRAMES = 8  # of where an error was raised, the innermost
 
 
@@ -136,8 +137,13 @@ def num_ended(node: Mapping) -> int:
 
 
 def is_of_the_device(error: Exception) -> bool:
-    """CUDA's errors are RuntimeErrors; only running out of memory is known to leave the device as it was."""
-    return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    """Whether CUDA itself has failed, by the kind of the error or by its words; running out of memory does no harm.
+
+    A missing compiler is a RuntimeError too. What is not recognised here, `free_memory` finds out by asking the device.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in WORDS_OF_CUDA)
 
 
 def described_error(error: Exception) -> dict:
