@@ -363,7 +363,9 @@ def test_the_floor_makes_the_products_of_the_run(folder, monkeypatch):
     """For each step the layers' four products on its tokens, and the output projection on its sampled rows only."""
     model = load_model(folder, skip_tokenizer_init=True).model
     made = []
-    monkeypatch.setattr("torch.nn.functional.linear", lambda x, weight, bias=None: made.append((len(x), *weight.shape)))
+    monkeypatch.setattr(
+        "torch.nn.functional.linear", lambda x, weight, bias=None: made.append((len(x), *weight.shape)) or x
+    )
     assert contenders.products_of([step(8, 1)]) == [(8, 1)]
     contenders.GemmFloor(model).run([(8, 1), (4, 0)])
     layer = [(128, 64), (64, 64), (192, 64), (64, 96)]  # qkv, o, gate-up, down of the tiny model
