@@ -30,7 +30,7 @@ def test_padding_accepts(right, capsys):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda lengths: len(lengths) * max(lengths), "got       30"),  # all slots
+        (lambda lengths: len(lengths) * max(lengths), "got       30"),  # all computed
         (sum, "got       17"),  # the real tokens
         (lambda lengths: sum(lengths[-1] - length for length in lengths), "max(lengths), not lengths[-1]"),
         (lambda lengths: max(lengths) - min(lengths), "8 + 5 + 0 pads"),  # the shortest row's alone
@@ -201,27 +201,27 @@ def test_padding_mask_refuses(wrong, told):
     assert told in message(checks.padding_mask, wrong)
 
 
-# static_slots ---------------------------------------------------------------------------------------
+# static_batch_tokens ---------------------------------------------------------------------------------------
 
 
-def slots_pass_by_pass(prompts, outputs):
-    slots = len(prompts) * max(prompts)
+def tokens_pass_by_pass(prompts, outputs):
+    computed = len(prompts) * max(prompts)
     for _ in range(1, max(outputs)):
-        slots += len(prompts)
-    return slots
+        computed += len(prompts)
+    return computed
 
 
 @pytest.mark.parametrize(
     "right",
     [
-        slots_pass_by_pass,
+        tokens_pass_by_pass,
         lambda prompts, outputs: len(prompts) * (max(prompts) + max(outputs) - 1),
         lambda prompts, outputs: torch.tensor(len(prompts) * (max(prompts) + max(outputs) - 1)),
     ],
     ids=["passes", "product", "tensor"],
 )
-def test_static_slots_accepts(right, capsys):
-    assert passes(checks.static_slots, right, capsys)
+def test_static_batch_tokens_accepts(right, capsys):
+    assert passes(checks.static_batch_tokens, right, capsys)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_static_slots_accepts(right, capsys):
     ],
     ids=["fed back", "no padding", "rows leave", "same request", "prompts alone"],
 )
-def test_static_slots_refuses(wrong, told):
-    assert told in message(checks.static_slots, wrong)
+def test_static_batch_tokens_refuses(wrong, told):
+    assert told in message(checks.static_batch_tokens, wrong)
 
 
 # joining_waste --------------------------------------------------------------------------------------

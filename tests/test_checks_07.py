@@ -161,42 +161,42 @@ def test_the_puzzle_refuses(change, told):
     assert told in message(checks.schedule_step, except_in_the_puzzle(change))
 
 
-# slots_static, steps_continuous -------------------------------------------------------------------
+# tokens_static, steps_continuous -------------------------------------------------------------------
 
 
-def slots_by_counting(lengths, batch_size):
+def tokens_by_counting(lengths, batch_size):
     """Step by step, row by row."""
-    lengths, slots = list(lengths), 0
+    lengths, computed = list(lengths), 0
     while lengths:
         batch, lengths = lengths[:batch_size], lengths[batch_size:]
         while any(left > 0 for left in batch):
-            slots += len(batch)
+            computed += len(batch)
             batch = [left - 1 for left in batch]
-    return slots
+    return computed
 
 
-def slots_in_one_line(lengths, size):
+def tokens_in_one_line(lengths, size):
     return np.sum([len(lengths[i : i + size]) * max(lengths[i : i + size]) for i in range(0, len(lengths), size)])
 
 
-@pytest.mark.parametrize("right", [slots_by_counting, slots_in_one_line])
-def test_slots_static_accepts(right, capsys):
-    assert passes(checks.slots_static, right, capsys)
+@pytest.mark.parametrize("right", [tokens_by_counting, tokens_in_one_line])
+def test_tokens_static_accepts(right, capsys):
+    assert passes(checks.tokens_static, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
         (lambda lengths, size: sum(lengths), "until the longest has ended"),
-        (lambda lengths, size: slots_by_counting(sorted(lengths), size), "Sorting is not allowed"),
-        (lambda lengths, size: slots_by_counting(lengths, size) // size, "got       3"),  # steps
+        (lambda lengths, size: tokens_by_counting(sorted(lengths), size), "Sorting is not allowed"),
+        (lambda lengths, size: tokens_by_counting(lengths, size) // size, "got       3"),  # steps
         (lambda lengths, size: size * sum(max(lengths[i : i + size]) for i in range(0, len(lengths), size)), "one row"),
         (lambda lengths, size: len(lengths) * max(lengths), "2 * 9 + 2 * 3"),
     ],
     ids=["useful", "sorted", "steps", "full last batch", "one batch"],
 )
-def test_slots_static_refuses(wrong, told):
-    assert told in message(checks.slots_static, wrong)
+def test_tokens_static_refuses(wrong, told):
+    assert told in message(checks.tokens_static, wrong)
 
 
 def steps_by_simulation(lengths, batch_size):

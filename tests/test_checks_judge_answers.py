@@ -420,15 +420,15 @@ def pads_look_at_tokens(num_tokens, padded_length):
     return mask
 
 
-@right(checks.static_slots)
-def slots_after_pops(prompt_lengths, output_lengths):
+@right(checks.static_batch_tokens)
+def tokens_after_pops(prompt_lengths, output_lengths):
     longest, rows = max(output_lengths), np.int32(len(prompt_lengths))
     prompt_lengths.sort()
     return rows * (prompt_lengths.pop() + longest - 1)
 
 
-@wrong(checks.static_slots)
-def slots_of_the_first_longest(prompt_lengths, output_lengths):
+@wrong(checks.static_batch_tokens)
+def tokens_of_the_first_longest(prompt_lengths, output_lengths):
     return len(prompt_lengths) * max(prompt_lengths) + sum(output_lengths)
 
 
@@ -529,17 +529,17 @@ def schedule_with_nothings(running, waiting, budget, max_num_seqs):
     return [(request_id, plan.get(request_id, 0)) for request_id, _ in running + waiting]
 
 
-@right(checks.slots_static)
-def slots_batch_by_batch(lengths, batch_size):
-    slots = np.int64(0)
+@right(checks.tokens_static)
+def tokens_batch_by_batch(lengths, batch_size):
+    computed = np.int64(0)
     while lengths:
         batch = [lengths.pop(0) for _ in range(min(batch_size, len(lengths)))]
-        slots += len(batch) * max(batch)
-    return slots
+        computed += len(batch) * max(batch)
+    return computed
 
 
-@wrong(checks.slots_static)
-def slots_of_full_batches(lengths, batch_size):
+@wrong(checks.tokens_static)
+def tokens_of_full_batches(lengths, batch_size):
     return sum(batch_size * max(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size))
 
 

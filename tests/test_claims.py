@@ -93,7 +93,7 @@ def test_few_of_the_padded_steps_are_wide():
     run = compare_batching(requests, config, preset("Llama-2-7B", "a100"), batching=["dynamic"])["dynamic"]
     crossing = costs.compute_bound_batch(A100_80GB)
     wide = sum(step.num_tokens > crossing for step in run.trace.steps)
-    words = f"of its {len(run.trace.steps)} steps have more slots than the {crossing} that hide"
+    words = f"of its {len(run.trace.steps)} steps have more computed tokens than the {crossing} that hide"
     assert wide == 6 and f"only six {words}" in said("07", "compare-read")
 
 
@@ -165,7 +165,7 @@ def test_influence_is_drawn_as_influence(chapter, cell_id, pictures):
     assert printed(chapter, cell_id).count("looks at →") == (cell_id == "window-reach")  # the mask beside it
 
 
-def test_attention_pads_even_if_slots_do_not():
+def test_attention_pads_even_if_the_row_of_tokens_does_not():
     found = re.search(r"requests: (\S+) computed, (\S+) needed", printed("07", "real-attention"))
     computed, needed = (int(count.replace(",", "")) for count in found.groups())
     assert computed > needed

@@ -215,8 +215,10 @@ def test_the_work_read_off_a_plan_is_what_the_real_executor_does(way, monkeypatc
     executor, clock, works = CountingExecutor(monkeypatch), RealClock(), []
     scheduler = BATCHING[way](LIMITS, clock)
     run(scheduler, executor, some_requests(), clock, on_step=lambda plan, _: works.append(StepWork.of(plan)))
-    assert [[work.slots, work.logit_rows, work.score_entries, work.keys_read] for work in works] == executor.counts
-    assert sum(work.slots for work in works) == sum(step.num_tokens for step in scheduler.trace.steps)
+    assert [
+        [work.computed_tokens, work.logit_rows, work.score_entries, work.keys_read] for work in works
+    ] == executor.counts
+    assert sum(work.computed_tokens for work in works) == sum(step.num_tokens for step in scheduler.trace.steps)
     assert len({work.chunks > 0 for work in works}) == 2 or way != "continuous"
 
 
@@ -417,13 +419,13 @@ def test_a_report_of_a_trace_made_by_hand():
     assert figures.ttft == Spread(1.75, 1.5, 2.0, 2.0, 2.0)
     assert figures.itl == Spread(pytest.approx(5 / 3), 2.0, 2.0, 2.0, 2.0)
     assert figures.e2e == Spread(4.75, 4.5, 5.0, 5.0, 5.0)  # b waited for a
-    assert (figures.slots_computed, figures.useful_tokens, figures.utilisation) == (12, 8, 8 / 12)
+    assert (figures.computed_tokens, figures.useful_tokens, figures.utilisation) == (12, 8, 8 / 12)
     assert figures.mean_waiting == (2 * 1 + 1 * 2) / 5
     assert json.loads(json.dumps(figures.as_dict()))["slo"] == {"ttft": 1.6, "itl": None, "e2e": 5.0}
     assert str(figures).splitlines() == [
         "requests      2 of 2 finished in 5.00 s, 3 steps",
         "throughput    1.0 output tokens/s, 0.40 requests/s, goodput 0.20 requests/s",
-        "slots         12 computed, 8 useful (66.7%)",
+        "tokens        12 computed, 8 useful (66.7%)",
         "mean waiting  0.8 requests",
         "                      mean         p50         p90         p99         max   (ms)",
         "TTFT               1750.00     1500.00     2000.00     2000.00     2000.00",
@@ -453,7 +455,7 @@ def test_a_report_counts_tokens_of_those_under_way_but_no_end_without_a_token():
     assert (report.makespan, report.mean_waiting) == (7.0, 3 / 7)  # from the earliest arrival, whoever was told first
     assert (report.requests_per_second, report.goodput) == (2 / 7, 2 / 7)  # one token has no gap; gaps of 1.5 s are met
     assert report.e2e == Spread(4.5, 2.0, 7.0, 7.0, 7.0) and report.itl == Spread(1.5, 1.5, 1.5, 1.5, 1.5)
-    assert (report.slots_computed, report.useful_tokens) == (10, 9)
+    assert (report.computed_tokens, report.useful_tokens) == (10, 9)
 
 
 def test_the_trace_says_the_same_of_one_request():
@@ -621,7 +623,10 @@ def test_bench_batching_measures_and_writes(capsys, tmp_path, quick_bench):
     assert written["simulated_ratio"] > 0 and {"machine", "date", "torch", "python", "minillm"} <= written.keys()
     continuous, static = written["batching"]["continuous"], written["batching"]["static"]
     assert (
-        continuous["slots_computed"] == continuous["slots_useful"] == static["slots_useful"] < static["slots_computed"]
+        continuous["computed_tokens"]
+        == continuous["useful_tokens"]
+        == static["useful_tokens"]
+        < static["computed_tokens"]
     )
     assert written["identical_outputs"] and "identical in every token" in capsys.readouterr().out
 

@@ -358,7 +358,7 @@ def test_the_command_tells_of_blocks_and_preemptions(capsys, tmp_path):
     assert "blocks " not in out and "preemptions" not in out
 
 
-@pytest.mark.parametrize("unit", ["s", "slots"])
+@pytest.mark.parametrize("unit", ["s", "tokens"])
 def test_the_command_writes_what_it_is_asked_for(capsys, tmp_path, unit):
     path = save_trace(small_trace(), tmp_path / "run.jsonl")
     files = {kind: tmp_path / f"picture.{kind}" for kind in ("svg", "png", "chrome")}

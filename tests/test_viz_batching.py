@@ -67,7 +67,7 @@ def boxes_of(axes, gid: str) -> list[Rectangle]:
 
 PICTURES = {
     "policies": lambda: PolicyTimelines(batching_traces(), title="Three ways"),
-    "timeline": lambda: Timeline(padded_trace(), "slots"),
+    "timeline": lambda: Timeline(padded_trace(), "tokens"),
     "composition": lambda: BatchComposition(batching_traces()["continuous"], BUDGET, title="Steps"),
     "rectangle": lambda: PaddingRectangle([2, 5, 10], title="Static"),
     "rectangles": lambda: PaddingSteps(batching_traces()["dynamic"]),
@@ -89,14 +89,14 @@ def test_rows_filled_up_with_padding_are_in_lower_case():
     )
 
 
-def test_in_slots_a_step_is_as_wide_as_what_it_computes():
-    timeline = Timeline(padded_trace(), "slots")
+def test_in_tokens_a_step_is_as_wide_as_what_it_computes():
+    timeline = Timeline(padded_trace(), "tokens")
     assert [(box.start, box.end) for box in timeline.boxes("a")] == [(0, 8), (8, 10), (10, 12)]
     assert timeline.text().splitlines()[:4] == [
-        "slot  0         10",
-        "a    |PPPPPPPPDDDD..",
-        "b    |ppppppppDDxx..",
-        "c    |          wwPP",
+        "token  0         10",
+        "a     |PPPPPPPPDDDD..",
+        "b     |ppppppppDDxx..",
+        "c     |          wwPP",
     ]
     assert (timeline.ttft("a"), timeline.mean_itl("a"), timeline.end()) == (8, 2, 14)
 
@@ -192,7 +192,7 @@ def test_ways_of_batching_in_words_end_in_a_table_of_what_was_computed():
         figures = report(trace)
         line = text.splitlines()[-3 + list(batching_traces()).index(batching)].split()
         assert line[0] == batching
-        assert line[-3:] == [str(figures.slots_computed), str(figures.useful_tokens), f"{figures.utilisation:.1%}"]
+        assert line[-3:] == [str(figures.computed_tokens), str(figures.useful_tokens), f"{figures.utilisation:.1%}"]
     assert "1.00x" in text and "a column is" in text
     assert text.count("w waiting") == 1
 
@@ -251,24 +251,24 @@ def test_a_long_run_is_drawn_as_means_of_groups():
 # --- rectangles ---
 
 
-def test_the_chapters_exercise_pads_13_of_30_slots():
+def test_the_chapters_exercise_pads_13_of_30_tokens():
     picture = PaddingRectangle([2, 5, 10])
-    assert (picture.num_slots, picture.num_useful) == (30, 17)
+    assert (picture.num_tokens, picture.num_useful) == (30, 17)
     assert picture.text() == (
         "req 0 |xxxxxxxxPP| 2 of 10 useful\n"
         "req 1 |xxxxxPPPPP| 5 of 10 useful\n"
         "req 2 |PPPPPPPPPP| 10 of 10 useful\n"
         "P prefill   x padding\n"
-        "3 × 10 = 30 slots: 17 useful (56.7%), 13 padding"
+        "3 × 10 = 30 computed tokens: 17 useful (56.7%), 13 padding"
     )
     axes = picture.figure().axes[0]
     assert (len(boxes_of(axes, "padding")), len(boxes_of(axes, "prefill"))) == (13, 17)
     assert all(box.get_hatch() for box in boxes_of(axes, "padding"))
 
 
-def test_one_prompt_of_100_beside_eight_decodes_wastes_792_of_900_slots():
+def test_one_prompt_of_100_beside_eight_decodes_wastes_792_of_900_tokens():
     picture = PaddingRectangle([1] * 8 + [100], why=["decode"] * 8 + ["prefill"])
-    assert picture.summary() == "9 × 100 = 900 slots: 108 useful (12.0%), 792 padding"
+    assert picture.summary() == "9 × 100 = 900 computed tokens: 108 useful (12.0%), 792 padding"
     axes = picture.figure().axes[0]
     assert sum(box.get_width() for box in boxes_of(axes, "padding")) == 792
     assert len(picture.text().splitlines()[0]) <= 130
@@ -280,7 +280,7 @@ def test_a_step_of_a_padded_trace_is_a_rectangle(batching):
     found = Counter()
     for step in trace.steps:
         picture = PaddingRectangle.of_step(step)
-        assert (picture.num_slots, picture.num_useful) == (step.num_tokens, step.num_useful)
+        assert (picture.num_tokens, picture.num_useful) == (step.num_tokens, step.num_useful)
         found.update(row.why for row in picture.rows)
     assert {"prefill", "decode"} <= set(found) and ("padding" in found) == (batching == "static")
     picture = PaddingSteps(trace)

@@ -148,8 +148,8 @@ def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], t
         ways[batching] = {
             "useful_tokens_per_second": statistics.median(tokens_per_second(run, timer) for run in runs),
             "steps": one.num_steps,
-            "slots_computed": one.slots_computed,
-            "slots_useful": one.useful_tokens,
+            "computed_tokens": one.computed_tokens,
+            "useful_tokens": one.useful_tokens,
             "seconds": [run.seconds for run in runs],
             "simulated_seconds": simulated[batching].makespan,
         }
@@ -187,15 +187,15 @@ def table(result: dict) -> str:
     lines = [
         f"{result['requests']} requests, outputs of {output['shortest']} to {output['longest']} tokens, together "
         f"{output['sum']}; {result['max_num_seqs']} at a time; {result['machine']}",
-        f"{'':12}{'useful tokens/s':>16}{'steps':>8}{'slots computed':>16}{'useful':>8}{'share':>8}{'seconds':>9}"
+        f"{'':12}{'useful tokens/s':>16}{'steps':>8}{'computed tokens':>16}{'useful':>8}{'share':>8}{'seconds':>9}"
         f"{'simulated':>11}",
     ]
     for batching, row in result["batching"].items():
         seconds = statistics.median(each[result["timer"]] for each in row["seconds"])
-        share = row["slots_useful"] / row["slots_computed"]
+        share = row["useful_tokens"] / row["computed_tokens"]
         lines.append(
-            f"{batching:12}{row['useful_tokens_per_second']:>16.0f}{row['steps']:>8}{row['slots_computed']:>16}"
-            f"{row['slots_useful']:>8}{share:>8.1%}{seconds:>9.2f}{row['simulated_seconds']:>11.2f}"
+            f"{batching:12}{row['useful_tokens_per_second']:>16.0f}{row['steps']:>8}{row['computed_tokens']:>16}"
+            f"{row['useful_tokens']:>8}{share:>8.1%}{seconds:>9.2f}{row['simulated_seconds']:>11.2f}"
         )
     ratio = result["ratio_continuous_over_static"]
     repeats = ", ".join(f"{value:.2f}" for value in ratio["repeats"])

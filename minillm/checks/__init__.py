@@ -14,9 +14,9 @@ from minillm.checks.chapter_01 import (
 from minillm.checks.chapter_02 import attention, attention_share, causal_mask, visible_tokens, window_mask
 from minillm.checks.chapter_03 import cache_append, cache_mebibytes, kv_bytes, naive_over_cached, requests_that_fit
 from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges, num_chunks
-from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_slots
+from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_batch_tokens
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
-from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, slots_static, steps_continuous
+from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, steps_continuous, tokens_static
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
 from minillm.checks.chapter_09 import compute_bound_batch, decode_step_seconds, key_number
 from minillm.checks.chapter_09_kernel import my_decode
@@ -63,8 +63,8 @@ __all__ = [
     "restarting_positions",
     "schedule_step",
     "sjf_order",
-    "slots_static",
-    "static_slots",
+    "tokens_static",
+    "static_batch_tokens",
     "steps_continuous",
     "temperature_probabilities",
     "top_p_probabilities",

@@ -15,7 +15,7 @@ def padding(function: Callable) -> None:
         (7,): "One prompt is its own rectangle.",
         (4, 4, 4): "Prompts of one length need no pads.",
         (9, 1, 1, 1): "The longest need not be the last: take max(lengths), not lengths[-1].",
-        (1, 1000): "Count the pads, not the rectangle's slots and not the real tokens.",
+        (1, 1000): "Count the pads, not all tokens of the rectangle and not the real ones.",
     }
     cases = [
         Case((list(lengths),), len(lengths) * max(lengths) - sum(lengths), hint) for lengths, hint in hints.items()
@@ -139,18 +139,18 @@ def padding_mask(function: Callable) -> None:
     run_check("padding_mask", function, [Case(args, masks.left_padded(*args), hint) for args, hint in hints.items()])
 
 
-def static_slots(function: Callable) -> None:
-    """`static_slots(prompt_lengths, output_lengths)` -> slots computed until the longest request of the batch ends."""
+def static_batch_tokens(function: Callable) -> None:
+    """`static_batch_tokens(prompt_lengths, output_lengths)` -> computed tokens until the longest request has ended."""
     hints = {
         ((4,), (1,)): "The first pass gives the first output token: with one token a request, it is the only pass.",
-        ((4,), (3,)): "4 slots give the first token, then 2 passes of 1 slot: the last token is never fed back.",
+        ((4,), (3,)): "4 computed tokens give the first new one, then 2 passes of 1: the last token is never fed back.",
         ((2, 5, 10), (1, 1, 1)): "The first pass is the rectangle of the prompts: 3 rows of 10.",
         ((2, 5, 10), (2, 5, 16)): "Then 15 passes, until the longest has 16 tokens; every row is computed in each.",
         ((2, 5, 10), (16, 5, 2)): "The longest prompt and the longest output may belong to different requests.",
-        ((7, 7, 7, 7), (20, 20, 20, 20)): "Without padding, too: 4 * 7 slots, then 19 passes of 4.",
+        ((7, 7, 7, 7), (20, 20, 20, 20)): "Without padding, too: 4 * 7 tokens, then 19 passes of 4.",
     }
     cases = [Case((list(p), list(o)), len(p) * (max(p) + max(o) - 1), hint) for (p, o), hint in hints.items()]
-    run_check("static_slots", function, cases)
+    run_check("static_batch_tokens", function, cases)
 
 
 def joining_waste(function: Callable) -> None:

@@ -46,12 +46,12 @@ def last_rows(function: Callable) -> None:
 
 
 def utilisation(function: Callable) -> None:
-    """`utilisation(lengths)` -> real tokens / slots of the padded rectangle, in 0..1."""
+    """`utilisation(lengths)` -> real tokens / computed tokens of the padded rectangle, in 0..1."""
     hints = {
         (2, 5, 10): "17 real tokens in a rectangle of 3 rows and 10 columns. A share between 0 and 1, not per cent.",
         (7, 7): "Equal lengths need no padding: 1.0.",
         (5,): "A single request needs no padding: 1.0.",
-        (1, 100): "101 of 200 slots: every row is as long as the longest request.",
+        (1, 100): "101 of 200 computed tokens are real: every row is as long as the longest request.",
         (10, 2, 5): "The longest request need not be the last one.",
     }
     run_check("utilisation", function, _cases(hints, _utilisation))

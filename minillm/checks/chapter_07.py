@@ -177,8 +177,8 @@ def _score(scheduler: BaseScheduler) -> Score:
 # --- static against continuous ---------------------------------------------------------------------------------------
 
 
-def slots_static(function: Callable) -> None:
-    """`slots_static(lengths, batch_size)` -> slots of static batches in which everybody waits for the longest."""
+def tokens_static(function: Callable) -> None:
+    """`tokens_static(lengths, batch_size)` -> computed tokens of static batches: everybody waits for the longest."""
     hints = {
         ((3, 3, 3), 3): "Three rows for three steps.",
         ((1, 2, 9), 3): "All rows are computed until the longest has ended: 3 rows for 9 steps.",
@@ -186,13 +186,15 @@ def slots_static(function: Callable) -> None:
         ((5, 4, 7), 2): "The last batch has only one row: 2 * 5 + 1 * 7.",
         ((4,), 8): "One request makes a batch of one row.",
         ((8, 1, 1, 1, 8, 1, 1, 1), 4): "One long request in each batch keeps three rows of padding.",
-        ((), 4): "No requests, no slots.",
+        ((), 4): "No requests, no tokens.",
     }
-    cases = [Case((list(lengths), size), _slots_static(lengths, size), hint) for (lengths, size), hint in hints.items()]
-    run_check("slots_static", function, cases)
+    cases = [
+        Case((list(lengths), size), _tokens_static(lengths, size), hint) for (lengths, size), hint in hints.items()
+    ]
+    run_check("tokens_static", function, cases)
 
 
-def _slots_static(lengths: Sequence[int], batch_size: int) -> int:
+def _tokens_static(lengths: Sequence[int], batch_size: int) -> int:
     batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
     return sum(len(batch) * max(batch) for batch in batches)
 

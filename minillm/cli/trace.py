@@ -8,7 +8,7 @@ from pathlib import Path
 from minillm.errors import check_options
 
 MOST_REQUESTS = 40  # rows drawn unless more are asked for
-UNITS = ("s", "steps", "slots")
+UNITS = ("s", "steps", "tokens")
 
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:

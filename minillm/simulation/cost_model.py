@@ -30,7 +30,7 @@ LAUNCH_SECONDS = 5e-6  # one kernel launch without a CUDA graph; the usual order
 class StepWork(NamedTuple):
     """What one step computes. Score entries are query-key pairs in one head of one layer."""
 
-    slots: int  # tokens pushed through the model, padding included
+    computed_tokens: int  # tokens pushed through the model, padding included
     rows: int  # requests that take part, rows of padding included
     rectangles: int  # 1 for a padded step, 0 for a ragged one
     chunks: int  # of those, how many compute several tokens in a ragged step
@@ -63,8 +63,7 @@ class StepWork(NamedTuple):
         rows = len(plan.scheduled) + len(plan.padding_rows)
         keys = rows * max(part.start + len(part.token_ids) for part in plan.scheduled)
         logit_rows = sum(part.samples for part in plan.scheduled)
-        slots = rows * plan.row_length
-        return cls(slots, rows, 1, 0, logit_rows, plan.row_length * keys, keys)
+        return cls(rows * plan.row_length, rows, 1, 0, logit_rows, plan.row_length * keys, keys)
 
     @classmethod
     def of_variable_length_kernel(cls, plan: SchedulerOutput) -> "StepWork":
@@ -116,7 +115,7 @@ class Roofline:
 
     def seconds(self, work: StepWork) -> float:
         """Launches, and then what `costs.step_seconds` says."""
-        least = self._prices.seconds(work.slots, work.logit_rows, work.keys_read, work.score_entries)
+        least = self._prices.seconds(work.computed_tokens, work.logit_rows, work.keys_read, work.score_entries)
         return self.launch_overhead + least
 
 
@@ -132,7 +131,7 @@ class Calibrated:
     """A machine's own cost model: seconds a step, and seconds for each count of the work."""
 
     per_step: float
-    per_slot: float
+    per_computed_token: float
     per_row: float
     per_rectangle: float
     per_chunk: float

@@ -64,7 +64,7 @@ class Report:
     ttft: Spread
     itl: Spread
     e2e: Spread
-    slots_computed: int  # tokens pushed through the model, padding included
+    computed_tokens: int  # tokens pushed through the model, padding included
     useful_tokens: int  # those of them that were neither padding nor computed a second time
     mean_waiting: float  # requests waiting, averaged over the makespan
     slo: SLO
@@ -72,8 +72,8 @@ class Report:
 
     @property
     def utilisation(self) -> float:
-        """Useful share of the slots computed, 0 to 1."""
-        return self.useful_tokens / self.slots_computed if self.slots_computed else 0.0
+        """Useful share of the computed tokens, 0 to 1."""
+        return self.useful_tokens / self.computed_tokens if self.computed_tokens else 0.0
 
     def as_dict(self) -> dict:
         """Everything, for JSON; an SLO without limit is None."""
@@ -87,7 +87,7 @@ class Report:
             f"{self.num_steps} steps",
             f"throughput    {self.output_tokens_per_second:.1f} output tokens/s, {self.requests_per_second:.2f} "
             f"requests/s, goodput {self.goodput:.2f} requests/s",
-            f"slots         {self.slots_computed} computed, {self.useful_tokens} useful ({self.utilisation:.1%})",
+            f"tokens        {self.computed_tokens} computed, {self.useful_tokens} useful ({self.utilisation:.1%})",
             f"mean waiting  {self.mean_waiting:.1f} requests",
             "              " + "".join(f"{name:>12}" for name in ("mean", "p50", "p90", "p99", "max")) + "   (ms)",
         ]
@@ -133,7 +133,7 @@ class ReportBuilder:
         self._under_way: dict[str, _Progress] = {}
         self._ttft, self._itl, self._e2e = Counter(), Counter(), Counter()  # seconds -> how often
         self._num_requests = self._num_finished = self._num_good = 0
-        self._num_steps = self._output_tokens = self._slots = self._useful = 0
+        self._num_steps = self._output_tokens = self._computed = self._useful = 0
         self._waiting_seconds = 0.0  # requests waiting times how long
         self._begin, self._end = math.inf, -math.inf
 
@@ -163,7 +163,7 @@ class ReportBuilder:
         self,
         start: float,
         end: float,
-        slots: int,
+        computed: int,
         useful: int,
         sampled: Iterable[str],
         finished: Iterable[str],
@@ -171,7 +171,7 @@ class ReportBuilder:
     ) -> None:
         """A step from `start` to `end`: tokens computed and useful, whose new tokens came, who left, how many wait."""
         self._num_steps += 1
-        self._slots += slots
+        self._computed += computed
         self._useful += useful
         self._waiting_seconds += waiting * (end - start)
         self._end = end
@@ -215,7 +215,7 @@ class ReportBuilder:
             ttft=spread(self._ttft),
             itl=spread(self._itl),
             e2e=spread(self._e2e),
-            slots_computed=self._slots,
+            computed_tokens=self._computed,
             useful_tokens=self._useful,
             mean_waiting=self._waiting_seconds * rate,
             slo=self.slo,

@@ -10,7 +10,7 @@ from minillm.trace import ScheduledTokens, Trace
 from minillm.viz.base import PictureError, number
 from minillm.viz.palette import STATES, WAITING
 
-UNITS = ("s", "steps", "slots")
+UNITS = ("s", "steps", "tokens")
 MOST_COLUMNS = 100  # of a text timeline
 
 SHORTEST_WAIT = 0.002  # share of the whole run; a shorter wait is the time it takes to call the model
@@ -25,7 +25,7 @@ class Box:
 
     request_id: str
     state: str  # a key of palette.STATES
-    start: float  # seconds since the trace began, steps, or slots
+    start: float  # seconds since the trace began, steps, or computed tokens
     end: float
     first_step: int
     last_step: int
@@ -50,10 +50,10 @@ class Box:
 
 
 class Activity:
-    """The boxes of a run in one unit: "s" true to time, "steps" each as wide as the next, "slots" by tokens computed.
+    """The boxes of a run in one unit: "s" true to time, "steps" each as wide as the next, "tokens" by computed tokens.
 
-    A slot is a token pushed through the model, padding included. Raises PictureError for an unknown unit, and for a
-    trace without steps or requests.
+    Computed tokens are those pushed through the model, padding included. Raises PictureError for an unknown unit, and
+    for a trace without steps or requests.
     """
 
     def __init__(self, trace: Trace, unit: str = "s"):

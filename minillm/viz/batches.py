@@ -234,24 +234,24 @@ class PaddingRectangle(Picture):
         cls, step: StepEvent, *, title: str | None = None, room: tuple[int, int] | None = None
     ) -> "PaddingRectangle":
         """The rectangle that a step of a trace computed. Raises PictureError if its rows have different lengths."""
-        real, slots, why = Counter[str](), Counter[str](), {}
+        real, computed, why = Counter[str](), Counter[str](), {}
         for part in step.scheduled:
-            slots[part.request_id] += part.num_tokens
+            computed[part.request_id] += part.num_tokens
             if part.why != "padding":
                 real[part.request_id] += part.num_tokens
                 why[part.request_id] = part.why
-        if len(set(slots.values())) != 1:
+        if len(set(computed.values())) != 1:
             raise PictureError(
-                f"step {step.step} is no rectangle: its rows have lengths {sorted(set(slots.values()))}; "
+                f"step {step.step} is no rectangle: its rows have lengths {sorted(set(computed.values()))}; "
                 "use a trace of static or dynamic batching"
             )
-        lengths = [real[request_id] for request_id in slots]
-        labels = [request_label(request_id) for request_id in slots]
-        reasons = [why.get(request_id, "padding") for request_id in slots]
-        return cls(lengths, next(iter(slots.values())), labels, why=reasons, title=title, room=room)
+        lengths = [real[request_id] for request_id in computed]
+        labels = [request_label(request_id) for request_id in computed]
+        reasons = [why.get(request_id, "padding") for request_id in computed]
+        return cls(lengths, next(iter(computed.values())), labels, why=reasons, title=title, room=room)
 
     @property
-    def num_slots(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens computed, pads included."""
         return len(self.rows) * self.padded_length
 
@@ -262,9 +262,9 @@ class PaddingRectangle(Picture):
 
     def summary(self) -> str:
         """What was computed, what of it useful, what padding."""
-        padding = self.num_slots - self.num_useful
-        shape = f"{len(self.rows)} × {self.padded_length} = {plural(self.num_slots, 'slot')}"
-        return f"{shape}: {self.num_useful:,} useful ({self.num_useful / self.num_slots:.1%}), {padding:,} padding"
+        padding = self.num_tokens - self.num_useful
+        shape = f"{len(self.rows)} × {self.padded_length} = {plural(self.num_tokens, 'computed token')}"
+        return f"{shape}: {self.num_useful:,} useful ({self.num_useful / self.num_tokens:.1%}), {padding:,} padding"
 
     def text(self) -> str:
         width = max(text_width(row.label) for row in self.rows)
@@ -284,7 +284,7 @@ class PaddingRectangle(Picture):
 
     def _states(self) -> list[State]:
         used = {row.why for row in self.rows if row.num_tokens}
-        if self.num_slots > self.num_useful:
+        if self.num_tokens > self.num_useful:
             used.add("padding")
         return [state for key, state in STATES.items() if key in used]
 

@@ -15,7 +15,7 @@ MOMENTS = 60  # frames of the stepper, at the most
 class PolicyTimelines(Panels):
     """Timelines of several traces on one common axis, with one legend, and the makespan of each marked.
 
-    `unit` = "s" (true to time), "slots" (tokens computed, padding included: the same on every machine) or "steps".
+    `unit` = "s" (true to time), "tokens" (computed tokens, padding included: the same on every machine) or "steps".
     Steps = moments of the common axis. Raises PictureError if there is no trace, or an empty one.
     """
 
@@ -44,13 +44,13 @@ class PolicyTimelines(Panels):
                 timeline.amount(timeline.end()),
                 f"{self.timelines[first].end() / timeline.end():.2f}x",
                 f"{timeline.num_steps:,}",
-                f"{timeline.num_slots:,}",
+                f"{timeline.num_tokens:,}",
                 f"{timeline.num_useful:,}",
-                f"{timeline.num_useful / timeline.num_slots:.1%}",
+                f"{timeline.num_useful / timeline.num_tokens:.1%}",
             ]
             for name, timeline in self.timelines.items()
         ]
-        return text_table(["", "makespan", f"against {first}", "steps", "slots", "useful", "share"], rows)
+        return text_table(["", "makespan", f"against {first}", "steps", "computed tokens", "useful", "share"], rows)
 
     def caption(self, step: int) -> str:
         now = (step + 1) * self.moment
@@ -86,15 +86,15 @@ class _CompactTimeline(Timeline):
     def __init__(self, name: str, trace: Trace, unit: str):
         super().__init__(trace, unit)
         self.name = name
-        self.num_slots = sum(step.num_tokens for step in trace.steps)
+        self.num_tokens = sum(step.num_tokens for step in trace.steps)
         self.num_useful = sum(step.num_useful for step in trace.steps)
         self.title = f"{titled(name, trace.dropped)}: {self.measures()}"
 
     def measures(self) -> str:
         """The makespan and what was computed."""
-        makespan = [] if self.unit == "slots" else [self.amount(self.end())]
-        useful = f"{self.num_useful:,} useful ({self.num_useful / self.num_slots:.1%})"
-        return ", ".join([*makespan, plural(self.num_slots, "slot"), useful])
+        makespan = [] if self.unit == "tokens" else [self.amount(self.end())]
+        useful = f"{self.num_useful:,} useful ({self.num_useful / self.num_tokens:.1%})"
+        return ", ".join([*makespan, plural(self.num_tokens, "computed token"), useful])
 
     def step_at(self, moment: float) -> int:
         """The last step that has begun by then."""

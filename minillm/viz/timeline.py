@@ -38,7 +38,7 @@ class Timeline(Activity, Picture):
     """One row a request: waiting, preempted, prefill, decode, recompute, padding, finished, and its TTFT and ITL.
 
     `unit` = "s": widths are true to time; "steps": every forward pass is as wide as the next, so that the picture is
-    the same on every machine; "slots": a pass is as wide as the tokens it computes, padding included. Where padding
+    the same on every machine; "tokens": a pass is as wide as the tokens it computes, padding included. Where padding
     fills up a row beside real tokens, its share is hatched, and the letter of the text is in lower case.
     `sampled_tokens` (request id -> its output tokens) writes each token where it came into being, as far as there is
     room; drawn for one or two requests. Steps = forward passes. Raises PictureError for a trace without steps or
@@ -291,7 +291,7 @@ class Timeline(Activity, Picture):
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         if self.unit != "s":
-            axes.set_xlabel("forward passes" if self.unit == "steps" else "slots (tokens computed, padding included)")
+            axes.set_xlabel("forward passes" if self.unit == "steps" else "computed tokens, padding included")
             axes.xaxis.get_major_locator().set_params(integer=True)
         elif axes.get_xlim()[1] < 2:
             axes.xaxis.set_major_formatter(lambda value, _: f"{1000 * value:g}")
