@@ -1,4 +1,5 @@
 # make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
+#               trouble? .venv/bin/minillm doctor says what is missing and what to do
 # make test     set up, then everything CI runs, in two processes; in one (WORKERS=0) where there is a GPU
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
 # make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
@@ -29,6 +30,7 @@ $(READY): pyproject.toml constraints.txt
 
 # Jupyter asks root, and so most containers, to say --allow-root.
 lab: $(READY)
+	@echo 'Trouble? First run $(BIN)/minillm doctor: it says what is missing and what to do.'
 	$(BIN)/minillm learn
 	$(BIN)/jupyter lab --ServerApp.root_dir=learn --LabApp.default_url=/lab/tree/01_generation.ipynb \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)

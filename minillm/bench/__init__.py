@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = hand_on(
     {
         "gpu.report": ["report"],
         "gpu.scale": ["FULL"],
+        "gpu.session": ["driver_version"],
         "gpu.timing": ["device_seconds"],
         "gpu.workloads": ["w1_jobs"],
         "measuring": ["measure", "mixed_requests"],

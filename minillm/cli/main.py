@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from minillm import __version__
 from minillm.cli import simulate
+from minillm.cli.doctor import add_doctor_arguments, run_doctor
 from minillm.cli.trace import add_trace_arguments, run_trace
 from minillm.errors import MiniLLMError, PromptError
 
@@ -233,6 +234,7 @@ COMMANDS = {
         add_bench_arguments,
         run_bench,
     ),
+    "doctor": Command("Say what this machine can run, and what to do if it cannot.", add_doctor_arguments, run_doctor),
     "generate": Command("Continue a text with the storyteller or another model.", add_generate_arguments, run_generate),
     "learn": Command("Prepare your copies of the chapters.", add_learn_arguments, run_learn),
     "simulate": Command(

@@ -4,6 +4,7 @@ May import anything of minillm; only notebooks, checks and the command line impo
 """
 
 from minillm.viz.base import (
+    STYLE,
     Panels,
     Picture,
     PictureError,
@@ -34,6 +35,7 @@ from minillm.viz.roofline import DecodeRoofline
 from minillm.viz.timeline import Timeline
 
 __all__ = [
+    "STYLE",
     "AttentionWeights",
     "Bars",
     "BatchComposition",

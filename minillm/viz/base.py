@@ -333,7 +333,7 @@ def literal(label: str) -> str:
 
 def token_label(token: str) -> str:
     """A token as its label: leading and other blanks and line ends made visible."""
-    visible = str(token).replace(" ", "␣").replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
+    visible = str(token).replace(" ", "␣").replace("\r", "⇤").replace("\n", "↵").replace("\t", "⇥")
     return visible or "∅"
 
 
