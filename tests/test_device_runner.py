@@ -209,6 +209,23 @@ def test_the_first_token_is_drawn_with_the_first_numbers(model):
     assert ops.sample_rows(logits, *columns).tolist() == token_ids
 
 
+def test_logits_may_be_rows_of_a_wider_matrix(load):
+    """As on a GPU, where nobody looks at what is behind the ids."""
+    model = load(KIND, torch.float64)
+    expected, _ = run(device_runner_of(model), drawing_jobs(asking=True))
+    plain, widths = model.logits, set()
+
+    def in_wide_rows(hidden):
+        logits = plain(hidden)
+        wide = torch.full((len(logits), 256), math.nan, dtype=logits.dtype)
+        wide[:, : logits.shape[1]] = logits
+        widths.add(logits.shape[1])
+        return wide[:, : logits.shape[1]]
+
+    model.logits = in_wide_rows
+    assert run(device_runner_of(model), drawing_jobs(asking=True))[0] == expected and max(widths) < 256
+
+
 def test_a_filter_drops_what_it_should(model):
     prompt = random_token_ids(7, 190)
     params = SamplingParams(temperature=50.0, top_k=2, seed=1, max_tokens=30)  # without the filter: anything

@@ -117,6 +117,8 @@ def decode(
     """
     group = check_decode(q, keys, values, tables, lengths, window, LIMITS)
     _check_launch(launch, group)
+    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
+        raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
     out = output_for(q, out)
     num_requests, num_heads, head_size = q.shape
     block_size, num_kv_heads = keys.shape[1:3]
@@ -124,13 +126,10 @@ def decode(
         return out
     max_keys = tables.shape[1] * block_size
     max_tiles = triton.cdiv(min(max_keys, window + launch.keys) if window else max_keys, launch.keys)
-    splits = (
-        Splits(num_splits, num_splits, max_tiles)
-        if num_splits is not None
-        else splits_for(num_requests * num_kv_heads, max_tiles, processors(q.device), launch.keys)
-    )
-    if not 1 <= splits.most <= MAX_SPLITS:
-        raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
+    if num_splits is None:
+        splits = splits_for(num_requests * num_kv_heads, max_tiles, processors(q.device), launch.keys)
+    else:
+        splits = Splits(num_splits, num_splits, max_tiles)
     parts, logs, num_sharing, requests = out, out, 0, 0  # where nothing is split, results are written at once
     if splits.most > 1:
         parts = torch.empty(num_requests, num_heads, splits.most, head_size, dtype=torch.float32, device=q.device)
