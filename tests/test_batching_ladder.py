@@ -22,7 +22,7 @@ from minillm.ladder import attend as callables
 from minillm.ladder import contiguous
 from minillm.ladder.attend import BlockDiagonalAttention, Part
 from minillm.ladder.contiguous import ContiguousExecutor
-from minillm.ladder.kv_cache import SlotCache
+from minillm.ladder.kv_cache import RowCache
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams, SamplingState, sample
 from minillm.simulation.clock import VirtualClock
@@ -172,7 +172,7 @@ def test_any_mix_in_any_order_of_arrival(shapes, long, place, limits):
         assert (len(chunks) > len(shapes)) == (batching == "continuous")
 
 
-def test_an_aborted_request_leaves_its_neighbours_untouched_and_its_slot_is_used_again():
+def test_an_aborted_request_leaves_its_neighbours_untouched_and_its_row_is_used_again():
     requests = [request_of(number, *shape) for number, shape in enumerate(MIX)]
     clock = VirtualClock()
     executor = SteppingExecutor(clock, LIMITS)
@@ -220,12 +220,12 @@ def test_a_visible_neighbour_is_noticed(monkeypatch):
 
 def unmasked_pads(monkeypatch):
     """Queries see all keys of the rectangle, also behind their own last one."""
-    right = callables.SlotAttention.mask
+    right = callables.RowAttention.mask
 
     def mask(self, positions, num_keys, window):
         return right(self, torch.full_like(positions, num_keys - 1), num_keys, None)
 
-    monkeypatch.setattr(callables.SlotAttention, "mask", mask)
+    monkeypatch.setattr(callables.RowAttention, "mask", mask)
 
 
 def position_off_by_one(monkeypatch):
@@ -238,35 +238,35 @@ def position_off_by_one(monkeypatch):
     monkeypatch.setattr(ContiguousExecutor, "_forward", forward)
 
 
-def wrong_slot(monkeypatch):
+def wrong_row(monkeypatch):
     """Reads the cache of the next request."""
-    right = SlotCache.read
+    right = RowCache.read
 
-    def read(self, layer, slots, num_tokens):
-        return right(self, layer, [*slots[1:], slots[0]], num_tokens)
+    def read(self, layer, rows, num_tokens):
+        return right(self, layer, [*rows[1:], rows[0]], num_tokens)
 
-    monkeypatch.setattr(SlotCache, "read", read)
+    monkeypatch.setattr(RowCache, "read", read)
 
 
 def neighbour_visible(monkeypatch):
     """The first key of a request is its neighbour's."""
-    right = SlotCache.read
+    right = RowCache.read
 
-    def read(self, layer, slots, num_tokens):
-        keys, values = (x.clone() for x in right(self, layer, slots, num_tokens))
+    def read(self, layer, rows, num_tokens):
+        keys, values = (x.clone() for x in right(self, layer, rows, num_tokens))
         keys[:, :, 0], values[:, :, 0] = keys[:, :, 0].roll(1, 0), values[:, :, 0].roll(1, 0)
         return keys, values
 
-    monkeypatch.setattr(SlotCache, "read", read)
+    monkeypatch.setattr(RowCache, "read", read)
 
 
 def stored_one_place_late(monkeypatch):
     """Keys and values land one position behind where they are looked for."""
-    right = SlotCache.places
-    monkeypatch.setattr(SlotCache, "places", lambda self, slots, positions: right(self, slots, positions + 1))
+    right = RowCache.places
+    monkeypatch.setattr(RowCache, "places", lambda self, rows, positions: right(self, rows, positions + 1))
 
 
-TWINS = [unmasked_pads, position_off_by_one, wrong_slot, neighbour_visible, stored_one_place_late]
+TWINS = [unmasked_pads, position_off_by_one, wrong_row, neighbour_visible, stored_one_place_late]
 
 
 @pytest.mark.parametrize("batching", BATCHING)
@@ -284,7 +284,7 @@ def test_a_broken_twin_is_noticed(batching, twin, monkeypatch):
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_mask_of_a_rectangle_is_that_of_masks_padded(window):
     parts = [Part(0, 4, 2), Part(1, 0, 3), Part(2, 0, 0), Part(3, 6, 1)]
-    cache = SlotCache(CONFIG, 4, 16, torch.float64)
+    cache = RowCache(CONFIG, 4, 16, torch.float64)
     attend = callables.PaddedAttention(CONFIG, cache, parts, 3)
     rows = [masks.padded(part.num_tokens, part.end, 3, 7, window=window) for part in parts]
     added = attend.row_mask(window)  # [B, 1, group * L, K]
@@ -293,7 +293,7 @@ def test_the_mask_of_a_rectangle_is_that_of_masks_padded(window):
 
 def test_pads_come_out_as_zeros_never_nan():
     parts = [Part(0, 0, 1), Part(1, 0, 3), Part(2, 0, 0)]
-    cache = SlotCache(CONFIG, 3, 8, torch.float64)
+    cache = RowCache(CONFIG, 3, 8, torch.float64)
     attend = callables.PaddedAttention(CONFIG, cache, parts, 3)
     torch.manual_seed(0)
     out = attend(0, torch.randn(9, 4, 16).double(), *torch.randn(2, 9, 2, 16).double())
@@ -304,7 +304,7 @@ def test_pads_come_out_as_zeros_never_nan():
 @pytest.mark.parametrize("batching", BATCHING)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_that_is_not_finite_fails_alone(batching, temperature):
-    """The others get what they would get alone, the one that is given its slot of the cache afterwards too."""
+    """The others get what they would get alone, the one that is given its row of the cache afterwards too."""
     requests = [request_of(number, *shape, 0) for number, (*shape, _) in enumerate(MIX[:5])]
     requests[1].params = dataclasses.replace(requests[1].params, temperature=temperature)
     others = [request for request in requests if request is not requests[1]]
@@ -329,16 +329,16 @@ def test_a_request_that_is_not_finite_fails_alone(batching, temperature):
     assert [tuple(request.output_token_ids) for request in others] == expected
 
 
-@pytest.mark.parametrize("slots", [[1, 2, 3], [3, 0], [2]])
-def test_slots_are_read_where_they_were_written(slots):
-    cache = SlotCache(CONFIG, 4, 8, torch.float64)
+@pytest.mark.parametrize("rows", [[1, 2, 3], [3, 0], [2]])
+def test_rows_are_read_where_they_were_written(rows):
+    cache = RowCache(CONFIG, 4, 8, torch.float64)
     torch.manual_seed(0)
-    k, v = torch.randn(2, 2 * len(slots), 2, 16).double()
-    places = cache.places(torch.tensor(slots).repeat_interleave(2), torch.tensor([0, 1] * len(slots)))
+    k, v = torch.randn(2, 2 * len(rows), 2, 16).double()
+    places = cache.places(torch.tensor(rows).repeat_interleave(2), torch.tensor([0, 1] * len(rows)))
     cache.store(1, places, k, v)
-    keys, values = cache.read(1, slots, 2)  # [B, Hkv, 2, D]
+    keys, values = cache.read(1, rows, 2)  # [B, Hkv, 2, D]
     assert torch.equal(keys.transpose(1, 2).flatten(0, 1), k) and torch.equal(values.transpose(1, 2).flatten(0, 1), v)
-    assert (keys.data_ptr() >= cache.keys.data_ptr() and slots != [3, 0]) == (
+    assert (keys.data_ptr() >= cache.keys.data_ptr() and rows != [3, 0]) == (
         keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
     )
 

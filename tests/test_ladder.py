@@ -214,7 +214,7 @@ def test_a_pass_that_fails_half_way_leaves_the_cache_as_it_was(load):
 # --- broken twins: the comparison of logits must notice each ---------------------------------------------------------
 
 
-def write_one_slot_off(monkeypatch):
+def write_one_place_off(monkeypatch):
     def append(self, layer, k, v):
         start, end = self.length, self.length + k.shape[0]
         self.keys[layer, start + 1 : end + 1], self.values[layer, start + 1 : end + 1] = k, v
@@ -270,7 +270,7 @@ def see_the_whole_chunk(monkeypatch):
 
 
 TWINS = [
-    write_one_slot_off,
+    write_one_place_off,
     share_one_layer,
     return_one_token_too_few,
     forget_to_advance,

@@ -9,7 +9,7 @@ from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.ladder.contiguous import ContiguousExecutor
-from minillm.ladder.kv_cache import KVCache, SlotCache
+from minillm.ladder.kv_cache import KVCache, RowCache
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.plan import ScheduledRequest
@@ -66,16 +66,16 @@ def test_a_cache_of_one_sequence(model, expected, monkeypatch, poison):
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("batching", BATCHING)
-def test_slots_that_were_given_back(model, expected, batching, poison, monkeypatch):
-    """Padded rectangles, whose rows have ended here and there, and ragged steps; every slot is used again and again."""
-    given_back, release = [], SlotCache.release
+def test_rows_that_were_given_back(model, expected, batching, poison, monkeypatch):
+    """Padded rectangles, whose rows have ended here and there, and ragged steps; every row is used again and again."""
+    given_back, release = [], RowCache.release
 
-    def poisoned(self, slot):
-        self.keys[:, slot], self.values[:, slot] = poison, poison  # as a request leaves it whose numbers overflowed
-        given_back.append(slot)
-        release(self, slot)
+    def poisoned(self, row):
+        self.keys[:, row], self.values[:, row] = poison, poison  # as a request leaves it whose numbers overflowed
+        given_back.append(row)
+        release(self, row)
 
-    monkeypatch.setattr(SlotCache, "release", poisoned)
+    monkeypatch.setattr(RowCache, "release", poisoned)
     limits, clock = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=48), VirtualClock()
     asked = [request for request in requests() if request.params.n == 1]
     run_to_the_end(BATCHING[batching](limits, clock), ContiguousExecutor(model, 2, 48), asked, clock)

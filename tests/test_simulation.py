@@ -22,7 +22,7 @@ from minillm.costs.shapes import H200, LLAMA_2_7B, SHAPES
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, PromptError
 from minillm.ladder.contiguous import ContiguousExecutor
-from minillm.ladder.kv_cache import SlotCache
+from minillm.ladder.kv_cache import RowCache
 from minillm.model.decoder import Decoder
 from minillm.runtime.plan import NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.simulation import workload
@@ -193,8 +193,8 @@ class CountingExecutor(ContiguousExecutor):
         self.counts = []  # of each step: tokens through the model, rows of logits, score entries, keys read in layer 0
         monkeypatch.setattr(Decoder, "forward", self.counting(Decoder.forward, 0, lambda token_ids, *_: len(token_ids)))
         monkeypatch.setattr(Decoder, "logits", self.counting(Decoder.logits, 1, len))
-        keys_of = lambda layer, slots, num_tokens: (layer == 0) * len(slots) * num_tokens  # noqa: E731
-        monkeypatch.setattr(SlotCache, "read", self.counting(SlotCache.read, 3, keys_of))
+        keys_of = lambda layer, rows, num_tokens: (layer == 0) * len(rows) * num_tokens  # noqa: E731
+        monkeypatch.setattr(RowCache, "read", self.counting(RowCache.read, 3, keys_of))
 
     def counting(self, method, place, amount):
         def counted(instance, *arguments):

@@ -224,15 +224,15 @@ CASES: dict[str, Case] = {
         lambda: {"layer": 0, "k": torch.ones(2, 2, 16), "v": torch.ones(2, 2, 16)},
     ),
     "KVCache.advance": Case(minillm.KVCache(TINY, 10**6, torch.float32).advance, lambda: {"num_tokens": 2}),
-    "SlotCache": Case(
-        kv_cache.SlotCache,
-        lambda: {"config": TINY, "num_slots": 2, "capacity": 4, "dtype": torch.float32, "device": None},
+    "RowCache": Case(
+        kv_cache.RowCache,
+        lambda: {"config": TINY, "num_rows": 2, "capacity": 4, "dtype": torch.float32, "device": None},
     ),
-    "SlotCache.take": Case(
-        lambda num_tokens: kv_cache.SlotCache(TINY, 1, 4, torch.float32).take(num_tokens), lambda: {"num_tokens": 2}
+    "RowCache.take": Case(
+        lambda num_tokens: kv_cache.RowCache(TINY, 1, 4, torch.float32).take(num_tokens), lambda: {"num_tokens": 2}
     ),
-    "SlotCache.release": Case(
-        lambda slot: _taken(kv_cache.SlotCache(TINY, 1, 4, torch.float32)).release(slot), lambda: {"slot": 0}
+    "RowCache.release": Case(
+        lambda row: _taken(kv_cache.RowCache(TINY, 1, 4, torch.float32)).release(row), lambda: {"row": 0}
     ),
     "kv_bytes_per_token": Case(minillm.kv_bytes_per_token, lambda: {"config": TINY, "dtype_bytes": 2}),
     "what_fits": Case(

@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = hand_on(
             "generate_ragged",
             "positions",
         ],
-        "kv_cache": ["KVCache", "SlotCache"],
+        "kv_cache": ["KVCache", "RowCache"],
         "padded_schedulers": ["DynamicScheduler", "StaticScheduler"],
     },
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillm.attention import Kernel, additive_mask, fused_attention, masks, sdpa_attention
 from minillm.errors import Count, checked
-from minillm.ladder.kv_cache import KVCache, SlotCache
+from minillm.ladder.kv_cache import KVCache, RowCache
 from minillm.model import ModelConfig
 
 
@@ -84,7 +84,7 @@ class BlockDiagonalAttention:
 class Part:
     """Consecutive new tokens of one request in a step that several requests share."""
 
-    slot: int  # where its keys and values are cached
+    row: int  # of the cache: where its keys and values are
     start: int  # tokens cached before this step
     num_tokens: int  # new tokens
 
@@ -94,38 +94,38 @@ class Part:
         return self.start + self.num_tokens
 
 
-class SlotAttention:
-    """What chapters 5 and 7 share: new tokens are stored in slots, and queries look at a slot's keys by position.
+class RowAttention:
+    """What chapters 5 and 7 share: new tokens go to rows of the cache, and queries look at a row's keys by position.
 
     `score_entries` counts the query-key pairs scored, in one head of one layer.
     """
 
-    def __init__(self, config: ModelConfig, cache: SlotCache, parts: Sequence[Part], device=None):
+    def __init__(self, config: ModelConfig, cache: RowCache, parts: Sequence[Part], device=None):
         self.config = config
         self.cache = cache
         self.device = device
         self.group = config.num_attention_heads // config.num_key_value_heads
-        slots = torch.tensor([part.slot for part in parts for _ in range(part.num_tokens)], device=device)
+        rows = torch.tensor([part.row for part in parts for _ in range(part.num_tokens)], device=device)
         positions = torch.tensor([i for part in parts for i in range(part.start, part.end)], device=device)
-        self.places = cache.places(slots, positions)  # of the new tokens
+        self.places = cache.places(rows, positions)  # of the new tokens
 
     def mask(self, positions: Tensor, num_keys: int, window: int | None) -> Tensor:
-        """[..., Tq] positions of queries (-1: a pad, sees nothing) -> additive mask against a slot's first keys."""
+        """[..., Tq] positions of queries (-1: a pad, sees nothing) -> additive mask against a row's first keys."""
         return additive_mask(masks.visible(positions, num_keys, window), self.group, self.cache.keys.dtype)
 
 
-class PaddedAttention(SlotAttention):
+class PaddedAttention(RowAttention):
     """Chapter 5: B requests as a rectangle of B rows and L columns, pads in front, flattened to B * L tokens.
 
     Every row is scored against as many keys as the longest request has. Pads are computed like tokens; they are not
     stored, see nothing and are seen by nobody.
     """
 
-    def __init__(self, config: ModelConfig, cache: SlotCache, parts: Sequence[Part], row_length: int, device=None):
+    def __init__(self, config: ModelConfig, cache: RowCache, parts: Sequence[Part], row_length: int, device=None):
         super().__init__(config, cache, parts, device)
         self.row_length = row_length
         self.num_keys = max(part.end for part in parts)
-        self.slots = [part.slot for part in parts]
+        self.cache_rows = [part.row for part in parts]
         rows = [[-1] * (row_length - part.num_tokens) + list(range(part.start, part.end)) for part in parts]
         self.positions = torch.tensor(rows, device=device)  # [B, L]; -1 for pads
         self.pads = self.positions < 0  # [B, L]
@@ -135,27 +135,27 @@ class PaddedAttention(SlotAttention):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.store(layer, self.places, k[self.real_tokens], v[self.real_tokens])
-        keys, values = self.cache.read(layer, self.slots, self.num_keys)  # [B, Hkv, K, D]
+        keys, values = self.cache.read(layer, self.cache_rows, self.num_keys)  # [B, Hkv, K, D]
         q = q.unflatten(0, (-1, self.row_length))  # [B, L, Hq, D]
         out = fused_attention(q, keys, values, self.row_mask(self.config.sliding_window(layer)))
         return out.masked_fill(self.pads[..., None, None], 0.0).flatten(0, 1)
 
 
-class RaggedAttention(SlotAttention):
+class RaggedAttention(RowAttention):
     """Chapter 7: new tokens of many requests laid one behind the other, each looking at its own cached keys only.
 
     Requests with a single new token are attended to together, each against as many keys as the longest of them has;
     chunks of prompts one by one. Nothing is padded outside attention.
     """
 
-    def __init__(self, config: ModelConfig, cache: SlotCache, parts: Sequence[Part], device=None):
+    def __init__(self, config: ModelConfig, cache: RowCache, parts: Sequence[Part], device=None):
         super().__init__(config, cache, parts, device)
         first_rows = [0, *itertools.accumulate(part.num_tokens for part in parts)]
         placed = list(zip(first_rows, parts, strict=False))
         self.chunks = [(row, part) for row, part in placed if part.num_tokens > 1]
         decodes = [(row, part) for row, part in placed if part.num_tokens == 1]
-        decodes.sort(key=lambda decode: decode[1].slot)  # slots in a row are read without being copied
-        self.decode_slots = [part.slot for _, part in decodes]
+        decodes.sort(key=lambda decode: decode[1].row)  # neighbouring rows are read without being copied
+        self.cache_rows = [part.row for _, part in decodes]
         self.decode_rows = torch.tensor([row for row, _ in decodes], dtype=torch.long, device=device)
         positions = torch.tensor([[part.start] for _, part in decodes], device=device)  # [decodes, 1]
         self.num_keys = max((part.end for _, part in decodes), default=0)
@@ -172,10 +172,10 @@ class RaggedAttention(SlotAttention):
         out = torch.empty_like(q)
         for row, part in self.chunks:
             rows = slice(row, row + part.num_tokens)
-            keys, values = self.cache.read(layer, [part.slot], part.end)  # [1, Hkv, K, D]
+            keys, values = self.cache.read(layer, [part.row], part.end)  # [1, Hkv, K, D]
             out[rows] = fused_attention(q[None, rows], keys, values, self.chunk_mask(part, window))[0]
-        if self.decode_slots:
-            keys, values = self.cache.read(layer, self.decode_slots, self.num_keys)  # [decodes, Hkv, K, D]
+        if self.cache_rows:
+            keys, values = self.cache.read(layer, self.cache_rows, self.num_keys)  # [decodes, Hkv, K, D]
             queries = q.index_select(0, self.decode_rows)[:, None]  # [decodes, 1, Hq, D]
             new = fused_attention(queries, keys, values, self.decode_mask(window))
             out.index_copy_(0, self.decode_rows, new[:, 0])

@@ -1,9 +1,9 @@
-"""The executor of chapters 5 to 7: every running request has one contiguous slot of cache."""
+"""The executor of chapters 5 to 7: every running request has one contiguous row of the cache."""
 
 import torch
 
 from minillm.ladder.attend import PaddedAttention, Part, RaggedAttention
-from minillm.ladder.kv_cache import SlotCache
+from minillm.ladder.kv_cache import RowCache
 from minillm.model import Decoder
 from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.sampling import SamplingState, sample
@@ -14,13 +14,13 @@ PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
 class ContiguousExecutor:
     """Runs plans on a model: ragged ones as they are, padded ones as a rectangle with all its pads.
 
-    Reserves `max_num_seqs` slots of `max_model_len` tokens when it is made.
+    Reserves `max_num_seqs` rows of `max_model_len` tokens when it is made.
     """
 
     def __init__(self, model: Decoder, max_num_seqs: int, max_model_len: int):
         self.model = model
-        self.cache = SlotCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
-        self.slots: dict[str, int] = {}
+        self.cache = RowCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
+        self.rows: dict[str, int] = {}
         self.states: dict[str, tuple[SamplingState, int]] = {}  # of every running one, and the length of its prompt
 
     @torch.inference_mode()
@@ -49,13 +49,13 @@ class ContiguousExecutor:
         )
 
     def _follow(self, plan: SchedulerOutput) -> None:
-        """Give slots back and take new ones, as the plan says."""
+        """Give rows back and take new ones, as the plan says."""
         for request_id in plan.finished_ids:
-            if request_id in self.slots:
-                self.cache.release(self.slots.pop(request_id))
+            if request_id in self.rows:
+                self.cache.release(self.rows.pop(request_id))
                 del self.states[request_id]
         for new in plan.new_requests:
-            self.slots[new.request_id] = self.cache.take(new.num_tokens_at_most)
+            self.rows[new.request_id] = self.cache.take(new.num_tokens_at_most)
             state = SamplingState.of(
                 new.params,
                 self.model.config.num_sampled_ids,
@@ -67,7 +67,7 @@ class ContiguousExecutor:
             self.states[new.request_id] = (state, new.num_tokens_at_most - new.params.max_tokens)
 
     def _part(self, scheduled: ScheduledRequest) -> Part:
-        return Part(self.slots[scheduled.request_id], scheduled.start, len(scheduled.token_ids))
+        return Part(self.rows[scheduled.request_id], scheduled.start, len(scheduled.token_ids))
 
     def _ragged_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
         """All new tokens one behind the other, [T]; returns hidden states, each request's last row, score entries."""
@@ -86,8 +86,8 @@ class ContiguousExecutor:
         """A rectangle of rows * row_length tokens, pads in front; rows of ended requests are pads alone."""
         length = plan.row_length
         rows = [(self._part(scheduled), scheduled.token_ids) for scheduled in plan.scheduled]
-        rows += [(Part(self.slots[request_id], 0, 0), ()) for request_id in plan.padding_rows]
-        order = sorted(range(len(rows)), key=lambda row: rows[row][0].slot)  # slots in a row are read without a copy
+        rows += [(Part(self.rows[request_id], 0, 0), ()) for request_id in plan.padding_rows]
+        order = sorted(range(len(rows)), key=lambda row: rows[row][0].row)  # neighbouring rows are read without a copy
         parts = [rows[row][0] for row in order]
         token_ids, positions, last_rows = [], [], [0] * len(rows)
         for row in order:

@@ -74,57 +74,57 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
 
-class SlotCache:
-    """One contiguous region of `capacity` tokens for each of `num_slots` requests that run together.
+class RowCache:
+    """One contiguous row of `capacity` tokens for each of `num_rows` requests that run together.
 
-    Every slot is reserved for the longest request there may be, used or not: simple, and what chapter 8 does away with.
+    Every row is reserved for the longest request there may be, used or not: simple, and what chapter 8 does away with.
     Values start as zeros and return to zeros, because a masked key still multiplies its value: 0 * NaN is NaN.
     """
 
     @checked
-    def __init__(self, config: ModelConfig, num_slots: Positive, capacity: Positive, dtype: torch.dtype, device=None):
-        shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = allocate(torch.zeros, shape, dtype, device)  # [L, S, Hkv, capacity, D]
-        self.values = allocate(torch.zeros, shape, dtype, device)  # [L, S, Hkv, capacity, D]
+    def __init__(self, config: ModelConfig, num_rows: Positive, capacity: Positive, dtype: torch.dtype, device=None):
+        shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = allocate(torch.zeros, shape, dtype, device)  # [L, R, Hkv, capacity, D]
+        self.values = allocate(torch.zeros, shape, dtype, device)  # [L, R, Hkv, capacity, D]
         self.capacity = capacity
-        self.free_slots = list(range(num_slots))[::-1]
+        self.free_rows = list(range(num_rows))[::-1]
 
     @checked
     def take(self, num_tokens: Count) -> int:
-        """A free slot for a request of at most `num_tokens`. Raises CacheFullError if there is none that fits."""
-        if num_tokens > self.capacity or not self.free_slots:
+        """A free row for a request of at most `num_tokens`. Raises CacheFullError if there is none that fits."""
+        if num_tokens > self.capacity or not self.free_rows:
             raise CacheFullError(
-                f"no slot for a request of {num_tokens} tokens: {len(self.free_slots)} slots are free, "
+                f"no row for a request of {num_tokens} tokens: {len(self.free_rows)} rows are free, "
                 f"each holds {self.capacity}; run fewer or shorter requests"
             )
-        return self.free_slots.pop()
+        return self.free_rows.pop()
 
     @checked
-    def release(self, slot: Count) -> None:
-        """Give a slot back. Raises ConfigError for one that is not taken."""
-        if slot >= self.keys.shape[1] or slot in self.free_slots:
-            raise ConfigError(f"slot {slot} is not taken; there are {self.keys.shape[1]}, free are {self.free_slots}")
-        self.keys[:, slot].zero_()
-        self.values[:, slot].zero_()
-        self.free_slots.append(slot)
+    def release(self, row: Count) -> None:
+        """Give a row back. Raises ConfigError for one that is not taken."""
+        if row >= self.keys.shape[1] or row in self.free_rows:
+            raise ConfigError(f"row {row} is not taken; there are {self.keys.shape[1]}, free are {self.free_rows}")
+        self.keys[:, row].zero_()
+        self.values[:, row].zero_()
+        self.free_rows.append(row)
 
-    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Where the tokens at [T] positions of [T] slots are stored: [T * Hkv] rows of D numbers."""
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where the tokens at [T] positions of [T] rows are stored: [T * Hkv] vectors of D numbers."""
         num_kv_heads = self.keys.shape[2]
         heads = torch.arange(num_kv_heads, device=self.keys.device)
-        return ((slots[:, None] * num_kv_heads + heads) * self.capacity + positions[:, None]).flatten()
+        return ((rows[:, None] * num_kv_heads + heads) * self.capacity + positions[:, None]).flatten()
 
     def store(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
         """Write [T, Hkv, D] keys and values to their places."""
         self.keys[layer].flatten(0, 2).index_copy_(0, places, k.flatten(0, 1))
         self.values[layer].flatten(0, 2).index_copy_(0, places, v.flatten(0, 1))
 
-    def read(self, layer: int, slots: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """The first `num_tokens` keys and values of B slots, [B, Hkv, num_tokens, D]; views if slots are in a row."""
+    def read(self, layer: int, rows: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `num_tokens` keys and values of B rows, [B, Hkv, num_tokens, D]; views of neighbouring rows."""
         keys, values = self.keys[layer, :, :, :num_tokens], self.values[layer, :, :, :num_tokens]
-        if slots == list(range(slots[0], slots[0] + len(slots))):
-            return keys[slots[0] : slots[0] + len(slots)], values[slots[0] : slots[0] + len(slots)]
-        chosen = torch.tensor(slots, device=keys.device)
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return keys[rows[0] : rows[0] + len(rows)], values[rows[0] : rows[0] + len(rows)]
+        chosen = torch.tensor(rows, device=keys.device)
         return keys.index_select(0, chosen), values.index_select(0, chosen)
 
 
