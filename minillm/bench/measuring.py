@@ -13,8 +13,10 @@ import torch
 
 import minillm
 from minillm.engine import Request, SchedulerConfig
+from minillm.kernels import cpu
 from minillm.ladder import ContiguousExecutor
 from minillm.model import Decoder
+from minillm.sampling import sample_rows
 from minillm.simulation import (
     BATCHING,
     CostModel,
@@ -48,7 +50,8 @@ def measure(
     model: Decoder, requests: Iterable[Request], batching: str, config: SchedulerConfig, timer: str = "cpu"
 ) -> MeasuredRun:
     """Run copies of `requests`, which must all arrive at 0, and time every step on the named timer."""
-    executor = ContiguousExecutor(model, config.max_num_seqs, config.max_model_len)
+    sampler = sample_rows if cpu.unusable(model.dtype, *cpu.ANY_SHAPE) else cpu.sample_rows  # the engine's
+    executor = ContiguousExecutor(model, config.max_num_seqs, config.max_model_len, sampler)
     clock = RealClock(TIMERS[timer])
     scheduler = BATCHING[batching](config, clock)
     copies = [fresh(request) for request in requests]

@@ -1,12 +1,15 @@
 """The executor of chapters 5 to 7: every running request has one contiguous row of the cache."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from minillm.ladder.attend import PaddedAttention, Part, RaggedAttention
 from minillm.ladder.kv_cache import RowCache
 from minillm.model import Decoder
 from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
-from minillm.sampling import SamplingState, sample
+from minillm.sampling import SamplingState, sample, sample_rows
 
 PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
 
@@ -17,8 +20,12 @@ class ContiguousExecutor:
     Reserves `max_num_seqs` rows of `max_model_len` tokens when it is made.
     """
 
-    def __init__(self, model: Decoder, max_num_seqs: int, max_model_len: int):
+    def __init__(
+        self, model: Decoder, max_num_seqs: int, max_model_len: int, sample_rows: Callable[..., Tensor] = sample_rows
+    ):
+        """`sample_rows` draws tokens, like that of `sampling`."""
         self.model = model
+        self.sample_rows = sample_rows
         self.cache = RowCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
         self.rows: dict[str, int] = {}
         self.states: dict[str, tuple[SamplingState, int]] = {}  # of every running one, and the length of its prompt
@@ -37,7 +44,7 @@ class ContiguousExecutor:
             return ModelOutput({}, score_entries)
         states, num_prompt_tokens = zip(*(self.states[part.request_id] for part in parts), strict=True)
         draws = [self._part(part).end - num for part, num in zip(parts, num_prompt_tokens, strict=True)]
-        token_ids = sample(self.model.logits(hidden[sampling]), states, draws).tolist()
+        token_ids = sample(self.model.logits(hidden[sampling]), states, draws, self.sample_rows).tolist()
         sampled = dict(zip([part.request_id for part in parts], token_ids, strict=True))
         failed = {
             request_id: f"what the model computed for request {request_id!r} is not finite; its cache was discarded"

@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,14 +69,18 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
     several the first. `seeds` and `draws` [R] int64: the noise follows from them and the token id alone. `draws` are
     the numbers of the requests' output tokens, from 0. -1 for a row that has NaN or +infinity.
     """
-    token_ids, drawing = logits.argmax(-1), temperatures >= GREEDY_BELOW
-    if logits.is_cpu:  # a host can see who draws; nobody waits to be told by a GPU
-        rows = np.flatnonzero(drawing.numpy())
-        if len(rows):
-            token_ids[rows] = _draw(*(each[rows] for each in (logits, temperatures, seeds, draws)))
-    else:
-        token_ids = torch.where(drawing, _draw(logits, torch.where(drawing, temperatures, 1), seeds, draws), token_ids)
-    return torch.where(logits.amax(-1) < torch.inf, token_ids, -1)
+    best, token_ids = logits.max(-1)
+    drawing = temperatures >= GREEDY_BELOW
+    columns = (logits, temperatures, seeds, draws)
+    if not logits.is_cpu:  # nobody waits to hear who draws
+        drawn = _draw(logits, torch.where(drawing, temperatures, 1), seeds, draws)
+        token_ids = torch.where(drawing, drawn, token_ids)
+    elif len(rows := drawing.numpy().nonzero()[0]) == len(logits):
+        token_ids = _draw(*columns)
+    elif len(rows):
+        places = token_ids.new_tensor(rows)
+        token_ids.index_copy_(0, places, _draw(*(each.index_select(0, places) for each in columns)))
+    return token_ids.masked_fill_(~(best < torch.inf), -1)
 
 
 def _draw(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
@@ -91,20 +94,19 @@ def gumbel_noise(seeds: Tensor, draws: Tensor, num_ids: int) -> Tensor:
     Of a number u in (0, 1) noise is -log(-log(1 - u)): a large one comes of a small u, where float32 is finest.
     """
     counts = torch.arange(-(-num_ids // (4 * NOISE_STRIDE)) * NOISE_STRIDE, device=seeds.device)
-    words = philox(counts, seeds[:, None], draws[:, None])
-    bits = torch.stack([word.unflatten(-1, (-1, NOISE_STRIDE)).float() for word in words], dim=-2)
-    u = bits.flatten(1)[:, :num_ids].add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)  # rounding must not make it 1
-    exponential = torch.where(u < 2.0**-10, u + 0.5 * u * u, -torch.log(1 - u))
-    return -torch.log(exponential)
+    bits = philox(counts, seeds[:, None], draws[:, None]).float()  # [4, R, counts]
+    minus_u = bits.add_(0.5).mul_(-(2.0**-32)).clamp_(min=-1 + 2.0**-24)  # rounding must not make it -1
+    noise = minus_u.log1p_().neg_().log_().neg_()
+    return noise.unflatten(-1, (-1, NOISE_STRIDE)).permute(1, 2, 0, 3).flatten(1)[:, :num_ids]
 
 
-def philox(counts: Tensor, seeds: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counts: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al. 2011): four words of 32 random bits each, int64, for (counts, draws) under a seed.
 
     The counter is (counts, 0, low and high half of draws), the key both halves of the seed. Counts [N], the others
-    [R, 1] -> [R, N] each.
+    [R, 1] -> [4, R, N].
     """
-    factors, key_steps = (_column(each, seeds.device) for each in (PHILOX_FACTORS, PHILOX_KEY_STEPS))
+    factors, steps = (_column(each, seeds.device) for each in (PHILOX_FACTORS, PHILOX_KEY_STEPS))
     key = torch.stack((seeds, seeds >> 32))
     counts, draws = torch.broadcast_tensors(counts, draws)
     multiplied, others = torch.stack((counts, draws)) & LOW_HALF, torch.stack((torch.zeros_like(draws), draws >> 32))
@@ -112,9 +114,8 @@ def philox(counts: Tensor, seeds: Tensor, draws: Tensor) -> tuple[Tensor, Tensor
         products = (multiplied * factors).flip(0)  # wraps at 64 bits: both halves stay right
         # Above their low halves, key and others hold what does not belong there; it is cut off here.
         multiplied = (products >> 32).bitwise_xor_(others).bitwise_xor_(key).bitwise_and_(LOW_HALF)
-        others, key = products, key + key_steps
-    others = others & LOW_HALF
-    return multiplied[0], others[0], multiplied[1], others[1]
+        others, key = products, key + steps
+    return torch.stack((multiplied, others & LOW_HALF), dim=1).flatten(0, 1)
 
 
 def _column(pair: tuple[int, int], device: torch.device) -> Tensor:

@@ -207,10 +207,11 @@ static void philox(uint32_t first_count, uint64_t seed, uint64_t draw, uint32_t*
     }
 }
 
-// See `sampling.gumbel_noise`.
+// See `sampling.gumbel_noise`. Near 0, where the logarithm of 1 - u would be too coarse, a series makes it.
 static inline float gumbel(uint32_t bits) {
     const float u = smaller((float(bits) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
-    return -log_of(u < 0x1p-10f ? u + 0.5f * u * u : -log_of(1 - u));
+    const float series = u * (1 + u * (0.5f + u * (0.33333334f + u * 0.25f)));  // next is u^5 / 5
+    return -log_of(u < 0x1p-5f ? series : -log_of(1 - u));
 }
 
 // logits [rows, size] -> ids [rows]: the largest of logit / temperature + noise, of equal ones the first.
