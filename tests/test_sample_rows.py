@@ -122,7 +122,7 @@ def test_the_noise_of_all_tokens_is_alike_and_independent():
 
 def test_the_largest_and_the_smallest_of_all_bits_make_finite_noise():
     bits = iter([0, 0xFFFFFFFF, 1, 0x80000000])
-    words = tuple(torch.full((1, plain.NOISE_STRIDE), next(bits)) for _ in range(4))
+    words = torch.stack([torch.full((1, plain.NOISE_STRIDE), next(bits)) for _ in range(4)])
     original, plain.philox = plain.philox, lambda *arguments: words
     try:
         noise = plain.gumbel_noise(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 2048)
@@ -269,8 +269,8 @@ def test_without_the_bug_the_same_check_passes(check):
 
 def test_a_bug_planted_in_the_noise_is_found(tmp_path):
     for right, wrong in (
-        ("-torch.log(1 - u))", "1 - u)"),
-        ("return multiplied[0], others[0],", "return multiplied[0], multiplied[0],"),
+        (".neg_().log_().neg_()", ".neg_().neg_()"),
+        ("others & LOW_HALF), dim=1)", "multiplied), dim=1)"),
     ):
         broken = with_bug(plain, right, wrong, tmp_path)
         with pytest.raises(AssertionError):
