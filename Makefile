@@ -1,6 +1,7 @@
 # make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
 #               trouble? .venv/bin/minillm doctor says what is missing and what to do
 # make test     set up, then everything CI runs, in two processes; in one (WORKERS=0) where there is a GPU
+# make quick    what of make test takes a minute: neither notebooks nor long runs
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
 # make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
 # make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
@@ -13,7 +14,7 @@ WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab test test-real mutants notebooks figures clean
+.PHONY: setup lab test quick test-real mutants notebooks figures clean
 
 setup: $(READY)
 
@@ -36,11 +37,11 @@ lab: $(READY)
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # One thread, offline and without progress bars: the outputs in the notebooks must come out the same everywhere.
-test test-real notebooks figures: export OMP_NUM_THREADS := 1
-test test-real notebooks figures: export HF_HUB_OFFLINE := 1
-test test-real notebooks figures: export HF_HUB_DISABLE_PROGRESS_BARS := 1
-test test-real notebooks figures: export TQDM_DISABLE := 1
-test test-real notebooks figures: export TOKENIZERS_PARALLELISM := false
+test quick test-real notebooks figures: export OMP_NUM_THREADS := 1
+test quick test-real notebooks figures: export HF_HUB_OFFLINE := 1
+test quick test-real notebooks figures: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+test quick test-real notebooks figures: export TQDM_DISABLE := 1
+test quick test-real notebooks figures: export TOKENIZERS_PARALLELISM := false
 unexport MPLBACKEND
 
 test: $(READY)
@@ -48,6 +49,17 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n $(WORKERS) --dist loadscope
+
+# What `make quick` leaves out, in pytest's words: files, and parts of the names of tests.
+SLOW := planted_bug or keeps_its_promises or for_a_gpu or worker_process or says_the_same or same_bytes or frame or drawable
+SLOW += or test_triton or test_fused_ops or test_sample_rows or test_cpu_kernels or test_cuda_kernels or test_kernel
+SLOW += or test_device_runner or test_engine_end or test_llm_machine or test_parity or test_poisoned or test_memory
+SLOW += or test_bench or test_browser or test_notebooks or test_course_tools or test_storyteller or test_config_surgery
+SLOW += or does_not_grow or memory_is_flat or asks_for_a_restart
+
+quick: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest tests -k "not ($(SLOW))" -n $(WORKERS) --dist loadscope
 
 # The model's package without its dependencies, which are another engine: only the file in it is read.
 test-real: $(READY)

@@ -80,7 +80,7 @@ def test_make_setup_installs_known_extras_under_the_pins():
 
 @pytest.mark.parametrize("name", QUIET_ENVIRONMENT)
 def test_make_test_runs_in_the_environment_the_chapters_were_executed_in(name):
-    assert f"test test-real notebooks figures: export {name} := {QUIET_ENVIRONMENT[name]}\n" in makefile()
+    assert f"test quick test-real notebooks figures: export {name} := {QUIET_ENVIRONMENT[name]}\n" in makefile()
 
 
 def test_every_file_of_the_package_is_listed_with_tests_that_exist():
@@ -95,6 +95,12 @@ def test_every_file_of_the_package_is_listed_with_tests_that_exist():
 
 def test_make_mutants_tries_modules_that_exist():
     assert [module for module in mutants.TESTS if not (ROOT / "minillm" / module).is_file()] == []
+
+
+def test_what_make_quick_leaves_out_is_there():
+    words = set(" or ".join(re.findall(r"^SLOW (?::=|\+= or) (.*)$", makefile(), re.MULTILINE)).split(" or "))
+    tests = "".join(path.stem + path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(words) > 20 and [word for word in words if word not in tests] == []
 
 
 def test_ci_is_make_test():

@@ -45,7 +45,7 @@ class Answer:
 
     token_ids: Any
     num_passes: int
-    changed_prompt: list | None = None  # what became of the prompt, if the call changed it
+    changed_prompt: list | None = None  # the prompt after the call, if that changed it
 
 
 def greedy_cases() -> Iterable[Case]:

@@ -99,7 +99,7 @@ def naive_over_cached(function: Callable) -> None:
         1: "One pass of one token has one entry, with and without a cache.",
         2: "Passes of 1 and 2 tokens: 1 + 4 entries without a cache, 1 + 2 with one. No rounding.",
         7: "Add up i * i for i = 1..n, and i for i = 1..n; then divide.",
-        10: "385 / 55. (1000 / 190 would make every pass as dear as the last.)",
+        10: "385 / 55. (1000 / 190 would make every pass as expensive as the last.)",
         100: "338,350 / 5,050.",
         1000: "The ratio keeps growing with n.",
     }

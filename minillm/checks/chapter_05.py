@@ -31,7 +31,7 @@ class Padded(NamedTuple):
 
     rectangle: Any  # [B][L]
     positions: Any  # [B][L]
-    changed_prompts: list[list[int]] | None = None  # what became of the prompts, if the call changed them
+    changed_prompts: list[list[int]] | None = None  # the prompts after the call, if that changed them
 
 
 def left_pad(function: Callable) -> None:

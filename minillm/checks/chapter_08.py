@@ -83,7 +83,7 @@ def _allocation(table: list[int], free: list[int], num_tokens: int, block_size: 
 
 
 def _observed(function: Callable) -> Callable:
-    """The reader's function, and what became of the lists. A None that cannot be meant stays one, for its hint."""
+    """The reader's function, and the lists after the call. A None that cannot be meant stays one, for its hint."""
 
     def observed(table: list[int], free: list[int], num_tokens: int, block_size: int) -> Allocated | None:
         scarce = block_manager.blocks_needed(num_tokens, block_size) - len(table) >= len(free)

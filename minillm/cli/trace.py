@@ -45,7 +45,7 @@ def run_trace(arguments: argparse.Namespace) -> int:
 
 
 def block_lines(trace) -> list[str]:
-    """What became of a paged pool, a line each: its fullest step, its end, preemptions, copies; none if it has none."""
+    """A line per fact of a paged pool: its fullest step, its end, preemptions, copies; none if there is no pool."""
     from minillm.viz import plural
 
     steps = [step for step in trace.steps if step.blocks is not None]

@@ -62,7 +62,7 @@ def activation_bytes(
 def chunk_that_fits(
     config: ModelConfig, free_bytes: int, num_prompt_tokens: Positive, dtype_bytes: Positive = 2, *, fused: bool = False
 ) -> int:
-    """The whole prompt if it fits in one pass, else the largest power of two whose last, dearest chunk fits.
+    """The whole prompt if it fits in one pass, else the largest power of two whose last and most expensive chunk fits.
 
     `free_bytes` is what is left beside the weights *and the cache of the whole prompt*: chunking makes neither smaller.
     Raises ConfigError if there is no prompt, or not even chunks of one token fit.

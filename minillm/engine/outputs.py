@@ -23,7 +23,7 @@ class Logprob(NamedTuple):
     decoded_token: str | None  # the text it adds to that before it, as by `token_texts`; None without a tokenizer
 
 
-@dataclass(slots=True)  # not frozen: that makes them more than twice as dear, and a step may make hundreds
+@dataclass(slots=True)  # not frozen: that makes them more than twice as expensive, and a step may make hundreds
 class CompletionOutput:
     """One output of a request. For a request that streams: what is new in it."""
 

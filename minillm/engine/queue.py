@@ -42,7 +42,7 @@ class WaitingQueue:
         return heapq.heappop(self._heap)[2]
 
     def order(self, request: Request) -> tuple[float, int]:
-        """What the policy sorts by, unique to the request: the smallest goes first, the largest gives way first."""
+        """What the policy sorts by, unique to the request: the smallest goes first, the largest is preempted first."""
         return self.key(request), request.queue_number
 
     def key(self, request: Request) -> float:

@@ -154,7 +154,7 @@ class ReportBuilder:
     def add(
         self, plan: SchedulerOutput, updates: list[RequestUpdate], left: Iterable[str], end: float, waiting: int
     ) -> None:
-        """A step of a run without a trace: its plan, what came of it, who left, when it ended, how many wait."""
+        """A step of a run without a trace: its plan, its updates, who left, when it ended, how many wait."""
         sampled = [update.request_id for update in updates if update.token_id is not None]
         useful = plan.num_tokens - sum(part.num_recomputed for part in plan.scheduled)
         self.add_step(plan.start_time, end, plan.num_slots, useful, sampled, left, waiting)

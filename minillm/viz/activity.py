@@ -244,7 +244,7 @@ def parts_by_request(trace: Trace) -> dict[str, dict[int, list[ScheduledTokens]]
 
 
 def preemptions_by_request(trace: Trace) -> dict[str, dict[int, str]]:
-    """For each request that was preempted the index of each step it gave way to, with the state it waits in."""
+    """For each preempted request the steps, by index, before which that happened, with the state it waits in."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for index, step in enumerate(trace.steps):
         for each in step.preempted:

@@ -130,7 +130,7 @@ class Replay:
     """Goes through a trace and keeps the block tables: `begin` a step, look, `end` it, and so on in their order.
 
     What the trace does not say: a forked request shows its table from its first step on; an aborted one loses it with
-    the step after the one in which it is seen last, or with that one if nothing came of it; and after a failed step,
+    the step after the one in which it is seen last, or with that one if its result was discarded. After a failed step,
     which is not in the trace, a request keeps its old table until it is seen again.
     """
 
@@ -288,9 +288,9 @@ def _check_block_size(block_size: int) -> None:
 def _never_seen_again(trace: Trace) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """Aborted requests, who took part, did not end, and are not heard of again, by the step they were last seen in.
 
-    First those who were aborted after it; then those aborted while it was computed, so that nothing came of their part.
+    First those who were aborted after it; then those aborted while it was computed, whose part was discarded.
     """
-    last = {}  # request id -> step, and whether nothing came of its part
+    last = {}  # request id -> step, and whether its part was discarded
     for index, step in enumerate(trace.steps):
         last |= {each.request_id: (index, False) for each in step.preempted}
         last |= {part.request_id: (index, part.why == "padding") for part in step.scheduled}

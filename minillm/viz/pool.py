@@ -39,7 +39,7 @@ class PoolMoment(NamedTuple):
 
 
 class PoolUse(Picture):
-    """A bar a forward pass: the blocks of a paged pool after it, used, cached and free, and where requests gave way.
+    """A bar per forward pass: the blocks of a paged pool after it, used, cached and free; preemptions marked.
 
     With asynchronous scheduling the next pass is planned by then: what it took and wrote is in the bar.
     Of the used blocks the part that holds no token is hatched: internal fragmentation. In long runs a bar is the mean
@@ -184,7 +184,7 @@ class PoolUse(Picture):
                 below += bar.blocks[kind]
 
     def _draw_marks(self, axes, index: int, bar: PoolMoment) -> None:
-        """Above a bar the letter of each way in which requests gave way."""
+        """Above a bar the letter of each way in which requests were preempted."""
         letters = [MODES[mode].letter for mode in sorted(bar.preempted)]
         if letters:
             axes.text(

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def supervised(argv: list[str], arguments: argparse.Namespace) -> int:
-    """Measure in other processes; what they wrote is printed whatever became of them."""
+    """Measure in other processes; what they wrote is printed, even if they crashed."""
     with tempfile.TemporaryDirectory() as made:
         file = arguments.json or Path(made) / "gpu.json"
         code = supervise(argv, file, arguments.budget, arguments.resume)
