@@ -1,13 +1,15 @@
-"""Requests planned by hand for the device runner's tests: known lengths, so that a plan needs no token to be known."""
+"""Requests planned by hand for the runner's tests: known lengths, and who computes what in which step."""
 
 import random
 from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
-from minillm import SamplingParams
-from minillm.costs.memory_ledger import blocks_needed
-from minillm.runtime.plan import PENDING, FinishedOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from minillm import SamplingParams, generate_cached
+from minillm.costs.kv_bytes import blocks_needed
+from minillm.runtime.plan import NewRequest, ScheduledRequest, SchedulerOutput
 
 
 class Job(NamedTuple):
@@ -20,28 +22,28 @@ class Job(NamedTuple):
     chunk: int = 1000  # tokens of its prompt in a step, at most
 
 
-def run_jobs(runner, jobs, num_blocks, block_size, ahead=False, launching=None):
+def ladder(model, jobs):
+    """request id -> the tokens that each of them gets alone, on a contiguous cache."""
+    params = [replace(job.params, ignore_eos=True) for job in jobs]
+    pairs = zip(jobs, params, strict=True)
+    return {job.request_id: list(generate_cached(model, job.prompt, each).token_ids) for job, each in pairs}
+
+
+def run_jobs(runner, jobs, num_blocks, block_size, ahead=False, launching=nullcontext):
     """request id -> its tokens, and all outputs. `ahead`: each step is launched before the last one has been read.
 
     `launching` is a context manager around each launch. A failed request is heard of no more.
     """
     known, outputs, unread = defaultdict(list), [], None
-    for plan in plans(jobs, known, num_blocks, block_size):
-        if launching is None:
-            pending = launch(runner, plan)
-        else:
-            with launching():
-                pending = launch(runner, plan)
+    for plan in plans(jobs, num_blocks, block_size):
+        with launching():
+            pending = runner.launch(plan)
         to_read, unread = (unread, pending) if ahead else (pending, None)
         if to_read is not None:
             take(to_read, known, outputs)
     if unread is not None:
         take(unread, known, outputs)
     return {job.request_id: known[job.request_id] for job in jobs}, outputs
-
-
-def launch(runner, plan):
-    return runner.launch(plan) if hasattr(runner, "graphs") else FinishedOutput(runner.execute_model(plan))
 
 
 def take(pending, known, outputs):
@@ -56,8 +58,8 @@ def shuffled_blocks(num_blocks):
     return random.Random(0).sample(range(1, num_blocks), num_blocks - 1)
 
 
-def plans(jobs, known, num_blocks, block_size):
-    """One plan after the other. Freed blocks and rows go to whoever comes next; tokens not in `known` are PENDING."""
+def plans(jobs, num_blocks, block_size):
+    """One plan after the other. Freed blocks and rows go to whoever comes next."""
     free = shuffled_blocks(num_blocks)
     computed, tables, ended = {}, {}, []
     for step in count():
@@ -70,20 +72,21 @@ def plans(jobs, known, num_blocks, block_size):
             if job.joins > step or start is None:
                 continue
             if start == 0:
-                plan.new_requests.append(NewRequest.of(name, job.params, job.prompt))
+                plan.new_requests.append(NewRequest(name, job.params, job.prompt))
                 tables[name] = []
             end = min(start + job.chunk, len(job.prompt)) if start < len(job.prompt) else start + 1
-            number = start - len(job.prompt)  # of the output token that is fed
-            token_ids = (known[name][number : number + 1] or (PENDING,)) if number >= 0 else job.prompt[start:end]
             new_blocks = [free.pop() for _ in range(blocks_needed(end, block_size) - len(tables[name]))]
-            part = (name, start, token_ids, end >= len(job.prompt), "decode", len(tables[name]), new_blocks)
-            plan.scheduled.append(ScheduledRequest(*part))
+            if end > len(job.prompt) and not new_blocks:
+                plan.decodes[name] = start
+            else:
+                part = (name, start, end - start, end >= len(job.prompt), "decode", len(tables[name]), new_blocks)
+                plan.others.append(ScheduledRequest(*part))
             plan.num_tokens += end - start
             tables[name] += new_blocks
             computed[name] = end
             if end == len(job.prompt) + job.params.max_tokens - 1:
                 computed[name] = None
                 ended.append(name)
-        if not plan.scheduled:
+        if not plan.num_requests:
             return
         yield plan

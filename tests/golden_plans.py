@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-from minillm.engine.async_scheduler import AsyncScheduler
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.runtime.plan import ModelOutput
@@ -89,15 +87,19 @@ def make_scheduler(workload: Workload, clock: Clock):
         num_host_blocks=workload.num_host_blocks,
         enable_prefix_caching=workload.enable_prefix_caching,
     )
-    scheduler_class = PagedScheduler if workload.depth == 1 else AsyncScheduler
-    return scheduler_class(
-        config, blocks, clock, preemption_mode=workload.preemption_mode, watermark=workload.watermark
+    return Scheduler(
+        config,
+        clock,
+        block_manager=blocks,
+        depth=workload.depth,
+        preemption_mode=workload.preemption_mode,
+        watermark=workload.watermark,
     )
 
 
 def num_new_tokens(part) -> int:
     """Tokens of a request that a plan has computed."""
-    return len(part.token_ids)
+    return part.num_tokens
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from minillm import sampling
 from minillm.kernels import dispatch
+from minillm.kernels.dispatch import PagedAttention, fused
 from minillm.model.config import RopeConfig
 from minillm.model.decoder import rope_frequencies, rope_rotation, rotate
-from minillm.runtime.fused_decoder import FusedDecoder
-from minillm.runtime.kernel_attention import KernelAttention
 from test_kernel_attention import cache_of, step_of
 from tiny_models import random_token_ids
 
@@ -80,24 +79,23 @@ def check_norm_rotate_store(fused, dtype: torch.dtype, head_size: int = 32, head
     assert pool.isnan().all()  # nothing is written beside the slots
 
 
-def both_forwards(model, fused, backend_name: str) -> tuple[Tensor, Tensor]:
-    """Hidden states of a mixed step with random blocks before it: the model's own, and fused, on equal caches."""
-    batch, inputs = step_of([1, 17, 30], [(0, 3), (33, 36)])
+def both_forwards(model, operations, backend_name: str) -> tuple[Tensor, Tensor]:
+    """Logits of a mixed step with random blocks before it: with the model's own operations, and fused, on equal caches.
+
+    The fused layers behind the first have what is unchecked, as a runner's.
+    """
+    step = step_of([1, 17, 30], [(0, 3), (33, 36)])
     config = model.config
     backend = dispatch.choose(backend_name, config, model.dtype, DEVICE, 16)
-    hidden = []
-    for forward in (
-        lambda *arguments: model(*arguments),
-        FusedDecoder(model, fused),
-    ):
+    ways, found = (None, model.bound(fused(operations), fused(getattr(operations, "unchecked", operations)))), []
+    for layers in ways:
         cache = cache_of(config, model.dtype, 20)
-        token_ids = torch.tensor(random_token_ids(len(batch.positions)), device=DEVICE)
-        attend = KernelAttention(cache, inputs, backend)
-        hidden.append(forward(token_ids, torch.from_numpy(batch.positions).to(DEVICE), attend))
-        hidden.append(cache.keys)
-    ours, own_keys, theirs, their_keys = hidden
-    torch.testing.assert_close(own_keys, their_keys, rtol=1e-4, atol=1e-4)
-    return model.logits(ours), model.logits(theirs)
+        token_ids = torch.tensor(random_token_ids(len(step.positions)), device=DEVICE)
+        attend = PagedAttention(backend, config, cache.layers, step.inputs)
+        found.append((model.logits(model(token_ids, step.positions, attend, layers)), cache.keys))
+    (plain, own_keys), (ours, keys) = found
+    torch.testing.assert_close(keys, own_keys, rtol=1e-4, atol=1e-4)
+    return plain, ours
 
 
 # --- sampling ---

@@ -10,15 +10,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minillm import LLM, EngineConfig, LLMEngine, SamplingParams
-from minillm.engine.async_scheduler import AsyncScheduler, StepOrderError
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.interrupts import HeldInterrupts
-from minillm.engine.paged_scheduler import PREEMPTION_MODES
+from minillm.engine.llm_engine import HeldInterrupts
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import PREEMPTION_MODES, Scheduler, SchedulerConfig, StepOrderError
 from minillm.errors import ConfigError, WorkerDiedError
-from minillm.runtime.paged_runner import PagedRunner
-from minillm.runtime.plan import PENDING, ModelOutput
+from minillm.runtime.plan import ModelOutput
+from minillm.runtime.runner import Runner
 from minillm.trace.chrome import DEVICE, HOST, chrome_trace
 from minillm.trace.files import load_trace, save_trace
 from minillm.viz import BlockTableSteps, PoolUse, Timeline
@@ -144,15 +142,8 @@ def test_every_request_says_the_same(both, mode):
 
 
 def test_it_finds_a_token_that_went_to_the_wrong_request(checkpoint, monkeypatch):
-    right = PagedRunner.execute_model
-
-    def shifted(self, plan):
-        output = right(self, plan)
-        names = list(output.token_ids)
-        self.sampled = dict(zip(names[1:] + names[:1], output.token_ids.values(), strict=True))
-        return output
-
-    monkeypatch.setattr(PagedRunner, "execute_model", shifted)
+    right = Runner._keep
+    monkeypatch.setattr(Runner, "_keep", lambda self, places, token_ids: right(self, places.roll(1), token_ids))
     engine = make_async(checkpoint(KIND))
     prompts = {"a": PROMPT, "b": random_token_ids(5, seed=8)}
     for name, prompt in prompts.items():
@@ -192,8 +183,8 @@ def test_each_step_is_launched_before_the_one_before_is_read(checkpoint):
         order += [("launch", step + 1), ("read", step)]
     assert recorder.calls == [*order, ("read", 9)]
     assert len(outputs) == 10
-    fed = [part.token_ids for plan in recorder.plans for part in plan.scheduled]
-    assert fed[0] == PROMPT and all(list(token_ids) == [PENDING] for token_ids in fed[1:])
+    computed = [(part.start, part.num_tokens) for plan in recorder.plans for part in plan.scheduled]
+    assert computed == [(0, len(PROMPT)), *((len(PROMPT) + number, 1) for number in range(9))]
 
 
 def test_a_synchronous_engine_reads_each_step_before_the_next_is_planned(checkpoint):
@@ -202,7 +193,6 @@ def test_a_synchronous_engine_reads_each_step_before_the_next_is_planned(checkpo
     engine.add_request("a", PROMPT, TEN)
     run(engine)
     assert recorder.calls == [(what, step) for step in range(10) for what in ("launch", "read")]
-    assert not any(PENDING in part.token_ids for plan in recorder.plans for part in plan.scheduled)
 
 
 def test_nothing_is_computed_for_nothing_but_one_token_after_an_end_nobody_foresaw(checkpoint):
@@ -220,17 +210,17 @@ def test_nothing_is_computed_for_nothing_but_one_token_after_an_end_nobody_fores
         stopped = sum(each.finish_reason == "stop" for each in ended)
         engine.add_request("last", PROMPT, SamplingParams(max_tokens=1))
         run(engine)  # a step that is in flight when all have ended is read with the next
-        computed[ahead] = sum(len(part.token_ids) for plan in recorder.plans for part in plan.scheduled)
+        computed[ahead] = sum(part.num_tokens for plan in recorder.plans for part in plan.scheduled)
         padding = [part for step in engine.trace.steps for part in step.scheduled if part.why == "padding"]
         assert len(padding) == (stopped if ahead else 0)
         assert all(part.num_sampled == 0 and part.num_tokens == 1 for part in padding)
-        assert all(plan.scheduled for plan in recorder.plans)
+        assert all(plan.num_requests for plan in recorder.plans)
     assert stopped == 3 and computed[True] - computed[False] == stopped
 
 
 def test_plans_out_of_order_are_refused():
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=32)
-    scheduler = AsyncScheduler(config, BlockManager(20, 4))
+    scheduler = Scheduler(config, block_manager=BlockManager(20, 4), depth=2)
     scheduler.add_request(Request("a", PROMPT, TEN))
     first, second = scheduler.schedule(), scheduler.schedule()
     with pytest.raises(StepOrderError, match="2 plans are in flight"):

@@ -393,7 +393,7 @@ def test_what_is_measured_is_decoding_at_full_batch(folder):
     num_new_blocks = 0
     for _ in range(scheduler_cost.WARM_STEPS + scheduler_cost.STEPS):
         plan = scheduler.schedule()
-        assert [len(part.token_ids) for part in plan.scheduled] == [1] * 16 and scheduler.num_waiting() == 5
+        assert [part.num_tokens for part in plan.scheduled] == [1] * 16 and scheduler.num_waiting() == 5
         num_new_blocks += sum(len(part.block_ids) for part in plan.scheduled)
         assert all(not update.finish_reason for update in scheduler.update(plan, scheduler_cost.made_up_output(plan)))
     assert num_new_blocks == scheduler_cost.WARM_STEPS + scheduler_cost.STEPS  # one of 16 requests in every step

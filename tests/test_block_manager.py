@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.costs.memory_ledger import blocks_needed
+from minillm.costs.kv_bytes import blocks_needed
 from minillm.engine import block_manager
 from minillm.engine.block_manager import BlockManager, BlockManagerError, Prefix, same_prefix
 from minillm.engine.request import Request

@@ -1,4 +1,4 @@
-"""The device runner says what the CPU's runner says: eager, in graphs, launched ahead of what has been read."""
+"""The runner says what the float64 ladder says: eager, in graphs, launched ahead of what has been read."""
 
 import math
 from collections import deque
@@ -8,32 +8,32 @@ from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from device_jobs import Job, run_jobs, shuffled_blocks
-from minillm import SamplingParams
+from device_jobs import Job, ladder, run_jobs, shuffled_blocks
+from minillm import SamplingParams, generate_cached
 from minillm.costs.memory_ledger import CacheLimits
 from minillm.costs.peak_memory import PeakMemory
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.model_executor import ModelExecutor
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.errors import ConfigError, KernelError
 from minillm.kernels import ops, triton_ops
 from minillm.kernels.dispatch import choose
-from minillm.runtime import device_batch, device_queue, device_runner, step_inputs
+from minillm.runtime import device_queue
+from minillm.runtime import worker as worker_module
+from minillm.runtime.batch import ALIGNED, FIELDS, NO_SLOT, Batch, Layout, carve, carve_changes
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_queue import CudaQueue, HostQueue
-from minillm.runtime.device_runner import DeviceRunner
-from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.plan import NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
-from minillm.runtime.step_graph import bucket_sizes, record
-from minillm.runtime.step_inputs import FIELDS, Layout, carve, carve_changes, new_buffer
+from minillm.runtime.runner import Runner
+from minillm.runtime.step_graph import HostGraph, bucket_sizes, record
 from minillm.runtime.worker import Worker, card_memory, first_layer_alone, worst_plan
 from tiny_models import all_logits, random_token_ids
 
@@ -62,17 +62,21 @@ class LateQueue(HostQueue):
 
 
 def device_runner_of(model, options=OPTIONS, queue=None, num_blocks=JOB_BLOCKS, num_host_blocks=0):
-    """A device runner on the kernels in torch, which take float64."""
-    cache = CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks)
+    """A runner as on a GPU, on the kernels in torch, which take float64: own tables, nobody looks at a length."""
     backend = choose("reference", model.config, model.dtype, "cpu", BLOCK_SIZE)
-    return DeviceRunner(model, cache, backend, ops, options, queue)
+    backend = replace(backend, prepare=lambda inputs, pool, config: inputs, reads_whole_blocks=False)
+    cache = CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks)
+    return Runner(model, cache, backend, ops if options.fused_ops else None, options, queue or HostQueue())
 
 
-def paged_runner_of(model, num_blocks=JOB_BLOCKS, num_host_blocks=0):
-    return PagedRunner(model, CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks))
+def host_runner_of(model, options=OPTIONS, num_blocks=JOB_BLOCKS, num_host_blocks=0):
+    """A runner as on a CPU: masked attention, tables in common, a step is over when it is launched."""
+    cache = CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks)
+    return Runner(model, cache, options=options)
 
 
 WAYS = {
+    "host": host_runner_of,
     "eager": lambda model, **sizes: device_runner_of(model, EAGER, **sizes),
     "graphs": lambda model, **sizes: device_runner_of(model, **sizes),
     "late": lambda model, **sizes: device_runner_of(model, queue=LateQueue(), **sizes),
@@ -82,6 +86,12 @@ WAYS = {
 @pytest.fixture(scope="module")
 def model(load):
     return load(KIND, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """What the greedy jobs get alone."""
+    return ladder(model, greedy_jobs())
 
 
 def greedy_jobs():
@@ -109,18 +119,24 @@ def run(runner, jobs, **how):
 # --- the same tokens -------------------------------------------------------------------------------------------------
 
 
-def run_requests(runner, preemption_mode):
-    """Requests of all kinds on a pool that is too small; returns their outputs, log-probabilities and the trace."""
-    manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
-    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
-    scheduler = PagedScheduler(config, manager, preemption_mode=preemption_mode)
+def requests():
+    """Requests of all kinds; all are greedy, as good as."""
     shared = random_token_ids(9, 190)
     for i in range(6):
         params = SamplingParams(max_tokens=20, logprobs=i % 4 or None)
-        scheduler.add_request(Request(f"req {i}", shared + random_token_ids(1 + 2 * i, 190, i), params))
+        yield Request(f"req {i}", shared + random_token_ids(1 + 2 * i, 190, i), params)
     params = SamplingParams(temperature=1e-4, n=3, max_tokens=8)  # greedy to all intents, but may have n > 1
-    scheduler.add_request(Request("three", random_token_ids(6, 190, 9), params))
-    scheduler.add_request(Request("aborted", random_token_ids(6, 190, 10), SamplingParams(max_tokens=9)))
+    yield Request("three", random_token_ids(6, 190, 9), params)
+    yield Request("aborted", random_token_ids(6, 190, 10), SamplingParams(max_tokens=9))
+
+
+def run_requests(runner, preemption_mode):
+    """The requests on a pool that is too small; returns their outputs, log-probabilities and the trace."""
+    manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
+    scheduler = Scheduler(config, block_manager=manager, preemption_mode=preemption_mode)
+    for request in requests():
+        scheduler.add_request(request)
     token_ids, logprobs = {}, {}
     while scheduler.has_unfinished_requests():
         plan = scheduler.schedule()
@@ -134,17 +150,32 @@ def run_requests(runner, preemption_mode):
     return token_ids, logprobs, scheduler.trace
 
 
+@pytest.fixture(scope="module")
+def expected_of_requests(model):
+    """What `run_requests` must return, by the ladder."""
+    jobs = [Job(each.request_id, each.prompt_token_ids, replace(each.params, n=1)) for each in requests()]
+    token_ids, logprobs = ladder(model, jobs), {}
+    for job in jobs:
+        if job.params.logprobs:
+            rows = all_logits(model, job.prompt + token_ids[job.request_id][:-1])[len(job.prompt) - 1 :].log_softmax(-1)
+            tops = rows.topk(job.params.logprobs)
+            logprobs[job.request_id] = [
+                (top[0].item(), 1, *ids.tolist()) for top, ids in zip(tops.values, tops.indices, strict=True)
+            ]
+    token_ids |= {"three.1": token_ids["three"], "three.2": token_ids["three"], "aborted": token_ids["aborted"][:4]}
+    return token_ids, logprobs
+
+
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
 @pytest.mark.parametrize("way", WAYS)
-def test_it_says_what_the_paged_runner_says(model, way, preemption_mode):
+def test_it_says_what_the_ladder_says(model, expected_of_requests, way, preemption_mode):
+    expected, expected_logprobs = expected_of_requests
     sizes = {"num_blocks": NUM_BLOCKS, "num_host_blocks": NUM_BLOCKS}
-    expected, expected_logprobs, trace = run_requests(paged_runner_of(model, **sizes), preemption_mode)
-    ours, logprobs, our_trace = run_requests(WAYS[way](model, **sizes), preemption_mode)
+    ours, logprobs, trace = run_requests(WAYS[way](model, **sizes), preemption_mode)
     assert ours == expected and {"three", "three.1", "three.2", "aborted"} < set(ours)
     assert logprobs.keys() == expected_logprobs.keys()
     for request_id, entries in expected_logprobs.items():
         assert logprobs[request_id] == [pytest.approx(entry, abs=1e-9) for entry in entries]
-    assert [step.preempted for step in our_trace.steps] == [step.preempted for step in trace.steps]
     assert preemption_mode in {each.mode for step in trace.steps for each in step.preempted}
     chunks = [slice_ for step in trace.steps for slice_ in step.scheduled if slice_.num_tokens > 1]
     assert any(chunk.start > 0 for chunk in chunks) and any(chunk.start == 8 for chunk in chunks)  # a cached prefix
@@ -154,17 +185,14 @@ def test_it_says_what_the_paged_runner_says(model, way, preemption_mode):
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_launched_ahead_say_the_same(load, kind, way):
     model = load(kind, torch.float64)
-    expected, _ = run(paged_runner_of(model), greedy_jobs())
-    runner = WAYS[way](model)
-    ours, outputs = run(runner, greedy_jobs(), ahead=True)
-    assert ours == expected
+    ours, outputs = run(WAYS[way](model), greedy_jobs(), ahead=True)
+    assert ours == ladder(model, greedy_jobs())
     assert all(began <= ended for began, ended in (output.device_times for output in outputs))
     ends = [output.device_times[1] for output in outputs]
     assert ends == sorted(ends)
 
 
-def test_the_fused_forward_says_the_same(model):
-    expected, _ = run(paged_runner_of(model), greedy_jobs())
+def test_the_fused_forward_says_the_same(model, expected):
     runner = device_runner_of(model, replace(OPTIONS, fused_ops=True))
     assert run(runner, greedy_jobs(), ahead=True)[0] == expected
 
@@ -183,19 +211,70 @@ def test_decode_steps_are_graphs_and_others_are_not(model):
     assert any(step.checked_ids and step.layout.num_chunks == 0 for step in steps)  # one token, and no new one yet
 
 
+@pytest.mark.parametrize(
+    "asked", [{"temperature": 1.0, "top_k": 3, "seed": 1}, {"logprobs": 2}, {"presence_penalty": 1.5}]
+)
+def test_a_step_in_which_somebody_asks_replays_its_graph(model, expected, monkeypatch, asked):
+    """Who asks is sampled for behind it, and the others have what they have without."""
+    replayed, replay = [], HostGraph.replay
+    monkeypatch.setattr(HostGraph, "replay", lambda graph: replayed.append(graph) or replay(graph))
+    others = [job._replace(joins=0, chunk=1000) for job in greedy_jobs()[2:4]]  # of 26 and 14 tokens
+    asking = Job("asking", random_token_ids(5, 190, 2), SamplingParams(max_tokens=20, **asked))
+    runner = device_runner_of(model)
+    tokens, outputs = run(runner, [others[0], asking, others[1]], ahead=True, launching=nobody_waits)
+    assert [list(runner.graphs.values()).index(graph) for graph in replayed] == [2] * 13 + [1] * 6 + [0] * 6
+    assert tokens == {job.request_id: expected[job.request_id] for job in others} | ladder(model, [asking])
+    assert sum(len(output.logprobs) for output in outputs) == (20 if "logprobs" in asked else 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("lost", [(), (5, 16)], ids=["", "steps are retracted"])
+def test_a_step_reads_what_the_steps_before_it_have_written(load, way, mode, lost):
+    """Token by token, what the model is given: also after a preemption, and after steps that nothing came of."""
+    model = load(KIND, torch.float64)
+    jobs, known, read, planned = greedy_jobs(), {}, [], []
+    whole = {
+        job.request_id: job.prompt + output for job, output in zip(jobs, ladder(model, jobs).values(), strict=True)
+    }
+    manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
+    scheduler = Scheduler(config, block_manager=manager, preemption_mode=mode, depth=2)
+    for job in jobs:
+        scheduler.add_request(Request(job.request_id, job.prompt, job.params))
+    runner, unread = WAYS[way](model, num_blocks=NUM_BLOCKS, num_host_blocks=NUM_BLOCKS), deque()
+    model.register_forward_pre_hook(lambda model, given: read.append(given[0].tolist()))
+    while scheduler.has_unfinished_requests():
+        while len(unread) < 2 and (plan := scheduler.schedule()).num_requests:
+            unread.append((plan, runner.launch(plan)))
+            planned.append(plan)
+        plan, pending = unread.popleft()
+        output = pending.result()
+        if plan.step in lost:
+            scheduler.retract(plan)
+            unread.clear()
+            continue
+        for update in scheduler.update(plan, output):
+            known.setdefault(update.request_id, []).append(update.token_id)
+    assert {job.request_id: job.prompt + known[job.request_id] for job in jobs} == whole
+    for plan, token_ids in zip(planned, read, strict=True):
+        parts = sorted(plan.scheduled, key=lambda part: part.num_tokens > 1)
+        expected = [token_id for part in parts for token_id in whole[part.request_id][part.start : part.end]]
+        assert token_ids[: plan.num_tokens] == expected
+    again = [new for plan in planned for new in plan.new_requests if new.output_token_ids]
+    assert again and mode in {each.mode for step in scheduler.trace.steps for each in step.preempted}
+
+
 # --- drawn tokens ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("asking", [True, False])  # then steps with such requests are graphs as well
-def test_what_is_drawn_depends_on_the_request_alone(model, way, asking):
+@pytest.mark.parametrize("asking", [True, False])
+def test_what_is_drawn_depends_on_the_request_alone(model, expected, way, asking):
     jobs = drawing_jobs(asking)
     together, outputs = run(WAYS[way](model), jobs, ahead=True)
-    for job in jobs:
-        alone = job._replace(joins=0, chunk=1000)
-        assert run(device_runner_of(model, EAGER), [alone])[0][job.request_id] == together[job.request_id]
-    greedy, _ = run(device_runner_of(model), greedy_jobs())
-    assert all(together[request_id] != greedy[request_id] for request_id in greedy)  # it was drawn
+    assert together == ladder(model, jobs)
+    assert all(together[request_id] != expected[request_id] for request_id in expected)  # it was drawn
     assert sum(len(output.logprobs) for output in outputs) == asking * len(together["job 4"])
     again, _ = run(WAYS[way](model), [job._replace(params=replace(job.params, seed=100)) for job in jobs])
     assert all(together[request_id] != again[request_id] for request_id in again)
@@ -241,10 +320,9 @@ def test_a_request_that_starts_anew_goes_on_with_its_own_numbers(model):
     expected = run(device_runner_of(model), [Job("a", prompt, params)])[0]["a"]
     runner = device_runner_of(model)
     run(runner, [Job("a", prompt, params)._replace(params=params)])
-    tokens = prompt + expected[:3]
-    plan = SchedulerOutput(0, 0.0, finished_ids=["a"], new_requests=[NewRequest("a", params, 13, num_sampled=3)])
-    plan.scheduled.append(ScheduledRequest("a", 0, tokens, True, "prefill", block_ids=[3, 2, 1]))
-    plan.num_tokens = len(tokens)
+    plan = SchedulerOutput(0, 0.0, finished_ids=["a"], new_requests=[NewRequest("a", params, prompt, expected[:3])])
+    plan.others.append(ScheduledRequest("a", 0, 10, True, "prefill", block_ids=[3, 2, 1]))
+    plan.num_tokens = 10
     assert runner.execute_model(plan).token_ids == {"a": expected[3]}
 
 
@@ -262,7 +340,7 @@ def test_without_a_seed_no_two_are_alike(model):
 def test_a_request_that_is_not_finite_fails_alone(load, way, place):
     model = load(KIND, torch.float64)
     first, *others = greedy_jobs()
-    expected, _ = run(paged_runner_of(model), [first, *others])
+    expected = ladder(model, [first, *others])
     elsewhere = {*first.prompt, *(id_ for job in others for id_ in (*job.prompt, *expected[job.request_id]))}
     bad = next(id_ for id_ in expected["job 0"][1:-1] if id_ not in elsewhere)
     if place is not None:
@@ -281,7 +359,7 @@ def test_a_request_that_is_not_finite_fails_alone(load, way, place):
     assert not any("job 0" in output.token_ids and "job 0" in output.failed for output in outputs)
     if place is not None:  # noticed in the chunk it is in, of 4 tokens
         assert [step for step, output in enumerate(outputs) if output.failed][0] == place // 4
-    assert runner.newest.min() >= 0
+    assert runner.batch.tokens.min() >= 0
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -307,18 +385,16 @@ def test_a_failed_request_has_no_log_probabilities(load):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_that_is_not_a_requests_own_is_looked_at(model, way):
-    expected, _ = run(paged_runner_of(model), greedy_jobs())
+def test_nothing_that_is_not_a_requests_own_is_looked_at(model, expected, way):
     runner = WAYS[way](model)
     for pool in (runner.cache.keys, runner.cache.values):
-        pool.fill_(torch.nan)
-    runner.tables.fill_(10**6)  # no such block
-    runner.newest.fill_(10**6)  # no such token
+        pool[:, way == "host" :] = torch.nan  # whose masks may fall on the null block
+    runner.batch.device_tables[:-1] = 10**6  # no such block; the last row is for padding
+    runner.batch.tokens[:-1] = 10**6  # no such token
     assert run(runner, greedy_jobs(), ahead=True)[0] == expected
 
 
-def test_what_padding_finds_in_the_buffer_is_overwritten(model):
-    expected, _ = run(paged_runner_of(model), greedy_jobs())
+def test_what_padding_finds_in_the_buffer_is_overwritten(model, expected):
     runner = device_runner_of(model)
     graphs = runner.graphs
 
@@ -355,22 +431,27 @@ class NobodyWaits(TorchDispatchMode):
 def nobody_waits():
     """Neither by an operation, nor by reading a tensor, nor by making one of a list."""
 
+    make = torch.tensor
+
     def refuse(*args, **kwargs):
         raise AssertionError("this waits for the device")
+
+    def in_pinned_memory(*args, **kwargs):
+        return make(*args, **kwargs) if "pin_memory" in kwargs and "device" not in kwargs else refuse()
 
     with pytest.MonkeyPatch.context() as patch, NobodyWaits():
         for name in ("tolist", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, refuse)
-        for name in ("tensor", "as_tensor", "from_numpy"):
+        for name in ("as_tensor", "from_numpy"):
             patch.setattr(torch, name, refuse)
+        patch.setattr(torch, "tensor", in_pinned_memory)
         yield
 
 
 @pytest.mark.parametrize("way", ["eager", "graphs"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_launch_waits_for_nothing(model, way, fused):
+def test_a_launch_waits_for_nothing(model, expected, way, fused):
     options = replace(OPTIONS, fused_ops=fused, enforce_eager=way == "eager")
-    expected, _ = run(device_runner_of(model, options), greedy_jobs())
     assert run(device_runner_of(model, options), greedy_jobs(), ahead=True, launching=nobody_waits)[0] == expected
 
 
@@ -379,9 +460,7 @@ def test_a_launch_waits_for_nothing(model, way, fused):
 )
 def test_who_waits_is_caught(model, waits):
     runner = device_runner_of(model)
-    runner.ops = SimpleNamespace(
-        sample_rows=lambda logits, *numbers: waits(logits) or ops.sample_rows(logits, *numbers)
-    )
+    runner.sample_rows = lambda logits, *numbers: waits(logits) or ops.sample_rows(logits, *numbers)
     with pytest.raises(AssertionError, match="waits for the device"):
         run(runner, greedy_jobs(), launching=nobody_waits)
 
@@ -409,62 +488,80 @@ def after(work):
 
 
 def first_plan():
-    new = NewRequest("z", SamplingParams(max_tokens=3), 8)
-    part = ScheduledRequest("z", 0, [1, 2, 3, 4, 5], True, "prefill", block_ids=[1, 2])
-    return SchedulerOutput(0, 0.0, [part], [new], num_tokens=5)
+    new = NewRequest("z", SamplingParams(max_tokens=3), [1, 2, 3, 4, 5])
+    part = ScheduledRequest("z", 0, 5, True, "prefill", block_ids=[1, 2])
+    return SchedulerOutput(0, 0.0, {}, [part], [new], num_tokens=5)
 
 
 # --- broken twins ----------------------------------------------------------------------------------------------------
 
 
-def one_buffer_for_all(patch, runner):
+def one_buffer_for_all(patch, batch):
     """The staging buffer is filled again before it has been copied."""
-    shared = torch.zeros(10_000, dtype=torch.int64)
+    shared, original = torch.zeros(10_000, dtype=torch.int64), batch._padded
 
-    def new(*arguments):
-        buffer = new_buffer(*arguments)
-        shared[: len(buffer)] = buffer
-        return shared[: len(buffer)]
+    def padded(*arguments, **named):
+        step = original(*arguments, **named)
+        buffer = shared[: len(step.buffer)].copy_(step.buffer)
+        return step._replace(buffer=buffer)
 
-    patch.setattr(device_batch, "new_buffer", new)
-
-
-def token_of_a_neighbour(patch, runner):
-    """What is pending is taken from the row of another request."""
-    original = runner._token_ids
-
-    def token_ids(inputs):
-        return original(inputs._replace(decode_rows=inputs.decode_rows.roll(1)))
-
-    patch.setattr(runner, "_token_ids", token_ids)
+    patch.setattr(batch, "_padded", padded)
 
 
-def padding_in_a_real_row(patch, runner):
+def token_of_a_neighbour(patch, batch):
+    """What was sampled last is taken from the row of another request."""
+    original = batch._fill_decodes
+
+    def fill(into, rows, starts):
+        original(into, rows, starts)
+        into.tokens[: len(rows)] = np.roll(into.tokens[: len(rows)], 1)
+
+    patch.setattr(batch, "_fill_decodes", fill)
+
+
+def padding_in_a_real_row(patch, batch):
     """What padding samples is kept as the newest token of the first row."""
-    patch.setattr(device_batch, "new_buffer", lambda layout, count, spare, pinned: new_buffer(layout, count, 0, pinned))
+    original = batch._fill_sampling
+
+    def fill(into, rows, ends):
+        original(into, rows, ends)
+        into.sampled[len(rows) :] = into.sampled[0]
+
+    patch.setattr(batch, "_fill_sampling", fill)
 
 
-def padding_that_is_stored(patch, runner):
+def padding_that_is_stored(patch, batch):
     """The keys and values of padding go to a block that somebody has."""
-    slot = shuffled_blocks(JOB_BLOCKS)[-1] * BLOCK_SIZE
-    wrong = FIELDS._replace(slots=FIELDS.slots._replace(padding=slot))
-    patch.setattr(step_inputs, "FIELDS", wrong)
+    original, slot = batch._padded, shuffled_blocks(JOB_BLOCKS)[-1] * BLOCK_SIZE
+
+    def padded(layout, **named):
+        step = original(layout, **named)
+        carve(step.buffer.numpy(), layout).slots[:] = slot
+        return step
+
+    patch.setattr(batch, "_padded", padded)
 
 
-def changes_forgotten(patch, runner):
+def changes_forgotten(patch, batch):
     """The device hears of a request's first blocks only."""
-    original = runner.batch.follow
-    patch.setattr(runner.batch, "follow", lambda parts, known: original([p for p in parts if not p.first_block], known))
+    original = batch.set_blocks
+
+    def set_blocks(part):
+        before = dict(batch._changes)
+        original(part)
+        if part.first_block:
+            batch._changes = before
+
+    patch.setattr(batch, "set_blocks", set_blocks)
 
 
 BUGS = [one_buffer_for_all, token_of_a_neighbour, padding_in_a_real_row, padding_that_is_stored, changes_forgotten]
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_broken_twin_says_something_else(model, monkeypatch, bug):
-    expected, _ = run(paged_runner_of(model), greedy_jobs())
+def test_a_broken_twin_says_something_else(model, expected, monkeypatch, bug):
     runner = device_runner_of(model, queue=LateQueue())
-    bug(monkeypatch, runner)
+    bug(monkeypatch, runner.batch)
     with suppress(IndexError, RuntimeError):  # it looked up a block or token that is not there
         assert run(runner, greedy_jobs(), ahead=True)[0] != expected
 
@@ -473,26 +570,28 @@ def test_a_broken_twin_says_something_else(model, monkeypatch, bug):
 
 
 def test_what_does_not_fit_is_refused(model):
-    runner = device_runner_of(model)
-    part = ScheduledRequest("z", 0, [1], True, "prefill", block_ids=range(1, 14))
-    plan = SchedulerOutput(0, 0.0, [part], first_plan().new_requests, num_tokens=1)
-    with pytest.raises(
-        ConfigError, match="'z' is number 1 .* has 13 blocks; .* 6 requests of 12 blocks; raise max_num"
-    ):
-        runner.launch(plan)
+    part = ScheduledRequest("z", 0, 1, True, "prefill", block_ids=range(1, 14))
+    plan = SchedulerOutput(0, 0.0, {}, [part], first_plan().new_requests, num_tokens=1)
+    with pytest.raises(ConfigError, match="'z' has 13 blocks, .* for 12 blocks a request; raise max_model_len"):
+        device_runner_of(model).launch(plan)
     jobs = [Job(f"{i}", [1, 2], SamplingParams(max_tokens=4)) for i in range(7)]
-    with pytest.raises(ConfigError, match="'6' is number 7"):
+    with pytest.raises(ConfigError, match="'6' has 2 tokens and is number 7 .* 6 requests of 48 tokens; raise max_num"):
         run(device_runner_of(model), jobs)
+    with pytest.raises(ConfigError, match="'a' has 49 tokens and is number 1"):
+        run(device_runner_of(model), [Job("a", [1] * 49, SamplingParams(max_tokens=1))])
 
 
-def test_a_request_that_gives_way_gives_its_row_back(model):
+@pytest.mark.parametrize("gone", ["finished_ids", "preempted_ids"])
+def test_a_request_that_gives_way_gives_its_row_back(model, gone):
     runner = device_runner_of(model)
     runner.execute_model(first_plan())
-    assert runner.cache.tables == {"z": [1, 2]}
-    runner.execute_model(SchedulerOutput(1, 0.0, preempted_ids=["z"]))
-    assert runner.cache.tables == {} and "z" in runner.requests
-    runner.execute_model(SchedulerOutput(2, 0.0, finished_ids=["z"]))
-    assert runner.requests == {}
+    batch = runner.batch
+    assert batch.block_table("z")[:3].tolist() == [1, 2, 0] and list(batch.states) == ["z"]
+    row = batch.block_table("z")
+    runner.execute_model(SchedulerOutput(1, 0.0, **{gone: ["z", "unknown"]}))
+    assert batch.states == {} and not row.any() and len(batch._free_rows) == 6
+    with pytest.raises(KeyError):
+        batch.block_table("z")
 
 
 def test_graphs_for_every_number_of_requests():
@@ -537,20 +636,20 @@ def test_graphs_are_recorded_from_the_largest_down_and_after_a_rehearsal(monkeyp
 
 def test_fields_lie_apart_and_aligned():
     layout = Layout(7, 3, 2, 4, 4, 1)
-    buffer = new_buffer(layout, 5, spare_row=9, pinned=False)
+    batch = Batch(replace(OPTIONS, max_num_seqs=9), BLOCK_SIZE, torch.device("cpu"), HostQueue().run, True)
+    batch._changes = dict.fromkeys(range(5), 1)
+    buffer = batch._padded(layout).buffer
     ours, theirs = carve(buffer.numpy(), layout), carve(buffer, layout)
     changes = carve_changes(buffer, layout, 5)
+    padding = {"nothing": 0, "nowhere": NO_SLOT, "spare row": 9, "spare token": 9 * batch.tokens.shape[1]}
     for number, (field, array, tensor) in enumerate(zip(FIELDS, ours, theirs, strict=True)):
-        assert (
-            str(tensor.dtype) == f"torch.{field.dtype}"
-            and (array == (9 if field.padding is None else field.padding)).all()
-        )
+        assert str(tensor.dtype) == f"torch.{field.dtype}" and (array == padding[field.padding]).all()
         array[:] = number
     for number, change in enumerate(changes):
         change.fill_(100 + number)
     for number, (array, tensor) in enumerate(zip(ours, theirs, strict=True)):
         assert (array == number).all() and (tensor == number).all() and array.shape == tensor.shape
-        assert (tensor.data_ptr() - buffer.data_ptr()) % 128 == 0
+        assert (tensor.data_ptr() - buffer.data_ptr()) % (8 * ALIGNED) == 0 == 8 * ALIGNED % 128
     assert [change.tolist() for change in changes] == [[100] * 5, [101] * 5]
     assert [len(each) for each in ours] == [7, 7, 7, 3, 3, 2, 3, 2, 4, 4, 4, 4, 4, 1]
 
@@ -638,12 +737,20 @@ def generate(model, **config):
     return found, engine.trace
 
 
+def as_on_a_device(patch, make_queue):
+    """Workers make runners as they would on a GPU, with such a queue."""
+    patch.setattr(worker_module, "Runner", lambda *given, **named: Runner(*given, make_queue(), **named))
+
+
 @pytest.mark.parametrize("async_scheduling", [True, False])
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
-def test_an_engine_says_the_same_on_either_runner(model, monkeypatch, async_scheduling, preemption_mode):
+def test_an_engine_says_the_same_on_a_device(model, monkeypatch, async_scheduling, preemption_mode):
     expected, _ = generate(model)
-    monkeypatch.setattr(Worker, "_on_cpu", False)
-    monkeypatch.setattr(device_runner, "queue_for", lambda device: LateQueue())
+    for i in range(6):
+        prompt = random_token_ids(8, 190) + random_token_ids(1 + 2 * i, 190, i)
+        alone = generate_cached(model, prompt, SamplingParams(max_tokens=20 - i, ignore_eos=i != 1))
+        assert expected[f"{i}"][0] == list(alone.token_ids)
+    as_on_a_device(monkeypatch, LateQueue)
     ways = {"async_scheduling": async_scheduling, "preemption_mode": preemption_mode}
     for kernels in ({"attention_backend": "reference"}, {"enforce_eager": True}, {"enforce_eager": False}):
         found, trace = generate(model, **kernels, **ways)
@@ -652,11 +759,13 @@ def test_an_engine_says_the_same_on_either_runner(model, monkeypatch, async_sche
         assert all(step.device is not None for step in trace.steps)
 
 
-def test_a_cpu_has_its_own_runner(load):
+def test_a_cpu_has_tables_in_common_and_no_graphs(load):
     for name in ("auto", "cpu", "reference"):
         worker = Worker(load(KIND), RunnerOptions(name))
         worker.init_cache(9)
-        assert isinstance(worker.runner, PagedRunner)
+        batch = worker.runner.batch
+        assert not batch.is_mirrored and not worker.runner.graphs
+        assert batch.device_tables.data_ptr() == batch.tables.__array_interface__["data"][0]
         assert worker.why.startswith("reference: " if name == "reference" else ("cpu: ", "reference: "))
 
 
@@ -672,19 +781,27 @@ def test_a_backend_that_does_not_take_the_model_is_refused_before_anything_is_al
 
 def test_the_profile_has_room_for_a_step_that_is_read_late(load, monkeypatch):
     """Its logits are kept for log-probabilities while the next one is computed."""
-    monkeypatch.setattr(Worker, "_on_cpu", False)
+    as_on_a_device(monkeypatch, HostQueue)
     model = load(KIND)
     limits = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "max_model_len": 48, "block_size": BLOCK_SIZE}
     worker = Worker(model, replace(OPTIONS, fused_ops=True, **limits))
-    activations = worker.profile().activations
+    profile = worker.profile()
     cache = CacheEngine(model.config, 13, BLOCK_SIZE, model.dtype, "cpu")
     plan = worst_plan(**limits)
     with first_layer_alone(model), PeakMemory() as memory:
         runner = worker._new_runner(cache, replace(worker.options, enforce_eager=True))
         unread = runner.launch(plan)
-        runner.launch(plan).result()
+        runner.launch(replace(plan, new_requests=[])).result()
         assert len(unread.logits) == 32
-    assert memory.peak_bytes <= activations
+    assert memory.peak_bytes <= profile.activations + profile.masks
+
+
+def test_a_step_that_is_over_keeps_nothing_for_log_probabilities(model):
+    """On a CPU, whose profile is of one step: it may be read when the next one has been computed."""
+    plan = first_plan()
+    plan.new_requests[0] = plan.new_requests[0]._replace(params=SamplingParams(max_tokens=3, logprobs=1))
+    unread = host_runner_of(model).launch(plan)
+    assert unread.logits is None and list(unread.result().logprobs) == ["z"]
 
 
 class FakeCard:
@@ -721,11 +838,12 @@ def test_the_whole_path_in_triton(load, kind, enforce_eager):
     ledger = executor.reserve(LIMITS)
     assert ledger.masks == 0 < ledger.activations
     [worker] = executor.workers
-    assert worker.runner.ops is triton_ops and worker.runner.fused and worker.runner.backend.name == "triton"
+    assert worker.runner.sample_rows is triton_ops.sample_rows and worker.runner.backend.name == "triton"
+    assert worker.runner.layers[0].silu_mul is triton_ops.silu_mul
     assert ("launched from Python" in worker.why) == enforce_eager
     params = SamplingParams(max_tokens=3)
     jobs = [Job("a", random_token_ids(7, 190), params, chunk=4), Job("b", random_token_ids(2, 190), params, joins=1)]
-    expected, _ = run_jobs(PagedRunner(load(kind), CacheEngine(load(kind).config, 9, 16, torch.float32)), jobs, 9, 16)
+    expected = ladder(load(kind, torch.float64), jobs)
     assert run_jobs(worker.runner, jobs, 9, 16, ahead=True)[0] == expected
     executor.shutdown()
     assert worker.runner is None

@@ -15,8 +15,8 @@ from minillm import EngineConfig, LLMEngine, SamplingParams, generate_cached
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.queue import SCHEDULING_POLICIES
 from minillm.model.text import encode_chat
+from minillm.runtime.batch import Batch
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.paged_runner import PagedRunner
 from minillm.storyteller import vocabulary
 from tiny_models import BASE
 
@@ -238,33 +238,26 @@ def swapped_in_in_the_wrong_order(monkeypatch):
 
 def table_off_by_one(monkeypatch):
     """Every block stands one place late in its table."""
-    right = CacheEngine.write_table
+    right = Batch.set_blocks
     monkeypatch.setattr(
-        CacheEngine,
-        "write_table",
-        lambda self, request_id, first_block, block_ids: right(self, request_id, first_block + 1, block_ids),
+        Batch, "set_blocks", lambda self, part: right(self, part._replace(first_block=part.first_block + 1))
     )
 
 
 def table_of_the_neighbour(monkeypatch):
     """A request that has joined a running batch reads another's blocks."""
-    right = PagedRunner.prepare
+    right = Batch._fill_decodes
 
-    def prepare(self, plan):
-        batch, newest_rows = right(self, plan)
-        return batch._replace(tables=np.roll(batch.tables, 1, axis=0)), newest_rows
+    def fill_decodes(self, into, rows, starts):
+        right(self, into, rows, starts)
+        into.decode_rows[: len(rows)] = np.roll(rows, 1)
 
-    monkeypatch.setattr(PagedRunner, "prepare", prepare)
+    monkeypatch.setattr(Batch, "_fill_decodes", fill_decodes)
 
 
 def written_one_slot_early(monkeypatch):
-    right = PagedRunner.prepare
-
-    def prepare(self, plan):
-        batch, newest_rows = right(self, plan)
-        return batch._replace(slots=batch.slots - 1), newest_rows
-
-    monkeypatch.setattr(PagedRunner, "prepare", prepare)
+    right = Batch._slots
+    monkeypatch.setattr(Batch, "_slots", lambda self, rows, positions: right(self, rows, positions) - 1)
 
 
 TWINS = {

@@ -2,7 +2,8 @@
 
 The fake executor keeps in every slot of its pool what was written there and follows tables and moves of the plans as a
 real one does. It says the next token from what it reads back through the block table, so that a wrong block or stale
-content ends in a wrong token. Each planted bug must make the machine fail.
+content ends in a wrong token. With a depth of 2 one step may be in flight between any two things that happen. Each
+planted bug must make the machine fail.
 """
 
 import sys
@@ -23,15 +24,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from minillm.costs.memory_ledger import blocks_needed
+from minillm.costs.kv_bytes import blocks_needed
 from minillm.engine import block_manager
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
 from minillm.engine.queue import SCHEDULING_POLICIES
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import PREEMPTION_MODES, InFlight, Scheduler, SchedulerConfig
 from minillm.errors import PromptError
-from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, SchedulerOutput
+from minillm.runtime.plan import BlockMove, ModelOutput, SchedulerOutput
 from minillm.sampling.params import SamplingParams, finish_reason
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.reporting import report
@@ -76,55 +76,59 @@ class StepFailed(Exception):
 
 
 class FakeExecutor:
-    """A pool whose slots hold (token id, position, history), filled and read through the plans' block tables only."""
+    """A pool whose slots hold (token id, position, history), filled and read through the plans' block tables only.
+
+    Of a request it keeps what was announced and what it has sampled itself; plans say positions.
+    """
 
     def __init__(self, num_blocks, block_size, num_host_blocks):
         self.block_size = block_size
         self.pool = [[None] * block_size for _ in range(num_blocks)]
         self.host = [[None] * block_size for _ in range(num_host_blocks)]
-        self.params, self.tables = {}, {}
+        self.params, self.tokens, self.tables = {}, {}, {}
         self.fail_after = None  # operations that are carried out before the next plan fails
-        self.bad_id = None  # the request that gets NaN
-        self.last = ModelOutput({}, 0)
+        self.bad_ids = set()  # requests whose keys and values are NaN from now on
 
-    def execute_model(self, plan):
-        """Write everything first, then read, as a kernel over the whole batch does."""
+    def execute_model(self, plan, bad_ids=()):
+        """Write everything first, then read, as a kernel over the whole batch does. `bad_ids` get NaN."""
         self._operation()
         self._follow(plan)
+        self.bad_ids.update(bad_ids)
         for move in plan.block_moves:
             self._operation()
             self._move(move)
-        bad_ids = self._bad_ids(plan)
         for part in plan.scheduled:
             self._operation()
-            self._write(part, part.request_id in bad_ids)
-        histories = {part.request_id: self._read(part, part.request_id in bad_ids) for part in plan.scheduled}
+            self._write(part)
+        histories = {part.request_id: self._read(part) for part in plan.scheduled}
         self._operation(last=True)
         sampling = [part.request_id for part in plan.scheduled if part.samples]
-        failed = {request_id: "NaN" for request_id in sampling if request_id in bad_ids}
-        tokens = {i: next_token(histories[i], self.params[i].seed) for i in sampling if i not in failed}
-        self.last = ModelOutput(tokens, 0, failed=failed)
-        return self.last
+        failed = {request_id: "NaN" for request_id in sampling if request_id in self.bad_ids}
+        sampled = {i: next_token(histories[i], self.params[i].seed) for i in sampling}
+        self._keep(sampled)
+        return ModelOutput({i: token for i, token in sampled.items() if i not in failed}, 0, failed=failed)
+
+    def _keep(self, sampled):
+        """What the next step reads."""
+        for request_id, token_id in sampled.items():
+            self.tokens[request_id].append(token_id)
 
     def _follow(self, plan):
         """Everything the plan says of requests and tables, before anything that can fail."""
-        for request_id in (*plan.preempted_ids, *plan.finished_ids):
-            self.tables.pop(request_id, None)
-        for request_id in plan.finished_ids:
-            self.params.pop(request_id, None)
+        for request_id in (*plan.finished_ids, *plan.preempted_ids):
+            self.bad_ids.discard(request_id)
+            for kept in (self.params, self.tokens, self.tables):
+                kept.pop(request_id, None)
         for new in plan.new_requests:
-            assert new.request_id not in self.tables, f"{new.request_id} is new but has a table"
+            assert new.request_id not in self.params, f"{new.request_id} is new but known"
             self.params[new.request_id] = new.params
+            self.tokens[new.request_id] = [*new.prompt_token_ids, *new.output_token_ids]
+            self.tables[new.request_id] = []
         for part in plan.scheduled:
-            table = self.tables.setdefault(part.request_id, [])
+            table = self.tables[part.request_id]
             if part.block_ids:
                 assert part.first_block <= len(table), f"{part} leaves a hole in the table {table}"
                 table[part.first_block :] = part.block_ids
-
-    def _bad_ids(self, plan):
-        """Whose keys and values are NaN now: who is to fail, and who failed in the last step and goes on from there."""
-        going_on = {part.request_id for part in plan.scheduled if PENDING in part.token_ids}
-        return {self.bad_id} | (going_on & set(self.last.failed))
 
     def _operation(self, last=False):
         if self.fail_after is None:
@@ -141,23 +145,22 @@ class FakeExecutor:
         for a, b in zip(move.sources, move.targets, strict=True):
             target[b] = list(source[a])
 
-    def _write(self, part, bad):
-        table = self.tables[part.request_id]
-        for position, token_id in enumerate(part.token_ids, part.start):
-            if token_id == PENDING:
-                token_id = 0 if bad else self.last.token_ids[part.request_id]
+    def _write(self, part):
+        table, bad = self.tables[part.request_id], part.request_id in self.bad_ids
+        for position in range(part.start, part.end):
+            token_id = self.tokens[part.request_id][position]
             before = self._slot(part.request_id, position - 1)[2] if position else 0
             block, offset = table[position // self.block_size], position % self.block_size
             assert block != block_manager.NULL_BLOCK
             self.pool[block][offset] = (token_id, position, BAD if bad else history_after(before, token_id))
 
-    def _read(self, part, bad):
+    def _read(self, part):
         """The history at the end of the part, every slot before it checked."""
         history = 0
-        for position in range(part.start + len(part.token_ids)):
+        for position in range(part.end):
             token_id, written_at, written = self._slot(part.request_id, position)
-            if written == BAD and bad:
-                return BAD
+            if written == BAD and part.request_id in self.bad_ids:
+                return 0
             history = history_after(history, token_id)
             assert (written_at, written) == (position, history), f"{part.request_id} reads a slot of another history"
         return history
@@ -204,8 +207,9 @@ class EngineMachine(RuleBasedStateMachine):
     """Requests come, run, share, give way, fail and are aborted, in any order; the invariants of the engine hold."""
 
     manager_class = BlockManager
-    scheduler_class = PagedScheduler
+    scheduler_class = Scheduler
     executor_class = FakeExecutor
+    depth = 1
     policy = "priority"  # the one that lets the first of the queue be the last admitted
     preemption_mode = "recompute"
     seen = Counter()  # what has happened in all runs
@@ -247,12 +251,19 @@ class EngineMachine(RuleBasedStateMachine):
             enable_chunked_prefill=chunked,
         )
         self.scheduler = self.scheduler_class(
-            self.config, self.manager, self.clock, preemption_mode=self.preemption_mode, watermark=watermark
+            self.config,
+            self.clock,
+            block_manager=self.manager,
+            depth=self.depth,
+            preemption_mode=self.preemption_mode,
+            watermark=watermark,
         )
         self.executor = self.executor_class(num_blocks, block_size, num_host_blocks)
         self.expected = {}
         self.lives = []  # every request there was, in order of arrival
         self.launched = deque()
+        self.discarded = Counter()  # parts of a request that were computed for nothing
+        self.stopped = set()  # requests that were stopped from outside, at any moment
         self.longest = min(MAX_MODEL_LEN, (num_blocks - 1) * block_size + 1)  # the last token is never fed back
         self.texts = [[0] * 16, [0, 1] * 8]  # what prompts may begin with
 
@@ -363,6 +374,7 @@ class EngineMachine(RuleBasedStateMachine):
         if request_id is None:
             return
         request = self.expected.pop(request_id).request
+        self.stopped.add(request)
         assert self.scheduler.end_request(request_id, "stop", "text")
         assert not self.scheduler.end_request(request_id, "stop", "text")
         assert (request.finish_reason, request.stop_reason) == ("stop", "text")
@@ -374,51 +386,76 @@ class EngineMachine(RuleBasedStateMachine):
         if bad_id is None:
             return self.compute(plan)
         bad = self.expected[bad_id].request
-        self.executor.bad_id = bad_id
-        self.launch(plan)
-        self.executor.bad_id = None
-        self.go_on_to(plan)
+        self.launch(plan, bad_ids=[bad_id])
+        while self.launched[0].plan is not plan:
+            self.read()
+        if self.depth == 2:
+            self.launch(self.schedule())
         holders = self.holders()
         its_own = {block for block in self.manager.table(bad) if holders[block] == 1}
         self.read()
-        same = Request("same", [*bad.token_ids(0, bad.num_tokens), 0], bad.params, cache_salt=bad.cache_salt)
+        same = Request("same", [*bad.token_ids(0, bad.num_known_tokens), 0], bad.params, cache_salt=bad.cache_salt)
         self.manager.allocate(same)
         assert not its_own & set(self.manager.table(same))
         self.manager.free(same)
 
     def fail(self, plan, which):
-        self.executor.fail_after = which // 2
+        """At the launch, or when it is computed: then, where another may be in flight, one has been launched behind."""
+        if not plan.scheduled:
+            return self.compute(plan)
+        behind = self.depth == 2 and which % 2 == 1
+        self.executor.fail_after = which // 2 + behind  # block tables come first, and with them nothing fails
         with pytest.raises(StepFailed):
             self.executor.execute_model(plan)
+        if behind:
+            while self.launched:
+                self.read()
+            self.carry_out_behind_a_failed_step(self.scheduler.schedule())
+        involved = {part.request_id for part in plan.scheduled}
+        involved |= {part.request_id for launched in self.launched for part in launched.plan.scheduled}
+        self.seen["failed with one unread"] += len(self.launched)
+        self.launched.clear()
         self.scheduler.retract(plan)
         self.seen["failed step"] += 1
-        assert not {part.request_id for part in plan.scheduled} & set(self.scheduler.running)
+        assert not involved & set(self.scheduler.running)
+
+    def carry_out_behind_a_failed_step(self, plan):
+        """Whatever comes of it, and however far it gets, it must not touch what others have."""
+        try:
+            self.executor.execute_model(plan)
+        except (AssertionError, LookupError):
+            self.seen["failed behind a failed step"] += 1
+        else:
+            self.seen["carried out behind a failed step"] += 1
 
     def step(self):
         self.compute(self.schedule())
 
     def compute(self, plan, meanwhile=lambda: None):
+        """Launch the plan, and read the oldest step, unless one more may be planned first."""
         self.launch(plan)
         meanwhile()
-        self.read()
+        if len(self.launched) == self.depth or not plan.scheduled:
+            self.read()
 
-    def launch(self, plan):
-        requests = [self.scheduler.running[part.request_id] for part in plan.scheduled]
-        self.launched.append(Launched(plan, self.executor.execute_model(plan), requests))
-        self.check_tables(plan)
-
-    def go_on_to(self, plan):
-        """Until the plan is the next one to be read."""
+    def launch(self, plan, bad_ids=()):
+        if plan.scheduled:
+            requests = [self.scheduler.running[part.request_id] for part in plan.scheduled]
+            self.launched.append(Launched(plan, self.executor.execute_model(plan, bad_ids), requests))
+            self.check_tables(plan)
 
     def read(self):
         self.take_in(self.launched.popleft())
 
     def schedule(self):
         ran_before = set(self.scheduler.running)
+        counts = {
+            name: (each.request.num_computed_tokens, each.request.num_tokens) for name, each in self.expected.items()
+        }
         plan = self.scheduler.schedule()
         self.check_limits(plan)
         self.check_order(ran_before)
-        self.check_parts(plan)
+        self.check_parts(plan, counts, ran_before)
         self.note(plan)
         return plan
 
@@ -427,10 +464,17 @@ class EngineMachine(RuleBasedStateMachine):
         self.seen["prefix hit"] += sum(part.start > 0 for part in plan.scheduled if part.request_id in new_ids)
         self.seen["chunk"] += sum(not part.samples for part in plan.scheduled)
         self.seen["gave way"] += len(plan.preempted_ids)
+        self.seen["planned with one unread"] += len(self.launched)
+        self.seen["gave way with one unread"] += len(self.launched) * len(plan.preempted_ids)
+        known = {part.request_id: self.scheduler.running[part.request_id].num_known_tokens for part in plan.scheduled}
+        self.seen["computed before it is known"] += sum(part.end > known[part.request_id] for part in plan.scheduled)
         self.seen.update(move.kind for move in plan.block_moves)
 
     def check_limits(self, plan):
-        assert plan.num_tokens == sum(len(part.token_ids) for part in plan.scheduled)
+        if self.launched and not plan.scheduled:
+            self.seen["nothing to launch"] += 1
+            return
+        assert plan.num_tokens == sum(part.num_tokens for part in plan.scheduled)
         assert plan.num_tokens <= self.config.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.config.max_num_seqs
         assert bool(plan.num_tokens) == bool(self.expected), "work waits and nothing is computed, or the reverse"
@@ -443,18 +487,24 @@ class EngineMachine(RuleBasedStateMachine):
         orders = [order(request) for request in waiting if request.queue_number is not None]
         assert not admitted or not orders or max(map(order, admitted)) < min(orders)
 
-    def check_parts(self, plan):
-        """Each part is what the request has to compute next, and is written into blocks of its own."""
+    def check_parts(self, plan, counts, ran_before):
+        """Each part is what the request had to compute next, and is written into blocks of its own.
+
+        `counts`: how many tokens of each request were computed and how many there were, before the plan was made.
+        """
         holders = self.holders()
         assert len({part.request_id for part in plan.scheduled}) == len(plan.scheduled)
+        assert not {part.request_id for part in plan.scheduled} & set(plan.preempted_ids)
         for part in plan.scheduled:
             request = self.scheduler.running[part.request_id]
-            end = part.start + len(part.token_ids)
-            assert part.start == request.num_computed_tokens and end <= request.num_tokens
-            assert list(part.token_ids) == list(request.token_ids(part.start, end))
-            assert part.samples == (end == request.num_tokens)
+            num_computed_tokens, num_tokens = counts[part.request_id]
+            assert part.start == num_computed_tokens or part.request_id not in ran_before  # else it may find a prefix
+            assert part.start < part.end <= num_tokens
+            assert part.samples == (part.end == num_tokens)
+            assert request.num_computed_tokens == part.end
+            assert request.num_tokens - request.num_known_tokens <= len(self.launched) + 1
             size = self.manager.block_size
-            written = self.manager.table(request)[part.start // size : blocks_needed(end, size)]
+            written = self.manager.table(request)[part.start // size : blocks_needed(part.end, size)]
             assert all(holders[block] == 1 for block in written), f"{part} writes into a shared block"
 
     def holders(self):
@@ -470,7 +520,14 @@ class EngineMachine(RuleBasedStateMachine):
     def take_in(self, launched):
         """Update, and hold what is said against what each request says alone."""
         plan, output, requests = launched
-        parts = zip(plan.scheduled, requests, strict=True)
+        parts = list(zip(plan.scheduled, requests, strict=True))
+        for part, request in parts:
+            if request.finish_reason is not None:
+                self.discarded[request] += 1
+                self.seen["discarded"] += 1
+                self.seen["discarded, and the id in use again"] += part.request_id in self.expected
+            else:
+                self.seen["read after giving way"] += part.request_id not in self.scheduler.running
         speaking = [part.request_id for part, request in parts if part.samples and request.finish_reason is None]
         updates = self.scheduler.update(plan, output)
         self.clock.advance(0.25)
@@ -492,6 +549,9 @@ class EngineMachine(RuleBasedStateMachine):
                 self.texts.append([*expected.request.prompt_token_ids, *expected.said])
                 del self.expected[update.request_id]
                 self.assert_gone(expected.request)
+        for request in set(requests) - self.stopped:
+            if request.finish_reason in ("length", "stop", "error"):  # an end by length is known beforehand
+                assert self.discarded[request] <= (self.depth == 2 and request.finish_reason != "length")
 
     def assert_gone(self, request):
         assert not self.manager.table(request) and not self.manager.is_swapped(request)
@@ -569,7 +629,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.read()
         self.check_trace()
         self.executor.execute_model(self.scheduler.schedule())
-        assert not self.executor.tables and not self.executor.params
+        assert not self.executor.tables and not self.executor.params and not self.executor.tokens
         self.scheduler.reset_prefix_cache()
         self.manager.check()
         assert self.manager.usage.free == self.manager.num_blocks - 1
@@ -608,17 +668,36 @@ def run(machine, max_examples):
     )
 
 
+PATHS = {"chunk", "prefix hit", "copy", "gave way", "failed step", "length", "stop", "error", "abort", "reset"}
+PATHS_OF_DEPTH = {1: {"an id used again"}}
+PATHS_OF_DEPTH[2] = {"planned with one unread", "computed before it is known", "gave way with one unread", "discarded"}
+PATHS_OF_DEPTH[2] |= {"read after giving way", "discarded, and the id in use again", "nothing to launch"}
+PATHS_OF_DEPTH[2] |= {"failed with one unread", "carried out behind a failed step", "failed behind a failed step"}
+
+
 @pytest.mark.parametrize("preemption_mode", PREEMPTION_MODES)
-@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
-def test_the_engine_keeps_its_promises_whatever_happens(policy, preemption_mode):
+@pytest.mark.parametrize(
+    "policy, depth", [*((policy, 1) for policy in SCHEDULING_POLICIES), ("fcfs", 2), ("priority", 2)]
+)
+def test_the_engine_keeps_its_promises_whatever_happens(policy, depth, preemption_mode):
     seen = Counter()
-    machine = type("Machine", (EngineMachine,), {"policy": policy, "preemption_mode": preemption_mode, "seen": seen})
-    run(machine, 60)
-    paths = {"chunk", "prefix hit", "copy", "gave way", "failed step", "length", "stop", "error", "abort", "reset"}
-    paths.add("an id used again")
-    if preemption_mode == "swap":
-        paths |= {"swap_out", "swap_in"}
-    assert paths <= set(+seen), f"the machine did not get everywhere: {seen}"
+    run(machine_with(policy=policy, depth=depth, preemption_mode=preemption_mode, seen=seen), {1: 60, 2: 80}[depth])
+    paths = PATHS | PATHS_OF_DEPTH[depth] | ({"swap_out", "swap_in"} if preemption_mode == "swap" else set())
+    assert paths <= set(+seen), f"the machine did not get everywhere: {paths - set(+seen)}, {seen}"
+
+
+def machine_with(**changes):
+    return type("Machine", (EngineMachine,), changes)
+
+
+def test_a_parent_that_gives_way_before_its_fork_leaves_nobody_behind():
+    """Its prompt has been computed in the step that nobody has read when it is swapped out."""
+    machine = machine_with(policy="priority", depth=2, preemption_mode="swap", seen=Counter())()
+    machine.begin(2, 4, 12, False, "SHA-256", 4, 0, True, 0)
+    machine.add(2, 0, 2, [], 2, 2, 0, [{"arrival_time": 0}] * 2, 0, "", ())
+    machine.run_to_the_end()
+    machine.patch.undo()
+    assert machine.seen["swap_in"] and machine.seen["length"] == 4, machine.seen
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------
@@ -738,60 +817,156 @@ class SharesWhatFailed(BlockManager):
         super().free(request)
 
 
-class TrustsMemoryAfterAFailure(PagedScheduler):
-    def retract(self, plan):
-        super().retract(replace(plan, preempted_ids=[]))
-        self._void += plan.preempted_ids
+class TrustsMemoryAfterAFailure(Scheduler):
+    def _retract(self, plan):
+        super()._retract(replace(plan, preempted_ids=[]))
+        self._out_of_batch += plan.preempted_ids
 
 
-class SendsThePreemptedToTheBackOfTheQueue(PagedScheduler):
+class SendsThePreemptedToTheBackOfTheQueue(Scheduler):
     def _preempt(self, plan, request):
         request.queue_number = None
         super()._preempt(plan, request)
 
 
-class ForgetsWhatTheWaitingHold(PagedScheduler):
-    def _forget(self, request, bad=False):
+class ForgetsWhatTheWaitingHold(Scheduler):
+    def _give_back(self, request):
         if request.request_id in self.running:
-            super()._forget(request, bad)
+            super()._give_back(request)
 
 
-class DecodesIntoAForkedBlock(PagedScheduler):
+class DecodesIntoAForkedBlock(Scheduler):
     def _fork(self, parent):
         num_writable = parent.num_writable
         super()._fork(parent)
         parent.num_writable = num_writable
 
 
-PLANTED_WHERE_LOST_CONTENT_IS_COMPUTED_AGAIN = [
-    LosesABlock,
-    KeepsTheKeyOfAnEvictedBlock,
-    SharesWithoutCounting,
-    ReleasesTwice,
-    FreesWhatOthersHold,
-    WritesIntoSharedBlocks,
-    ForgetsToCopyTheContent,
-    TrustsTheHash,
-    ComparesTheLastBlockOnly,
-    IgnoresTheSalt,
-    LeavesNothingToCompute,
-    RegistersBeforeItIsComputed,
-    SharesWhatFailed,
-    SendsThePreemptedToTheBackOfTheQueue,
-    ForgetsWhatTheWaitingHold,
-    DecodesIntoAForkedBlock,
-]
-PLANTED_WHERE_IT_IS_SWAPPED = [SwapsInBackwards, ForgetsToSwapOut, LosesHostBlocks, TrustsMemoryAfterAFailure]
-PLANTED = [(broken, "recompute") for broken in PLANTED_WHERE_LOST_CONTENT_IS_COMPUTED_AGAIN]
-PLANTED += [(broken, "swap") for broken in PLANTED_WHERE_IT_IS_SWAPPED]
+class CountsWhatWasTakenOutOfThePlan(Scheduler):
+    def _take_out(self, plan, request):
+        counts = request.num_computed_tokens, request.num_tokens
+        super()._take_out(plan, request)
+        request.num_computed_tokens, request.num_tokens = counts
 
 
-@pytest.mark.parametrize("broken, preemption_mode", PLANTED)
-def test_every_planted_bug_is_found(broken, preemption_mode):
+class AnnouncesThePromptAlone(Scheduler):
+    def _admit(self, plan, request):
+        admitted = super()._admit(plan, request)
+        plan.new_requests[:] = [new._replace(output_token_ids=()) for new in plan.new_requests]
+        return admitted
+
+
+class LeavesTheCountsAfterAFailure(Scheduler):
+    def retract(self, plan):
+        while self._in_flight:
+            newest, _, self._preemptions = self._in_flight.pop()
+            self._retract(newest)
+
+
+class RetractsTheFailedPlanAlone(Scheduler):
+    def retract(self, plan):
+        self._in_flight = deque(each for each in self._in_flight if each.plan is plan)
+        super().retract(plan)
+
+
+class CommitsWhatIsInFlight(Scheduler):
+    def _fill(self, plan):
+        super()._fill(plan)
+        for part in plan.scheduled:
+            request = self.running[part.request_id]
+            self.block_manager.commit(request, min(part.end, request.num_known_tokens))
+
+
+class CountsTheStepInFlight(Scheduler):
+    """Registers blocks, and forks, by what the next step will have computed."""
+
+    def _pass_milestone(self, request, num_computed_tokens):
+        super()._pass_milestone(request, request.num_computed_tokens)
+
+
+class GoesByTheId(Scheduler):
+    def update(self, plan, output):
+        _, requests, preemptions = self._in_flight[0]
+        now = [self._unfinished.get(request.request_id, request) for request in requests]
+        self._in_flight[0] = InFlight(plan, now, preemptions)
+        return super().update(plan, output)
+
+
+class PlansBeyondTheLastToken(Scheduler):
+    def _fill(self, plan):
+        super()._fill(plan)
+        for part in plan.scheduled:
+            request = self.running[part.request_id]
+            request.num_tokens += part.samples and request.num_tokens == request.num_computed_tokens
+
+
+class ForgetsWhoGaveWay(Scheduler):
+    """Who ends by a token of a step that was read after it had been preempted."""
+
+    def update(self, plan, output):
+        waiting = {name: each for name, each in self._unfinished.items() if name not in self.running}
+        updates = super().update(plan, output)
+        self._unfinished |= {each[0]: waiting[each[0]] for each in updates if each.finish_reason and each[0] in waiting}
+        return updates
+
+
+class LosesWhatAnEmptyPlanSays(Scheduler):
+    def schedule(self):
+        plan = super().schedule()
+        if not plan.num_requests:
+            self._out_of_batch.clear()
+        return plan
+
+
+class FeedsTheNeighboursToken(FakeExecutor):
+    def _keep(self, sampled):
+        names = list(sampled)
+        super()._keep({name: sampled[other] for name, other in zip(names, names[1:] + names[:1], strict=True)})
+
+
+PLANTED = {
+    (1, "recompute"): [
+        LosesABlock,
+        KeepsTheKeyOfAnEvictedBlock,
+        SharesWithoutCounting,
+        ReleasesTwice,
+        FreesWhatOthersHold,
+        WritesIntoSharedBlocks,
+        ForgetsToCopyTheContent,
+        TrustsTheHash,
+        ComparesTheLastBlockOnly,
+        IgnoresTheSalt,
+        LeavesNothingToCompute,
+        RegistersBeforeItIsComputed,
+        SharesWhatFailed,
+        SendsThePreemptedToTheBackOfTheQueue,
+        ForgetsWhatTheWaitingHold,
+        DecodesIntoAForkedBlock,
+        CountsWhatWasTakenOutOfThePlan,
+        AnnouncesThePromptAlone,
+        LeavesTheCountsAfterAFailure,
+        FeedsTheNeighboursToken,
+    ],
+    (1, "swap"): [SwapsInBackwards, ForgetsToSwapOut, LosesHostBlocks, TrustsMemoryAfterAFailure],
+    (2, "recompute"): [
+        CommitsWhatIsInFlight,
+        GoesByTheId,
+        LeavesTheCountsAfterAFailure,
+        RetractsTheFailedPlanAlone,
+        PlansBeyondTheLastToken,
+        ForgetsWhoGaveWay,
+        FeedsTheNeighboursToken,
+    ],
+    (2, "swap"): [CountsTheStepInFlight, LosesWhatAnEmptyPlanSays],
+}
+PARTS = {BlockManager: "manager_class", Scheduler: "scheduler_class", FakeExecutor: "executor_class"}
+
+
+@pytest.mark.parametrize(
+    "broken, depth, preemption_mode", [(broken, *where) for where, several in PLANTED.items() for broken in several]
+)
+def test_every_planted_bug_is_found(broken, depth, preemption_mode):
+    changes = {PARTS[broken.__base__]: broken, "depth": depth, "preemption_mode": preemption_mode}
+    changes |= {"policy": "fcfs"} if depth == 2 else {}
     with pytest.raises((AssertionError, LookupError)):
-        run(machine_with(broken, preemption_mode), 1000)
-
-
-def machine_with(broken, preemption_mode):
-    part = "manager_class" if issubclass(broken, BlockManager) else "scheduler_class"
-    return type("BrokenMachine", (EngineMachine,), {part: broken, "preemption_mode": preemption_mode})
+        run(machine_with(**changes), 1000)

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.errors import KernelError
 from minillm.kernels import ops
+from minillm.kernels.dispatch import fused
 from minillm.model.config import ModelConfig
 from minillm.model.decoder import Decoder
-from minillm.runtime import fused_decoder
-from minillm.runtime.fused_decoder import FusedDecoder
+from minillm.simulation.cost_model import KERNELS_A_LAYER
 from operation_cases import (
     DEVICE,
     both_forwards,
@@ -85,15 +85,15 @@ def test_in_float64_the_operations_are_the_model_s_bit_for_bit():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_the_fused_forward_is_the_model_s(kind, load):
-    plain, fused = both_forwards(load(kind, torch.float64).to(DEVICE), ops, "reference")
-    assert difference(fused, plain) < LADDER_TOLERANCE
+    plain, ours = both_forwards(load(kind, torch.float64).to(DEVICE), ops, "reference")
+    assert difference(ours, plain) < LADDER_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS if GPU else ["mistral-window", "qwen3"])
 @torch.inference_mode()
 def test_the_fused_forward_in_triton_is_the_model_s(kind, load):
-    plain, fused = both_forwards(load(kind).to(DEVICE), triton_ops, "triton")
-    assert difference(fused, plain) < 1e-5
+    plain, ours = both_forwards(load(kind).to(DEVICE), triton_ops, "triton")
+    assert difference(ours, plain) < 1e-5
 
 
 # --- how many kernels ---
@@ -132,15 +132,10 @@ class NoAttention:
     """Stands where attention is, and computes nothing."""
 
     slots = None
-
-    def __init__(self, config: ModelConfig):
-        self.cache = SimpleNamespace(config=config)
+    pools = ((None, None),) * 2
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return q
-
-    def pool(self, layer: int) -> tuple[None, None]:
-        return None, None
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         return q
@@ -166,28 +161,25 @@ def one_kernel_each(count: Counter) -> SimpleNamespace:
 
 
 @torch.inference_mode()
-def kernels_of_a_layer(qk_norm: bool, fused: bool) -> list[str]:
+def kernels_of_a_layer(qk_norm: bool, is_fused: bool) -> int:
     """What a second layer adds, attention and (where they are kernels of their own) its stores left out."""
-    names = []
+    counts = []
     for layers in (1, 2):
         model = Decoder(ModelConfig(50, 64, 96, layers, 4, 2, 16, 512, qk_norm=qk_norm))
         token_ids = torch.arange(5)
         with Counter() as count:
-            if fused:
-                FusedDecoder(model, one_kernel_each(count))(token_ids, token_ids, NoAttention(model.config))
-            else:
-                model(token_ids, token_ids, NoAttention(model.config))
-        names.append(Multiset(count.names))
-    return list((names[1] - names[0]).elements())
+            bound = model.bound(fused(one_kernel_each(count))) if is_fused else None
+            model(token_ids, token_ids, NoAttention(), bound)
+        counts.append(Multiset(count.names))
+    return (counts[1] - counts[0]).total()
 
 
-def test_a_layer_is_as_many_kernels_as_the_docstring_says():
-    assert "a layer is 20 kernels with qk-norm and 18 without; here it is 9" in " ".join(fused_decoder.__doc__.split())
+def test_a_layer_of_20_kernels_is_9_when_fused():
     store, attend = 1, 1
-    assert len(kernels_of_a_layer(qk_norm=True, fused=False)) + store + attend == 20
-    assert len(kernels_of_a_layer(qk_norm=False, fused=False)) + store + attend == 18
+    assert kernels_of_a_layer(qk_norm=True, is_fused=False) + store + attend == 20
+    assert kernels_of_a_layer(qk_norm=False, is_fused=False) + store + attend == 18
     for qk_norm in (True, False):
-        assert len(kernels_of_a_layer(qk_norm, fused=True)) + attend == 9
+        assert kernels_of_a_layer(qk_norm, is_fused=True) + attend == KERNELS_A_LAYER == 9
 
 
 # --- compiled, with or without a GPU ---

@@ -4,23 +4,22 @@ What needs no GPU is tested without one: the kernels in their own files, the run
 """
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import minillm
-from device_jobs import Job, run_jobs
+from device_jobs import Job, ladder, run_jobs
 from minillm import LLM, SamplingParams
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
-from minillm.kernels.dispatch import choose
+from minillm.kernels.dispatch import AttentionInputs, PagedAttention, choose
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.device_runner import DeviceRunner
-from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
-from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.plan import RunnerOptions
+from minillm.runtime.runner import Runner
 from minillm.runtime.worker import Worker, small_operations
 from tiny_models import BASE, all_logits, random_token_ids
 
@@ -184,7 +183,7 @@ def test_what_is_not_a_requests_own_never_leaks(on_gpu, kind, eager):
     runner = runner_of(model, eager)
     for pool in (runner.cache.keys, runner.cache.values):
         pool.fill_(torch.nan)
-    runner.tables.fill_(10**6)  # no such block
+    runner.batch.device_tables[:-1] = 10**6  # no such block; the last row is for padding
     assert run(runner, ahead=True)[0] == expected
 
 
@@ -209,7 +208,7 @@ def test_graphs_hold_no_more_than_was_left_for_them(on_gpu):
     limits = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "max_model_len": 128}
     worker = Worker(on_gpu("qwen3"), RunnerOptions(**limits, block_size=BLOCK_SIZE))
     profile = worker.profile()
-    left = worker._measure_graphs(BLOCK_SIZE, worker.options)
+    left = worker._measure_graphs()
     worker.init_cache(NUM_BLOCKS)
     assert len(worker.runner.graphs) == 8 and "replay graphs of 1, 2, 4, 8, 16, 32, 48, 64 requests" in worker.why
     assert 0 < worker.runner.graph_bytes <= left < profile.activations
@@ -251,7 +250,7 @@ def teacher_forced(model, token_ids, num_decoded, backend_name="auto", block_siz
     backend = choose(backend_name, model.config, model.dtype, DEVICE, block_size)
     options = RunnerOptions(max_num_seqs=1, max_model_len=len(token_ids), enforce_eager=True)
     cache = CacheEngine(model.config, 40, block_size, model.dtype, DEVICE)
-    runner = DeviceRunner(model, cache, backend, small_operations(model, block_size), options)
+    runner = Runner(model, cache, backend, small_operations(model, backend, block_size), options)
     table = torch.randperm(39, device=DEVICE)[None, : -(-len(token_ids) // block_size)].int() + 1
     ends = [len(token_ids) // 3, *range(len(token_ids) - num_decoded, len(token_ids) + 1)]
     logits, start = [], 0
@@ -265,7 +264,8 @@ def teacher_forced(model, token_ids, num_decoded, backend_name="auto", block_siz
         else:
             inputs = AttentionInputs(slots, 0, table[:0], length[:0], table, starts, length, end - start)
         ids = torch.tensor(token_ids[start:end], device=DEVICE)
-        logits.append(model.logits(runner._forward(ids, positions, KernelAttention(cache, inputs, backend))))
+        attend = PagedAttention(backend, model.config, cache.layers, inputs)
+        logits.append(model.logits(model(ids, positions, attend, runner.layers)))
         start = end
     return torch.cat(logits).double().cpu()
 
@@ -313,12 +313,30 @@ def test_float32_is_what_the_cpu_computes(load, on_gpu, kind):
     assert (teacher_forced(on_gpu(kind), token_ids, 40) - truth).abs().max() < 1e-4 * spread
 
 
-def test_the_gpus_own_runner_is_picked(load, on_gpu):
+def test_the_gpus_own_kernels_are_picked(load, on_gpu):
     runner = runner_of(on_gpu("qwen3"))
-    assert isinstance(runner, DeviceRunner) and runner.backend.name == "triton"
-    expected, _ = run_jobs(
-        PagedRunner(load("qwen3"), CacheEngine(load("qwen3").config, 40, 16, torch.float32)), greedy_jobs(), 40, 16
-    )
+    assert runner.batch.is_mirrored and runner.graphs and runner.backend.name == "triton"
+    expected = ladder(load("qwen3", torch.float64), greedy_jobs())
     tokens, _ = run(runner)
     differing = [request_id for request_id in expected if tokens[request_id] != expected[request_id]]
     assert len(differing) <= 1  # one close call may be float32's
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 1.0, "top_k": 3, "seed": 1}, {"logprobs": 2}])
+def test_a_step_in_which_somebody_asks_is_a_graph_too(on_gpu, asked):
+    model = on_gpu("qwen3")
+    expected, _ = run(runner_of(model))
+    asking = Job("asking", random_token_ids(5, 190, 2), SamplingParams(max_tokens=20, **asked))
+    alone, _ = run(runner_of(model, eager=True), [asking])
+    for launching in (nullcontext, nobody_waits):  # what samples for those who ask is compiled the first time
+        runner, replays = runner_of(model), []
+        for graph in runner.graphs.values():
+            graph.replay = partial(counted, graph.replay, replays)
+        tokens, _ = run(runner, [*greedy_jobs()[:5], asking], ahead=True, launching=launching)
+        differing = [name for name, ids in tokens.items() if ids != (alone | expected)[name]]
+        assert len(differing) <= 1 and len(replays) > 10  # one close call may be float32's
+
+
+def counted(replay, replays):
+    replays.append(replay)
+    return replay()

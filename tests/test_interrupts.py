@@ -8,7 +8,7 @@ from functools import wraps
 import pytest
 
 from minillm import SamplingParams
-from minillm.engine.interrupts import HeldInterrupts
+from minillm.engine.llm_engine import HeldInterrupts
 from test_llm_engine import PROMPT, TEN, alone, assert_idle, make_engine
 from tiny_models import random_token_ids
 

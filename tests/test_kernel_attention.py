@@ -1,7 +1,8 @@
-"""A whole step on kernels beside the CPU's masked attention: decodes and chunks together, cached prefixes, windows."""
+"""A whole step of paged attention beside its definition: decodes and chunks together, cached prefixes, windows."""
 
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from minillm.kernels import dispatch, reference
+from minillm.kernels.dispatch import AttentionInputs, PagedAttention
 from minillm.model.config import ModelConfig
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.kernel_attention import AttentionInputs, KernelAttention
-from minillm.runtime.paged_attention import Chunk, PagedAttention, PagedBatch
+from paged_cases import one_row
 
 BLOCK = 16
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
@@ -25,10 +26,11 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 class Step(NamedTuple):
-    """A step in both forms, over the same blocks."""
+    """A step, and whose its tokens are."""
 
-    batch: PagedBatch
     inputs: AttentionInputs
+    positions: Tensor  # [T]
+    tables: Tensor  # [T, W] block table of each token's request
 
 
 def config(window: int | None = None, heads: int = 4, layers: int = 2) -> ModelConfig:
@@ -49,24 +51,19 @@ def step_of(decodes: list[int], chunks: list[tuple[int, int]]) -> Step:
     positions = np.concatenate([np.arange(*span) for span in spans])
     owners = np.concatenate([np.full(end - start, row) for row, (start, end) in enumerate(spans)])
     slots = tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
-    first, parts = len(decodes), []
-    starts = [0]
-    for row, (start, end) in enumerate(chunks):
-        parts.append(Chunk(str(row), first + starts[-1], start, end, tables[len(decodes) + row]))
-        starts.append(starts[-1] + end - start)
-    batch = PagedBatch(positions, positions, slots, tables[: len(decodes)], parts)
+    starts = np.cumsum([0, *(end - start for start, end in chunks)])
+    tables, positions, slots = (torch.from_numpy(each).to(DEVICE) for each in (tables, positions, slots))
     inputs = AttentionInputs(
-        slots=torch.from_numpy(slots),
+        slots=slots,
         num_decodes=len(decodes),
-        decode_tables=torch.from_numpy(tables[: len(decodes)]).int(),
-        decode_lengths=torch.tensor(decodes, dtype=torch.int32),
-        chunk_tables=torch.from_numpy(tables[len(decodes) :]).int(),
-        chunk_starts=torch.tensor(starts, dtype=torch.int32),
-        chunk_lengths=torch.tensor([end for _, end in chunks], dtype=torch.int32),
+        decode_tables=tables[: len(decodes)].int(),
+        decode_lengths=torch.tensor(decodes, dtype=torch.int32, device=DEVICE),
+        chunk_tables=tables[len(decodes) :].int(),
+        chunk_starts=torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+        chunk_lengths=torch.tensor([end for _, end in chunks], dtype=torch.int32, device=DEVICE),
         max_queries=max((end - start for start, end in chunks), default=0),
     )
-    on_the_device = {name: value.to(DEVICE) for name, value in inputs._asdict().items() if isinstance(value, Tensor)}
-    return Step(batch, inputs._replace(**on_the_device))
+    return Step(inputs, positions, tables[torch.from_numpy(owners).to(DEVICE)])
 
 
 def cache_of(shape: ModelConfig, dtype: torch.dtype, num_blocks: int, device: str = DEVICE) -> CacheEngine:
@@ -84,50 +81,84 @@ def random_qkv(num_tokens: int, shape: ModelConfig, dtype: torch.dtype, layer: i
     return torch.randn(num_tokens, sum(heads), shape.head_dim).to(dtype).split(heads, dim=1)
 
 
-def outputs(attend, shape: ModelConfig, num_tokens: int) -> Tensor:
-    layers = range(shape.num_hidden_layers)
-    keys = attend.cache.keys
-    qkv = [[x.to(keys.device) for x in random_qkv(num_tokens, shape, keys.dtype, layer)] for layer in layers]
+def attention(shape: ModelConfig, dtype: torch.dtype, inputs: AttentionInputs, backend, device: str = DEVICE):
+    """What attends, over a cache of its own."""
+    return PagedAttention(backend, shape, cache_of(shape, dtype, 20, device).layers, inputs)
+
+
+def unmasked(backend: dispatch.Backend) -> dispatch.Backend:
+    """As on a GPU, where nobody looks at lengths to make masks of them."""
+    return replace(backend, prepare=lambda inputs, pool, config: inputs)
+
+
+def chosen(name: str, shape: ModelConfig, dtype: torch.dtype = torch.float64, device: str = DEVICE) -> dispatch.Backend:
+    """By name; "masked" is the reference on a CPU, and "reference" the same as on a GPU."""
+    backend = dispatch.choose("reference" if name == "masked" else name, shape, dtype, device, BLOCK)
+    return unmasked(backend) if name == "reference" else backend
+
+
+def outputs(attend: PagedAttention, num_tokens: int) -> Tensor:
+    layers, keys = range(attend.config.num_hidden_layers), attend.pools[0][0]
+    qkv = [[x.to(keys.device) for x in random_qkv(num_tokens, attend.config, keys.dtype, layer)] for layer in layers]
     return torch.stack([attend(layer, *qkv[layer]) for layer in layers]).cpu()
 
 
+def expected_of(step: Step, shape: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """[L, T, Hq, D] in float64, each token by itself from the definition; and the pools with the step's tokens."""
+    pools, layers = cache_of(shape, dtype, 20, "cpu").layers, []
+    for layer, (keys, values) in enumerate(pools):
+        q, k, v = random_qkv(len(step.positions), shape, dtype, layer)
+        slots = step.inputs.slots.cpu()
+        keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots] = k, v
+        rows = [
+            one_row(q[i], *(pool[table].flatten(0, 1).double() for pool in (keys, values)), position, window)
+            for window in [shape.sliding_window(layer)]
+            for i, (table, position) in enumerate(zip(step.tables.cpu(), step.positions.tolist(), strict=True))
+        ]
+        layers.append(torch.stack(rows))
+    return torch.stack(layers), pools
+
+
+MASKED = pytest.param("masked", marks=pytest.mark.skipif(GPU, reason="masks are made on a CPU alone"))
 MIXED = [1, 16, 17, 40], [(0, 20), (33, 50), (16, 18)]
 
 
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(("decodes", "chunks"), [MIXED, (MIXED[0], []), ([], MIXED[1])])
-@pytest.mark.parametrize("name", ["reference", TRITON, CUDA])
-def test_a_step_equals_the_masked_attention_of_the_cpu(name, decodes, chunks, window):
-    dtype = torch.float64 if name == "reference" else torch.float32
+@pytest.mark.parametrize("name", [MASKED, "reference", TRITON, CUDA])
+def test_a_step_is_what_the_definition_says(name, decodes, chunks, window):
+    dtype = torch.float64 if name in ("masked", "reference") else torch.float32
     shape, step = config(window), step_of(decodes, chunks)
-    num_tokens = len(step.batch.slots)
-    masked = PagedAttention(cache_of(shape, dtype, 20, "cpu"), step.batch, torch.device("cpu"))
-    backend = dispatch.choose(name, shape, dtype, DEVICE, BLOCK)
-    kernels = KernelAttention(cache_of(shape, dtype, 20), step.inputs, backend)
-    ours, theirs = (outputs(attend, shape, num_tokens) for attend in (kernels, masked))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE[dtype])
-    assert torch.equal(kernels.cache.keys.cpu(), masked.cache.keys)
-    assert torch.equal(kernels.cache.values.cpu(), masked.cache.values)
+    attend = attention(shape, dtype, step.inputs, chosen(name, shape, dtype))
+    assert (name == "masked") == (attend.state is not step.inputs)
+    expected, pools = expected_of(step, shape, dtype)
+    found = outputs(attend, len(step.positions))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    for ours, theirs in zip(attend.pools, pools, strict=True):
+        assert all(torch.equal(pool.cpu(), other) for pool, other in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("name", ["reference", TRITON, CUDA])
+@pytest.mark.parametrize("name", [MASKED, "reference", TRITON, CUDA])
 def test_padding_changes_nothing_of_any_request(name):
-    """Rows of padding behind the decodes and behind the chunks, full of NaN: theirs are zeros, the others the same."""
-    shape, (batch, inputs) = config(), step_of(*MIXED)
-    backend, num_tokens = dispatch.choose(name, shape, torch.float32, DEVICE, BLOCK), len(batch.slots)
-    plain = KernelAttention(cache_of(shape, torch.float32, 20), inputs, backend)
-    expected = outputs(plain, shape, num_tokens)
-    pads = torch.full((3,), -1, device=DEVICE)
+    """Rows of padding behind the decodes and behind the chunks, full of NaN: theirs are zeros, the others the same.
+
+    Where whole blocks are read, padding has the null block, as the runner's has, and may be anything.
+    """
+    shape, (inputs, positions, _) = config(), step_of(*MIXED)
+    backend, num_tokens = chosen(name, shape, torch.float32), len(positions)
+    plain = attention(shape, torch.float32, inputs, backend)
+    expected = outputs(plain, num_tokens)
+    pads, nowhere = torch.full((3,), -1, device=DEVICE), 0 if name == "masked" else 10**6
     padded = inputs._replace(
         slots=torch.cat([inputs.slots[:4], pads[:2], inputs.slots[4:], pads]),
         num_decodes=6,
-        decode_tables=torch.nn.functional.pad(inputs.decode_tables, (0, 0, 0, 2), value=10**6),
+        decode_tables=torch.nn.functional.pad(inputs.decode_tables, (0, 0, 0, 2), value=nowhere),
         decode_lengths=torch.nn.functional.pad(inputs.decode_lengths, (0, 2)),
-        chunk_tables=torch.nn.functional.pad(inputs.chunk_tables, (0, 0, 0, 1), value=10**6),
+        chunk_tables=torch.nn.functional.pad(inputs.chunk_tables, (0, 0, 0, 1), value=nowhere),
         chunk_starts=torch.cat([inputs.chunk_starts, inputs.chunk_starts[-1:] + 3]),
         chunk_lengths=torch.nn.functional.pad(inputs.chunk_lengths, (0, 1)),
     )
-    attend = KernelAttention(cache_of(shape, torch.float32, 20), padded, backend)
+    attend = attention(shape, torch.float32, padded, backend)
     real = torch.cat([torch.arange(4), torch.arange(6, num_tokens + 2)]).to(DEVICE)
     for layer in range(2):
         qkv = []
@@ -138,17 +169,17 @@ def test_padding_changes_nothing_of_any_request(name):
         out = attend(layer, *qkv)
         torch.testing.assert_close(out[real].cpu(), expected[layer], rtol=0, atol=1e-6)
         out[real] = 0
-        assert out.eq(0).all()
-    assert torch.equal(attend.cache.keys, plain.cache.keys)
+        assert name == "masked" or out.eq(0).all()
+    for ours, theirs in zip(attend.pools, plain.pools, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 def test_the_reference_reads_nothing_that_is_not_a_request_s_own():
     """NaN in the ends of blocks, in other blocks and the null block, and tables that point past the pool."""
-    shape, (batch, inputs) = config(window=9), step_of(*MIXED)
-    backend, num_tokens = dispatch.choose("reference", shape, torch.float64, DEVICE, BLOCK), len(batch.slots)
-    clean = KernelAttention(cache_of(shape, torch.float64, 20), inputs, backend)
-    expected = outputs(clean, shape, num_tokens)
-    cache = cache_of(shape, torch.float64, 20)
+    shape, step = config(window=9), step_of(*MIXED)
+    inputs = step.inputs
+    expected, _ = expected_of(step, shape, torch.float64)
+    attend = attention(shape, torch.float64, inputs, chosen("reference", shape))
     own = torch.zeros(20 * BLOCK, dtype=torch.bool, device=DEVICE)
     tables = [*inputs.decode_tables, *inputs.chunk_tables]
     lengths = [*inputs.decode_lengths.tolist(), *inputs.chunk_lengths.tolist()]
@@ -156,22 +187,22 @@ def test_the_reference_reads_nothing_that_is_not_a_request_s_own():
         token = torch.arange(length, device=DEVICE)
         own[table[token // BLOCK] * BLOCK + token % BLOCK] = True
         table[-(-length // BLOCK) :] = 10**6
-    for pool in (cache.keys, cache.values):
-        pool.flatten(1, 2)[:, ~own] = torch.nan
-    out = outputs(KernelAttention(cache, inputs, backend), shape, num_tokens)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for pools in attend.pools:
+        for pool in pools:
+            pool.flatten(0, 1)[~own] = torch.nan
+    torch.testing.assert_close(outputs(attend, len(step.positions)), expected, rtol=0, atol=1e-12)
 
 
 def test_the_reference_in_slices_is_the_reference(monkeypatch):
     shape, step = config(), step_of(*MIXED)
-    backend, num_tokens = dispatch.choose("reference", shape, torch.float64, DEVICE, BLOCK), len(step.batch.slots)
-    whole, sliced = (KernelAttention(cache_of(shape, torch.float64, 20), step.inputs, backend) for _ in "12")
-    expected = outputs(whole, shape, num_tokens)
+    num_tokens = len(step.positions)
+    sliced = attention(shape, torch.float64, step.inputs, chosen("reference", shape))
+    expected, _ = expected_of(step, shape, torch.float64)
     calls = []
     rows = reference._decode_rows
     monkeypatch.setattr(reference, "_decode_rows", lambda q, *others: calls.append(len(q)) or rows(q, *others))
-    monkeypatch.setattr(reference, "SLICE_BYTES", 3 * 2 * 4 * whole.cache.keys[0, :1].nbytes)
-    torch.testing.assert_close(outputs(sliced, shape, num_tokens), expected, rtol=0, atol=1e-12)
+    monkeypatch.setattr(reference, "SLICE_BYTES", 3 * 2 * 4 * sliced.pools[0][0][:1].nbytes)
+    torch.testing.assert_close(outputs(sliced, num_tokens), expected, rtol=0, atol=1e-12)
     assert max(calls) == 3 and sum(calls) == 2 * num_tokens
 
 
@@ -200,13 +231,12 @@ BUGS = {
 def test_a_planted_bug_is_found(name):
     function, broken = BUGS[name]
     shape, step = config(window=9), step_of(*MIXED)
-    backend = dispatch.choose("reference", shape, torch.float64, DEVICE, BLOCK)
-    backend = replace(backend, **{function: broken(getattr(backend, function))})
-    masked = PagedAttention(cache_of(shape, torch.float64, 20, "cpu"), step.batch, torch.device("cpu"))
-    kernels = KernelAttention(cache_of(shape, torch.float64, 20), step.inputs, backend)
-    num_tokens = len(step.batch.slots)
-    expected, out = (outputs(attend, shape, num_tokens) for attend in (masked, kernels))
-    assert (out - expected).abs().max() > 1e-3
+    backend = chosen("reference", shape)
+    own = {each: getattr(backend.kernels, each) for each in ("store_kv", "decode", "prefill")}
+    kernels = SimpleNamespace(**own | {function: broken(own[function])})
+    attend = attention(shape, torch.float64, step.inputs, replace(backend, kernels=kernels, unchecked=kernels))
+    expected, _ = expected_of(step, shape, torch.float64)
+    assert (outputs(attend, len(step.positions)) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -218,9 +248,6 @@ def test_whole_numbers_of_either_size_in_every_layer(dtype):
     shape, step = config(window=9, layers=3), step_of(*MIXED)
     tensors = {name: x.to("cpu", dtype) for name, x in step.inputs._asdict().items() if isinstance(x, Tensor)}
     inputs = step.inputs._replace(**tensors)
-    num_tokens = len(step.batch.slots)
-    masked = PagedAttention(cache_of(shape, torch.float64, 20, "cpu"), step.batch, torch.device("cpu"))
-    backend = dispatch.choose("cpu", shape, torch.float64, "cpu", BLOCK)
-    kernels = KernelAttention(cache_of(shape, torch.float64, 20, "cpu"), inputs, backend)
-    expected, out = (outputs(attend, shape, num_tokens) for attend in (masked, kernels))
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    attend = attention(shape, torch.float64, inputs, chosen("cpu", shape, device="cpu"), "cpu")
+    expected, _ = expected_of(step, shape, torch.float64)
+    torch.testing.assert_close(outputs(attend, len(step.positions)), expected, rtol=0, atol=1e-12)

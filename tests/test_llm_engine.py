@@ -19,7 +19,7 @@ from minillm.engine.request import Request
 from minillm.errors import ConfigError, OutOfMemoryError, PromptError, SamplingParamsError, WorkerDiedError
 from minillm.model.text import Detokenizer
 from minillm.model.weights import locate
-from minillm.runtime.paged_runner import rows_computed
+from minillm.runtime.batch import rows_computed
 from minillm.sampling import TokenLogprobs, token_logprobs
 from tiny_models import random_token_ids
 
@@ -364,15 +364,10 @@ def test_one_number_that_is_not_finite_in_a_chunk_that_gives_no_token_is_enough(
     """Of either sign, and only in the hidden state of the chunk's newest token."""
     engine = make_engine(checkpoint("llama"), max_num_batched_tokens=num_tokens, max_num_seqs=1)
 
-    runner = engine.executor.workers[0].runner
-    forward = runner._forward
-
-    def spoiled(*arguments):
-        hidden = forward(*arguments)
+    def spoil(model, arguments, hidden):
         hidden[-1, 5] = value
-        return hidden
 
-    runner._forward = spoiled
+    engine.executor.workers[0].runner.model.register_forward_hook(spoil)
     engine.add_request("bad", random_token_ids(25), TEN)
     (failed,) = engine.step()
     assert failed.finished and failed.outputs[0].finish_reason == "error"

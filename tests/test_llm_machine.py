@@ -140,7 +140,7 @@ class LLMMachine(RuleBasedStateMachine):
             assert set(self.engine._states) == set(self.living)
             known = {request_id for state in self.engine._states.values() for request_id in inside(state)}
             assert set(self.engine._completions) <= known and self.engine._silent <= known
-            assert set(self.engine.scheduler._requests) == set(self.engine._completions)
+            assert set(self.engine.scheduler._unfinished) == set(self.engine._completions)
             assert not self.llm._takers
 
     def teardown(self):

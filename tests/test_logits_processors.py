@@ -15,12 +15,12 @@ from transformers import (
 )
 
 import minillm
-from device_jobs import Job, run_jobs
+from device_jobs import Job, ladder, run_jobs
 from minillm import EngineConfig, LLMEngine, SamplingParams, generate_cached, generate_chunked, generate_naive
 from minillm.errors import SamplingParamsError
 from minillm.runtime.worker_process import ProcessWorker
 from minillm.sampling import LogitsProcessor, SamplingState, sample
-from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS, device_runner_of, paged_runner_of
+from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS
 from tiny_models import ScriptedModel, all_logits, random_token_ids
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -244,29 +244,20 @@ def test_ragged_batches_have_it_too(model, expected):
     assert [list(result.token_ids) for result in results] == list(expected.values())
 
 
-RUNNERS = {"paged": paged_runner_of} | WAYS
-
-
-@pytest.mark.parametrize("way", RUNNERS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 def test_every_runner_has_it_ahead_of_what_was_read_and_beside_others(way, drawn, model, expected):
     """Planned by hand, every request gets `max_tokens`; so an end by a stop id is not one here."""
     more = {"temperature": 0.8, "seed": 4} if drawn else {}
     wanted = [job._replace(params=replace(job.params, **more)) for job in jobs()]
     unasked = [Job(f"beside {i}", random_token_ids(6, 190, 40 + i), SamplingParams(max_tokens=9), i) for i in range(2)]
-    runner = RUNNERS[way](model)
-    if hasattr(runner, "batch"):
-        wanted = wanted[:4]  # rows
-    together, _ = run_jobs(runner, wanted + unasked, JOB_BLOCKS, BLOCK_SIZE, ahead=way != "paged")
-    for job in wanted:
-        if drawn:
-            alone = RUNNERS["paged" if way == "paged" else "eager"](model)
-            right = run_jobs(alone, [job._replace(joins=0, chunk=99)], JOB_BLOCKS, BLOCK_SIZE)[0][job.request_id]
-        else:
-            right = expected[job.request_id]
-        assert together[job.request_id][: len(right)] == right
-    for job in unasked:
-        assert tuple(together[job.request_id]) == generate_cached(model, job.prompt, job.params).token_ids
+    at_once = [wanted[:4], wanted[4:]]  # a runner has six rows
+    for asking in at_once:
+        together, _ = run_jobs(WAYS[way](model), asking + unasked, JOB_BLOCKS, BLOCK_SIZE, ahead=True)
+        alone = ladder(model, asking) if drawn else expected
+        for job in asking:
+            assert together[job.request_id][: len(alone[job.request_id])] == alone[job.request_id]
+        assert {job.request_id: together[job.request_id] for job in unasked} == ladder(model, unasked)
 
 
 CONFIG = EngineConfig(num_blocks=16, block_size=4, max_model_len=56, max_num_seqs=4, max_num_batched_tokens=12)
@@ -335,13 +326,3 @@ def test_log_probabilities_stay_those_of_the_model(checkpoint, model):
     for row, token_id, entry in zip(logits, told.token_ids, told.logprobs, strict=True):
         assert entry[token_id].logprob == pytest.approx(row[token_id].item())
         assert row.argmax().item() in entry
-
-
-def test_steps_with_such_requests_are_no_graphs_and_others_are(model):
-    runner, steps = device_runner_of(model), []
-    prepare = runner.batch.prepare
-    runner.batch.prepare = lambda *args: steps.append(prepare(*args)) or steps[-1]
-    free = Job("free", random_token_ids(5, 190, 1), SamplingParams(max_tokens=12))
-    asked = Job("asked", random_token_ids(5, 190, 2), SamplingParams(max_tokens=4, presence_penalty=1.0))
-    run_jobs(runner, [free, asked], JOB_BLOCKS, BLOCK_SIZE)
-    assert [bool(step.graph) for step in steps] == [False] * 4 + [True] * 8

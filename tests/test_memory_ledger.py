@@ -17,8 +17,8 @@ from minillm.costs.peak_memory import PeakMemory
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.model_executor import ModelExecutor
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
+from minillm.engine.scheduler import Scheduler
 from minillm.errors import ConfigError, OutOfMemoryError
 from minillm.runtime.cache_engine import host_zeros
 from tiny_models import KINDS, random_token_ids
@@ -250,7 +250,7 @@ def test_the_ledger_adds_up_and_covers_every_step(kind, backend, load):
 
 def peaks_of_a_run(executor: ModelExecutor, num_blocks: int, num_ids: int) -> list[int]:
     """Bytes at the peak of every step of a run of requests of all lengths, with all that sampling can do."""
-    scheduler = PagedScheduler(SMALL, BlockManager(num_blocks, SMALL.block_size))
+    scheduler = Scheduler(SMALL, block_manager=BlockManager(num_blocks, SMALL.block_size))
     draw = random.Random(3)
     for index in range(8):
         length = draw.choice([47, 40, 33, 20])

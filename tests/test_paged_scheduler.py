@@ -1,4 +1,4 @@
-"""The paged scheduler's own rules, on plans alone: what the trace says, and what engine arguments change.
+"""The scheduler's rules about blocks, on plans alone: what the trace says, and what engine arguments change.
 
 That outputs stay the same whatever happens is the state machine's business (test_engine_machine).
 """
@@ -6,9 +6,8 @@ That outputs stay the same whatever happens is the state machine's business (tes
 import pytest
 
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import PREEMPTION_MODES, Scheduler, SchedulerConfig
 from minillm.errors import ConfigError, PromptError
 from minillm.runtime.plan import ModelOutput
 from minillm.sampling.params import SamplingParams
@@ -16,15 +15,15 @@ from minillm.sampling.params import SamplingParams
 LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
 
 
-def scheduler_of(num_blocks: int, **options) -> PagedScheduler:
-    return PagedScheduler(LIMITS, BlockManager(num_blocks, 4, enable_prefix_caching=False), **options)
+def scheduler_of(num_blocks: int, **options) -> Scheduler:
+    return Scheduler(LIMITS, block_manager=BlockManager(num_blocks, 4, enable_prefix_caching=False), **options)
 
 
 def request(name: str, num_prompt: int = 4, max_tokens: int = 12) -> Request:
     return Request(name, [1] * num_prompt, SamplingParams(max_tokens=max_tokens))
 
 
-def step(scheduler: PagedScheduler):
+def step(scheduler: Scheduler):
     plan = scheduler.schedule()
     scheduler.update(plan, ModelOutput({part.request_id: 1 for part in plan.scheduled if part.samples}, 0))
     return plan
@@ -97,7 +96,7 @@ def test_the_other_outputs_of_a_prompt_are_requests_with_one_output_and_the_next
 
 def test_every_block_can_be_shared_from_the_step_that_fills_it():
     manager = BlockManager(12, 4)
-    scheduler = PagedScheduler(LIMITS, manager)
+    scheduler = Scheduler(LIMITS, block_manager=manager)
     a = request("a", num_prompt=3, max_tokens=15)
     scheduler.add_request(a)
     for _ in range(14):
@@ -106,7 +105,7 @@ def test_every_block_can_be_shared_from_the_step_that_fills_it():
 
 
 def test_what_was_cached_counts_when_a_request_first_joins():
-    scheduler = PagedScheduler(LIMITS, BlockManager(12, 4), preemption_mode="recompute")
+    scheduler = Scheduler(LIMITS, block_manager=BlockManager(12, 4), preemption_mode="recompute")
     first, second = request("a", num_prompt=9, max_tokens=1), request("b", num_prompt=9, max_tokens=4)
     for each in (first, second):
         scheduler.add_request(each)
@@ -124,7 +123,7 @@ def test_a_part_says_which_blocks_are_new_to_the_executor():
     parts = []
     while scheduler.has_unfinished_requests():
         (part,) = step(scheduler).scheduled
-        parts.append((part.start, len(part.token_ids), part.first_block, tuple(part.block_ids)))
+        parts.append((part.start, part.num_tokens, part.first_block, tuple(part.block_ids)))
     decodes = [(start, 1, 0, ()) for start in range(6, 13)]
     decodes[2], decodes[6] = (8, 1, 2, (3,)), (12, 1, 3, (4,))
     assert parts == [(0, 6, 0, (1, 2)), *decodes]
@@ -136,7 +135,9 @@ def test_a_request_that_never_fits_is_refused_with_both_numbers():
         scheduler_of(num_blocks=5).add_request(request("a", num_prompt=12))
 
 
-@pytest.mark.parametrize("options", [{"preemption_mode": "pause"}, {"watermark": 1}, {"watermark": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"preemption_mode": "pause"}, {"watermark": 1}, {"watermark": -0.1}, {"depth": 3}, {"depth": 0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         scheduler_of(num_blocks=5, **options)
@@ -151,3 +152,30 @@ def test_without_max_tokens_a_request_may_fill_the_pool():
     assert request.predicted_output_tokens == 6
     with pytest.raises(PromptError, match="max_tokens 7"):
         scheduler.add_request(Request("b", [1, 2, 3], SamplingParams(max_tokens=7)))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("preemption_mode", PREEMPTION_MODES)
+def test_without_a_block_manager_nobody_gives_way_and_no_block_is_planned(preemption_mode, depth):
+    """Every row is as long as a request can get, so that nothing runs short, however many wait and whatever fails."""
+    scheduler = Scheduler(LIMITS, preemption_mode=preemption_mode, depth=depth, watermark=0.9)
+    requests = [request(f"{i}", num_prompt=20, max_tokens=12) for i in range(9)]
+    for each in requests:
+        scheduler.add_request(each)
+    plans, launched = [], []
+    while scheduler.has_unfinished_requests():
+        while len(launched) < depth and (plan := scheduler.schedule()).num_requests:
+            plans.append(plan)
+            launched.append(plan)
+        if len(plans) in (10, 21):
+            scheduler.retract(launched[0])
+            launched.clear()
+        else:
+            plan = launched.pop(0)
+            scheduler.update(plan, ModelOutput({part.request_id: 1 for part in plan.scheduled if part.samples}, 0))
+    assert max(plan.num_requests for plan in plans) == LIMITS.max_num_seqs
+    assert not any(plan.preempted_ids or plan.block_moves for plan in plans)
+    assert not any(part.block_ids or part.first_block for plan in plans for part in plan.scheduled)
+    assert [len(each.output_token_ids) for each in requests] == [12] * 9
+    assert all(each.num_preemptions == 0 for each in requests)
+    assert all(event.blocks is None and event.preempted == () for event in scheduler.trace.steps)

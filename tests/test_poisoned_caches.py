@@ -5,13 +5,11 @@ import torch
 
 from minillm import SamplingParams, generate_chunked
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PREEMPTION_MODES, PagedScheduler
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import PREEMPTION_MODES, Scheduler, SchedulerConfig
 from minillm.ladder.contiguous import ContiguousExecutor
 from minillm.ladder.kv_cache import KVCache, RowCache
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.plan import ScheduledRequest
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.running import BATCHING
@@ -85,15 +83,6 @@ def test_rows_that_were_given_back(model, expected, batching, poison, monkeypatc
     assert len(given_back) > 2
 
 
-def paged_runner(model, num_blocks, num_host_blocks):
-    return PagedRunner(model, CacheEngine(model.config, num_blocks, BLOCK_SIZE, model.dtype, "cpu", num_host_blocks))
-
-
-RUNNERS = {"masked": paged_runner, "device": lambda model, *sizes: WAYS["eager"](
-    model, num_blocks=sizes[0], num_host_blocks=sizes[1]
-)}  # fmt: skip
-
-
 def poison_unused(cache, manager, poison):
     """All blocks that are in no table and not kept for their content, in the pool and of host memory."""
     unused, host = list(manager._free), list(manager._free_host)
@@ -105,12 +94,12 @@ def poison_unused(cache, manager, poison):
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("mode", PREEMPTION_MODES)
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_blocks_of_the_pool_and_of_host_memory(model, expected, runner, mode, poison):
+@pytest.mark.parametrize("way", ["host", "eager"])
+def test_blocks_of_the_pool_and_of_host_memory(model, expected, way, mode, poison):
     manager = BlockManager(BLOCKS, BLOCK_SIZE, num_host_blocks=BLOCKS)
     limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=48)
-    scheduler = PagedScheduler(limits, manager, preemption_mode=mode)
-    runner = RUNNERS[runner](model, BLOCKS, BLOCKS)
+    scheduler = Scheduler(limits, block_manager=manager, preemption_mode=mode)
+    runner = WAYS[way](model, num_blocks=BLOCKS, num_host_blocks=BLOCKS)
     asked = requests()
     for request in asked:
         scheduler.add_request(request)
@@ -132,9 +121,8 @@ def test_what_a_block_brings_behind_its_content_is_cleared(model):
     cache = CacheEngine(model.config, 6, BLOCK_SIZE, torch.float64)
     for pool in (cache.keys, cache.values):
         pool.fill_(torch.inf)
-    part = ScheduledRequest("a", 6, [7, 7, 7], True, "decode", 0, (2, 4, 3))
-    cache.write_table("a", part.first_block, part.block_ids)
-    cache.clear([part])
+    part = ScheduledRequest("a", 6, 3, True, "decode", 0, (2, 4, 3))
+    cache.clear(part, part.block_ids)
     for pool in (cache.keys, cache.values):
         finite = pool.isfinite().all(-1).all(-1).all(0)  # [num_blocks, block_size]
         assert finite.tolist() == [

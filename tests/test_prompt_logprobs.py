@@ -1,6 +1,7 @@
 """Log-probabilities of a prompt's own tokens: transformers' numbers, whatever else happens to the request."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from device_jobs import Job, run_jobs
 from minillm import LLM, EngineConfig, LLMEngine, SamplingParams
 from minillm.sampling import PROMPT_ROWS
-from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS, paged_runner_of
+from test_device_runner import BLOCK_SIZE, JOB_BLOCKS, WAYS
 from test_logits_processors import run_engine
 from tiny_models import all_logits, random_token_ids
 
@@ -76,23 +77,23 @@ def test_every_runner_says_the_same(way, model):
     """Also of a chunk of one token, which lies among the decodes."""
     wanted = [job._replace(joins=i % 2, chunk=1 + 4 * (i % 3)) for i, job in enumerate(jobs())]
 
-    def parts(runner, ahead):
-        found = {}
-        for output in run_jobs(runner, wanted, JOB_BLOCKS, BLOCK_SIZE, ahead=ahead)[1]:
-            for request_id, (start, entries) in output.prompt_logprobs.items():
-                found.setdefault(request_id, {}).update(enumerate(entries, start))
-        return found
+    found = {job.request_id: [None] * len(job.prompt) for job in wanted}
+    for output in run_jobs(WAYS[way](model), wanted, JOB_BLOCKS, BLOCK_SIZE, ahead=True)[1]:
+        for request_id, (start, entries) in output.prompt_logprobs.items():
+            assert found[request_id][start : start + len(entries)] == [None] * len(entries)  # told once
+            found[request_id][start : start + len(entries)] = entries
+    assert found.pop("unasked") == [None] * 9
+    for job in wanted[:-1]:
+        logits = all_logits(model, job.prompt)
+        told = [None, *(as_told(*each) for each in zip(found[job.request_id][1:], job.prompt[1:], strict=True))]
+        assert_right(told, logits, job.prompt, job.params.prompt_logprobs)
 
-    expected = parts(paged_runner_of(model), False)
-    ours = parts(WAYS[way](model), True)
-    assert [len(expected[job.request_id]) for job in wanted[1:-1]] == [len(job.prompt) - 1 for job in wanted[1:-1]]
-    assert ours.keys() == expected.keys() == {job.request_id for job in wanted[1:-1]}
-    for request_id, entries in expected.items():
-        assert ours[request_id].keys() == entries.keys()
-        for position, (logprob, rank, top_ids, values) in entries.items():
-            found = ours[request_id][position]
-            assert (found.rank, list(found.top_ids)) == (rank, list(top_ids))
-            assert [found.logprob, *found.top_logprobs] == pytest.approx([logprob, *values], abs=1e-9)
+
+def as_told(entry, token_id):
+    """As an engine tells of it, in the form that `assert_right` looks at."""
+    others = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    told = {token_id: SimpleNamespace(logprob=entry.logprob, rank=entry.rank)}
+    return told | {each: SimpleNamespace(logprob=value) for each, value in others if each != token_id}
 
 
 def test_such_a_request_reads_no_cache_but_leaves_its_prompt_there(checkpoint):

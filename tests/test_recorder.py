@@ -8,7 +8,6 @@ import pytest
 
 from minillm import SamplingParams
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.recorder import Recorder
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
@@ -104,7 +103,7 @@ def test_of_requests_that_ended_before_they_ran_as_many_are_kept_as_steps():
 
 
 def test_who_ran_before_a_step_failed_is_dropped_with_its_steps():
-    run = Run(PagedScheduler, block_manager=BlockManager(20, 4), max_trace_steps=3)
+    run = Run(block_manager=BlockManager(20, 4), max_trace_steps=3)
     run.add("a", num_outputs=9)
     run.step()
     run.scheduler.retract(run.scheduler.schedule())
@@ -115,7 +114,7 @@ def test_who_ran_before_a_step_failed_is_dropped_with_its_steps():
 
 
 def test_an_end_by_what_the_last_token_meant_reaches_who_has_given_way():
-    run = Run(PagedScheduler, block_manager=BlockManager(5, 4, enable_prefix_caching=False), watermark=0)
+    run = Run(block_manager=BlockManager(5, 4, enable_prefix_caching=False), watermark=0)
     for name in ("a", "b"):
         run.add(name, num_prompt_tokens=4, num_outputs=12)
     while "b" in run.scheduler.running or not run.scheduler.trace.steps:
@@ -126,8 +125,8 @@ def test_an_end_by_what_the_last_token_meant_reaches_who_has_given_way():
 
 def test_parts_behind_a_discarded_one_are_told():
     recorder = Recorder()
-    parts = [ScheduledRequest(name, 4, [7], True, "decode", 0, (), name == "c") for name in "abc"]
-    recorder.note(SchedulerOutput(0, 0.0, parts), {"b"}, (), {"start_time": 0.0, "end_time": 1.0})
+    parts = [ScheduledRequest(name, 4, 1, True, "decode", 0, (), name == "c") for name in "abc"]
+    recorder.note(SchedulerOutput(0, 0.0, others=parts), {"b"}, (), {"start_time": 0.0, "end_time": 1.0})
     (step,) = recorder.trace.steps
     told = [(part.request_id, part.start, part.why, part.num_sampled) for part in step.scheduled]
     assert told == [("a", 4, "decode", 1), ("b", 4, "padding", 0), ("c", 4, "recompute", 1)]
@@ -136,10 +135,10 @@ def test_parts_behind_a_discarded_one_are_told():
 def test_what_is_computed_again_and_a_prompt_of_one_token_are_told_as_such():
     recorder = Recorder()
     parts = [
-        ScheduledRequest("a", 0, [7] * 5, True, "prefill", 0, (), 2),
-        ScheduledRequest("b", 0, [7], True, "prefill", 0, (), 0),
+        ScheduledRequest("a", 0, 5, True, "prefill", 0, (), 2),
+        ScheduledRequest("b", 0, 1, True, "prefill", 0, (), 0),
     ]
-    recorder.note(SchedulerOutput(0, 0.0, parts), (), (), {"start_time": 0.0, "end_time": 1.0})
+    recorder.note(SchedulerOutput(0, 0.0, others=parts), (), (), {"start_time": 0.0, "end_time": 1.0})
     told = [(part.request_id, part.start, part.num_tokens, part.why) for part in recorder.trace.steps[0].scheduled]
     assert told == [("a", 0, 2, "recompute"), ("a", 2, 3, "prefill"), ("b", 0, 1, "prefill")]
 
@@ -147,12 +146,11 @@ def test_what_is_computed_again_and_a_prompt_of_one_token_are_told_as_such():
 def test_padding_is_told_in_tokens():
     recorder = Recorder()
     parts = [
-        ScheduledRequest("a", 0, [7] * 5, True, "prefill", 0, (), 0),
-        ScheduledRequest("b", 0, [7] * 2, True, "prefill", 0, (), 0),
+        ScheduledRequest("a", 0, 5, True, "prefill", 0, (), 0),
+        ScheduledRequest("b", 0, 2, True, "prefill", 0, (), 0),
     ]
-    recorder.note(
-        SchedulerOutput(0, 0.0, parts, row_length=5, padding_rows=["c"]), (), (), {"start_time": 0.0, "end_time": 1.0}
-    )
+    plan = SchedulerOutput(0, 0.0, others=parts, row_length=5, padding_rows=["c"])
+    recorder.note(plan, (), (), {"start_time": 0.0, "end_time": 1.0})
     told = [(part.request_id, part.num_tokens, part.why) for part in recorder.trace.steps[0].scheduled]
     assert told == [("a", 5, "prefill"), ("b", 2, "prefill"), ("b", 3, "padding"), ("c", 5, "padding")]
 
@@ -204,7 +202,7 @@ def test_an_id_in_a_static_batch_is_in_use_until_the_batch_returns():
 
 
 def test_an_abort_does_not_reach_a_stranger_who_has_the_id_of_an_ended_output():
-    run = Run(PagedScheduler, block_manager=BlockManager(20, 4))
+    run = Run(block_manager=BlockManager(20, 4))
     params = SamplingParams(temperature=1.0, n=2, max_tokens=9, stop_token_ids=[7])
     run.scheduler.add_request(parent := Request("a", [1, 2], params))
     run.step()  # the first output ends with 7, the second joins
@@ -269,7 +267,7 @@ def test_no_latency_is_made_up_for_a_request_whose_beginning_is_gone():
 
 
 def test_tables_that_began_in_dropped_steps_are_not_drawn():
-    run = Run(PagedScheduler, block_manager=BlockManager(20, 4), max_trace_steps=3)
+    run = Run(block_manager=BlockManager(20, 4), max_trace_steps=3)
     run.add("a", num_prompt_tokens=3, num_outputs=12)
     run.step(12)
     with pytest.raises(PictureError, match="the first 9 steps .* max_trace_steps"):
@@ -280,7 +278,7 @@ def test_memory_is_flat_over_200_000_steps():
     """Three requests at once for three steps each, and one aborted before it runs; ids are used again and again."""
     recorder, sizes = Recorder(max_steps=100), []
     requests = {name: Request(name, [1], SamplingParams(max_tokens=3)) for name in (*"abcdefgh", "never")}
-    plans = [SchedulerOutput(step, 0.0, parts_of(step), num_tokens=3) for step in range(8)]
+    plans = [SchedulerOutput(step, 0.0, **parts_of(step), num_tokens=3) for step in range(8)]
     for step in range(200_000):
         recorder.arrive(requests["abcdefgh"[step % 8]], step)
         if step % 4 == 0:
@@ -304,10 +302,8 @@ def test_memory_is_flat_over_200_000_steps():
 
 def parts_of(step):
     """One request joins and one leaves in each step."""
-    return [
-        ScheduledRequest("abcdefgh"[(step - age) % 8], age, [7], True, "decode" if age else "prefill")
-        for age in range(3)
-    ]
+    decodes = {"abcdefgh"[(step - age) % 8]: age for age in (1, 2)}
+    return {"decodes": decodes, "others": [ScheduledRequest("abcdefgh"[step % 8], 0, 1, True, "prefill")]}
 
 
 def test_an_engine_keeps_the_last_steps_of_its_trace(checkpoint):

@@ -4,19 +4,22 @@ import inspect
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.engine.block_manager import BlockManager
 from minillm.engine.queue import SCHEDULING_POLICIES, WaitingQueue
 from minillm.engine.request import Request
-from minillm.engine.scheduler import Scheduler, SchedulerConfig
+from minillm.engine.scheduler import Scheduler, SchedulerConfig, StepOrderError
 from minillm.errors import ConfigError, PromptError
 from minillm.ladder.padded_schedulers import DynamicScheduler, StaticScheduler
 from minillm.runtime.plan import ModelOutput
 from minillm.sampling.params import SamplingParams
 from minillm.simulation.clock import VirtualClock
+from minillm.simulation.running import fresh
 from minillm.simulation.workload import made_request
 
 SCHEDULERS = (Scheduler, StaticScheduler, DynamicScheduler)
@@ -33,11 +36,11 @@ def step(scheduler, token_id=0):
     plan = scheduler.schedule()
     scheduler.clock.advance(1.0)
     sampled = {part.request_id: token_id for part in plan.scheduled if part.samples}
-    return plan, scheduler.update(plan, ModelOutput(sampled, 0))
+    return plan, scheduler.update(plan, ModelOutput(sampled, 0)) if plan.scheduled else []
 
 
 def sizes(plan):
-    return {part.request_id: (part.start, len(part.token_ids)) for part in plan.scheduled}
+    return {part.request_id: (part.start, part.num_tokens) for part in plan.scheduled}
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -50,11 +53,8 @@ def test_a_prompt_is_computed_in_chunks_that_fill_the_budget():
     assert [sizes(plan)["a"] for plan in plans] == [(0, 10), (10, 10), (20, 3), (23, 1)]
     assert [plan.scheduled[0].samples for plan in plans] == [False, False, True, True]
     assert [plan.scheduled[0].why for plan in plans] == ["prefill", "prefill", "prefill", "decode"]
-    assert [list(plan.scheduled[0].token_ids) for plan in plans[:3]] == [
-        list(range(10)),
-        list(range(10, 20)),
-        [20, 21, 22],
-    ]
+    assert list(plans[0].new_requests[0].prompt_token_ids) == list(range(23))
+    assert not any(plan.new_requests for plan in plans[1:])
     assert not scheduler.has_unfinished_requests()
 
 
@@ -80,7 +80,7 @@ def test_the_chapters_budget_of_a_thousand_tokens():
     for name, length in (("A", 100), ("B", 200), ("C", 500), ("D", 400)):
         scheduler.add_request(made_request(name, 0.0, length, 9))
     plan, _ = step(scheduler)
-    assert [len(part.token_ids) for part in plan.scheduled] == [1] * 10 + [100, 200, 500, 190]
+    assert [part.num_tokens for part in plan.scheduled] == [1] * 10 + [100, 200, 500, 190]
     assert plan.num_tokens == 1000
 
 
@@ -123,7 +123,7 @@ def test_a_static_batch_keeps_its_rows_until_the_last_request_ends():
     for name, prompt, output in (("short", 2, 1), ("long", 5, 3), ("next", 1, 1)):
         scheduler.add_request(made_request(name, 0.0, prompt, output))
     plans = [step(scheduler)[0] for _ in range(4)]
-    assert [(sizes(plan), plan.padding_rows, plan.row_length, plan.num_slots) for plan in plans] == [
+    assert [(sizes(plan), plan.padding_rows, plan.row_length, plan.num_computed_tokens) for plan in plans] == [
         ({"short": (0, 2), "long": (0, 5)}, [], 5, 10),
         ({"long": (5, 1)}, ["short"], 1, 2),
         ({"long": (6, 1)}, ["short"], 1, 2),
@@ -147,7 +147,7 @@ def joining_padding(decodes: int, prompt: int) -> int:
     scheduler.add_request(made_request("prompt", 0.0, prompt, 9))
     plan, _ = step(scheduler)
     padding = sum(part.num_tokens for part in scheduler.trace.steps[-1].scheduled if part.why == "padding")
-    assert padding == plan.num_slots - plan.num_tokens
+    assert padding == plan.num_computed_tokens - plan.num_tokens
     return padding
 
 
@@ -157,7 +157,7 @@ def test_the_chapters_exercise_on_lengths_2_5_10():
     for length in (2, 5, 10):
         scheduler.add_request(made_request(f"{length}", 0.0, length, 1))
     plan, _ = step(scheduler)
-    assert (plan.num_slots - plan.num_tokens, plan.num_tokens, plan.num_slots) == (13, 17, 30)
+    assert (plan.num_computed_tokens - plan.num_tokens, plan.num_tokens, plan.num_computed_tokens) == (13, 17, 30)
 
 
 # --- order and fairness ----------------------------------------------------------------------------------------------
@@ -249,18 +249,69 @@ def test_impossible_limits_are_refused(limits):
         scheduler_of(**limits)
 
 
-def test_a_request_knows_when_its_first_and_its_last_token_came():
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("depth, planned", [(1, [None] * 4), (2, [None, 0.0, 1.0, 2.0])])
+def test_a_request_knows_when_its_first_and_its_last_token_were_read(depth, planned, paged):
     clock = VirtualClock()
-    scheduler = Scheduler(SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4), clock=clock)
+    config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler = Scheduler(config, clock, depth=depth, block_manager=BlockManager(9, 4) if paged else None)
     request = made_request("a", 0.0, 6, 3)
     scheduler.add_request(request)
-    times = []
+    times, launched = [], []
     while scheduler.has_unfinished_requests():
-        plan = scheduler.schedule()
+        while len(launched) < depth and (plan := scheduler.schedule()).scheduled:
+            launched.append(plan)
         clock.advance(1.0)
+        plan = launched.pop(0)
         scheduler.update(plan, ModelOutput({part.request_id: 7 for part in plan.scheduled if part.samples}, 0))
         times.append((request.first_token_time, request.last_token_time))
     assert times == [(None, None), (2.0, 2.0), (2.0, 3.0), (2.0, 4.0)]
+    assert [step.planned for step in scheduler.trace.steps] == planned
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_plans_and_results_out_of_order_are_refused(depth):
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4), VirtualClock(), depth=depth)
+    scheduler.add_request(made_request("a", 0.0, 6, 3))
+    plans = [scheduler.schedule() for _ in range(depth)]
+    with pytest.raises(StepOrderError, match=f"{depth} plans are in flight"):
+        scheduler.schedule()
+    for wrong in (*plans[1:], replace(plans[0])):
+        with pytest.raises(StepOrderError, match=f"step {wrong.step} are not the next"):
+            scheduler.update(wrong, ModelOutput({}, 0))
+    scheduler.update(plans[0], ModelOutput({}, 0))
+    with pytest.raises(StepOrderError, match="step 0 are not the next"):
+        scheduler.update(plans[0], ModelOutput({}, 0))
+
+
+def test_a_copy_of_a_request_is_given_all_that_it_was_given_and_nothing_it_has_become():
+    """An argument that is new is given an odd value here, or the copy could lose it unseen."""
+    given = {
+        "request_id": "a",
+        "prompt_token_ids": [1, 2, 3],
+        "params": SamplingParams(max_tokens=5, stop_token_ids=[8]),
+        "eos_token_ids": (EOS,),
+        "arrival_time": 2.5,
+        "priority": -3,
+        "predicted_output_tokens": 4,
+        "cache_salt": "mine",
+    }
+    changed = given | {"request_id": "b", "params": SamplingParams(max_tokens=6), "priority": 7}
+    parameters = inspect.signature(Request).parameters
+    assert given.keys() == parameters.keys()
+    assert all(given[name] != each.default for name, each in parameters.items())
+    request = Request(**given)
+    scheduler = scheduler_of()
+    scheduler.add_request(request)
+    step(scheduler)
+    for copy, expected in (
+        (request.copy(), given),
+        (fresh(request), given),
+        (request.copy(**{name: changed[name] for name in ("request_id", "params", "priority")}), changed),
+    ):
+        made = Request(**expected)
+        assert vars(copy) == vars(made) and vars(copy) != vars(request)
+        assert {name: getattr(copy, name) for name in parameters} == expected
 
 
 @pytest.mark.parametrize("ageing", [0.0, -0.5])
@@ -437,7 +488,7 @@ class Watch:
         plan, updates = step(self.scheduler)
         config = self.scheduler.config
         assert len(plan.scheduled) + len(plan.padding_rows) <= config.max_num_seqs
-        assert plan.num_tokens == sum(len(part.token_ids) for part in plan.scheduled)
+        assert plan.num_tokens == sum(part.num_tokens for part in plan.scheduled)
         if type(self.scheduler) is Scheduler:
             assert plan.num_tokens <= config.max_num_batched_tokens
             running = [part for part in plan.scheduled if computed[part.request_id]]

@@ -235,10 +235,10 @@ def test_a_simulation_makes_the_steps_of_the_real_run(way):
 
 def plan_of(*shapes, row_length=None, padding_rows=0):
     """A plan of (start, number of tokens) parts that all sample."""
-    parts = [ScheduledRequest(f"{i}", start, range(n), True, "decode") for i, (start, n) in enumerate(shapes)]
+    parts = [ScheduledRequest(f"{i}", start, n, True, "decode") for i, (start, n) in enumerate(shapes)]
     rows = [f"ended {i}" for i in range(padding_rows)]
     tokens = sum(n for _, n in shapes)
-    return SchedulerOutput(0, 0.0, parts, num_tokens=tokens, row_length=row_length, padding_rows=rows)
+    return SchedulerOutput(0, 0.0, others=parts, num_tokens=tokens, row_length=row_length, padding_rows=rows)
 
 
 def test_work_counted_by_hand():
@@ -262,10 +262,8 @@ def test_work_counted_by_hand():
 )
 def test_a_simulated_step_takes_what_costs_says_to_the_last_digit(shape, card, overhead, shapes):
     """Of the plan, with every count, and of the event that the step leaves in the trace."""
-    parts = [
-        ScheduledRequest(f"{i}", start, range(n), samples, "decode") for i, (start, n, samples) in enumerate(shapes)
-    ]
-    plan = SchedulerOutput(0, 0.0, parts, num_tokens=sum(n for _, n, _ in shapes))
+    parts = [ScheduledRequest(f"{i}", start, n, samples, "decode") for i, (start, n, samples) in enumerate(shapes)]
+    plan = SchedulerOutput(0, 0.0, others=parts, num_tokens=sum(n for _, n, _ in shapes))
     roofline = preset(shape, card, overhead)
     simulated = roofline.seconds(roofline.work(plan))
     what = (SHAPES[shape], CARDS[card])

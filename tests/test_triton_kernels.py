@@ -14,9 +14,7 @@ import torch
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
 
-from minillm.attention.attention import zero_or_minus_infinity  # noqa: E402
-from minillm.attention.masks import visible  # noqa: E402
-from minillm.kernels import reference, triton_kernels  # noqa: E402
+from minillm.kernels import triton_kernels  # noqa: E402
 from paged_cases import (  # noqa: E402
     DEVICE,
     TOLERANCE,
@@ -107,16 +105,6 @@ def test_all_tokens_at_once_equal_the_cached_prefix_and_the_rest():
 
     chunks = [rows(*chunk) for chunk in ((0, 1), (1, 70), (70, 128), (128, 150))]
     torch.testing.assert_close(torch.cat(chunks), rows(0, 150), rtol=0, atol=TOLERANCE[torch.float32])
-
-
-def test_the_torch_kernels_of_the_cpu_agree():
-    case = paged([100, 101, 110], num_kv_heads=2)
-    q = random_queries(3, case, group=2)
-    mask = zero_or_minus_infinity(visible((case.lengths - 1)[:, None, None], 7 * 16), torch.float32)
-    finite = case.keys.nan_to_num(0), case.values.nan_to_num(0)  # as the CPU's pool is
-    expected = reference.decode_masked(q, *finite, case.tables[:, :7], mask)
-    out = triton_kernels.decode(q, case.keys, case.values, case.tables, case.lengths)
-    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 # --- rows that see nothing, and NaN ---

@@ -9,9 +9,8 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.sampling.params import SamplingParams
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import preset
@@ -64,7 +63,7 @@ class Recorded:
         self.clock = VirtualClock()
         self.manager = BlockManager(blocks, BLOCK_SIZE, num_host_blocks=16, enable_prefix_caching=caching)
         config = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16, max_model_len=48)
-        self.scheduler = PagedScheduler(config, self.manager, self.clock, preemption_mode=mode)
+        self.scheduler = Scheduler(config, self.clock, block_manager=self.manager, preemption_mode=mode)
         self.tables, self.cached, self.abort = [], [], abort
         executor = SimulatedExecutor(preset("Llama-2-7B", "4090"), self.clock)
         self.trace = run(self.scheduler, executor, requests, self.clock, on_step=self._look)

@@ -23,11 +23,11 @@ from minillm import SamplingParams
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.model_executor import ModelExecutor
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.request import Request
+from minillm.engine.scheduler import Scheduler
 from minillm.errors import ConfigError, ModelNotFoundError, PromptError, WorkerDiedError
 from minillm.runtime import messages, worker_process
-from minillm.runtime.plan import PENDING, BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from minillm.runtime.plan import BlockMove, ModelOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from minillm.runtime.worker import worst_plan
 from minillm.runtime.worker_process import _result, _Server
 from minillm.sampling.params import PromptLogprobs, TokenLogprobs
@@ -56,7 +56,7 @@ def run_requests(executor: ModelExecutor, preemption_mode: str = "swap", after_s
     """Requests of all kinds on a pool that is too small; returns their outputs, log-probabilities and the trace."""
     executor.init_cache(NUM_BLOCKS, num_host_blocks=NUM_BLOCKS)
     manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
-    scheduler = PagedScheduler(CONFIG, manager, preemption_mode=preemption_mode)
+    scheduler = Scheduler(CONFIG, block_manager=manager, preemption_mode=preemption_mode)
     shared = random_token_ids(9, 190)
     for index in range(6):
         params = SamplingParams(temperature=index % 3, seed=index, max_tokens=20, logprobs=index % 4 or None)
@@ -101,19 +101,20 @@ PARTS = st.builds(
     ScheduledRequest,
     NAMES,
     st.integers(0),
-    IDS,
+    st.integers(1),
     st.booleans(),
     st.sampled_from(["prefill", "decode", "recompute"]),
     first_block=st.integers(0),
     block_ids=IDS,
     num_recomputed=st.integers(0),
 )
-NEW_REQUESTS = st.builds(NewRequest, NAMES, PARAMS, st.integers(1), st.integers(0), IDS, IDS, IDS)
+NEW_REQUESTS = st.builds(NewRequest, NAMES, PARAMS, IDS, IDS, IDS)
 PLANS = st.builds(
     SchedulerOutput,
     st.integers(0),
     FLOATS,
-    scheduled=st.lists(PARTS, max_size=4),
+    decodes=st.dictionaries(NAMES, st.integers(0), max_size=4),
+    others=st.lists(PARTS, max_size=4),
     new_requests=st.lists(NEW_REQUESTS, max_size=2),
     finished_ids=st.lists(NAMES, max_size=2),
     preempted_ids=st.lists(NAMES, max_size=2),
@@ -145,16 +146,56 @@ def test_a_result_arrives_as_it_was_sent(output):
 
 
 def test_sequences_of_every_kind_arrive_as_lists():
-    part = ScheduledRequest("\ud83e", 0, np.arange(3), True, "prefill", block_ids=range(1, 4))
-    assert messages.plan_from(as_lists(SchedulerOutput(0, 0.0, [part]))).scheduled == [
-        ScheduledRequest("\ud83e", 0, [0, 1, 2], True, "prefill", 0, [1, 2, 3], 0)
-    ]
+    new = NewRequest("\ud83e", SamplingParams(), np.arange(3), (4,))
+    part = ScheduledRequest("\ud83e", 0, 4, True, "prefill", block_ids=range(1, 4))
+    plan = messages.plan_from(as_lists(SchedulerOutput(0, 0.0, {"a": 7}, [part], [new])))
+    assert plan.decodes == {"a": 7} and plan.others == [part._replace(block_ids=[1, 2, 3])]
+    assert plan.new_requests == [new._replace(prompt_token_ids=[0, 1, 2], output_token_ids=[4], eos_token_ids=[])]
     assert messages.output_from(as_lists(ModelOutput({"a": np.int64(5)}, 7))) == ModelOutput({"a": 5}, 7)
 
 
 def test_what_is_not_data_is_not_sent():
     with pytest.raises(TypeError, match="cannot be sent to a worker"):
         messages.encode([object()])
+
+
+def numbers_in(value):
+    """All whole numbers of a message."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return [number for each in value for number in numbers_in(each)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_tokens_travel_once_for_each_admission_and_in_no_other_part_of_a_plan(mode, depth):
+    manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, num_host_blocks=NUM_BLOCKS)
+    scheduler = Scheduler(CONFIG, block_manager=manager, preemption_mode=mode, depth=depth)
+    far, requests = 10**6, {}  # no position, block or number of a step
+    for index in range(6):
+        prompt = [far + number for number in range(10 + 2 * index)]
+        requests[f"req {index}"] = request = Request(f"req {index}", prompt, SamplingParams(max_tokens=20))
+        scheduler.add_request(request)
+    plans, in_flight, announced = [], [], []
+    while scheduler.has_unfinished_requests():
+        while len(in_flight) < depth and (plan := scheduler.schedule()).num_requests:
+            in_flight.append(plan)
+            plans.append(plan)
+            for new in plan.new_requests:
+                request = requests[new.request_id]
+                assert new == request.announcement() and new.prompt_token_ids is request.prompt_token_ids
+                assert list(new.output_token_ids) == request.output_token_ids  # as it is now
+            announced += [new.request_id for new in plan.new_requests]
+        plan = in_flight.pop(0)
+        output = {part.request_id: far + plan.step for part in plan.scheduled if part.samples}
+        scheduler.update(plan, ModelOutput(output, 0))
+    assert {name: announced.count(name) for name in requests} == {
+        name: 1 + request.num_preemptions for name, request in requests.items()
+    }
+    assert len(announced) > 6 and all(len(request.output_token_ids) == 20 for request in requests.values())
+    for plan in plans:
+        numbers = numbers_in(as_lists(replace(plan, new_requests=[])))
+        assert max(each for each in numbers if isinstance(each, int)) < far
 
 
 # --- the same results ------------------------------------------------------------------------------------------------
@@ -235,7 +276,7 @@ def test_a_call_that_is_interrupted_leaves_the_next_one_its_own_answer(in_proces
 
 def test_answers_go_to_their_calls_whoever_waits_first_and_whoever_never_does(in_process, checkpoint):
     inline = ModelExecutor.start(checkpoint(KIND), CONFIG, num_tokens=190)
-    plans = [one_token_plan("a", [7]), one_token_plan("a", [PENDING], 1), one_token_plan("b", [9])]
+    plans = [one_token_plan("a", [7]), one_token_plan("a", [7], 1), one_token_plan("b", [9])]
     for executor in (inline, in_process):
         executor.init_cache(NUM_BLOCKS)
     expected = [inline.execute_model(plan).token_ids for plan in plans]
@@ -247,12 +288,15 @@ def test_answers_go_to_their_calls_whoever_waits_first_and_whoever_never_does(in
     assert in_process.launch(plans[2]).result().token_ids == expected[2]
 
 
-def one_token_plan(name: str, token_ids: list[int], start: int = 0) -> SchedulerOutput:
-    """A step for one greedy request, with the first block that there is."""
+def one_token_plan(name: str, prompt: list[int], start: int = 0) -> SchedulerOutput:
+    """A step for one greedy request, with the first block that there is; all others are gone."""
     plan = SchedulerOutput(start, 0.0, num_tokens=1)
     if start == 0:
-        plan.new_requests.append(NewRequest(name, SamplingParams(max_tokens=9), 10))
-    plan.scheduled.append(ScheduledRequest(name, start, token_ids, True, "decode", block_ids=() if start else (1,)))
+        plan.finished_ids += "ab"
+        plan.new_requests.append(NewRequest(name, SamplingParams(max_tokens=9), prompt))
+        plan.others.append(ScheduledRequest(name, 0, 1, True, "prefill", block_ids=(1,)))
+    else:
+        plan.decodes[name] = start
     return plan
 
 
@@ -435,18 +479,18 @@ def test_impossible_executors_are_refused(load):
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 200), st.integers(1, 20))
 def test_the_worst_plan_uses_the_limits_up(budget, num_seqs, model_len, block_size):
     plan = worst_plan(budget, num_seqs, model_len, block_size)
-    lengths = [len(part.token_ids) for part in plan.scheduled]
+    lengths = [part.num_tokens for part in plan.scheduled]
     assert len(lengths) == len({part.request_id for part in plan.scheduled}) == min(num_seqs, budget)
     assert lengths[0] == min(budget, model_len)
     assert plan.num_tokens == sum(lengths) >= min(budget, num_seqs * model_len)
     assert plan.num_tokens < budget + num_seqs
-    assert all(part.token_ids and part.start + len(part.token_ids) == model_len for part in plan.scheduled)
+    assert all(part.num_tokens and part.end == model_len for part in plan.scheduled)
     assert {len(part.block_ids) for part in plan.scheduled} == {-(-model_len // block_size)}
 
 
 def test_a_worst_plan_has_long_chunks_and_many_requests():
-    assert [len(part.token_ids) for part in worst_plan(50, 6, 20, 4).scheduled] == [20, 20, 10, 1, 1, 1]
-    assert [len(part.token_ids) for part in worst_plan(50, 2, 20, 4).scheduled] == [20, 20]
+    assert [part.num_tokens for part in worst_plan(50, 6, 20, 4).scheduled] == [20, 20, 10, 1, 1, 1]
+    assert [part.num_tokens for part in worst_plan(50, 2, 20, 4).scheduled] == [20, 20]
 
 
 def test_the_profile_leaves_the_model_whole(load):

@@ -22,9 +22,7 @@ from minillm.costs import activations as memory
 from minillm.costs.memory_ledger import CacheLimits
 from minillm.costs.shapes import H200, Card
 from minillm.course import student
-from minillm.engine.async_scheduler import AsyncScheduler
 from minillm.engine.block_manager import BlockManager
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.queue import WaitingQueue
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
@@ -301,28 +299,26 @@ CASES: dict[str, Case] = {
         lambda: {"num_blocks": 8, "block_size": 4, "num_host_blocks": 2, "enable_prefix_caching": True},
     ),
     **{
-        kind.__name__: Case(kind, lambda: {"config": SchedulerConfig(), "clock": clock.VirtualClock(), "trace": True})
-        for kind in (Scheduler, StaticScheduler, DynamicScheduler)
-    },
-    **{
         kind.__name__: Case(
             kind,
             lambda: {
                 "config": SchedulerConfig(),
-                "block_manager": BlockManager(8),
                 "clock": clock.VirtualClock(),
                 "trace": True,
+                "block_manager": BlockManager(8),
+                "depth": 2,
+                "max_trace_steps": 5,
                 "preemption_mode": "swap",
                 "watermark": 0.01,
             },
         )
-        for kind in (PagedScheduler, AsyncScheduler)
+        for kind in (Scheduler, StaticScheduler, DynamicScheduler)
     },
     "Scheduler.add_request": Case(
         lambda request: Scheduler(SchedulerConfig()).add_request(request), lambda: {"request": request()}
     ),
-    "PagedScheduler.add_request": Case(
-        lambda request: PagedScheduler(SchedulerConfig(), BlockManager(8)).add_request(request),
+    "Scheduler.add_request, with blocks": Case(
+        lambda request: Scheduler(SchedulerConfig(), block_manager=BlockManager(8)).add_request(request),
         lambda: {"request": request()},
     ),
     "Scheduler.abort_request": Case(

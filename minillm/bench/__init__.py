@@ -8,12 +8,12 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "gpu.report": ["report"],
-        "gpu.scale": ["FULL"],
-        "gpu.session": ["driver_version"],
-        "gpu.timing": ["device_seconds"],
-        "gpu.workloads": ["w1_jobs"],
-        "measuring": ["measure", "mixed_requests"],
-        "recorded": ["latest"],
+        "gpu.report": "report",
+        "gpu.scale": "FULL",
+        "gpu.session": "driver_version",
+        "gpu.timing": "device_seconds",
+        "gpu.workloads": "w1_jobs",
+        "measuring": "measure mixed_requests",
+        "recorded": "latest",
     },
 )

@@ -11,9 +11,9 @@ from itertools import count
 import torch
 
 from minillm.bench.measuring import TIMERS
-from minillm.engine import BlockManager, PagedScheduler, Request, SchedulerConfig
+from minillm.engine import BlockManager, Request, Scheduler, SchedulerConfig
 from minillm.model import Decoder, load_model
-from minillm.runtime import ModelOutput, PagedBatch, PagedRunner, SchedulerOutput, Worker
+from minillm.runtime import ModelOutput, Runner, RunnerOptions, SchedulerOutput, Step, Worker, carve
 from minillm.sampling import SamplingParams
 from minillm.storyteller import CHECKPOINT_DIR
 
@@ -53,8 +53,8 @@ def measure_once(model: Decoder, read: Callable[[], float], running: int, num_wa
     for number in range(WARM_STEPS + STEPS):
         timed = {}
         plan, timed["schedule"] = time_of(read, scheduler.schedule)
-        batch, timed["prepare"] = time_of(read, lambda plan=plan: prepare(runner, plan))
-        _, timed["attention"] = time_of(read, lambda batch=batch: runner.attention(batch))
+        step, timed["prepare"] = time_of(read, lambda plan=plan: prepare(runner, plan))
+        _, timed["attention"] = time_of(read, lambda step=step: runner.attention(carve(step.buffer, step.layout)))
         output = made_up_output(plan)
         _, timed["update"] = time_of(read, lambda plan=plan, output=output: scheduler.update(plan, output))
         if number == WARM_STEPS - 1:
@@ -67,20 +67,19 @@ def measure_once(model: Decoder, read: Callable[[], float], running: int, num_wa
     return medians | {"trace": trace / STEPS * 1000}
 
 
-def prepare(runner: PagedRunner, plan: SchedulerOutput) -> PagedBatch:
+def prepare(runner: Runner, plan: SchedulerOutput) -> Step:
     """What the runner does before the forward pass."""
     runner.follow(plan)
-    batch, _ = runner.prepare(plan)
-    return batch
+    return runner.batch.prepare(plan)
 
 
-def decoding_engine(model: Decoder, running: int, num_waiting: int) -> tuple[PagedScheduler, PagedRunner]:
+def decoding_engine(model: Decoder, running: int, num_waiting: int) -> tuple[Scheduler, Runner]:
     """An engine in which all that can run decode, and so many wait; nothing was computed by a model."""
     most_tokens = SHORTEST_PROMPT + BLOCK_SIZE + 1 + WARM_STEPS + STEPS
     num_blocks = 2 + (running + 1) * (most_tokens // BLOCK_SIZE + 1)
     config = SchedulerConfig(running, max_num_batched_tokens=running * 64, max_model_len=2 * most_tokens)
-    scheduler = PagedScheduler(config, BlockManager(num_blocks, BLOCK_SIZE))
-    worker = Worker(model)
+    scheduler = Scheduler(config, block_manager=BlockManager(num_blocks, BLOCK_SIZE))
+    worker = Worker(model, RunnerOptions(max_num_seqs=running, max_model_len=config.max_model_len))
     worker.init_cache(num_blocks)
     runner = worker.runner
     for request in made_up_requests(running + num_waiting, most_tokens):

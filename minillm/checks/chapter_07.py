@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from minillm.checks.base import Case, CheckFailed, as_list, call, describe, failure, number_of, run_check
 from minillm.costs import A100_80GB, LLAMA_2_7B
-from minillm.engine import BaseScheduler, Request, Scheduler, SchedulerConfig
+from minillm.engine import Request, Scheduler, SchedulerConfig
 from minillm.runtime import SchedulerOutput
 from minillm.simulation import Roofline, SimulatedExecutor, VirtualClock, lognormal, make_requests, report, run, uniform
 
@@ -104,25 +104,25 @@ def _as_plan(answer: Any) -> Plan | None:
     return plan
 
 
-class _ReadersScheduler(BaseScheduler):
+class _ReadersScheduler(Scheduler):
     """Continuous batching in which the reader's function decides."""
 
     def __init__(self, function: Callable):
         super().__init__(PUZZLE_CONFIG, VirtualClock())
         self.function = function
 
-    def schedule(self) -> SchedulerOutput:
+    def _fill(self, plan: SchedulerOutput) -> None:
         """What the reader's function plans, after a look at the limits."""
-        plan = self._new_plan()
         running = [(request.request_id, _remaining(request)) for request in self.running.values()]
         waiting = [(request.request_id, _remaining(request)) for *_, request in sorted(self.waiting._heap)]
         tokens = self._answer(running, waiting)
         queue = [request_id for request_id, _ in waiting]
         decodes_first = sorted(tokens, key=lambda request_id: request_id in queue)
         for request_id in decodes_first:
-            request = self.running.get(request_id) or self._admit(plan)
+            request = self.running.get(request_id) or self._next_waiting()
+            if request.request_id not in self.running:
+                self._admit(plan, request)
             self._add(plan, request, tokens[request.request_id])
-        return plan
 
     def _answer(self, running: list, waiting: list) -> Plan:
         """The reader's plan; refused if it breaks a limit, overtakes, or leaves everybody idle."""
@@ -163,7 +163,7 @@ def _reference() -> Scheduler:
     return Scheduler(PUZZLE_CONFIG, VirtualClock())
 
 
-def _score(scheduler: BaseScheduler) -> Score:
+def _score(scheduler: Scheduler) -> Score:
     """Sixty requests, long prompts among them, on a card that need not be there."""
     requests = make_requests(60, lognormal(60, 1.2, 1500), uniform(4, 60), arrivals="poisson", rate=40.0, seed=7)
     clock = scheduler.clock

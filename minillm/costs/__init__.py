@@ -8,49 +8,20 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "activations": ["ActivationBytes", "activation_bytes", "chunk_that_fits"],
-        "kv_bytes": ["MemoryFit", "kv_bytes_per_token", "what_fits"],
-        "memory_ledger": [
-            "CacheLimits",
-            "MemoryLedger",
-            "MemoryProfile",
-            "available_memory",
-            "blocks_needed",
-            "mib",
-            "pieces",
-            "plan_cache",
-        ],
-        "peak_memory": ["PeakMemory"],
-        "roofline": [
-            "StepPrices",
-            "attention_flops",
-            "cached_flops",
-            "causal_entries",
-            "compute_bound_batch",
-            "decode_seconds",
-            "matmul_parameters",
-            "naive_flops",
-            "num_layer_parameters",
-            "prefill_seconds",
-            "step_seconds",
-            "tokenwise_flops",
-            "trace_seconds",
-            "workload_seconds",
-        ],
-        "shapes": [
-            "A100_80GB",
-            "CARDS",
-            "Card",
-            "GIB",
-            "H200",
-            "LLAMA_2_70B",
-            "LLAMA_2_7B",
-            "LLAMA_3_2_1B",
-            "LLAMA_3_8B",
-            "QWEN3_0_6B",
-            "QWEN3_8B",
-            "RTX_4090",
-            "SHAPES",
-        ],
+        "activations": "ActivationBytes activation_bytes chunk_that_fits",
+        "kv_bytes": "blocks_needed kv_bytes_per_token",
+        "memory_ledger": (
+            "CacheLimits MemoryFit MemoryLedger MemoryProfile available_memory mib pieces plan_cache what_fits"
+        ),
+        "peak_memory": "PeakMemory",
+        "roofline": (
+            "StepPrices attention_flops cached_flops causal_entries compute_bound_batch decode_seconds "
+            "matmul_parameters naive_flops num_layer_parameters prefill_seconds step_seconds tokenwise_flops "
+            "trace_seconds workload_seconds"
+        ),
+        "shapes": (
+            "A100_80GB CARDS Card GIB H200 LLAMA_2_70B LLAMA_2_7B LLAMA_3_2_1B LLAMA_3_8B QWEN3_0_6B "
+            "QWEN3_8B RTX_4090 SHAPES"
+        ),
     },
 )

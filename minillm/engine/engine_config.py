@@ -4,8 +4,7 @@ import difflib
 from dataclasses import dataclass, fields, replace
 
 from minillm.costs import CacheLimits
-from minillm.engine.paged_scheduler import PREEMPTION_MODES
-from minillm.engine.scheduler import SchedulerConfig
+from minillm.engine.scheduler import PREEMPTION_MODES, SchedulerConfig
 from minillm.errors import MOST, ConfigError, Count, Positive, check_choice, check_fields, check_number
 from minillm.kernels import ATTENTION_BACKENDS
 from minillm.runtime import RunnerOptions

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.outputs import OutputKind, RequestOutput
-from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, encode_prompt
+from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, check_token_ids, encode_prompt
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, MiniLLMError, PromptError, SamplingParamsError, check_items, check_kind, checked
-from minillm.model import Decoder, check_token_ids, encode_chat
+from minillm.model import Decoder, encode_chat
 from minillm.runtime import mean_hidden_state
 from minillm.sampling import SamplingParams
 from minillm.trace import Trace

@@ -7,23 +7,23 @@ while engine.has_unfinished_requests():
         ...
 """
 
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 
-from minillm.engine.async_scheduler import AsyncScheduler
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
-from minillm.engine.interrupts import HeldInterrupts
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, RequestOutput, RequestState
-from minillm.engine.paged_scheduler import PagedScheduler
 from minillm.engine.prompts import EncodedPrompt, Prompt, check_request, encode_prompt
 from minillm.engine.request import Request
-from minillm.engine.scheduler import RequestUpdate, id_in_use
+from minillm.engine.scheduler import RequestUpdate, Scheduler, id_in_use
 from minillm.errors import (
     ConfigError,
     PromptError,
@@ -91,11 +91,11 @@ class LLMEngine:
             num_host_blocks=self.ledger.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        make_scheduler = AsyncScheduler if config.async_scheduling else PagedScheduler
-        self.scheduler = make_scheduler(
+        self.scheduler = Scheduler(
             config,
-            block_manager,
             trace=config.trace,
+            block_manager=block_manager,
+            depth=2 if config.async_scheduling else 1,
             max_trace_steps=config.max_trace_steps,
             preemption_mode=config.preemption_mode,
             watermark=config.watermark,
@@ -104,7 +104,7 @@ class LLMEngine:
         self._states: dict[str, RequestState] = {}  # by their caller's ids, until all has ended and been told
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
         self._silent: set[str] = set()  # of the scheduler's ids: nothing to do before they end
-        self._untold: list[RequestOutput] = []  # of steps that were over when Ctrl-C came
+        self._pending_outputs: list[RequestOutput] = []  # of steps that were over when Ctrl-C came
         self._dead: WorkerDiedError | None = None  # why nothing can be computed any more
 
     @property
@@ -117,7 +117,7 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """True while anything waits or runs."""
-        return self.scheduler.has_unfinished_requests() or bool(self._untold)
+        return self.scheduler.has_unfinished_requests() or bool(self._pending_outputs)
 
     def is_unfinished(self, request_id: str) -> bool:
         """True until all outputs of this request have ended and `step` has told of it: so long its id is in use."""
@@ -219,14 +219,14 @@ class LLMEngine:
             state = self._states.pop(request_id, None)
             if state is None:
                 return False
-            untold = [output for output in self._untold if output.request_id == request_id]
-            self._untold = [output for output in self._untold if output.request_id != request_id]
+            pending = [output for output in self._pending_outputs if output.request_id == request_id]
+            self._pending_outputs = [output for output in self._pending_outputs if output.request_id != request_id]
             unfinished = [completion for completion in state.completions if completion.finish_reason is None]
             for completion in unfinished:  # the ids of the others may be somebody else's by now
                 self.scheduler.end_request(completion.request.request_id, "abort")
                 self._forget(completion)
             if state.on_abort is not None:
-                for output in (*untold, *state.aborted(unfinished)):
+                for output in (*pending, *state.aborted(unfinished)):
                     state.on_abort(output)
             return True
 
@@ -246,23 +246,22 @@ class LLMEngine:
         """
         self.check_alive()
         with HeldInterrupts() as interrupts:
-            most_unread = 2 if self.config.async_scheduling else 1
-            while len(self._launched) < most_unread and self._launch_next(interrupts):
+            while len(self._launched) < self.scheduler.depth and self._launch_next(interrupts):
                 pass
             if self._launched:
                 self._read_next(interrupts)
-        told, self._untold = self._untold, []
+        told, self._pending_outputs = self._pending_outputs, []
         for output in told:
             if output.finished:
                 del self._states[output.request_id]
         return told
 
-    def _launch_next(self, interrupts: HeldInterrupts) -> bool:
+    def _launch_next(self, interrupts: "HeldInterrupts") -> bool:
         """Plan a step and launch it; False if there is nothing to compute before the last one has been read."""
         if not self.scheduler.has_unfinished_requests():
             return False
         plan = self.scheduler.schedule()
-        if not plan.scheduled:
+        if not plan.num_requests:
             return False
         with self._retracting(plan):
             with interrupts.let_through():
@@ -271,8 +270,8 @@ class LLMEngine:
         plan.launched = self.scheduler.clock()
         return True
 
-    def _read_next(self, interrupts: HeldInterrupts) -> None:
-        """Wait for the oldest step that was launched, and take in what came of it."""
+    def _read_next(self, interrupts: "HeldInterrupts") -> None:
+        """Wait for the oldest step that was launched, and take in its results."""
         plan, pending = self._launched[0]
         with self._retracting(plan):
             with interrupts.let_through():
@@ -284,7 +283,7 @@ class LLMEngine:
             # it has from here is replaced before it is told.
             if request_id in self._completions:
                 self._completions[request_id][0].take_prompt_logprobs(found)
-        self._untold += self._outputs(self._changed(updates, output.logprobs))
+        self._pending_outputs += self._outputs(self._changed(updates, output.logprobs))
 
     @contextmanager
     def _retracting(self, plan: SchedulerOutput) -> Iterator[None]:
@@ -334,7 +333,7 @@ class LLMEngine:
     def _end_all(self, error: WorkerDiedError) -> None:
         self._dead = error
         self._launched.clear()
-        self._untold.clear()
+        self._pending_outputs.clear()
         for request_id in self._completions:
             self.scheduler.end_request(request_id, "error", str(error))
         self._states.clear()
@@ -345,3 +344,54 @@ class LLMEngine:
         """Raises WorkerDiedError if nothing can be computed any more, after `shutdown` or the worker's end."""
         if self._dead is not None:
             raise WorkerDiedError(str(self._dead))
+
+
+class HeldInterrupts:
+    """Until this block ends, Ctrl-C (SIGINT) is only noted; then KeyboardInterrupt is raised.
+
+    No effect outside the main thread, the only one that Python interrupts, nor where the program has its own handler.
+
+        with HeldInterrupts() as interrupts:
+            change_this()
+            with interrupts.let_through():
+                wait_for_something_long()
+            change_that()
+    """
+
+    def __init__(self):
+        self._replaced = False  # the handler is ours
+        self._holds = False
+        self._came = False
+
+    def __enter__(self) -> "HeldInterrupts":
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._hear)
+            self._replaced = self._holds = True
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._replaced = False
+        self._let_go()
+
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """Here an interrupt is raised at once, also one that came before."""
+        try:
+            self._let_go()
+            yield
+        finally:
+            self._holds = self._replaced
+
+    def _let_go(self) -> None:
+        self._holds = False
+        if self._came:
+            self._came = False
+            raise KeyboardInterrupt
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self._holds:
+            raise KeyboardInterrupt
+        self._came = True

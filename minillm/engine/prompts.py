@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from minillm.errors import PromptError, SamplingParamsError, check_kind, check_prompt_ids, check_text, shown
-from minillm.model import ModelConfig, check_token_ids, encode
+from minillm.model import ModelConfig, encode
 from minillm.sampling import SamplingParams, limited
 
 Prompt = str | Sequence[int] | Mapping  # a Mapping is vLLM's {"prompt": …} or {"prompt_token_ids": …}
@@ -116,3 +116,15 @@ def check_request(
             f"logit_bias has token id {unknown[0]}, which is outside the vocabulary of {config.vocab_size} ids"
         )
     return params
+
+
+def check_token_ids(config: ModelConfig, token_ids: Sequence[int]) -> None:
+    """Raises PromptError if there are none, or some that the model does not know."""
+    token_ids = check_prompt_ids(token_ids)
+    if len(token_ids) == 0:
+        raise PromptError("the prompt is empty; give at least one token id")
+    for position, token_id in enumerate(token_ids):
+        if not 0 <= token_id < config.vocab_size:
+            raise PromptError(
+                f"token id {token_id} at position {position} is outside the vocabulary of {config.vocab_size} ids"
+            )

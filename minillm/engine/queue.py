@@ -1,13 +1,21 @@
 """The waiting requests, in the order a scheduling policy wants them: push and pop in O(log n), whatever waits."""
 
 import heapq
+from collections.abc import Callable
 from itertools import count
+from operator import attrgetter
 
 from minillm.engine.request import Request
 from minillm.errors import check_choice, check_number
 
-SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
-POLICIES = SCHEDULING_POLICIES
+RANKS: dict[
+    str, Callable[[Request], float] | None
+] = {  # policy -> what it sorts by, a finite number; None: arrival alone
+    "fcfs": None,
+    "priority": attrgetter("priority"),
+    "sjf": attrgetter("predicted_output_tokens"),
+}
+SCHEDULING_POLICIES = tuple(RANKS)
 
 
 class WaitingQueue:
@@ -47,7 +55,5 @@ class WaitingQueue:
 
     def key(self, request: Request) -> float:
         """Smaller goes first."""
-        if self.policy == "fcfs":
-            return request.arrival_time
-        rank = request.priority if self.policy == "priority" else request.predicted_output_tokens
-        return rank + self.ageing * request.arrival_time
+        rank = RANKS[self.policy]
+        return request.arrival_time if rank is None else rank(request) + self.ageing * request.arrival_time

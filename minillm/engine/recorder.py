@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from minillm.engine.request import Request
-from minillm.runtime import ScheduledRequest, SchedulerOutput
+from minillm.runtime import SchedulerOutput
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 MOST_IN_FLIGHT = 2  # plans: one whose tokens are not known yet, and the one made meanwhile
-PLAIN = (1, "decode", True, 0, (), 0)  # what `lean` makes of a part that decodes one token
+DECODE = (1, True, "decode", 0, (), 0)  # the rest of a part that decodes one token and needs no block
 
 
 class Recorder:
@@ -99,7 +99,7 @@ class Recorder:
         """
         names = {}
         if self._lives:
-            involved = {*(part[0] for part in plan.scheduled), *plan.padding_rows, *finished}
+            involved = {*plan.decodes, *(part.request_id for part in plan.others), *plan.padding_rows, *finished}
             names = {each: self.name(each, plan.step) for each in involved & self._lives.keys()}
         noted = NotedStep(plan, discarded, finished, fields, names)
         last = self._steps[-1] if self._steps else None
@@ -157,15 +157,10 @@ class NotedStep:
         more: Mapping,
         names: Mapping[str, str],
     ):
-        parts = plan.scheduled
         self.step = plan.step
-        self.request_ids = tuple([part[0] for part in parts])
-        self.starts = array("I", [part[1] for part in parts])
-        self.others = {
-            row: lean(part)
-            for row, part in enumerate(parts)
-            if part[6] or part[7] or not part[3] or part[4] != "decode" or len(part[2]) != 1  # else it is PLAIN
-        }
+        self.request_ids = (*plan.decodes, *(part.request_id for part in plan.others))
+        self.starts = array("I", (*plan.decodes.values(), *(part.start for part in plan.others)))
+        self.others = dict(enumerate((part[2:] for part in plan.others), start=len(plan.decodes)))
         self.row_length = plan.row_length
         self.padding_rows = tuple(plan.padding_rows)
         self.discarded = [row for row, each in enumerate(self.request_ids) if each in discarded] if discarded else ()
@@ -185,8 +180,8 @@ class NotedStep:
         What was computed for requests that had ended by then was like padding: for nothing.
         """
         for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
-            num_tokens, why, samples, first_block, block_ids, again = self.others.get(row, PLAIN)
-            table, sampled = {"first_block": first_block, "block_ids": block_ids}, int(samples)
+            num_tokens, samples, why, first_block, block_ids, again = self.others.get(row, DECODE)
+            table, sampled = {"first_block": first_block, "block_ids": tuple(block_ids)}, int(samples)
             if row in self.discarded:
                 yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, **table)
                 continue
@@ -199,9 +194,3 @@ class NotedStep:
                 yield ScheduledTokens(request_id, start, self.row_length - num_tokens, "padding")
         for request_id in self.padding_rows:
             yield ScheduledTokens(request_id, 0, self.row_length, "padding")
-
-
-def lean(part: ScheduledRequest) -> tuple:
-    """A part without its id, its position and its tokens."""
-    _, _, token_ids, samples, why, first_block, block_ids, again = part
-    return len(token_ids), why, samples, first_block, tuple(block_ids), again

@@ -4,11 +4,20 @@ import sys
 from collections.abc import Sequence
 
 from minillm.errors import Count, PromptError, SamplingParamsError, check_kind, check_seconds, check_text, shown
-from minillm.runtime import PENDING, NewRequest
+from minillm.runtime import NewRequest
 from minillm.sampling import SamplingParams, finish_reason, limited
 
+GIVEN = (
+    "request_id",
+    "prompt_token_ids",
+    "params",
+    "eos_token_ids",
+    "arrival_time",
+    "priority",
+    "predicted_output_tokens",
+    "cache_salt",
+)  # what a caller says of a request: the arguments of its constructor
 FAR = sys.maxsize  # a milestone that is never reached
-PENDING_IDS = (PENDING,)  # the newest token while only the executor knows it
 
 
 class Request:
@@ -19,39 +28,10 @@ class Request:
     after sampling that is 1 (the newest token), during a prefill it is the rest of the prompt: prefill, a chunk of it
     and decode are all "compute the next n tokens".
 
-    With asynchronous scheduling, `num_computed_tokens` and `num_tokens` run ahead of what has been read: tokens that a
-    launched step computes count as computed, and the one it will sample counts in `num_tokens`, unless it is the last
-    possible one, which is never computed. `output_token_ids` holds known tokens only.
+    While a step is in flight, both run ahead of what has been read: tokens that it computes count as computed, and the
+    one it will sample counts in `num_tokens`, unless it is the last possible one, which is never computed.
+    `output_token_ids` holds known tokens only.
     """
-
-    __slots__ = (
-        "request_id",
-        "prompt_token_ids",
-        "params",
-        "eos_token_ids",
-        "arrival_time",
-        "priority",
-        "predicted_output_tokens",
-        "output_token_ids",
-        "num_prompt_tokens",
-        "num_tokens_at_most",
-        "num_tokens",
-        "num_computed_tokens",
-        "finish_reason",
-        "stop_reason",
-        "first_token_time",
-        "last_token_time",
-        "cache_salt",
-        "queue_number",
-        "num_cached_tokens",
-        "num_preemptions",
-        "num_ever_computed",
-        "children",
-        "prefix_keys",
-        "num_writable",
-        "milestone",
-        "_ending_ids",
-    )
 
     def __init__(
         self,
@@ -116,48 +96,43 @@ class Request:
             self.predicted_output_tokens = min(self.predicted_output_tokens, self.params.max_tokens)
             self.num_tokens_at_most = self.num_prompt_tokens + self.params.max_tokens
 
+    def copy(self, **changes) -> "Request":
+        """The same request before anything was computed of it, but for `changes`, by its constructor's names."""
+        given = {name: getattr(self, name) for name in GIVEN}
+        return Request(**given | changes)
+
     def announcement(self) -> NewRequest:
         """What an executor must know before its first tokens come."""
-        tokens = (self.prompt_token_ids, self.output_token_ids, self.eos_token_ids)
-        return NewRequest.of(self.request_id, self.params, *tokens)
+        output_token_ids = tuple(self.output_token_ids)
+        return NewRequest(self.request_id, self.params, self.prompt_token_ids, output_token_ids, self.eos_token_ids)
 
     def token_ids(self, start: int, end: int) -> Sequence[int]:
-        """The ids at positions start..end-1, from the prompt, the output, or across both.
-
-        (PENDING,) for the position behind the last known token.
-        """
+        """The known ids at positions start..end-1, from the prompt, the output, or across both."""
         n = self.num_prompt_tokens
         if end <= n:
             return self.prompt_token_ids[start:end]
         if start >= n:
-            return self.output_token_ids[start - n : end - n] or PENDING_IDS
+            return self.output_token_ids[start - n : end - n]
         return [*self.prompt_token_ids[start:], *self.output_token_ids[: end - n]]
 
     def append(self, token_id: int) -> bool:
-        """Take the newly sampled token; True if it ends the request."""
+        """Take a sampled token, which `num_tokens` may count already; True if it ends the request."""
         self.output_token_ids.append(token_id)
-        self.num_tokens += 1
-        if self.num_tokens < self.num_tokens_at_most and token_id not in self._ending_ids:
-            return False
-        return self._end()
-
-    def fill_in(self, token_id: int) -> bool:
-        """As `append`, for a token that `num_tokens` counts already, maybe with the one after it."""
-        self.output_token_ids.append(token_id)
-        num_known = self.num_known_tokens
+        num_known = self.num_prompt_tokens + len(self.output_token_ids)
+        if num_known > self.num_tokens:
+            self.num_tokens = num_known
         if num_known < self.num_tokens_at_most and token_id not in self._ending_ids:
             return False
+        self.finish_reason, self.stop_reason = finish_reason(self.output_token_ids, self.params, self.eos_token_ids)
+        if self.finish_reason is None:
+            return False
         self.num_tokens = num_known
-        return self._end()
+        return True
 
     @property
     def num_known_tokens(self) -> int:
         """Prompt and output, the newest token that has been read included."""
         return self.num_prompt_tokens + len(self.output_token_ids)
-
-    def _end(self) -> bool:
-        self.finish_reason, self.stop_reason = finish_reason(self.output_token_ids, self.params, self.eos_token_ids)
-        return self.finish_reason is not None
 
     def __repr__(self) -> str:
         return (

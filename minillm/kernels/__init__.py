@@ -8,10 +8,10 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "building": ["compiler"],
-        "cuda.compiled": ["compile_for_gpu"],
-        "cuda.emulator": ["emulator"],
-        "dispatch": ["ATTENTION_BACKENDS", "Backend", "choose"],
-        "triton_kernels": ["DECODE_LAUNCH"],
+        "building": "compiler",
+        "cuda.compiled": "compile_for_gpu",
+        "cuda.emulator": "emulator",
+        "dispatch": "ATTENTION_BACKENDS AttentionInputs Backend PagedAttention choose fused",
+        "triton_kernels": "DECODE_LAUNCH",
     },
 )

@@ -7,16 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels import reference
-from minillm.model import rotate
+from minillm.model import add_rms_norm, rotate, silu_mul
 from minillm.sampling import sample_rows
 
 __all__ = ["add_rms_norm", "norm_rotate_store", "sample_rows", "silu_mul"]
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add [T, hidden] `x` to `residual` in place, and normalise the sum -> [T, hidden]."""
-    residual += x
-    return F.rms_norm(residual, weight.shape, weight, eps)
 
 
 def norm_rotate_store(
@@ -42,9 +36,3 @@ def norm_rotate_store(
         q, k = (F.rms_norm(x, weight.shape, weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
     reference.store_kv(keys, values, slots, rotate(k, rotation), v)
     return rotate(q, rotation)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2 * ff] -> silu(first half) * second half, [T, ff]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

@@ -4,15 +4,14 @@ The pool of one layer is [num_blocks, block_size, Hkv, D]; a token's *slot* is b
 gathers a request's blocks in the order of its block table and calls torch's fused attention on what it gathered.
 
 There are two ways in. `store_kv`, `decode` and `prefill` take block tables and lengths, like all backends, and read
-nothing that is not a request's own. The `*_masked` functions below them run on a CPU without a compiler: masks
-and indices are made once a step for all layers, so tables must not reach past the pool, and what is masked must be
-finite: 0 * NaN is NaN.
+nothing that is not a request's own. `prepare` is for a CPU without a compiler: masks and indices are made once a step
+for all layers, whole blocks are read, and what is masked must be finite: 0 * NaN is NaN.
 
 Measured on the CPU: many requests of one length in a single call are fastest as long as what is gathered fits the
 second-level cache. Hence `groups_of`: neighbours in length together, GROUP_BYTES at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.attention import fused_attention, visible, zero_or_minus_infinity
+from minillm.costs import blocks_needed
 from minillm.kernels.checks import Limits, check_decode, check_prefill, check_store, output_for
+from minillm.kernels.dispatch import AttentionInputs, Pool
+from minillm.model import ModelConfig
 
 LIMITS = Limits(
     kernels="the kernels in torch",
@@ -28,6 +30,7 @@ LIMITS = Limits(
     devices=("cpu", "cuda"),
     dtypes=(torch.float32, torch.float64, torch.float16, torch.bfloat16),
 )
+READS_WHOLE_BLOCKS = True
 GROUP_BYTES = 1 << 20  # of keys and values gathered at once, where the lengths are known
 SLICE_BYTES = 1 << 26  # the same where they are on the device, and only the width of the block tables is known
 
@@ -42,10 +45,10 @@ def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) 
     Raises KernelError for arguments that do not fit each other.
     """
     check_store(keys, values, slots, k, v, LIMITS)
-    real = (slots >= 0)[:, None, None]
-    slots = slots.clamp(min=0).long()
-    old_k, old_v = (pool.flatten(0, 1).index_select(0, slots) for pool in (keys, values))
-    write_slots(keys, values, slots, torch.where(real, k, old_k), torch.where(real, v, old_v))
+    real, slots = (slots >= 0)[:, None, None], slots.clamp(min=0).long()
+    for pool, new in ((keys, k), (values, v)):
+        rows = pool.flatten(0, 1)  # [N * block_size, Hkv, D]
+        rows.index_copy_(0, slots, torch.where(real, new, rows.index_select(0, slots)))
 
 
 def decode(
@@ -117,13 +120,75 @@ def _decode_rows(
     return out.masked_fill((lengths < 1)[:, None, None], 0)
 
 
-# --- with indices and masks made once a step ---
+# --- with indices and masks made once a step: on a CPU, where lengths can be looked at ---
 
 
-def write_slots(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """`store_kv` for slots of 64 bits that are all real."""
-    keys.flatten(0, 1).index_copy_(0, slots, k)
-    values.flatten(0, 1).index_copy_(0, slots, v)
+def prepare(inputs: AttentionInputs, pool: Pool, config: ModelConfig) -> "AttentionInputs | MaskedStep":
+    """Masks and groups of a step, for all layers; on a GPU, where nobody waits for a length, the inputs as they are."""
+    return MaskedStep(inputs, pool, config) if inputs.slots.is_cpu else inputs
+
+
+class Call(NamedTuple):
+    """What every layer does once: some rows of the step's queries look at what lies in some blocks."""
+
+    rows: Tensor | slice
+    tables: Tensor  # [B, W] block tables
+    masks: dict[int | None, Tensor]  # additive, one for each window there is
+
+
+class MaskedStep:
+    """A step's calls: requests with one new token in groups of like length, then chunk by chunk.
+
+    `mask_bytes`: what all masks take.
+    """
+
+    def __init__(self, inputs: AttentionInputs, pool: Pool, config: ModelConfig):
+        self.block_size, self.dtype = pool[0].shape[1], pool[0].dtype
+        self.windows = {config.sliding_window(layer) for layer in range(config.num_hidden_layers)}
+        self.group = config.num_attention_heads // config.num_key_value_heads  # query heads that share a key head
+        self.block_bytes = 2 * pool[0][0].nbytes
+        self.mask_bytes = 0
+        self.decodes = list(self._decodes(inputs.decode_tables, inputs.decode_lengths.tolist()))
+        self.chunks = list(self._chunks(inputs))
+
+    def _decodes(self, tables: Tensor, lengths: list[int]) -> Iterator[Call]:
+        order = sorted((row for row, length in enumerate(lengths) if length), key=lengths.__getitem__)  # no padding
+        widths = [blocks_needed(lengths[row], self.block_size) for row in order]
+        for first, end, width in groups_of(widths, self.block_bytes):
+            rows = torch.tensor(order[first:end])
+            positions = torch.tensor([lengths[row] - 1 for row in order[first:end]])
+            masks = self._masks(positions[:, None, None], width)  # [B, 1, 1, W * block_size]
+            yield Call(rows, tables.index_select(0, rows)[:, :width], masks)
+
+    def _chunks(self, inputs: AttentionInputs) -> Iterator[Call]:
+        starts = [inputs.num_decodes + start for start in inputs.chunk_starts.tolist()]
+        for table, first, end, length in zip(
+            inputs.chunk_tables, starts, starts[1:], inputs.chunk_lengths.tolist(), strict=False
+        ):
+            if length:
+                positions = torch.arange(length - (end - first), length).repeat(self.group)[None, None]
+                table = table[: blocks_needed(length, self.block_size)]
+                masks = self._masks(positions, len(table))  # [1, 1, group * Tq, W * block_size]
+                yield Call(slice(first, end), table[None], masks)
+
+    def _masks(self, positions: Tensor, num_blocks: int) -> dict[int | None, Tensor]:
+        masks = {
+            window: zero_or_minus_infinity(visible(positions, num_blocks * self.block_size, window), self.dtype)
+            for window in self.windows
+        }
+        self.mask_bytes += sum(mask.nbytes for mask in masks.values())
+        return masks
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, D]; zeros for padding."""
+        out = torch.zeros_like(q)
+        for rows, tables, masks in self.decodes:
+            found = _one_query_each(q.index_select(0, rows), *gather_kv(keys, values, tables), masks[window])
+            out.index_copy_(0, rows, found)
+        for rows, tables, masks in self.chunks:
+            k, v = gather_kv(keys, values, tables)  # [1, Hkv, W * block_size, D]
+            out[rows] = fused_attention(q[None, rows], k, v, masks[window])[0]
+        return out
 
 
 def gather_kv(keys: Tensor, values: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,23 +197,6 @@ def gather_kv(keys: Tensor, values: Tensor, tables: Tensor) -> tuple[Tensor, Ten
     shape = (tables.shape[0], -1, *keys.shape[2:])
     k, v = keys.index_select(0, chosen).view(shape), values.index_select(0, chosen).view(shape)
     return k.transpose(1, 2), v.transpose(1, 2)
-
-
-def decode_masked(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
-    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
-
-    `mask` is additive, [B, 1, 1, W * block_size].
-    """
-    return _one_query_each(q, *gather_kv(keys, values, tables), mask)
-
-
-def prefill_masked(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, mask: Tensor) -> Tensor:
-    """Several new tokens of one request, [Tq, Hq, D], look through its [W] block table, cached prefix included.
-
-    `mask` is additive, [1, 1, group * Tq, W * block_size], repeated for the `group` query heads that share a key head.
-    """
-    k, v = gather_kv(keys, values, table[None])  # [1, Hkv, W * block_size, D]
-    return fused_attention(q[None], k, v, mask)[0]
 
 
 def _one_query_each(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

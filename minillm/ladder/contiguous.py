@@ -8,7 +8,7 @@ from torch import Tensor
 from minillm.ladder.attend import PaddedAttention, Part, RaggedAttention
 from minillm.ladder.kv_cache import RowCache
 from minillm.model import Decoder
-from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
+from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput, not_finite
 from minillm.sampling import SamplingState, sample, sample_rows
 
 PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
@@ -28,13 +28,14 @@ class ContiguousExecutor:
         self.sample_rows = sample_rows
         self.cache = RowCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
         self.rows: dict[str, int] = {}
+        self.token_ids: dict[str, list[int]] = {}  # prompt and output of every running request
         self.states: dict[str, tuple[SamplingState, int]] = {}  # of every running one, and the length of its prompt
 
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """One forward pass over all that is planned; new tokens for the requests whose last token was computed."""
         self._follow(plan)
-        if not plan.scheduled:
+        if not plan.num_requests:
             return ModelOutput({}, 0)
         padded = plan.row_length is not None
         hidden, last_rows, score_entries = self._padded_pass(plan) if padded else self._ragged_pass(plan)
@@ -43,26 +44,26 @@ class ContiguousExecutor:
         if not parts:
             return ModelOutput({}, score_entries)
         states, num_prompt_tokens = zip(*(self.states[part.request_id] for part in parts), strict=True)
-        draws = [self._part(part).end - num for part, num in zip(parts, num_prompt_tokens, strict=True)]
+        draws = [part.end - num for part, num in zip(parts, num_prompt_tokens, strict=True)]
         token_ids = sample(self.model.logits(hidden[sampling]), states, draws, self.sample_rows).tolist()
-        sampled = dict(zip([part.request_id for part in parts], token_ids, strict=True))
-        failed = {
-            request_id: f"what the model computed for request {request_id!r} is not finite; its cache was discarded"
-            for request_id, token_id in sampled.items()
-            if token_id < 0
-        }
-        return ModelOutput(
-            {each: sampled[each] for each in sampled if each not in failed}, score_entries, failed=failed
-        )
+        sampled, failed = {}, {}
+        for part, token_id in zip(parts, token_ids, strict=True):
+            if token_id < 0:
+                failed[part.request_id] = not_finite(part.request_id)
+            else:
+                sampled[part.request_id] = token_id
+                self.token_ids[part.request_id].append(token_id)
+        return ModelOutput(sampled, score_entries, failed=failed)
 
     def _follow(self, plan: SchedulerOutput) -> None:
         """Give rows back and take new ones, as the plan says."""
         for request_id in plan.finished_ids:
             if request_id in self.rows:
                 self.cache.release(self.rows.pop(request_id))
-                del self.states[request_id]
+                del self.states[request_id], self.token_ids[request_id]
         for new in plan.new_requests:
             self.rows[new.request_id] = self.cache.take(new.num_tokens_at_most)
+            self.token_ids[new.request_id] = [*new.prompt_token_ids, *new.output_token_ids]
             state = SamplingState.of(
                 new.params,
                 self.model.config.num_sampled_ids,
@@ -71,15 +72,18 @@ class ContiguousExecutor:
                 output_token_ids=new.output_token_ids,
                 ending_ids=new.ending_ids,
             )
-            self.states[new.request_id] = (state, new.num_tokens_at_most - new.params.max_tokens)
+            self.states[new.request_id] = (state, len(new.prompt_token_ids))
 
     def _part(self, scheduled: ScheduledRequest) -> Part:
-        return Part(self.rows[scheduled.request_id], scheduled.start, len(scheduled.token_ids))
+        return Part(self.rows[scheduled.request_id], scheduled.start, scheduled.num_tokens)
+
+    def _new_ids(self, scheduled: ScheduledRequest) -> list[int]:
+        return self.token_ids[scheduled.request_id][scheduled.start : scheduled.end]
 
     def _ragged_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
         """All new tokens one behind the other, [T]; returns hidden states, each request's last row, score entries."""
         parts = [self._part(scheduled) for scheduled in plan.scheduled]
-        token_ids = [token_id for scheduled in plan.scheduled for token_id in scheduled.token_ids]
+        token_ids = [token_id for scheduled in plan.scheduled for token_id in self._new_ids(scheduled)]
         positions = [position for part in parts for position in range(part.start, part.end)]
         attend = RaggedAttention(self.model.config, self.cache, parts, self.model.device)
         hidden = self._forward(token_ids, positions, attend)
@@ -92,7 +96,7 @@ class ContiguousExecutor:
     def _padded_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
         """A rectangle of rows * row_length tokens, pads in front; rows of ended requests are pads alone."""
         length = plan.row_length
-        rows = [(self._part(scheduled), scheduled.token_ids) for scheduled in plan.scheduled]
+        rows = [(self._part(scheduled), self._new_ids(scheduled)) for scheduled in plan.scheduled]
         rows += [(Part(self.rows[request_id], 0, 0), ()) for request_id in plan.padding_rows]
         order = sorted(range(len(rows)), key=lambda row: rows[row][0].row)  # neighbouring rows are read without a copy
         parts = [rows[row][0] for row in order]
@@ -105,7 +109,7 @@ class ContiguousExecutor:
             last_rows[row] = len(token_ids) - 1
         attend = PaddedAttention(self.model.config, self.cache, parts, length, self.model.device)
         hidden = self._forward(token_ids, positions, attend)
-        return hidden, last_rows[: len(plan.scheduled)], attend.score_entries
+        return hidden, last_rows[: plan.num_requests], attend.score_entries
 
     def _forward(self, token_ids: list[int], positions: list[int], attend) -> torch.Tensor:
         device = self.model.device

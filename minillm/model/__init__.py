@@ -8,11 +8,10 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "config": ["ModelConfig", "RopeConfig", "check_token_ids"],
-        "decoder": ["Decoder", "DecoderLayer", "RMSNorm", "rope_rotation", "rotate"],
-        "hf_config": ["load_tokenizer", "read_config"],
-        "linear": ["plain"],
-        "text": ["Detokenizer", "TokenDecoder", "encode", "encode_chat", "token_texts"],
-        "weights": ["load_decoder", "load_model", "locate"],
+        "config": "ModelConfig RopeConfig",
+        "decoder": "Decoder Heads Operations add_rms_norm rope_rotation rotate silu_mul",
+        "hf_config": "load_tokenizer read_config",
+        "text": "Detokenizer TokenDecoder encode encode_chat token_texts",
+        "weights": "load_decoder load_model locate",
     },
 )

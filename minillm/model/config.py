@@ -1,9 +1,8 @@
 """The shape of a decoder, as plain frozen data: everything `model.py` needs to know and nothing about files."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from minillm.errors import ConfigError, Positive, PromptError, check_fields, check_number, check_prompt_ids
+from minillm.errors import ConfigError, Positive, check_fields, check_number
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,3 @@ class ModelConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         norms = 2 * self.hidden_size
         return self.num_hidden_layers * (attention + mlp + norms) + embeddings + self.hidden_size
-
-
-def check_token_ids(config: ModelConfig, token_ids: Sequence[int]) -> None:
-    """Raises PromptError if there are none, or some that the model does not know."""
-    token_ids = check_prompt_ids(token_ids)
-    if len(token_ids) == 0:
-        raise PromptError("the prompt is empty; give at least one token id")
-    for position, token_id in enumerate(token_ids):
-        if not 0 <= token_id < config.vocab_size:
-            raise PromptError(
-                f"token id {token_id} at position {position} is outside the vocabulary of {config.vocab_size} ids"
-            )

@@ -12,13 +12,14 @@ requests; masks, caches and block tables live behind `attend`. Sources: Touvron 
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig, RopeConfig
-from minillm.model.linear import Embedding, Linear, pack, pack_linears, packed_linear, worth_packing
+from minillm.model.linear import Embedding, Linear, pack, pack_linears, packed_linear, plain, worth_packing
 
 ALIGNED_IDS = 64  # on a GPU so many columns of the logits or a multiple are computed, if the weight has so many rows
 
@@ -32,19 +33,42 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("packed_head", None, persistent=False)  # the output projection, after `pack`
         self.register_buffer("inv_freq", rope_frequencies(config.rope, config.head_dim), persistent=False)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """[T] token ids at [T] positions -> [T, hidden] final hidden states. The caller has checked both ranges."""
-        hidden = self.embed_tokens(token_ids)  # [T, hidden]
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, layers: "list[BoundLayer] | None" = None
+    ) -> Tensor:
+        """[T] token ids at [T] positions -> [T, hidden] final hidden states. The caller has checked both ranges.
+
+        `layers` are those of `bound`, for who calls often or has faster small operations.
+        """
+        layers = self.bound() if layers is None else layers
+        hidden = self.embed_tokens(token_ids)  # [T, hidden]: the stream, to which every layer adds twice
         rotation = rope_rotation(self.inv_freq, positions, hidden.dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, rotation, attend)
-        return self.norm(hidden)
+        x = self.layers[0].input_layernorm(hidden)
+        for layer in layers:  # one name for all that passes: what is not needed any more is freed
+            x = layer.attend_heads(layer.qkv_proj(x), layer.heads, rotation, attend)  # [T, Hq, D]: they meet
+            x = layer.add_rms_norm(layer.o_proj(x.flatten(-2)), hidden, *layer.attention_norm)
+            x = layer.silu_mul(layer.gate_up_proj(x))  # [T, ff]
+            x = layer.add_rms_norm(layer.down_proj(x), hidden, *layer.next_norm)
+        return x
+
+    def bound(self, first: "Operations | None" = None, others: "Operations | None" = None) -> "list[BoundLayer]":
+        """The layers with all that `forward` needs looked up: an attribute of a module costs a CPU as much as a kernel.
+
+        The small operations are `first` in the first layer and `others` in the layers after it, which are like it; by
+        default plain torch. For weights that are in place and will not be replaced.
+        """
+        first = first or PLAIN
+        following = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        return [
+            bind(layer, norm, number, (others or first) if number else first)
+            for number, (layer, norm) in enumerate(zip(self.layers, following, strict=True))
+        ]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, ids]: only for the rows asked for, and only for ids the tokenizer knows.
@@ -93,40 +117,27 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the MLP, each on a normalised copy of the stream and added back to it."""
+    """The weights of attention, then of the MLP, each behind the norm whose output it reads."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, attend)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
 
 class Attention(nn.Module):
-    """Projections and RoPE around `attend`; one matrix product makes q, k and v together."""
+    """The projections around `attend`; one matrix product makes q, k and v together."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
-        self.num_heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.qkv_proj = Linear(config.hidden_size, sum(self.num_heads) * self.head_dim, bias=config.qkv_bias)
+        self.num_heads = config.num_attention_heads, config.num_key_value_heads
+        num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.qkv_proj = Linear(config.hidden_size, num_heads * config.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, Hq + 2 * Hkv, D]
-        q, k, v = heads.split(self.num_heads, dim=-2)
-        q = rotate(self.q_norm(q), rotation)
-        k = rotate(self.k_norm(k), rotation)
-        out = attend(self.layer, q, k, v)  # [T, Hq, D]: the only line in which tokens meet
-        return self.o_proj(out.flatten(-2))
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
 
 class GatedMLP(nn.Module):
@@ -136,10 +147,6 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)  # [T, ff] each
-        return self.down_proj(F.silu(gate) * up)
 
 
 class RMSNorm(nn.Module):
@@ -185,3 +192,88 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, signed_sin = rotation
     partner = x.roll(x.shape[-1] // 2, dims=-1)  # what each number is paired with
     return torch.addcmul(x * cos, partner, signed_sin)
+
+
+# --- a layer, bound to its operations ---
+
+
+class Norm(NamedTuple):
+    """An RMSNorm's numbers."""
+
+    weight: Tensor
+    eps: float
+
+
+class Heads(NamedTuple):
+    """How a projection is cut into heads, and how these are normalised."""
+
+    layer: int
+    num_heads: int  # Hq
+    num_kv_heads: int  # Hkv
+    q_weight: Tensor | None  # [D], of the RMSNorm of every query head; None without one
+    k_weight: Tensor | None
+    eps: float
+
+
+class Operations(NamedTuple):
+    """What is computed between the matrix products, one function for what one kernel can do."""
+
+    attend_heads: Callable[[Tensor, Heads, tuple[Tensor, Tensor], Attend], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+
+
+class BoundLayer(NamedTuple):
+    """The parts of a layer in the order of their use, and of the norm that comes after it."""
+
+    qkv_proj: Callable[[Tensor], Tensor]
+    heads: Heads
+    o_proj: Callable[[Tensor], Tensor]
+    attention_norm: Norm  # after attention
+    gate_up_proj: Callable[[Tensor], Tensor]
+    down_proj: Callable[[Tensor], Tensor]
+    next_norm: Norm  # after the MLP: of the next layer, or the last
+    attend_heads: Callable
+    add_rms_norm: Callable
+    silu_mul: Callable
+
+
+def bind(layer: DecoderLayer, following: RMSNorm, number: int, operations: Operations) -> BoundLayer:
+    """A layer whose weights are in place; `following` is the norm that comes after it."""
+    attention, mlp, norm, q_norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm, layer.self_attn.q_norm
+    head_norms = (None, None, 0.0) if q_norm is None else (q_norm.weight, attention.k_norm.weight, q_norm.eps)
+    return BoundLayer(
+        qkv_proj=plain(attention.qkv_proj),
+        heads=Heads(number, *attention.num_heads, *head_norms),
+        o_proj=plain(attention.o_proj),
+        attention_norm=Norm(norm.weight, norm.eps),
+        gate_up_proj=plain(mlp.gate_up_proj),
+        down_proj=plain(mlp.down_proj),
+        next_norm=Norm(following.weight, following.eps),
+        **operations._asdict(),
+    )
+
+
+def attend_heads(qkv: Tensor, heads: Heads, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    """[T, (Hq + 2 * Hkv) * D] of the fused projection -> [T, Hq, D] what `attend` makes of its heads."""
+    layer, num_heads, num_kv_heads, q_weight, k_weight, eps = heads
+    split = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))  # [T, Hq + 2 * Hkv, D]
+    q, k, v = split.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)
+    if q_weight is not None:
+        q, k = (F.rms_norm(x, weight.shape, weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    return attend(layer, rotate(q, rotation), rotate(k, rotation), v)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add [T, hidden] `x` to `residual` in place, and normalise the sum -> [T, hidden]."""
+    residual += x
+    return F.rms_norm(residual, weight.shape, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[T, 2 * ff] -> silu(first half) * second half, [T, ff]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+PLAIN = Operations(attend_heads, add_rms_norm, silu_mul)

@@ -8,26 +8,16 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "cache_engine": ["CacheEngine"],
-        "fused_decoder": ["FusedDecoder"],
-        "kernel_attention": ["AttentionInputs", "KernelAttention"],
-        "paged_attention": ["PagedBatch"],
-        "paged_runner": ["PagedRunner", "rows_computed"],
-        "plan": [
-            "BlockMove",
-            "DEFAULT_OPTIONS",
-            "ModelOutput",
-            "NULL_BLOCK",
-            "NewRequest",
-            "PENDING",
-            "PendingOutput",
-            "RunnerOptions",
-            "ScheduledRequest",
-            "SchedulerOutput",
-        ],
-        "pooling": ["mean_hidden_state"],
-        "step_graph": ["bucket_sizes", "record"],
-        "worker": ["Worker"],
-        "worker_process": ["ProcessWorker"],
+        "batch": "Layout Step carve rows_computed",
+        "cache_engine": "CacheEngine",
+        "runner": "Runner",
+        "plan": (
+            "BlockMove DEFAULT_OPTIONS ModelOutput NULL_BLOCK NewRequest PendingOutput RunnerOptions "
+            "ScheduledRequest SchedulerOutput not_finite"
+        ),
+        "pooling": "mean_hidden_state",
+        "step_graph": "bucket_sizes record",
+        "worker": "Worker",
+        "worker_process": "ProcessWorker",
     },
 )

@@ -1,4 +1,4 @@
-"""The physical side of the paged cache: the pool's tensors, each request's block table, and moving whole blocks.
+"""The physical side of the paged cache: the pool's tensors, and moving whole blocks.
 
 Which block is whose is decided above, by the block manager; this follows what the plans say.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from minillm.costs import blocks_needed, kv_bytes_per_token, pieces
 from minillm.errors import ConfigError
 from minillm.model import ModelConfig
-from minillm.runtime.plan import NULL_BLOCK, BlockMove, ScheduledRequest, SchedulerOutput
+from minillm.runtime.plan import BlockMove, ScheduledRequest
 from minillm.sampling import to_device
 
 
@@ -21,9 +21,7 @@ class CacheEngine:
     """Pools of keys and values, [L, num_blocks, block_size, Hkv, D] each, and as many host blocks as asked for.
 
     Host blocks are lists of [L, block_size, Hkv, D]: a whole block lies together, so that it crosses in one copy.
-    Beside a GPU they are pinned: nobody waits for that copy. Everything starts as zeros. `tables` is the
-    look-up from request to row; row r of `block_tables` lists the request's blocks in the order of its tokens, null
-    blocks behind them.
+    Beside a GPU they are pinned: nobody waits for that copy. Everything starts as zeros.
     """
 
     def __init__(
@@ -51,9 +49,6 @@ class CacheEngine:
         host_block = (config.num_hidden_layers, *block)
         self.host_keys = host_zeros(num_host_blocks, host_block, dtype, device)
         self.host_values = host_zeros(num_host_blocks, host_block, dtype, device)
-        self.rows: dict[str, int] = {}  # request id -> row of block_tables
-        self.block_tables = np.zeros((16, 16), dtype=np.int64)
-        self._free_rows = list(range(16))[::-1]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -64,47 +59,6 @@ class CacheEngine:
     def num_bytes(self) -> int:
         """Bytes of the pool on the device, used or not."""
         return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def tables(self) -> dict[str, list[int]]:
-        """Every request's block table, to look at."""
-        return {request_id: _without_padding(self.block_tables[row]) for request_id, row in self.rows.items()}
-
-    # --- block tables ---
-
-    def follow(self, plan: SchedulerOutput) -> list[ScheduledRequest]:
-        """What the plan says of block tables, its moves aside. Returns the parts that brought new blocks."""
-        for request_id in (*plan.finished_ids, *plan.preempted_ids):
-            self.drop_table(request_id)
-        changed = [part for part in plan.scheduled if part[6]]  # block_ids, by number: this runs once a token
-        for part in changed:
-            self.write_table(part.request_id, part.first_block, part.block_ids)
-        return changed
-
-    def write_table(self, request_id: str, first_block: int, block_ids: Sequence[int]) -> None:
-        """table[first_block:] = block_ids; a request that has no table begins one."""
-        row = self.rows.get(request_id)
-        if row is None:
-            if not self._free_rows:
-                self._enlarge(2 * len(self.block_tables), self.block_tables.shape[1])
-            row = self.rows[request_id] = self._free_rows.pop()
-        end = first_block + len(block_ids)
-        if end > self.block_tables.shape[1]:
-            self._enlarge(len(self.block_tables), max(end, 2 * self.block_tables.shape[1]))
-        self.block_tables[row, first_block:end] = block_ids
-        self.block_tables[row, end:] = NULL_BLOCK
-
-    def drop_table(self, request_id: str) -> None:
-        """The request's table is void; no effect if it has none."""
-        row = self.rows.pop(request_id, None)
-        if row is not None:
-            self.block_tables[row] = NULL_BLOCK
-            self._free_rows.append(row)
-
-    def _enlarge(self, num_rows: int, width: int) -> None:
-        old_rows, old_width = self.block_tables.shape
-        self.block_tables = np.pad(self.block_tables, ((0, num_rows - old_rows), (0, width - old_width)))
-        self._free_rows += range(num_rows - 1, old_rows - 1, -1)
 
     # --- whole blocks ---
 
@@ -124,20 +78,17 @@ class CacheEngine:
             else:
                 pool.index_copy_(1, to_device(move.targets, pool.device), blocks.transpose(0, 1))
 
-    def clear(self, changed: Sequence[ScheduledRequest]) -> None:
-        """Zeros in the blocks that these parts brought, where the request has stored nothing yet.
+    def clear(self, part: ScheduledRequest, table: Sequence[int]) -> None:
+        """Zeros in the blocks that this part brought to the request's table, where it has stored nothing yet.
 
         A kernel that masks reads whole blocks, and their last owners may have left something there that is not finite.
         """
-        new_blocks = []
-        for part in changed:
-            table = self.block_tables[self.rows[part.request_id]]
-            first, num_stored = divmod(part.start, self.block_size)
-            if num_stored and first >= part.first_block:  # shared until now, or swapped in
-                for pool in (self.keys, self.values):
-                    pool[:, table[first], num_stored:] = 0
-            first = max(part.first_block, blocks_needed(part.start, self.block_size))
-            new_blocks += table[first : part.first_block + len(part.block_ids)].tolist()
+        first, num_stored = divmod(part.start, self.block_size)
+        if num_stored and first >= part.first_block:  # shared until now, or swapped in
+            for pool in (self.keys, self.values):
+                pool[:, table[first], num_stored:] = 0
+        first = max(part.first_block, blocks_needed(part.start, self.block_size))
+        new_blocks = table[first : part.first_block + len(part.block_ids)]
         if new_blocks:
             for pool in (self.keys, self.values):
                 pool.index_fill_(1, to_device(new_blocks, pool.device), 0)
@@ -156,7 +107,3 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def _without_padding(row: np.ndarray) -> list[int]:
-    return row[: np.count_nonzero(row)].tolist()  # the null block is 0, and stands behind the others only

@@ -38,7 +38,7 @@ def _plain(value: Any) -> Any:
 def plan_from(fields: Sequence[Any]) -> SchedulerOutput:
     """The plan that was encoded, sequences in it as lists. TypeError for a list that is not one."""
     plan = SchedulerOutput(*fields)
-    plan.scheduled = [ScheduledRequest(*part) for part in plan.scheduled]
+    plan.others = [ScheduledRequest(*part) for part in plan.others]
     plan.new_requests = [NewRequest(name, _params(fields), *rest) for name, fields, *rest in plan.new_requests]
     plan.block_moves = [BlockMove(*move) for move in plan.block_moves]
     return plan

@@ -66,3 +66,12 @@ def record(computes: dict[int, Callable[[], Tensor]], device: torch.device) -> d
         pool = torch.cuda.graph_pool_handle()
         graphs = {size: CudaGraph(computes[size], pool) for size in sorted(computes, reverse=True)}
     return dict(sorted(graphs.items()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes free on a GPU, with what torch keeps of no tensor given back before; 0 on a CPU, where nobody asks."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

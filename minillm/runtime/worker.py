@@ -14,11 +14,8 @@ from minillm.errors import KernelError
 from minillm.kernels import Backend, choose, ops
 from minillm.model import Decoder, load_decoder, locate, read_config
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.device_runner import DeviceRunner, free_bytes
-from minillm.runtime.paged_runner import PagedRunner
 from minillm.runtime.plan import (
     DEFAULT_OPTIONS,
-    FinishedOutput,
     ModelOutput,
     NewRequest,
     PendingOutput,
@@ -26,11 +23,12 @@ from minillm.runtime.plan import (
     ScheduledRequest,
     SchedulerOutput,
 )
-from minillm.runtime.step_graph import bucket_sizes
+from minillm.runtime.runner import Runner
+from minillm.runtime.step_graph import bucket_sizes, free_bytes
 from minillm.sampling import MOST_LOGPROBS, PROMPT_ROWS, SamplingParams
 
 # All that sampling can be asked to do at once, as the worst step does for every request.
-DEAREST_PARAMS = SamplingParams(
+COSTLIEST_PARAMS = SamplingParams(
     temperature=1.0, top_k=2, top_p=0.5, min_p=0.01, seed=0, max_tokens=1, min_tokens=1, logit_bias={0: 1.0},
     presence_penalty=1.0, frequency_penalty=1.0, repetition_penalty=2.0, logprobs=MOST_LOGPROBS,
     prompt_logprobs=MOST_LOGPROBS,
@@ -46,7 +44,7 @@ class Worker:
         self.model = model
         self.options = options
         self.backend: Backend | None = None  # from `profile` or `init_cache` on; `backend.why` says how it was picked
-        self.runner: PagedRunner | DeviceRunner | None = None  # from `init_cache` on
+        self.runner: Runner | None = None  # from `init_cache` on
 
     @classmethod
     def load(
@@ -92,13 +90,14 @@ class Worker:
 
     def _measure(self, plan: SchedulerOutput) -> tuple[int, int]:
         """Bytes of a step at its peak, beside weights and cache: without its masks, and of these."""
-        model, num_blocks = self.model, 1 + max(max(part.block_ids) for part in plan.scheduled)
+        model, num_blocks = self.model, 1 + max(max(part.block_ids) for part in plan.others)
         cache = CacheEngine(model.config, num_blocks, self.options.block_size, model.dtype, model.device)
         with first_layer_alone(model), PeakMemory(model.device) as memory:
             runner = self._new_runner(cache, replace(self.options, enforce_eager=True))
-            # Read late, as with asynchronous scheduling: what log-probabilities are made of is kept meanwhile.
-            for pending in [_launch(runner, plan) for _ in range(1 if self._on_cpu else 2)]:
-                pending.result()
+            unread = runner.launch(plan)
+            if runner.batch.is_mirrored:  # read late, what log-probabilities are made of is kept meanwhile
+                runner.launch(replace(plan, new_requests=[])).result()
+            unread.result()
         return memory.peak_bytes - runner.mask_bytes, runner.mask_bytes
 
     def _measure_graphs(self) -> int:
@@ -117,7 +116,7 @@ class Worker:
         self.runner = None  # its pool goes before the new one comes
         size = (num_blocks, self.options.block_size)
         cache = CacheEngine(model.config, *size, model.dtype, model.device, num_host_blocks=num_host_blocks)
-        self.runner = self._new_runner(cache, self.options)
+        self.runner = self._new_runner(cache, self.options, trusted=True)
         return cache.num_bytes
 
     # --- what runs the steps ---
@@ -125,33 +124,25 @@ class Worker:
     @property
     def why(self) -> str:
         """One line, from `init_cache` on: which kernels were picked and why, and how they are launched."""
-        how = f"; {self.runner.why}" if isinstance(self.runner, DeviceRunner) else ""
-        return self.backend.why + how
+        return f"{self.backend.why}; {self.runner.why}" if self.runner.batch.is_mirrored else self.backend.why
 
     def _choose(self) -> Backend:
         model, options = self.model, self.options
         return choose(options.attention_backend, model.config, model.dtype, model.device, options.block_size)
 
     @property
-    def _on_cpu(self) -> bool:
-        """A step is computed when it is launched, by a runner of its own; there the kernels of torch have masks."""
-        return self.model.device.type == "cpu" and self.backend.name in ("cpu", "reference")
-
-    @property
     def _records_graphs(self) -> bool:
         return self.model.device.type == "cuda" and self.backend.capturable and not self.options.enforce_eager
 
-    def _new_runner(self, cache: CacheEngine, options: RunnerOptions) -> PagedRunner | DeviceRunner:
-        if self._on_cpu:
-            kernels = () if self.backend.name == "reference" else (self.backend, import_module(self.backend.module))
-            return PagedRunner(self.model, cache, *kernels)
-        return DeviceRunner(self.model, cache, self.backend, small_operations(self.model, cache.block_size), options)
+    def _new_runner(self, cache: CacheEngine, options: RunnerOptions, *, trusted: bool = False) -> Runner:
+        operations = small_operations(self.model, self.backend, cache.block_size) if options.fused_ops else None
+        return Runner(self.model, cache, self.backend, operations, options, trusted=trusted)
 
     # --- steps ---
 
     def launch(self, plan: SchedulerOutput) -> PendingOutput:
         """Begin the plan of one step: one forward pass over all that is planned, and the new tokens."""
-        return _launch(self.runner, plan)
+        return self.runner.launch(plan)
 
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """Carry out the plan of one step and wait for what comes of it."""
@@ -164,12 +155,15 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-def _launch(runner: PagedRunner | DeviceRunner, plan: SchedulerOutput) -> PendingOutput:
-    return runner.launch(plan) if isinstance(runner, DeviceRunner) else FinishedOutput(runner.execute_model(plan))
+def small_operations(model: Decoder, backend: Backend, block_size: int) -> ModuleType | None:
+    """The operations around attention, fused: the backend's own, else Triton's where it takes the model, else torch's.
 
-
-def small_operations(model: Decoder, block_size: int) -> ModuleType:
-    """The operations around attention and sampling: in Triton where it takes the model, else in torch."""
+    None: the model's own, which are as fast on a CPU as torch's fused ones.
+    """
+    if backend.name == "cpu":
+        return backend.kernels
+    if model.device.type == "cpu" and backend.name == "reference":
+        return None
     try:
         choose("triton", model.config, model.dtype, model.device, block_size)
     except KernelError:
@@ -207,7 +201,7 @@ def worst_plan(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: in
     for _ in range(min(max_num_seqs, max_num_batched_tokens)):
         chunks.append(min(max_model_len, max(1, left)))
         left -= chunks[-1]
-    return _plan_of(chunks, DEAREST_PARAMS, max_model_len, block_size)
+    return _plan_of(chunks, COSTLIEST_PARAMS, max_model_len, block_size)
 
 
 def decode_plan(num_seqs: int, max_model_len: int, block_size: int) -> SchedulerOutput:
@@ -221,7 +215,7 @@ def _plan_of(chunks: Sequence[int], params: SamplingParams, max_model_len: int, 
     for index, chunk in enumerate(chunks):
         name, start = f"profile {index}", max_model_len - chunk
         # Log-probabilities of prompts are made one after the other, a few rows at a time: once is enough.
-        prompt = [0] * (1 if index else start + 1 + PROMPT_ROWS)
-        plan.new_requests.append(NewRequest(name, params, max_model_len, prompt_token_ids=prompt))
-        plan.scheduled.append(ScheduledRequest(name, start, [0] * chunk, True, "prefill", block_ids=table))
+        prompt = [0] * (1 if index else min(max_model_len, start + 1 + PROMPT_ROWS))
+        plan.new_requests.append(NewRequest(name, params, prompt))
+        plan.others.append(ScheduledRequest(name, start, chunk, True, "prefill", block_ids=table))
     return plan

@@ -8,19 +8,11 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "clock": ["RealClock", "VirtualClock"],
-        "cost_model": [
-            "Calibrated",
-            "CostModel",
-            "KERNELS_A_LAYER",
-            "LAUNCH_SECONDS",
-            "Roofline",
-            "StepWork",
-            "preset",
-        ],
-        "executor": ["SimulatedExecutor"],
-        "reporting": ["Report", "ReportBuilder", "SLO", "report"],
-        "running": ["BATCHING", "compare_batching", "fresh", "run"],
-        "workload": ["fixed", "load_requests", "lognormal", "made_request", "make_requests", "uniform"],
+        "clock": "RealClock VirtualClock",
+        "cost_model": "Calibrated CostModel KERNELS_A_LAYER LAUNCH_SECONDS Roofline StepWork preset",
+        "executor": "SimulatedExecutor",
+        "reporting": "Report ReportBuilder SLO report",
+        "running": "BATCHING compare_batching fresh run",
+        "workload": "fixed load_requests lognormal made_request make_requests uniform",
     },
 )

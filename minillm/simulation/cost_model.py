@@ -44,24 +44,23 @@ class StepWork(NamedTuple):
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
         chunks = chunk_scores = chunk_keys = longest = logit_rows = 0
-        for _, start, token_ids, samples, *_ in plan.scheduled:
+        for _, start, num_tokens, samples, *_ in plan.scheduled:
             logit_rows += samples
-            num_tokens = len(token_ids)
             if num_tokens > 1:
                 chunks += 1
                 chunk_keys += start + num_tokens
                 chunk_scores += num_tokens * (start + num_tokens)
             elif start >= longest:
                 longest = start + 1
-        rows = len(plan.scheduled)
+        rows = plan.num_requests
         decode_keys = (rows - chunks) * longest
         scores, keys = chunk_scores + decode_keys, chunk_keys + decode_keys
         return cls(plan.num_tokens, rows, 0, chunks, logit_rows, scores, keys)
 
     @classmethod
     def _of_rectangle(cls, plan: SchedulerOutput) -> "StepWork":
-        rows = len(plan.scheduled) + len(plan.padding_rows)
-        keys = rows * max(part.start + len(part.token_ids) for part in plan.scheduled)
+        rows = plan.num_requests + len(plan.padding_rows)
+        keys = rows * max(part.start + part.num_tokens for part in plan.scheduled)
         logit_rows = sum(part.samples for part in plan.scheduled)
         return cls(rows * plan.row_length, rows, 1, 0, logit_rows, plan.row_length * keys, keys)
 
@@ -74,13 +73,12 @@ class StepWork(NamedTuple):
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
         chunks = scores = keys = logit_rows = 0
-        for _, start, token_ids, samples, *_ in plan.scheduled:
+        for _, start, num_tokens, samples, *_ in plan.scheduled:
             logit_rows += samples
-            num_tokens = len(token_ids)
             chunks += num_tokens > 1
             keys += start + num_tokens
             scores += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-        return cls(plan.num_tokens, len(plan.scheduled), 0, chunks, logit_rows, scores, keys)
+        return cls(plan.num_tokens, plan.num_requests, 0, chunks, logit_rows, scores, keys)
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ class SimulatedExecutor:
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """Let the step's time pass."""
         work = self.cost_model.work(plan)
-        if plan.scheduled:
+        if plan.num_requests:
             self.clock.advance(self.cost_model.seconds(work))
         token_ids = {part.request_id: INVENTED_TOKEN_ID for part in plan.scheduled if part.samples}
         return ModelOutput(token_ids, work.score_entries)

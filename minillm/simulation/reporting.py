@@ -157,7 +157,7 @@ class ReportBuilder:
         """A step of a run without a trace: its plan, its updates, who left, when it ended, how many wait."""
         sampled = [update.request_id for update in updates if update.token_id is not None]
         useful = plan.num_tokens - sum(part.num_recomputed for part in plan.scheduled)
-        self.add_step(plan.start_time, end, plan.num_slots, useful, sampled, left, waiting)
+        self.add_step(plan.start_time, end, plan.num_computed_tokens, useful, sampled, left, waiting)
 
     def add_step(
         self,

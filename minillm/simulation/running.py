@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from minillm.engine import BaseScheduler, Request, RequestUpdate, Scheduler, SchedulerConfig
+from minillm.engine import Request, RequestUpdate, Scheduler, SchedulerConfig
 from minillm.errors import check_choice, checked
 from minillm.ladder import DynamicScheduler, StaticScheduler
 from minillm.runtime import ModelOutput
@@ -14,7 +14,7 @@ from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.reporting import SLO, Report, ReportBuilder, report
 from minillm.trace import Trace
 
-BATCHING: Mapping[str, type[BaseScheduler]] = {
+BATCHING: Mapping[str, type[Scheduler]] = {
     "static": StaticScheduler,
     "dynamic": DynamicScheduler,
     "continuous": Scheduler,
@@ -33,7 +33,7 @@ class Executor(Protocol):
 
 @checked
 def run(
-    scheduler: BaseScheduler,
+    scheduler: Scheduler,
     executor: Executor,
     requests: Iterable[Request],
     clock: Clock,
@@ -101,12 +101,4 @@ def compare_batching(
 
 def fresh(request: Request) -> Request:
     """The same request before anything was computed of it."""
-    return Request(
-        request.request_id,
-        request.prompt_token_ids,
-        request.params,
-        eos_token_ids=request.eos_token_ids,
-        arrival_time=request.arrival_time,
-        priority=request.priority,
-        predicted_output_tokens=request.predicted_output_tokens,
-    )
+    return request.copy()

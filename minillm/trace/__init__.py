@@ -8,8 +8,8 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "chrome": ["save_chrome_trace"],
-        "events": ["BlockUse", "Preemption", "RequestRecord", "ScheduledTokens", "StepEvent", "Trace", "Why"],
-        "files": ["load_trace", "save_trace"],
+        "chrome": "save_chrome_trace",
+        "events": "BlockUse Preemption RequestRecord ScheduledTokens StepEvent Trace Why",
+        "files": "load_trace save_trace",
     },
 )

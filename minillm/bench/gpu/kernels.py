@@ -183,7 +183,7 @@ def decode_cell(session: Session, bench: KernelBench, variant: Variant, case: tu
     """One cell of the decode table."""
     backend = backend_of(session.scale, variant)
     inputs = bench.decode_inputs(case, variant.block_size)
-    return measured_decode(session, inputs, partial(backend.decode, **variant.options), backend.capturable)
+    return measured_decode(session, inputs, partial(backend.kernels.decode, **variant.options), backend.capturable)
 
 
 def measured_decode(
@@ -258,8 +258,8 @@ def prefill_cell(session: Session, bench: KernelBench, variant: Variant, case: t
     q = bench.random(num_requests * new, shape.num_attention_heads, shape.head_dim)
     arguments = (q, *bench.pool(variant.block_size), tables, starts, lengths, new)
     out = torch.full_like(q, float("nan"))
-    error = compared(backend.prefill(*arguments, out=out), reference.prefill(*arguments))
-    seconds = device_seconds(lambda: backend.prefill(*arguments, out=out), device, scale.cell_seconds)
+    error = compared(backend.kernels.prefill(*arguments, out=out), reference.prefill(*arguments))
+    seconds = device_seconds(lambda: backend.kernels.prefill(*arguments, out=out), device, scale.cell_seconds)
     flops = 4 * num_requests * causal_entries(cached, cached + new) * shape.query_size
     speed = flops / statistics.median(seconds)
     return {

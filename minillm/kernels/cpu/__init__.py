@@ -192,6 +192,10 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     """See `sampling.sample_rows`; the same ids, unless two scores are equal but for rounding. Raises KernelError."""
     check_sample_rows(logits, temperatures, seeds, draws, LIMITS)
+    return _sample_rows(logits, temperatures, seeds, draws)
+
+
+def _sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     token_ids = torch.empty(len(logits), dtype=torch.int64)
     _library(logits.dtype, *ANY_SHAPE).sample_rows(
         *(each.data_ptr() for each in (logits, temperatures, seeds, draws, token_ids)), *logits.shape, GREEDY_BELOW,
@@ -236,4 +240,5 @@ unchecked = SimpleNamespace(
     add_rms_norm=_add_rms_norm,
     silu_mul=_silu_mul,
     norm_rotate_store=_norm_rotate_store,
+    sample_rows=_sample_rows,
 )
