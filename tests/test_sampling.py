@@ -480,12 +480,12 @@ def test_what_can_be_read_once_is_read_once_and_kept():
     assert SamplingParams(stop={"a"}, stop_token_ids={3}) == SamplingParams(stop=["a"], stop_token_ids=np.array([3]))
 
 
-def test_who_reads_tokens_and_who_changes_logits():
+def test_who_changes_logits_and_who_penalizes():
     asked = [{}, {"logprobs": 1}, {"prompt_logprobs": 0}, {"min_tokens": 1}, {"logit_bias": {1: 1.0}}]
     asked += [{"presence_penalty": -1}, {"frequency_penalty": 0.5}, {"repetition_penalty": 1.1}]
-    told = [(each.reads_tokens, each.changes_logits, each.penalizes) for each in (SamplingParams(**a) for a in asked)]
-    no, changes = (False, False, False), (False, True, False)
-    assert told == [no, no, (True, False, False), changes, changes, *[(True, True, True)] * 3]
+    told = [(each.changes_logits, each.penalizes) for each in (SamplingParams(**a) for a in asked)]
+    no, changes = (False, False), (True, False)
+    assert told == [no, no, no, changes, changes, *[(True, True)] * 3]
 
 
 def test_what_nobody_asks_for_is_off():

@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from minillm.engine.request import Request
-from minillm.runtime import SchedulerOutput
+from minillm.runtime import ScheduledRequest, SchedulerOutput
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
 MOST_IN_FLIGHT = 2  # plans: one whose tokens are not known yet, and the one made meanwhile
-DECODE = (1, True, "decode", 0, (), 0)  # the rest of a part that decodes one token and needs no block
 
 
 class Recorder:
@@ -160,7 +159,7 @@ class NotedStep:
         self.step = plan.step
         self.request_ids = (*plan.decodes, *(part.request_id for part in plan.others))
         self.starts = array("I", (*plan.decodes.values(), *(part.start for part in plan.others)))
-        self.others = dict(enumerate((part[2:] for part in plan.others), start=len(plan.decodes)))
+        self.others = dict(enumerate(plan.others, start=len(plan.decodes)))
         self.row_length = plan.row_length
         self.padding_rows = tuple(plan.padding_rows)
         self.discarded = [row for row, each in enumerate(self.request_ids) if each in discarded] if discarded else ()
@@ -180,8 +179,9 @@ class NotedStep:
         What was computed for requests that had ended by then was like padding: for nothing.
         """
         for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
-            num_tokens, samples, why, first_block, block_ids, again = self.others.get(row, DECODE)
-            table, sampled = {"first_block": first_block, "block_ids": tuple(block_ids)}, int(samples)
+            part = self.others.get(row) or ScheduledRequest(request_id, start, 1, True, "decode")
+            num_tokens, why, again, sampled = part.num_tokens, part.why, part.num_recomputed, int(part.samples)
+            table = {"first_block": part.first_block, "block_ids": tuple(part.block_ids)}
             if row in self.discarded:
                 yield ScheduledTokens(request_id, start, num_tokens, "padding", 0, **table)
                 continue

@@ -64,14 +64,8 @@ class ContiguousExecutor:
         for new in plan.new_requests:
             self.rows[new.request_id] = self.cache.take(new.num_tokens_at_most)
             self.token_ids[new.request_id] = [*new.prompt_token_ids, *new.output_token_ids]
-            state = SamplingState.of(
-                new.params,
-                self.model.config.num_sampled_ids,
-                self.model.device,
-                prompt_token_ids=new.prompt_token_ids,
-                output_token_ids=new.output_token_ids,
-                ending_ids=new.ending_ids,
-            )
+            num_ids, device = self.model.config.num_sampled_ids, self.model.device
+            state = SamplingState.of(new.params, num_ids, device, **new.token_ids)
             self.states[new.request_id] = (state, len(new.prompt_token_ids))
 
     def _part(self, scheduled: ScheduledRequest) -> Part:

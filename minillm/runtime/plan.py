@@ -50,9 +50,11 @@ class NewRequest(NamedTuple):
         return len(self.prompt_token_ids) + self.params.max_tokens
 
     @property
-    def ending_ids(self) -> Sequence[int]:
-        """Eos and stop ids, which cannot be sampled before `params.min_tokens`."""
-        return (*self.params.stop_token_ids, *self.eos_token_ids)
+    def token_ids(self) -> dict[str, Sequence[int]]:
+        """What sampling must know of its tokens; `ending_ids` cannot be sampled before `params.min_tokens`."""
+        ending_ids = (*self.params.stop_token_ids, *self.eos_token_ids)
+        prompt, output = self.prompt_token_ids, self.output_token_ids
+        return {"prompt_token_ids": prompt, "output_token_ids": output, "ending_ids": ending_ids}
 
 
 class BlockMove(NamedTuple):

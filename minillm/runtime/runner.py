@@ -127,15 +127,8 @@ class Runner:
         for move in plan.block_moves:
             self.queue.run(partial(self.cache.move, move))
         for new in plan.new_requests:
-            state = SamplingState.of(
-                new.params,
-                self.model.config.num_sampled_ids,
-                self.model.device,
-                prompt_token_ids=new.prompt_token_ids,
-                output_token_ids=new.output_token_ids,
-                ending_ids=new.ending_ids,
-            )
-            self.batch.add(new, state)
+            num_ids, device = self.model.config.num_sampled_ids, self.model.device
+            self.batch.add(new, SamplingState.of(new.params, num_ids, device, **new.token_ids))
             if new.params.prompt_logprobs is not None:
                 self.prompts[new.request_id] = new.prompt_token_ids
         for part in plan.others:

@@ -82,11 +82,6 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
-    def reads_tokens(self) -> bool:
-        """True if whoever computes must know the tokens that the request has already."""
-        return self.penalizes or self.prompt_logprobs is not None
-
-    @property
     def changes_logits(self) -> bool:
         """True if something happens to the model's logits before the temperature."""
         return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0

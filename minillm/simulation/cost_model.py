@@ -44,14 +44,14 @@ class StepWork(NamedTuple):
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
         chunks = chunk_scores = chunk_keys = longest = logit_rows = 0
-        for _, start, num_tokens, samples, *_ in plan.scheduled:
-            logit_rows += samples
-            if num_tokens > 1:
+        for part in plan.scheduled:
+            logit_rows += part.samples
+            if part.num_tokens > 1:
                 chunks += 1
-                chunk_keys += start + num_tokens
-                chunk_scores += num_tokens * (start + num_tokens)
-            elif start >= longest:
-                longest = start + 1
+                chunk_keys += part.end
+                chunk_scores += part.num_tokens * part.end
+            elif part.end > longest:
+                longest = part.end
         rows = plan.num_requests
         decode_keys = (rows - chunks) * longest
         scores, keys = chunk_scores + decode_keys, chunk_keys + decode_keys
@@ -73,11 +73,11 @@ class StepWork(NamedTuple):
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
         chunks = scores = keys = logit_rows = 0
-        for _, start, num_tokens, samples, *_ in plan.scheduled:
-            logit_rows += samples
-            chunks += num_tokens > 1
-            keys += start + num_tokens
-            scores += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        for part in plan.scheduled:
+            logit_rows += part.samples
+            chunks += part.num_tokens > 1
+            keys += part.end
+            scores += part.num_tokens * part.start + part.num_tokens * (part.num_tokens + 1) // 2
         return cls(plan.num_tokens, plan.num_requests, 0, chunks, logit_rows, scores, keys)
 
 
