@@ -124,7 +124,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    modules = [module for module in TESTS if not arguments.modules or Path(module).stem in arguments.modules]
+    modules = {Path(module).stem: module for module in TESTS}
+    for name in arguments.modules:
+        if name not in modules:
+            parser.error(f"{name!r} is no module that is tried; there are: {', '.join(modules)}")
+    modules = [modules[name] for name in arguments.modules or modules]
     warm_up()
 
     for module in modules:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -668,6 +668,7 @@ def run(machine, max_examples):
     )
 
 
+MOST_ROUNDS = 4  # of examples, each with others: a rare path may be missing in one
 PATHS = {"chunk", "prefix hit", "copy", "gave way", "failed step", "length", "stop", "error", "abort", "reset"}
 PATHS_OF_DEPTH = {1: {"an id used again"}}
 PATHS_OF_DEPTH[2] = {"planned with one unread", "computed before it is known", "gave way with one unread", "discarded"}
@@ -681,8 +682,12 @@ PATHS_OF_DEPTH[2] |= {"failed with one unread", "carried out behind a failed ste
 )
 def test_the_engine_keeps_its_promises_whatever_happens(policy, depth, preemption_mode):
     seen = Counter()
-    run(machine_with(policy=policy, depth=depth, preemption_mode=preemption_mode, seen=seen), {1: 60, 2: 80}[depth])
+    machine = machine_with(policy=policy, depth=depth, preemption_mode=preemption_mode, seen=seen)
     paths = PATHS | PATHS_OF_DEPTH[depth] | ({"swap_out", "swap_in"} if preemption_mode == "swap" else set())
+    for number in range(MOST_ROUNDS):
+        run(seed(number)(machine) if number else machine, {1: 60, 2: 80}[depth])
+        if paths <= set(+seen):
+            break
     assert paths <= set(+seen), f"the machine did not get everywhere: {paths - set(+seen)}, {seen}"
 
 
