@@ -13,6 +13,9 @@ from minillm.errors import KernelError
 from minillm.kernels import cpu, dispatch, reference
 from minillm.kernels.checks import Limits
 from minillm.model.config import ModelConfig
+from minillm.model.decoder import Decoder
+from minillm.runtime.plan import RunnerOptions
+from minillm.runtime.worker import Worker
 from paged_cases import DEVICE, check_decode, check_nan_stays_with_those_who_see_it, check_prefill, check_store, paged
 
 pytest.importorskip("triton", reason="Triton is not installed; `make setup` does on Linux x86_64")
@@ -319,3 +322,14 @@ def test_flash_is_refused_for_pages_that_are_not_256():
     q, keys, values, tables = case(3)
     with pytest.raises(KernelError, match='cpu: .*take cuda; use attention_backend "triton"'):
         flash.decode(q, keys, values, tables, torch.tensor([1, 1, 1]))
+
+
+def test_a_worker_leaves_out_the_look_at_arguments_only_when_a_step_has_been_tried():
+    worker = Worker(Decoder(MODEL).requires_grad_(False), RunnerOptions("cpu", max_num_seqs=2, max_model_len=32))
+    for profiled in (False, True):
+        if profiled:
+            worker.profile()
+        worker.init_cache(num_blocks=4)
+        backend = worker.runner.backend
+        assert backend.unchecked is not worker.backend.kernels
+        assert (backend.kernels is backend.unchecked) == profiled

@@ -8,9 +8,8 @@ from operator import attrgetter
 from minillm.engine.request import Request
 from minillm.errors import check_choice, check_number
 
-RANKS: dict[
-    str, Callable[[Request], float] | None
-] = {  # policy -> what it sorts by, a finite number; None: arrival alone
+# Policy -> what it sorts by, a finite number; None: arrival alone.
+RANKS: dict[str, Callable[[Request], float] | None] = {
     "fcfs": None,
     "priority": attrgetter("priority"),
     "sjf": attrgetter("predicted_output_tokens"),

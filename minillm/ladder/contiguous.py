@@ -65,7 +65,7 @@ class ContiguousExecutor:
             self.rows[new.request_id] = self.cache.take(new.num_tokens_at_most)
             self.token_ids[new.request_id] = [*new.prompt_token_ids, *new.output_token_ids]
             num_ids, device = self.model.config.num_sampled_ids, self.model.device
-            state = SamplingState.of(new.params, num_ids, device, **new.token_ids)
+            state = SamplingState.of(new.params, num_ids, device, **new.known_tokens)
             self.states[new.request_id] = (state, len(new.prompt_token_ids))
 
     def _part(self, scheduled: ScheduledRequest) -> Part:

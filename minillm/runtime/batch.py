@@ -1,4 +1,4 @@
-"""The requests of the batch, a row each, and a step's inputs made of them: integers in one buffer, so that one copy
+"""The requests of the batch, one row each, and a step's inputs made of them: integers in one buffer, so that one copy
 brings them all to the device.
 
 The host fills the buffer through numpy views, the device reads it through tensor views at the same places. A request's

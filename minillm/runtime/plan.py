@@ -21,7 +21,7 @@ class RunnerOptions:
 
     attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton", "flash"; "auto" = the fastest that will do
     enforce_eager: bool = False  # on a GPU: no CUDA graphs, every kernel is launched from Python
-    fused_ops: bool = True  # on a GPU: neighbouring small operations run as one kernel
+    fused_ops: bool = True  # neighbouring small operations run as one kernel, where there is one
     max_num_seqs: Positive = 64  # requests that run at the same time: how large graphs and buffers are made
     max_num_batched_tokens: Positive = 512  # tokens of one step
     max_model_len: Positive = 2048  # prompt and output tokens of one request
@@ -50,7 +50,7 @@ class NewRequest(NamedTuple):
         return len(self.prompt_token_ids) + self.params.max_tokens
 
     @property
-    def token_ids(self) -> dict[str, Sequence[int]]:
+    def known_tokens(self) -> dict[str, Sequence[int]]:
         """What sampling must know of its tokens; `ending_ids` cannot be sampled before `params.min_tokens`."""
         ending_ids = (*self.params.stop_token_ids, *self.eos_token_ids)
         prompt, output = self.prompt_token_ids, self.output_token_ids

@@ -128,7 +128,7 @@ class Runner:
             self.queue.run(partial(self.cache.move, move))
         for new in plan.new_requests:
             num_ids, device = self.model.config.num_sampled_ids, self.model.device
-            self.batch.add(new, SamplingState.of(new.params, num_ids, device, **new.token_ids))
+            self.batch.add(new, SamplingState.of(new.params, num_ids, device, **new.known_tokens))
             if new.params.prompt_logprobs is not None:
                 self.prompts[new.request_id] = new.prompt_token_ids
         for part in plan.others:

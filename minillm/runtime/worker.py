@@ -45,6 +45,7 @@ class Worker:
         self.options = options
         self.backend: Backend | None = None  # from `profile` or `init_cache` on; `backend.why` says how it was picked
         self.runner: Runner | None = None  # from `init_cache` on
+        self._is_profiled = False  # kernels have taken a step like those to come
 
     @classmethod
     def load(
@@ -76,6 +77,7 @@ class Worker:
         )
         if self._records_graphs:
             activations += self._measure_graphs()
+        self._is_profiled = True
         host = available_memory()
         available, card_bytes = (host, None) if model.device.type == "cpu" else card_memory(model.device)
         return MemoryProfile(
@@ -116,7 +118,7 @@ class Worker:
         self.runner = None  # its pool goes before the new one comes
         size = (num_blocks, self.options.block_size)
         cache = CacheEngine(model.config, *size, model.dtype, model.device, num_host_blocks=num_host_blocks)
-        self.runner = self._new_runner(cache, self.options, trusted=True)
+        self.runner = self._new_runner(cache, self.options, trusted=self._is_profiled)
         return cache.num_bytes
 
     # --- what runs the steps ---
