@@ -842,9 +842,9 @@ class ForgetsWhatTheWaitingHold(Scheduler):
 
 class DecodesIntoAForkedBlock(Scheduler):
     def _fork(self, parent):
-        num_writable = parent.num_writable
+        plain_until = parent.plain_until
         super()._fork(parent)
-        parent.num_writable = num_writable
+        parent.plain_until = plain_until
 
 
 class CountsWhatWasTakenOutOfThePlan(Scheduler):

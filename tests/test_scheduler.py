@@ -354,10 +354,10 @@ def test_an_abort_while_the_step_runs_discards_its_token(kind):
     plan = scheduler.schedule()
     scheduler.abort_request("a")
     scheduler.add_request(made_request("a", 0.0, 3, 1))  # the id is free again
-    assert scheduler.update(plan, ModelOutput({"a": 1}, 0)) == []
+    assert not scheduler.update(plan, ModelOutput({"a": 1}, 0)).token_ids
     plan, updates = step(scheduler)
     assert (plan.finished_ids, sizes(plan)) == (["a"], {"a": (0, 3)})
-    assert updates[0].finish_reason == "length" and request.output_token_ids == []
+    assert updates.finish_reasons == {"a": "length"} and request.output_token_ids == []
 
 
 def test_results_of_a_static_batch_return_when_an_abort_ends_it():

@@ -17,6 +17,6 @@ __getattr__, __dir__, __all__ = hand_on(
         "prompts": "check_request",
         "queue": "SCHEDULING_POLICIES WaitingQueue",
         "request": "Request",
-        "scheduler": "RequestUpdate Scheduler SchedulerConfig",
+        "scheduler": "Scheduler SchedulerConfig StepUpdate",
     },
 )

@@ -10,7 +10,7 @@ while engine.has_unfinished_requests():
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, RequestOutput, RequestState
 from minillm.engine.prompts import EncodedPrompt, Prompt, check_request, encode_prompt
 from minillm.engine.request import Request
-from minillm.engine.scheduler import RequestUpdate, Scheduler, id_in_use
+from minillm.engine.scheduler import Scheduler, StepUpdate, id_in_use
 from minillm.errors import (
     ConfigError,
     PromptError,
@@ -298,17 +298,18 @@ class LLMEngine:
             raise
 
     def _changed(
-        self, updates: Iterable[RequestUpdate], logprobs: Mapping[str, TokenLogprobs]
+        self, updates: StepUpdate, logprobs: Mapping[str, TokenLogprobs]
     ) -> dict[RequestState, list[Completion]]:
         """Let the outputs concerned take note of their new tokens; returns those there may be something to say of."""
         changed: dict[RequestState, list[Completion]] = {}
-        for request_id, token_id, finish_reason in updates:
-            if finish_reason is None and request_id in self._silent:
+        for request_id, token_id in updates.token_ids.items():
+            ended = request_id in updates.finish_reasons
+            if request_id in self._silent and not ended:
                 continue
             state, completion = self._completions[request_id]
             completion.take(token_id, logprobs.get(request_id))
             if completion.finish_reason is not None:
-                if finish_reason is None:  # a stop string, which the scheduler cannot see
+                if not ended:  # a stop string, which the scheduler cannot see
                     self.scheduler.end_request(request_id, completion.finish_reason, completion.stop_reason)
                 self._forget(completion)
             changed.setdefault(state, []).append(completion)

@@ -81,10 +81,10 @@ class Request:
         self.num_ever_computed = 0  # as num_computed_tokens, but does not fall when a preemption loses the cache
         self.children: list[Request] = []  # the other outputs of the same prompt, if params.n > 1
         self.prefix_keys: list = []  # of its full blocks, kept by the block manager
-        self.num_writable = 0  # tokens that its own blocks have room for: no need to ask for more before
-        self.milestone = FAR  # as soon as so many tokens are computed, the scheduler has something to do
+        self.plain_until = 0  # positions before this one are decoded one per step, and need no new block
+        self.milestone = FAR  # from so many computed tokens on the scheduler has something to do; 0 after the end
         eos_token_ids = () if params.ignore_eos else self.eos_token_ids
-        self._ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
+        self.ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))  # each may end it
 
     def limit(self, most_tokens: int) -> None:
         """Without `max_tokens` the output may grow until prompt and output are so many tokens.
@@ -121,13 +121,19 @@ class Request:
         num_known = self.num_prompt_tokens + len(self.output_token_ids)
         if num_known > self.num_tokens:
             self.num_tokens = num_known
-        if num_known < self.num_tokens_at_most and token_id not in self._ending_ids:
+        if num_known < self.num_tokens_at_most and token_id not in self.ending_ids:
             return False
-        self.finish_reason, self.stop_reason = finish_reason(self.output_token_ids, self.params, self.eos_token_ids)
-        if self.finish_reason is None:
+        reason, stop_reason = finish_reason(self.output_token_ids, self.params, self.eos_token_ids)
+        if reason is None:
             return False
         self.num_tokens = num_known
+        self.end(reason, stop_reason)
         return True
+
+    def end(self, finish_reason: str, stop_reason: int | str | None = None) -> None:
+        """The request has ended, and why."""
+        self.finish_reason, self.stop_reason = finish_reason, stop_reason
+        self.milestone = 0
 
     @property
     def num_known_tokens(self) -> int:

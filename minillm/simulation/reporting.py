@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from numbers import Real
 
-from minillm.engine import RequestUpdate
+from minillm.engine import StepUpdate
 from minillm.errors import ConfigError, checked, shown
 from minillm.runtime import SchedulerOutput
 from minillm.trace import Trace
@@ -151,11 +151,9 @@ class ReportBuilder:
         """The first token of this request was before the first step."""
         self._under_way[request_id].knows_first_token = False
 
-    def add(
-        self, plan: SchedulerOutput, updates: list[RequestUpdate], left: Iterable[str], end: float, waiting: int
-    ) -> None:
+    def add(self, plan: SchedulerOutput, updates: StepUpdate, left: Iterable[str], end: float, waiting: int) -> None:
         """A step of a run without a trace: its plan, its updates, who left, when it ended, how many wait."""
-        sampled = [update.request_id for update in updates if update.token_id is not None]
+        sampled = [each for each, token_id in updates.token_ids.items() if token_id is not None]
         useful = plan.num_tokens - sum(part.num_recomputed for part in plan.scheduled)
         self.add_step(plan.start_time, end, plan.num_computed_tokens, useful, sampled, left, waiting)
 

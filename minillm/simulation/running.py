@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from minillm.engine import Request, RequestUpdate, Scheduler, SchedulerConfig
+from minillm.engine import Request, Scheduler, SchedulerConfig, StepUpdate
 from minillm.errors import check_choice, checked
 from minillm.ladder import DynamicScheduler, StaticScheduler
 from minillm.runtime import ModelOutput
@@ -20,7 +20,7 @@ BATCHING: Mapping[str, type[Scheduler]] = {
     "continuous": Scheduler,
 }
 Clock = RealClock | VirtualClock
-OnStep = Callable[[Plan, list[RequestUpdate]], None]
+OnStep = Callable[[Plan, StepUpdate], None]
 
 
 @runtime_checkable
