@@ -43,7 +43,7 @@ def test_the_path_of_a_token_on_a_cpu():
     files = files_of_generate()
     print("\n" + told("LLM.generate on a CPU", files))
     assert "runtime/runner.py" in files and "engine/block_manager.py" in files
-    assert len(files) <= 26 and sum(files.values()) <= 5_850
+    assert len(files) <= 26 and sum(files.values()) <= 5_900
     readme = " ".join((PACKAGE.parent / "README.md").read_text(encoding="utf-8").split())
     found = re.search(r"is (\d+) files of ([\d,]+) lines, which a", readme)
     assert int(found[1]) == len(files) and abs(int(found[2].replace(",", "")) - sum(files.values())) < 100

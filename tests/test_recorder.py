@@ -78,7 +78,7 @@ def test_an_id_that_looks_like_a_second_life_is_not_taken_for_one():
 
 def test_an_id_is_the_newest_life_s_while_older_records_go_and_new_again_after_all_have():
     run = Run(max_trace_steps=2)
-    recorder = run.scheduler._recorder
+    recorder = run.scheduler.recorder
     for _ in range(3):
         run.add("a", num_outputs=1)
         run.step()

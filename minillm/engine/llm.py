@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
 from minillm.engine.outputs import OutputKind, RequestOutput
-from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts, check_token_ids, encode_prompt
+from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, MiniLLMError, PromptError, SamplingParamsError, check_items, check_kind, checked
 from minillm.model import Decoder, encode_chat
-from minillm.runtime import mean_hidden_state
 from minillm.sampling import SamplingParams
 from minillm.trace import Trace
 
@@ -163,17 +162,8 @@ class LLM:
         Computed on its own, beside the engine's requests, at most `max_num_batched_tokens` tokens at once. A prompt has
         at most `max_model_len` tokens. Raises PromptError, and ConfigError if the model is in another process.
         """
-        self.engine.check_alive()
-        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in as_prompts(prompts)]
-        most = self.engine.config.max_model_len  # nothing is generated: a prompt may fill it
-        for prompt in encoded:
-            check_token_ids(self.engine.model_config, prompt.token_ids)
-            if len(prompt.token_ids) > most:
-                raise PromptError(f"the prompt has {len(prompt.token_ids)} tokens; encode takes max_model_len = {most}")
-        if self.engine.model is None:
-            raise ConfigError("encode computes in this process; make an LLM with worker='inline' for it")
-        chunk = self.engine.config.max_num_batched_tokens
-        return [mean_hidden_state(self.engine.model, prompt.token_ids, chunk) for prompt in encoded]
+        prepared = [self.engine.prepare_encode(prompt) for prompt in as_prompts(prompts)]
+        return [self.engine.encode(prompt) for prompt in prepared]
 
     # --- the end ---
 

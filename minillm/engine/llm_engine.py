@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from minillm.engine.block_manager import BlockManager
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.model_executor import ModelExecutor
 from minillm.engine.outputs import OUTPUT_KINDS, Completion, OutputKind, RequestOutput, RequestState
-from minillm.engine.prompts import EncodedPrompt, Prompt, check_request, encode_prompt
+from minillm.engine.prompts import EncodedPrompt, Prompt, check_request, check_token_ids, encode_prompt
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, StepUpdate, id_in_use
 from minillm.errors import (
@@ -36,7 +37,7 @@ from minillm.errors import (
     checked,
 )
 from minillm.model import Decoder, load_decoder, load_tokenizer, locate, read_config
-from minillm.runtime import PendingOutput, SchedulerOutput
+from minillm.runtime import PendingOutput, SchedulerOutput, mean_hidden_state
 from minillm.sampling import SamplingParams, TokenLogprobs
 from minillm.trace import Trace
 
@@ -230,6 +231,22 @@ class LLMEngine:
                     state.on_abort(output)
             return True
 
+    def prepare_encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Check a prompt that is to become a vector; see `LLM.encode`."""
+        self.check_alive()
+        prompt = encode_prompt(prompt, self.tokenizer)
+        check_token_ids(self.model_config, prompt.token_ids)
+        most = self.config.max_model_len  # nothing is generated: a prompt may fill it
+        if len(prompt.token_ids) > most:
+            raise PromptError(f"the prompt has {len(prompt.token_ids)} tokens; encode takes max_model_len = {most}")
+        if self.model is None:
+            raise ConfigError("encode computes in this process; make an LLM with worker='inline' for it")
+        return prompt
+
+    def encode(self, prepared: EncodedPrompt) -> Tensor:
+        """The vector of a prompt that `prepare_encode` has checked, [hidden]."""
+        return mean_hidden_state(self.model, prepared.token_ids, self.config.max_num_batched_tokens)
+
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; returns how many blocks became free with it."""
         return self.scheduler.reset_prefix_cache()
@@ -345,6 +362,11 @@ class LLMEngine:
         """Raises WorkerDiedError if nothing can be computed any more, after `shutdown` or the worker's end."""
         if self._dead is not None:
             raise WorkerDiedError(str(self._dead))
+
+    def check_health(self) -> None:
+        """The same, and also if the worker has ended and no step has noticed yet. From any thread."""
+        self.check_alive()
+        self.executor.check_alive()
 
 
 class HeldInterrupts:

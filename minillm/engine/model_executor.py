@@ -86,6 +86,11 @@ class ModelExecutor:
         """Carry out a plan on every worker and wait for what comes of it."""
         return self.launch(plan).result()
 
+    def check_alive(self) -> None:
+        """Raises WorkerDiedError if a worker has ended, also while nothing is computed."""
+        for worker in self.workers:
+            worker.check_alive()
+
     def shutdown(self) -> None:
         """End all workers and give their memory back. No effect the second time."""
         for worker in self.workers:

@@ -8,6 +8,7 @@ from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from minillm.engine.request import Request
 from minillm.runtime import ScheduledRequest, SchedulerOutput
@@ -30,6 +31,7 @@ class Recorder:
         self._ended: deque[tuple[int, str]] = deque()  # a record may go when so many steps are dropped
         self._never_ran: deque[str] = deque()  # ended in no step
         self._num_dropped_requests = 0
+        self._news: list[RequestRecord | NotedStep] | None = None  # since `news`; None before anybody asks
         self._trace: Trace | None = None  # as last asked for, while nothing has happened since
 
     # --- requests ---
@@ -45,6 +47,8 @@ class Recorder:
         record = RequestRecord(request_id, request.arrival_time, request.num_prompt_tokens, caller_id=named)
         self._records[request_id] = record
         self._trace = None
+        if self._news is not None:
+            self._news.append(record)
 
     def _free_id(self, caller_id: str) -> str:
         """The caller's id, or "id#n" for its n-th life."""
@@ -105,6 +109,8 @@ class Recorder:
         if isinstance(last, NotedStep) and last.request_ids == noted.request_ids:
             noted.request_ids = last.request_ids  # the same object for many steps
         self._steps.append(noted)
+        if self._news is not None:
+            self._news.append(noted)
         self._num_steps += 1
         self._drop_records()
         self._trace = None
@@ -119,6 +125,25 @@ class Recorder:
             else:
                 self._steps[-1] = replace(last, finished=finished)
             self._trace = None
+
+    def news(self) -> list["RequestRecord | NotedStep"]:
+        """What has come since this was last asked for, in its order; what nobody fetches is kept."""
+        news, self._news = self._news or [], []
+        return news
+
+    def recent(self, num_steps: int) -> Trace:
+        """As `trace`, but of the last so many steps, and with those requests that are under way or named there."""
+        first = max(0, len(self._steps) - num_steps)
+        for place in range(first, len(self._steps)):
+            if isinstance(self._steps[place], NotedStep):
+                self._steps[place] = self._steps[place].write()
+        steps = list(islice(self._steps, first, None))
+        named = {part.request_id for step in steps for part in (*step.scheduled, *step.preempted)}
+        named.update(each for step in steps for each in step.finished)
+        over = {each for _, each in self._ended}.union(self._never_ran) - named
+        records = [record for record in self._records.values() if record.request_id not in over]
+        dropped = self._num_dropped_requests + len(self._records) - len(records)
+        return Trace(records, steps, self._num_steps - len(steps), dropped)
 
     @property
     def trace(self) -> Trace:
@@ -168,6 +193,13 @@ class NotedStep:
         if names:
             for field in ("request_ids", "padding_rows", "finished"):
                 setattr(self, field, tuple([names.get(each, each) for each in getattr(self, field)]))
+
+    def computed(self) -> Iterator[tuple[str, int, bool]]:
+        """Who took part, by the trace's ids: up to which position, and whether a token came of it. No padding."""
+        for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
+            if row not in self.discarded:
+                part = self.others.get(row)
+                yield (request_id, start + 1, True) if part is None else (request_id, part.end, part.samples)
 
     def write(self) -> StepEvent:
         """The step as the trace has it."""

@@ -20,6 +20,11 @@ GIVEN = (
 FAR = sys.maxsize  # a milestone that is never reached
 
 
+def output_id(request_id: str, index: int) -> str:
+    """What the scheduler calls the request that makes the output `index` of a prompt: "a", "a.1", "a.2", ..."""
+    return f"{request_id}.{index}" if index else request_id
+
+
 class Request:
     """Prompt, output so far, and how far both have been computed.
 

@@ -33,12 +33,21 @@ from minillm.costs import blocks_needed
 from minillm.engine.block_manager import BlockManager, Growth
 from minillm.engine.queue import SCHEDULING_POLICIES, WaitingQueue
 from minillm.engine.recorder import MOST_IN_FLIGHT, Recorder
-from minillm.engine.request import Request
-from minillm.errors import ConfigError, Positive, PromptError, check_choice, check_fields, check_number, checked
+from minillm.engine.request import Request, output_id
+from minillm.errors import (
+    ConfigError,
+    Positive,
+    PromptError,
+    check_choice,
+    check_fields,
+    check_number,
+    checked,
+)
 from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput
 from minillm.trace import Preemption, Trace
 
 PREEMPTION_MODES = ("recompute", "swap")
+ADMISSIONS = ("continuous", "static")  # what `Scheduler.batching` may be
 
 
 class StepOrderError(AssertionError):
@@ -145,7 +154,9 @@ class Scheduler:
         check_choice("preemption_mode", preemption_mode, PREEMPTION_MODES)
         check_number("watermark", watermark, "a share of the pool, in [0, 1)", lambda share: 0 <= share < 1)
         check_choice("depth", depth, tuple(range(1, MOST_IN_FLIGHT + 1)))
-        self.config = config
+        self.config = config  # may be replaced between two steps; who runs already runs on, whatever the new limits
+        self.batching = "continuous"  # or "static", see `_may_join`
+        self._batch_is_open = True  # when static: the batch may still be joined
         self.clock = seconds_from_now() if clock is None else clock
         self.depth = depth
         self.is_paged = block_manager is not None
@@ -165,7 +176,7 @@ class Scheduler:
         ] = []  # left the batch with a result, since the last update, when another aborted
         self._preemptions: list[Preemption] = []  # in the plan being made, or whose results are taken in
         self._untraced_preemptions: list[Preemption] = []  # in plans that failed: the next event tells of them
-        self._recorder = Recorder(max_trace_steps) if trace else None
+        self.recorder = Recorder(max_trace_steps) if trace else None
         self._host_time_at_zero = host_time_at_zero(self.clock)
         self._last_traced_end = -math.inf  # of the step before
         self._next_step = 0
@@ -175,11 +186,16 @@ class Scheduler:
         """The log so far, which does not grow afterwards; None if none is kept. Events are made when somebody looks: a
         running engine has no time to.
         """
-        return None if self._recorder is None else self._recorder.trace
+        return None if self.recorder is None else self.recorder.trace
 
     def has_unfinished_requests(self) -> bool:
         """True while anything waits or runs."""
         return bool(self._unfinished)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have arrived and not ended, each further output of a prompt as one."""
+        return len(self._unfinished)
 
     def num_waiting(self) -> int:
         """Requests that have arrived and do not run."""
@@ -204,8 +220,8 @@ class Scheduler:
             self.check(each)
         for each in family:
             self._unfinished[each.request_id] = each
-            if self._recorder is not None:
-                self._recorder.arrive(each, self._next_step)
+            if self.recorder is not None:
+                self.recorder.arrive(each, self._next_step)
         self.waiting.push(request)
 
     def check(self, request: Request) -> None:
@@ -252,8 +268,8 @@ class Scheduler:
                 if self._unfinished.get(child.request_id) is child:  # else it has ended, and its id is free
                     self.end_request(child.request_id, "abort")
             return True
-        if self._recorder is not None and (left or finish_reason == "stop"):
-            self._recorder.end_late(request_id)  # its last token came before somebody saw what it meant
+        if self.recorder is not None and (left or finish_reason == "stop"):
+            self.recorder.end_late(request_id)  # its last token came before somebody saw what it meant
         self._release_children(request)
         return True
 
@@ -269,9 +285,9 @@ class Scheduler:
     def _give_back(self, request: Request) -> None:
         self.block_manager.free(request)
         self._forked.pop(request.request_id, None)
-        if self._recorder is not None:
+        if self.recorder is not None:
             ran = request.num_computed_tokens > 0 or request.num_ever_computed > 0 or request.num_preemptions > 0
-            self._recorder.end(request.request_id, ran)
+            self.recorder.end(request.request_id, ran)
 
     # --- the plan ---
 
@@ -299,9 +315,19 @@ class Scheduler:
         """Running requests first, then, unless one had to be preempted, new ones."""
         for request in self._add_plain_decodes(plan):
             if request.request_id in self.running:  # else it has been preempted
-                self._add(plan, request, self.config.max_num_batched_tokens - plan.num_tokens)
-        if not self._preemptions:
+                self._add(plan, request, max(0, self.config.max_num_batched_tokens - plan.num_tokens))
+        if not self._preemptions and (self.batching == "continuous" or self._may_join()):
             self._admit_waiting(plan)
+            self._batch_is_open = plan.num_tokens >= self.config.max_num_batched_tokens  # it was cut by the budget
+
+    def _may_join(self) -> bool:
+        """Static batching: nobody, while one of the batch runs; places of those who have ended stay empty until then.
+
+        A batch that the budget has cut goes on to fill in the next step. Unlike the static batches of chapter 5 these
+        compute no padding, and each request leaves with its own last token.
+        """
+        self._batch_is_open = self._batch_is_open or not self.running
+        return self._batch_is_open
 
     def _add_plain_decodes(self, plan: SchedulerOutput) -> list[Request]:
         """Plan one token for every running request that needs no more than that: no new block, no end of a prompt.
@@ -434,7 +460,7 @@ class Scheduler:
             mode, request.plain_until = "swap", 0
         request.num_preemptions += 1
         plan.preempted_ids.append(request.request_id)
-        traced_id = request.request_id if self._recorder is None else self._recorder.name(request.request_id)
+        traced_id = request.request_id if self.recorder is None else self.recorder.name(request.request_id)
         self._preemptions.append(Preemption(traced_id, mode, num_tokens))
         self.waiting.push(request)
 
@@ -495,7 +521,7 @@ class Scheduler:
         self.just_left = self._freed_by_abort + (self._leave(ended) if ended else [])
         self._freed_by_abort = []
         self._in_flight.popleft()
-        if self._recorder is not None:
+        if self.recorder is not None:
             self._note_step(plan, output, discarded)
         return StepUpdate(token_ids, finish_reasons)
 
@@ -618,7 +644,7 @@ class Scheduler:
             fields["copied_blocks"] = tuple(copies)
             fields["blocks"] = self.block_manager.usage
         self._untraced_preemptions = []
-        self._recorder.note(plan, discarded, self.just_left, fields)
+        self.recorder.note(plan, discarded, self.just_left, fields)
 
 
 def rows_of(config: SchedulerConfig) -> BlockManager:
@@ -632,7 +658,7 @@ def children_of(request: Request) -> list[Request]:
     for i in range(1, request.params.n):
         seed = None if request.params.seed is None else request.params.seed + i
         params = replace(request.params, n=1, seed=seed, prompt_logprobs=None)
-        children.append(request.copy(request_id=f"{request.request_id}.{i}", params=params))
+        children.append(request.copy(request_id=output_id(request.request_id, i), params=params))
     return children
 
 

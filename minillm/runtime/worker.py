@@ -150,6 +150,9 @@ class Worker:
         """Carry out the plan of one step and wait for what comes of it."""
         return self.launch(plan).result()
 
+    def check_alive(self) -> None:
+        """It lives as long as this process."""
+
     def shutdown(self) -> None:
         """Give the memory of pool and graphs back; on a GPU to whoever wants it there."""
         self.runner = None

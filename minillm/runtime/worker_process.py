@@ -143,6 +143,11 @@ class ProcessWorker:
             content = self._connection.recv_bytes()
             self._unanswered.popleft().content = messages.decode(content)
 
+    def check_alive(self) -> None:
+        """Raises WorkerDiedError if the process has ended, though no call has noticed. From any thread."""
+        if self._process.poll() is not None:
+            raise WorkerDiedError(f"the worker process {self.pid} {self._how_it_ended()}; start a new engine")
+
     def _check_alive(self) -> None:
         if not self._end.alive:
             raise WorkerDiedError(f"the worker process {self.pid} {self._how_it_ended()}; start a new engine")

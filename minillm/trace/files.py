@@ -30,8 +30,8 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path`; returns the path. Raises TraceFileError for a time that is not finite."""
     dropped = {name: getattr(trace, name) for name in DROPPED if getattr(trace, name)}
     lines = [{"format": FORMAT, "version": VERSION, **dropped}]
-    lines += [{"request": _record(request)} for request in trace.requests]
-    lines += [{"step": _record(step)} for step in trace.steps]
+    lines += [{"request": record_of(request)} for request in trace.requests]
+    lines += [{"step": record_of(step)} for step in trace.steps]
     try:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     except ValueError as error:
@@ -39,11 +39,11 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
     return write_text(path, text, error=TraceFileError)
 
 
-def _record(record) -> dict:
-    """The fields of a dataclass that are not at their default."""
+def record_of(event: RequestRecord | StepEvent) -> dict:
+    """What a line says of an event: the fields that are not at their default, as JSON has them."""
     values = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
+    for field in fields(event):
+        value = getattr(event, field.name)
         if field.default is MISSING or value != field.default:
             values[field.name] = _json(value)
     return values
@@ -52,7 +52,7 @@ def _record(record) -> dict:
 def _json(value):
     """A field's value as JSON has it: a dataclass as an object, a tuple as a list."""
     if is_dataclass(value):
-        return _record(value)
+        return record_of(value)
     return [_json(each) for each in value] if isinstance(value, tuple) else value
 
 

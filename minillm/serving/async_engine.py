@@ -1,0 +1,631 @@
+"""One engine, many coroutines: the engine computes on a thread of its own, which alone touches it; coroutines send it
+what they want, and each reads the outputs of its request.
+
+    async_engine = AsyncEngine(LLMEngine("storyteller"))
+    async for output in async_engine.generate("a", "Once upon a time", SamplingParams(max_tokens=20)):
+        print(output.outputs[0].text, end="")
+
+    event loop   |generate|..........|read a, b|......|read a, b|
+                      | wish     outputs ^        outputs ^
+    engine       |....|add|--- step 1 ---|--- step 2 ---|--- step 3
+
+Between two steps the thread does what was wished for, in order of arrival. After a step all its outputs go to the event
+loop in one call: waking the loop once for each of 64 requests would take longer than the step.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from minillm.costs import MemoryLedger
+from minillm.engine import (
+    ADMISSIONS,
+    EngineConfig,
+    LLMEngine,
+    NotedStep,
+    OutputKind,
+    Prompt,
+    RequestOutput,
+    encode_prompt,
+    output_id,
+)
+from minillm.errors import (
+    ConfigError,
+    Count,
+    MiniLLMError,
+    Positive,
+    WorkerDiedError,
+    check_choice,
+    check_flag,
+    check_whole,
+    checked,
+)
+from minillm.model import ModelConfig
+from minillm.sampling import SamplingParams
+from minillm.trace import RequestRecord, record_of
+
+log = logging.getLogger(__name__)
+LONG_TEXT = 2_000  # characters; longer prompts become tokens on a thread of the pool, so that no step waits for them
+MOST_FAILED_STEPS = 3  # one after the other, before the requests concerned are given up
+MOST_SINGLE_STEPS = 1_000  # of a paused engine, asked for at once
+KEPT_STEPS = 200  # that a subscriber is told of when it comes; making events of 10,000 would halt the engine
+MOST_UNREAD_NEWS = 2_000  # steps that a subscriber may lag behind
+PACE_SECONDS = 10.0  # over which it is measured how fast requests end
+LOOK_EVERY = 0.01  # seconds between looks whether all has ended, while draining
+
+
+class QueueFullError(MiniLLMError):
+    """As many requests wait as may; `retry_after` (seconds, whole) is when there should be room again."""
+
+    def __init__(self, message: str, retry_after: int = 1):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DrainingError(RuntimeError):
+    """The engine ends what it has begun and takes nothing new."""
+
+
+class SlowReaderError(RuntimeError):
+    """A reader left so many outputs unread that its request was ended."""
+
+
+class StepFailedError(RuntimeError):
+    """The model failed in several steps one after the other; the requests that were under way have ended."""
+
+
+class AsyncEngine:
+    """An `LLMEngine` for coroutines. It takes the engine over: nobody else may call it from now on."""
+
+    @checked
+    def __init__(
+        self,
+        engine: LLMEngine,
+        *,
+        max_queue: Count = 256,
+        max_unread: Positive = 1024,
+        metrics=None,
+        model_name: str = "storyteller",
+    ):
+        """`max_queue`: requests that may wait beside the `max_num_seqs` that can run. `max_unread`: outputs of a
+        request that may be unread before it is ended. `metrics` hears of every step and output (see `Metrics`).
+
+        Raises ConfigError for an engine that keeps no trace: metrics and page are made from it.
+        """
+        if not engine.config.trace:
+            raise ConfigError("trace is False; a served engine needs it for metrics, and keeps max_trace_steps at most")
+        self._engine = engine
+        self.max_queue, self.max_unread = max_queue, max_unread
+        self.metrics, self.model_name = metrics, model_name
+        self._wishes: SimpleQueue[tuple[Callable[[], None], Reply | None]] = SimpleQueue()
+        self._lock = threading.Lock()  # so that no wish is made after the last look at them
+        self._ended: WorkerDiedError | None = None  # why no wish is heard any more
+        self._draining = False
+        # What follows is the engine's thread's alone.
+        self._readers: dict[str, Inbox] = {}
+        self._subscribers: dict[Inbox, None] = {}
+        self._to_tell: dict[asyncio.AbstractEventLoop, list[tuple[Reply, Any]]] = {}
+        self._paused, self._steps_allowed = False, 0
+        self._num_failed_steps = 0
+        self._last_step: int | None = None
+        self._stop = False
+        self._ends: deque[float] = deque(maxlen=256)  # when the last requests ended
+        self._recorder = engine.scheduler.recorder
+        self._recorder.news()  # from now on it keeps them
+        self._thread = threading.Thread(target=self._run, name="minillm-engine", daemon=True)
+        self._thread.start()
+
+    # --- what is known of it; from any thread ---
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's own; None with `skip_tokenizer_init`."""
+        return self._engine.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        """As it was started; `control` tells the limits of now."""
+        return self._engine.config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape."""
+        return self._engine.model_config
+
+    @property
+    def ledger(self) -> MemoryLedger:
+        """Where the memory went."""
+        return self._engine.ledger
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels compute, and why."""
+        return self._engine.executor.why
+
+    def clock(self) -> float:
+        """Seconds since the engine was made, as in the trace."""
+        return self._engine.scheduler.clock()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that take part in steps."""
+        return len(self._engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have been taken and do not run."""
+        return self._engine.scheduler.num_waiting()
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the pool's blocks that are in a block table."""
+        usage = self._engine.scheduler.block_manager.usage
+        return usage.used / (usage.total - usage.null)
+
+    # --- requests; on an event loop ---
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        output_kind: OutputKind = "delta",
+    ) -> AsyncIterator[RequestOutput]:
+        """What `LLMEngine.step` tells of a request, until it is finished; arguments as of `LLMEngine.add_request`.
+
+        Outputs that nobody fetched in time come as one. Closing the iterator, or cancelling who waits for it, ends the
+        request with all its outputs before the next step. The first output brings, before anything is allocated, the
+        errors of `add_request`, QueueFullError and DrainingError; any may bring WorkerDiedError, SlowReaderError and
+        StepFailedError. If the request is aborted, the last output has the finish reason "abort".
+        """
+        arrival_time = self.clock()
+        self._check_open()
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        if isinstance(text, str) and len(text) > LONG_TEXT:
+            prompt = await asyncio.to_thread(encode_prompt, prompt, self.tokenizer)
+        inbox = Inbox(self.max_unread, merge=output_kind == "delta")
+        inbox.on_slow = partial(self._wish_if_open, partial(self._abandon, request_id, inbox))
+        self._wish(partial(self._add, inbox, (request_id, prompt, params, priority), output_kind, arrival_time), inbox)
+        try:
+            while True:
+                output = await inbox.get()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            inbox.closed = True
+            if not inbox.is_over:
+                self._wish_if_open(partial(self._abandon, request_id, inbox))
+
+    async def encode(self, prompt: Prompt) -> Tensor:
+        """One vector for a prompt, see `LLM.encode`; between two steps, which wait for it.
+
+        Raises PromptError, ConfigError if the model is in another process, DrainingError, WorkerDiedError.
+        """
+        self._check_open()
+        prepared = await asyncio.to_thread(self._engine.prepare_encode, prompt)
+        return await self._ask(lambda: self._engine.encode(prepared))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request: its reader is told so. False if there is none of this id."""
+        return await self._ask(lambda: self._engine.abort_request(request_id))
+
+    async def check_health(self) -> None:
+        """Raises WorkerDiedError if nothing can be computed any more, DrainingError if nothing new is taken."""
+        if self._ended is not None:
+            raise WorkerDiedError(str(self._ended))
+        self._engine.check_health()
+        self._check_draining()
+
+    # --- what a class and an operator do with the engine as a whole ---
+
+    async def control(
+        self,
+        *,
+        paused: bool | None = None,
+        step: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        batching: str | None = None,
+    ) -> dict:
+        """Change how the engine goes on, between two steps; returns how it does, as the "config" of `subscribe`.
+
+        `paused` halts it, `step` lets a halted one compute so many steps more. The limits may be lower than those it
+        was started with; who runs already runs on, so that they hold once enough have ended. `batching` "static" lets
+        nobody join a batch before its last request has ended. Raises ConfigError, and then nothing has changed.
+        """
+
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        limits = {name: value for name, value in limits.items() if value is not None}
+
+        def change() -> dict:
+            for name, value in limits.items():
+                check_whole(name, value, 1, getattr(self.config, name), hint="what the engine was started with")
+            if batching is not None:
+                check_choice("batching", batching, ADMISSIONS)
+            if paused is not None:
+                check_flag("paused", paused)
+            if step is not None:
+                check_whole("step", step, 1, MOST_SINGLE_STEPS)
+            scheduler, before = self._engine.scheduler, self._state()
+            scheduler.config = replace(scheduler.config, **limits)
+            scheduler.batching = batching or scheduler.batching
+            if paused is not None and paused != self._paused:
+                self._paused, self._steps_allowed = paused, 0
+            if step is not None and self._paused:
+                self._steps_allowed += step
+            if self._state() != before:
+                self._publish([{"config": self._state()}])
+            return self._state()
+
+        return await self._ask(change)
+
+    async def subscribe(self) -> AsyncIterator[dict]:
+        """What happens, as it does: {"config": …} at first and after a change, {"request": …} and {"step": …} as in a
+        file of the trace, beginning with the last KEPT_STEPS, and {"tokens": {"request_id", "step", "texts"}} of
+        requests whose outputs are "delta". Raises SlowReaderError for one who lags behind.
+        """
+        inbox = Inbox(MOST_UNREAD_NEWS)
+        inbox.on_slow = partial(self._wish_if_open, partial(self._subscribers.pop, inbox, None))
+        self._wish(partial(self._follow, inbox), inbox)
+        try:
+            while True:
+                for record in await inbox.get():
+                    yield record
+        finally:
+            inbox.closed = True
+            self._wish_if_open(partial(self._subscribers.pop, inbox, None))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, and return when all have ended; those that have not after `timeout_s` are aborted."""
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        try:
+            await self._ask(self._go_on)
+            while self._readers and time.monotonic() < deadline:
+                await asyncio.sleep(LOOK_EVERY)
+            await self._ask(self._abort_all)
+        except WorkerDiedError:
+            return  # with the worker all requests have ended
+
+    def shutdown(self) -> None:
+        """End every request, the thread, and the engine. No effect the second time."""
+
+        def stop() -> None:
+            self._stop = True
+
+        self._wish_if_open(stop)
+        self._thread.join()
+
+    # --- wishes: from any thread to the engine's ---
+
+    def _wish(self, what: Callable[[], None], reply: "Reply | None" = None) -> None:
+        """Have something done between two steps. Raises WorkerDiedError if nobody would."""
+        with self._lock:
+            if self._ended is not None:
+                raise WorkerDiedError(str(self._ended))
+            self._wishes.put((what, reply))
+
+    def _wish_if_open(self, what: Callable[[], None]) -> None:
+        try:
+            self._wish(what)
+        except WorkerDiedError:
+            return
+
+    async def _ask(self, function: Callable[[], Any]) -> Any:
+        """What the function returns or raises, called between two steps."""
+        answer = Answer()
+        self._wish(lambda: self._tell(answer, function()), answer)
+        return await answer.future
+
+    def _check_open(self) -> None:
+        self._engine.check_alive()
+        self._check_draining()
+        scheduler = self._engine.scheduler
+        most = self.max_queue + scheduler.config.max_num_seqs
+        num_requests = scheduler.num_unfinished
+        if num_requests >= most:
+            retry_after = self._seconds_until_room(num_requests)
+            raise QueueFullError(
+                f"{num_requests} requests run or wait, {most} may (max_num_seqs {scheduler.config.max_num_seqs} + "
+                f"max_queue {self.max_queue}); try again in {retry_after} s",
+                retry_after,
+            )
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise DrainingError("the server is shutting down and takes no new requests; send it to another")
+
+    def _seconds_until_room(self, num_requests: int) -> int:
+        """When half of those before will have ended, at the pace of the last seconds; 1 to 60."""
+        now = time.monotonic()
+        recent = sum(now - end < PACE_SECONDS for end in list(self._ends))
+        return min(60, max(1, math.ceil(num_requests / 2 * PACE_SECONDS / max(1, recent))))
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        reason = WorkerDiedError("the engine has been shut down; start a new one")
+        try:
+            while not self._stop:
+                self._do_wishes()
+                if self._may_step():
+                    self._step()
+                self._note_news()
+                self._hand_over()
+        except BaseException as error:  # a bug of ours: nobody may wait for ever
+            log.exception("the engine's thread has failed")
+            reason = WorkerDiedError(
+                f"the engine's thread has failed ({type(error).__name__}: {error}); start it again"
+            )
+        with self._lock:
+            self._ended = reason
+        while not self._wishes.empty():
+            _, reply = self._wishes.get()
+            if reply is not None:
+                self._tell(reply, WorkerDiedError(str(reason)))
+        self._fail_all(reason)
+        for inbox in self._subscribers:
+            self._tell(inbox, WorkerDiedError(str(reason)))
+        self._hand_over()
+        self._engine.shutdown()
+
+    def _may_step(self) -> bool:
+        if self._stop or not self._has_work():
+            return False
+        if self._paused:
+            self._steps_allowed -= 1
+        return True
+
+    def _has_work(self) -> bool:
+        return self._engine.has_unfinished_requests() and (not self._paused or self._steps_allowed > 0)
+
+    def _do_wishes(self) -> None:
+        """All that have been made; without work to do, wait for the next."""
+        must_wait = not self._has_work()
+        while True:
+            try:
+                what, reply = self._wishes.get(must_wait)
+            except Empty:
+                return
+            must_wait = False
+            try:
+                what()
+            except Exception as error:
+                if reply is None:
+                    raise
+                self._tell(reply, error)
+
+    def _add(self, inbox: "Inbox", request: tuple, output_kind: OutputKind, arrival_time: float) -> None:
+        if inbox.closed:
+            return
+        self._check_open()
+        prepared = self._engine.prepare(*request)
+        self._engine.add(prepared, output_kind, arrival_time, on_abort=self._take_aborted)
+        self._readers[request[0]] = inbox
+
+    def _abandon(self, request_id: str, inbox: "Inbox") -> None:
+        """Nobody reads this request any more. Its id may be somebody else's by now."""
+        if self._readers.get(request_id) is inbox:
+            self._engine.abort_request(request_id)
+
+    def _go_on(self) -> None:
+        self._paused = False
+
+    def _abort_all(self) -> None:
+        for request_id in list(self._readers):
+            self._engine.abort_request(request_id)
+
+    def _step(self) -> None:
+        try:
+            outputs = self._engine.step()
+        except WorkerDiedError as error:
+            log.error("%s", error)
+            self._fail_all(error)
+            return
+        except Exception as error:
+            self._step_has_failed(error)
+            return
+        self._num_failed_steps = 0
+        self._note_news()
+        if self._subscribers:
+            self._publish([{"tokens": each} for output in outputs for each in self._texts(output)])
+        for output in outputs:
+            self._take(output)
+
+    def _step_has_failed(self, error: Exception) -> None:
+        """Nothing of the step has happened, and the next tries again; but not for ever."""
+        self._num_failed_steps += 1
+        log.error("step failed (%d of %d in a row)", self._num_failed_steps, MOST_FAILED_STEPS, exc_info=error)
+        if self._num_failed_steps < MOST_FAILED_STEPS:
+            return
+        self._num_failed_steps = 0
+        readers, self._readers = self._readers, {}
+        for request_id, inbox in readers.items():
+            self._tell(inbox, StepFailedError(f"the model failed {MOST_FAILED_STEPS} times: {error}"))
+            self._engine.abort_request(request_id)
+
+    def _note_news(self) -> None:
+        """What the trace has got goes to the metrics and to subscribers."""
+        news = self._recorder.news()
+        if self.metrics is not None:
+            self.metrics.take_news(news)
+        for each in news:
+            if isinstance(each, NotedStep):
+                self._last_step = each.step
+        if self._subscribers:
+            self._publish([_line(each) for each in news])
+
+    def _take_aborted(self, output: RequestOutput) -> None:
+        self._note_news()  # the metrics may not have heard of its arrival
+        self._take(output)
+
+    def _take(self, output: RequestOutput) -> None:
+        """An output goes to its reader, and to the metrics."""
+        inbox = self._readers.get(output.request_id)
+        if self.metrics is not None and inbox is not None:
+            self.metrics.take_output(output, self._recorder.name, is_delta=inbox.merge)
+        if output.finished:
+            self._ends.append(time.monotonic())
+            self._readers.pop(output.request_id, None)
+        if inbox is not None:
+            self._tell(inbox, output)
+
+    def _fail_all(self, error: Exception) -> None:
+        readers, self._readers = self._readers, {}
+        for inbox in readers.values():
+            self._tell(inbox, type(error)(str(error)))
+
+    def _tell(self, reply: "Reply", what: Any) -> None:
+        self._to_tell.setdefault(reply.loop, []).append((reply, what))
+
+    def _hand_over(self) -> None:
+        """Everything there is to tell, in one call for each event loop."""
+        told, self._to_tell = self._to_tell, {}
+        for loop, items in told.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, items)
+            except RuntimeError:  # the loop is closed, and who read there is gone
+                gone = {reply for reply, _ in items}
+                for request_id in [each for each, inbox in self._readers.items() if inbox in gone]:
+                    self._engine.abort_request(request_id)
+                for inbox in gone:
+                    self._subscribers.pop(inbox, None)
+
+    # --- what subscribers hear ---
+
+    def _state(self) -> dict:
+        scheduler, config = self._engine.scheduler, self._engine.config
+        return {
+            "model": self.model_name,
+            "max_num_seqs": scheduler.config.max_num_seqs,
+            "max_num_batched_tokens": scheduler.config.max_num_batched_tokens,
+            "most_num_seqs": config.max_num_seqs,
+            "most_num_batched_tokens": config.max_num_batched_tokens,
+            "block_size": config.block_size,
+            "num_blocks": self._engine.ledger.num_blocks,
+            "batching": scheduler.batching,
+            "paused": self._paused,
+            "scheduling_policy": config.scheduling_policy,
+            "preemption_mode": config.preemption_mode,
+        }
+
+    def _follow(self, inbox: "Inbox") -> None:
+        trace = self._recorder.recent(KEPT_STEPS)
+        records = [{"config": self._state()}]
+        records += [{"request": record_of(request)} for request in trace.requests]
+        records += [{"step": record_of(step)} for step in trace.steps]
+        self._subscribers[inbox] = None
+        self._tell(inbox, records)
+
+    def _texts(self, output: RequestOutput) -> Iterator[dict]:
+        """What a step brought of a request, if it is told token by token."""
+        inbox = self._readers.get(output.request_id)
+        for part in output.outputs if inbox is not None and inbox.merge else ():
+            name = self._recorder.name(output_id(output.request_id, part.index))
+            yield {"request_id": name, "step": self._last_step, "texts": [part.text]}
+
+    def _publish(self, records: list[dict]) -> None:
+        for inbox in self._subscribers if records else ():
+            self._tell(inbox, records)
+
+
+def _line(event: RequestRecord | NotedStep) -> dict:
+    """As in a file of the trace."""
+    if isinstance(event, NotedStep):
+        return {"step": record_of(event.write())}
+    return {"request": record_of(event)}
+
+
+# --- on the event loop -----------------------------------------------------------------------------------------------
+
+
+def _deliver(items: list[tuple["Reply", Any]]) -> None:
+    for reply, what in items:
+        reply.take(what)
+
+
+class Answer:
+    """One result, for one coroutine of this event loop."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self.future = self.loop.create_future()
+
+    def take(self, what: Any) -> None:
+        if self.future.done():  # who asked was cancelled
+            return
+        if isinstance(what, Exception):
+            self.future.set_exception(what)
+        else:
+            self.future.set_result(what)
+
+
+class Inbox:
+    """What a coroutine of this event loop has not read yet: at most `most`, then SlowReaderError takes their place."""
+
+    def __init__(self, most: int, merge: bool = False):
+        self.loop = asyncio.get_running_loop()
+        self.most, self.merge = most, merge
+        self.closed = False  # nobody reads any more
+        self.is_over = False  # nothing more will come
+        self.on_slow: Callable[[], None] | None = None
+        self._items: deque = deque()
+        self._waiter: asyncio.Future | None = None
+
+    def take(self, what: Any) -> None:
+        if self.closed or self.is_over:
+            return
+        if len(self._items) >= self.most:
+            self._items.clear()
+            what = SlowReaderError(f"{self.most} outputs were left unread; read faster, or ask for no stream")
+            self.on_slow()
+        self.is_over = isinstance(what, Exception) or (isinstance(what, RequestOutput) and what.finished)
+        self._items.append(what)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Any:
+        """The next item; deltas that have come meanwhile as one. Raises an item that is an exception."""
+        while not self._items:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        self._waiter = None
+        what = self._items.popleft()
+        while self.merge and self._items and isinstance(self._items[0], RequestOutput):
+            what = merged(what, self._items.popleft())
+        if isinstance(what, Exception):
+            raise what
+        return what
+
+
+Reply = Answer | Inbox
+
+
+def merged(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Two deltas of a request, one behind the other, as one."""
+    parts = {part.index: part for part in first.outputs}
+    for new in second.outputs:
+        part = parts.setdefault(new.index, new)
+        if part is not new:
+            new.text = None if new.text is None else part.text + new.text
+            new.token_ids = part.token_ids + new.token_ids
+            new.logprobs = None if new.logprobs is None else part.logprobs + new.logprobs
+            parts[new.index] = new
+    second.outputs = list(parts.values())
+    if second.prompt_logprobs is None:
+        second.prompt_logprobs = first.prompt_logprobs
+    return second
