@@ -1,4 +1,4 @@
-"""`minillm trace FILE`: draws the trace of any run in the terminal, and on request as a figure or for Perfetto."""
+"""`minillm trace FILE`: draws the trace of any run in the terminal; on request as a figure, a page, or for Perfetto."""
 
 import argparse
 from collections import Counter
@@ -19,16 +19,18 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the timeline as a figure")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the same as pixels")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a file that plays the whole run in a browser")
     parser.add_argument("--chrome", type=Path, metavar="FILE", help="write the whole trace for ui.perfetto.dev")
 
 
 def run_trace(arguments: argparse.Namespace) -> int:
     """Print the timeline and the run's figures; write what was asked for."""
+    from minillm.player import save_html
     from minillm.simulation import report
     from minillm.trace import load_trace, save_chrome_trace
     from minillm.viz import Timeline
 
-    check_options(arguments, at_least_one=("requests",), files=("svg", "png", "chrome"))
+    check_options(arguments, at_least_one=("requests",), files=("svg", "png", "html", "chrome"))
     trace = load_trace(arguments.file)
     picture = Timeline(beginning(trace, arguments.requests), arguments.unit)
     print(picture.text())
@@ -39,6 +41,8 @@ def run_trace(arguments: argparse.Namespace) -> int:
         if path is not None:
             path.write_bytes(form())
             print(f"wrote {path}")
+    if arguments.html is not None:
+        print(f"wrote {save_html(trace, arguments.html, title=arguments.file.name)}; open it in a browser")
     if arguments.chrome is not None:
         print(f"wrote {save_chrome_trace(trace, arguments.chrome)}; open it in https://ui.perfetto.dev")
     return 0

@@ -28,15 +28,19 @@ class TraceFileError(MiniLLMError):
 @checked(error=TraceFileError)
 def save_trace(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path`; returns the path. Raises TraceFileError for a time that is not finite."""
+    return write_text(path, "".join(line + "\n" for line in trace_lines(trace)), error=TraceFileError)
+
+
+def trace_lines(trace: Trace) -> list[str]:
+    """The lines of a trace's file. Raises TraceFileError for a time that is not finite."""
     dropped = {name: getattr(trace, name) for name in DROPPED if getattr(trace, name)}
     lines = [{"format": FORMAT, "version": VERSION, **dropped}]
     lines += [{"request": record_of(request)} for request in trace.requests]
     lines += [{"step": record_of(step)} for step in trace.steps]
     try:
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        return [json.dumps(line, allow_nan=False) for line in lines]
     except ValueError as error:
-        raise TraceFileError(f"cannot write the trace to {path}: a time in it is not finite") from error
-    return write_text(path, text, error=TraceFileError)
+        raise TraceFileError("cannot write the trace as JSON: a time in it is not finite") from error
 
 
 def record_of(event: RequestRecord | StepEvent) -> dict:
