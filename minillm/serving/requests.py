@@ -1,0 +1,139 @@
+"""From what a client asks to what the engine takes: prompts as token ids, and SamplingParams."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm.errors import MiniLLMError, PromptError
+from minillm.model import encode, encode_chat
+from minillm.sampling import SamplingParams
+from minillm.serving.http_errors import APIError, from_engine
+from minillm.serving.protocol import ChatRequest, CompletionRequest, Conversation, Message, Prompts, SamplingRequest
+
+LONG = 2_000  # characters or tokens; more is turned into the other in a thread
+SAME = [field.name for field in fields(SamplingParams) if field.name in SamplingRequest.model_fields]
+TEMPLATES_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "kwargs"}
+
+
+async def prompts_of(request: CompletionRequest | ChatRequest, tokenizer: PreTrainedTokenizerBase | None) -> list[dict]:
+    """The engine's prompts, with their ids and the text that they came from. Raises APIError, 400."""
+    if isinstance(request, ChatRequest):
+        text, token_ids = await encoded_chat(request, tokenizer)
+        prompts = [{"prompt": text, "prompt_token_ids": token_ids}]
+    else:
+        prompts = await encoded(request.prompt, tokenizer, "prompt")
+    salt = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
+    return [{**prompt, **salt} for prompt in prompts]
+
+
+async def encoded(prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, field: str) -> list[dict]:
+    """Texts and token ids in any form -> the engine's prompts. `field` is where they stood."""
+    several = isinstance(prompts, list) and not isinstance(prompts[0], int)
+    prompts = prompts if several else [prompts]
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise APIError(400, "this server has no tokenizer; give token ids", field)
+
+    def encode_all() -> list[dict]:
+        return [
+            {"prompt": prompt, "prompt_token_ids": encode(tokenizer, prompt)}
+            if isinstance(prompt, str)
+            else {"prompt_token_ids": prompt}
+            for prompt in prompts
+        ]
+
+    try:
+        return await in_thread(sum(map(len, prompts)), encode_all)
+    except MiniLLMError as error:
+        raise from_engine(error, prompt_field=field) from None
+
+
+async def encoded_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, list[int]]:
+    """A conversation in the model's template -> (text, ids). Raises APIError, 400, also for a model without one."""
+    if tokenizer is None:
+        raise APIError(400, "this server has no tokenizer, and so no chat template; send token ids to /v1/completions")
+    options = chat.chat_template_kwargs or {}
+    if not TEMPLATES_OWN.isdisjoint(options):  # such as another template, which would be the client's own program
+        raise APIError(
+            400, "chat_template_kwargs may only hold what the model's own template reads", "chat_template_kwargs"
+        )
+
+    def encode_messages() -> tuple[str, list[int]]:
+        messages = [message.model_dump(exclude_unset=True) for message in chat.messages]
+        if not any(isinstance(message["content"], list) for message in messages if "content" in message):
+            return put_into_template(messages)
+        try:
+            return put_into_template(messages)
+        except PromptError:  # most templates read no parts
+            return put_into_template([{**message, **joined(message)} for message in messages])
+
+    def put_into_template(messages: Sequence[dict]) -> tuple[str, list[int]]:
+        return encode_chat(
+            tokenizer,
+            messages,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            chat_template_kwargs=options,
+        )
+
+    try:
+        return await in_thread(sum(map(length, chat.messages)), encode_messages)
+    except MiniLLMError as error:
+        if error.__cause__ is not None:  # what a template says may hold what it was given
+            error = PromptError("the model's chat template refuses these messages; look at their roles and order")
+        raise from_engine(error, prompt_field="messages") from None
+
+
+def length(message: Message) -> int:
+    """About how many characters it has."""
+    content = message.content or ""
+    return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+
+
+def joined(message: dict) -> dict:
+    """The message's content as one text: its parts, a line each, as vLLM joins them."""
+    content = message.get("content")
+    return {"content": "\n".join(part["text"] for part in content)} if isinstance(content, list) else {}
+
+
+async def in_thread(size: int, function: Callable, *args, **named) -> Any:
+    """What the function returns, called in a thread if its work is so large that the event loop would stand still."""
+    return function(*args, **named) if size <= LONG else await asyncio.to_thread(function, *args, **named)
+
+
+def params_of(request: SamplingRequest, num_prompt_tokens: int, most_tokens: int) -> SamplingParams:
+    """What the request asks of sampling. The output is cut to what the context, `most_tokens`, leaves for it.
+
+    Raises APIError, 400, for what is out of range or leaves no room.
+    """
+    wanted = getattr(request, "max_completion_tokens", None) or request.max_tokens
+    if wanted is not None and wanted > most_tokens:
+        raise APIError(400, f"max_tokens is above {most_tokens}, the context of this server's model", "max_tokens")
+    room = most_tokens - num_prompt_tokens
+    if room < 0:
+        raise APIError(
+            400, f"the prompt has {num_prompt_tokens} tokens, the model's context is {most_tokens}", "input_tokens"
+        )
+    if room == 0:
+        raise APIError(
+            400, f"the prompt fills the context of {most_tokens} tokens; max_tokens must be at least 1", "max_tokens"
+        )
+    try:
+        params = SamplingParams(
+            **{name: getattr(request, name) for name in SAME if name not in ("temperature", "logit_bias")},
+            temperature=1.0 if request.temperature is None else request.temperature,
+            logit_bias=request.logit_bias and {int(key): bias for key, bias in request.logit_bias.items()},
+            logprobs=request.num_logprobs,
+        )
+        return replace(params, max_tokens=min(wanted or room, room), **_of_the_prompt(request))
+    except MiniLLMError as error:
+        raise from_engine(error, type(request).model_fields) from None
+
+
+def _of_the_prompt(request: SamplingRequest) -> dict:
+    """An echo shows log-probabilities of the prompt as well."""
+    asked = [request.prompt_logprobs, request.num_logprobs if getattr(request, "echo", False) else None]
+    return {"prompt_logprobs": max((number for number in asked if number is not None), default=None)}
