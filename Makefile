@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "minillm needs Python 3.11 or newer. Name one with: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,test,triton]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,serve,test,triton]'
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  $(BIN)/python -m pip install --constraint constraints.txt --editable '.[compiler]'
 	@test "$$(uname -sm)" = "Linux x86_64" || \
