@@ -65,6 +65,10 @@ class WorkerDiedError(RuntimeError):
     """The process that computes has ended; every request of its engine has failed."""
 
 
+class PeerError(MiniLLMError):
+    """Another engine, in a process of its own beside ours, has failed or ended."""
+
+
 class MaskError(MiniLLMError):
     """The lengths, window or padding asked of a mask are impossible."""
 

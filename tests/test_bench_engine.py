@@ -6,20 +6,23 @@ import gc
 import itertools
 import json
 import math
+import os
 import random
 import re
 import statistics
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from minillm.bench import contenders, engine, scheduler_cost
+from minillm.bench import contenders, engine, engine_report, live, peer_process, real_model, scheduler_cost
 from minillm.bench.contenders import Job
-from minillm.bench.engine import Run, Turn
+from minillm.bench.engine_report import Run, Turn
 from minillm.cli import main as cli
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, PeerError
 from minillm.model.weights import load_model
 from minillm.trace.events import BlockUse, ScheduledTokens, StepEvent
 from tiny_models import BASE
@@ -50,6 +53,7 @@ def tiny(monkeypatch, folder):
         name: engine.Shape(name, NUM_REQUESTS, lambda _: folder, 8, 64, 8, 64) for name in ("storyteller", "135m")
     }
     monkeypatch.setattr(engine, "SHAPES", shapes)
+    monkeypatch.setattr(engine, "WARM_UPS", 1)
 
 
 @pytest.fixture
@@ -125,15 +129,18 @@ def test_the_record_has_what_the_figures_need(tiny, tmp_path, capsys):
         for peer in names[1:]:
             in_turn = [theirs / ours for theirs, ours in zip(walls[peer], walls["ours"], strict=True)]
             assert record[f"ratio_{peer}"] == {"median": statistics.median(in_turn), "repeats": in_turn}
+            assert len(record["ratios_of_user_time"][peer]["repeats"]) == 2
         shares = [floor / ours for floor, ours in zip(walls["gemm_floor"], walls["ours"], strict=True)]
         assert record["gemm_floor_share"] == statistics.median(shares) and min(shares) > 0
         assert record["identical_outputs"] and record["different_by_rounding"] == []
         assert 0 < record["cache_waste"]["of_pool"] < record["cache_waste"]["of_blocks"] < 0.5
         assert record["settings"]["transformers_cb"]["allow_block_sharing"] is False
+        assert set(record["load"]) == set(names) and all(len(loads) == 2 for loads in record["load"].values())
+        assert record["dtype"] == "float32" and set(record["seconds"]["ours"][0]) == {"wall", "cpu", "user"}
         assert {one["attention"] for one in record["settings"].values() if "attention" in one} == {"sdpa"}
         assert record["settings"]["ours"]["num_blocks"] == record["settings"]["transformers_cb"]["num_blocks"]
     shown = capsys.readouterr().out
-    assert shown.count("identical in every token") == 2 and "storyteller, turn 2: static16" in shown
+    assert shown.count("identical in every token") == 2 and "storyteller, turn 2: transformers_cb" in shown
 
 
 def test_ratios_can_be_of_cpu_seconds(tiny, tmp_path):
@@ -147,7 +154,7 @@ def test_ours_alone_makes_no_ratio(tiny, tmp_path, capsys, monkeypatch):
     written = bench(tmp_path, "--peers", "none", "--shape", "135m", "--repeats", "1", "--requests", "2")
     record = written["shapes"]["135m"]
     assert list(written["shapes"]) == ["135m"] and record["requests"] == 2
-    assert list(record["seconds"]) == ["ours", "gemm_floor"] and not [key for key in record if key.startswith("ratio")]
+    assert list(record["seconds"]) == ["ours", "gemm_floor"] and not [key for key in record if key.startswith("ratio_")]
     shown = capsys.readouterr().out
     assert record["identical_outputs"] is None and "times as long" not in shown and "identical" not in shown
 
@@ -161,8 +168,9 @@ def test_every_contender_gives_exactly_the_number_of_tokens_asked_for(folder, jo
             token_ids.append(int(engine.last_logits(reference, token_ids).argmax()))
         expected.append(tuple(token_ids[len(job.prompt) :]))
     assert all(set(HALF) & set(output[:-1]) for output in expected), "no output goes on after eos: nothing is shown"
-    made = engine.make_contenders(engine.Shape("tiny", 3, lambda _: folder, 2, 32, 2, 32), folder, jobs, True)
-    for name, contender in made.items():
+    shape = engine.Shape("tiny", 3, lambda _: folder, 2, 32, 2, 32)
+    arguments = engine.parse_arguments([])
+    for name, contender in engine.make_contenders(shape, folder, jobs, arguments, engine.Cores(None, None)):
         assert contender.generate(jobs) == expected, name
         assert contender.generate(jobs[:1]) == expected[:1], f"{name}, the second time"
         contender.close()
@@ -253,6 +261,194 @@ def test_a_transformers_that_says_block_size_and_cannot_pause_takes_part(jobs, m
     assert seen["block_size"] == contenders.BLOCK_SIZE
 
 
+# --- in another process ----------------------------------------------------------------------------------------------
+
+FAKE_PYTHON = """#!{python}
+import runpy, sys
+assert sys.argv[1] == "-I"
+sys.path.insert(0, {folder!r})
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FAKE_VLLM = """
+import json, os, pathlib, time, types
+__version__ = "0.fake"
+HERE = pathlib.Path(__file__).parent
+ORDERS = json.loads((HERE / "orders.json").read_text())
+
+class SamplingParams:
+    def __init__(self, **given):
+        assert (given["temperature"], given["ignore_eos"], given["detokenize"]) == (0.0, True, False)
+        self.max_tokens = given["max_tokens"]
+
+class LLM:
+    def __init__(self, **arguments):
+        print("vllm prints to stdout")
+        seen = {"arguments": arguments, "environment": dict(os.environ), "cores": sorted(os.sched_getaffinity(0))}
+        (HERE / "seen.json").write_text(json.dumps(seen))
+        if ORDERS["does"] == "refuse":
+            raise ValueError("no room for a cache")
+
+    def generate(self, prompts, params, use_tqdm):
+        if ORDERS["does"] == "die":
+            print("one thing", "another thing", "a last word", sep="\\n")
+            os._exit(3)
+        if ORDERS["does"] == "hang":
+            time.sleep(600)
+        for prompt, wanted in zip(prompts, params, strict=True):
+            token_ids = ORDERS["outputs"][json.dumps(prompt["prompt_token_ids"])]
+            assert wanted.max_tokens == len(token_ids)
+            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=token_ids)])
+"""
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+    """What is right."""
+    jobs = contenders.make_jobs(NUM_REQUESTS, TINY.vocab_size)
+    return contenders.StaticBatches(contenders.load_peer(folder)).generate(jobs)
+
+
+@pytest.fixture
+def fake(tmp_path, jobs, said, monkeypatch):
+    """Makes the Python of an environment that has a vLLM which does as it is told; its folder."""
+    monkeypatch.setattr(live, "preloads", lambda python: [])
+
+    def make(does: str = "well") -> Path:
+        outputs = {json.dumps(job.prompt): list(output) for job, output in zip(jobs, said, strict=True)}
+        if does == "differ":
+            first = json.dumps(jobs[0].prompt)
+            outputs[first][2] = (outputs[first][2] + 1) % TINY.vocab_size
+        (tmp_path / "orders.json").write_text(json.dumps({"does": does, "outputs": outputs}))
+        (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+        (tmp_path / "torch.py").write_text("__version__ = '1.fake'\ndef get_num_threads():\n    return 1\n")
+        (tmp_path / "transformers.py").write_text("__version__ = '2.fake'\n")
+        python = tmp_path / "python"
+        python.write_text(FAKE_PYTHON.format(python=sys.executable, folder=str(tmp_path)))
+        python.chmod(0o755)
+        return python
+
+    return make
+
+
+def beside(python: Path, *options: str) -> list[str]:
+    return ["--vllm", str(python), "--peers", "none", "--shape", "135m", "--repeats", "2", *options]
+
+
+def test_vllm_takes_part_from_an_environment_of_its_own(tiny, fake, tmp_path, jobs, capsys):
+    allowed = os.sched_getaffinity(0)
+    written = bench(tmp_path, *beside(fake()))
+    record = written["shapes"]["135m"]
+    assert list(record["seconds"]) == ["ours", "vllm", "gemm_floor"] and record["identical_outputs"]
+    assert min(each["wall"] for each in record["seconds"]["vllm"]) > 0
+    assert record["settings"]["vllm"]["versions"].items() > {"vllm": "0.fake", "torch": "1.fake"}.items()
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": max(job.num_tokens for job in jobs)}
+    asked = {"dtype": "float32", "enforce_eager": False, "enable_prefix_caching": False, "skip_tokenizer_init": True}
+    assert seen["arguments"].items() >= (limits | asked).items()
+    assert {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}.items() <= seen["environment"].items()
+    assert seen["cores"] == record["settings"]["vllm"]["cores"] == [max(allowed)]
+    assert os.sched_getaffinity(0) == allowed
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"vllm takes [\d.]+ times as long as ours \(median of .*\), and [\d.]+ times the user CPU time", shown
+    )
+
+
+def test_ours_computes_on_the_core_of_vllm(fake, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 8})
+    bound = []
+    monkeypatch.setattr(engine, "bind", bound.append)
+    with engine.same_cores(engine.parse_arguments(["--vllm", str(fake()), "--threads", "2,1"])) as cores:
+        assert cores == engine.Cores([5, 8], [3, 5, 8]) and bound == [[5, 8]]
+    assert bound == [[5, 8], [3, 5, 8]]
+    with engine.same_cores(engine.parse_arguments([])) as cores:
+        assert cores == engine.Cores(None, None)
+
+
+def test_vllms_other_tokens_are_found_out(tiny, fake):
+    with pytest.raises(AssertionError, match=r"vllm gave request 0 token \d+ as output 2 instead of \d+"):
+        engine.main(beside(fake("differ")))
+
+
+def test_in_bfloat16_other_tokens_are_counted(tiny, fake, tmp_path, capsys):
+    record = bench(tmp_path, *beside(fake("differ"), "--dtype", "bfloat16"))["shapes"]["135m"]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert record["dtype"] == seen["arguments"]["dtype"] == "bfloat16"
+    assert record["different_from_ours"]["ours"] == 0 < record["different_from_ours"]["vllm"] <= NUM_REQUESTS
+    assert record["gemm_floor_share"] > 0 and "identical_outputs" not in record
+    assert re.search(r"outputs of vllm that differ from those of our first turn: [1-3] of 3", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "does, message",
+    [
+        ("refuse", r"vllm could not load: ValueError: no room for a cache; it said last: "),
+        ("die", r"the process of vllm ended with status 3; it said last: one thing \| another thing \| a last word; "),
+    ],
+)
+def test_a_vllm_that_fails_is_one_line_that_says_what_to_do(tiny, fake, does, message, capsys):
+    assert cli.main(["bench", "engine", *beside(fake(does))]) == cli.USER_ERROR
+    told = capsys.readouterr().err
+    assert re.search(message, told) and "CONTRIBUTING.md says how an environment for it is made" in told
+    assert told.count("\n") == 1
+
+
+def test_a_vllm_that_says_nothing_is_not_waited_for(fake, folder, jobs, monkeypatch):
+    contender = live.vllm(str(fake("hang")), folder, "float32", {}, 1, None, False)
+    monkeypatch.setattr(live, "MOST_SECONDS", 0.2)
+    with pytest.raises(PeerError, match="the process of vllm ended with status -9"):
+        contender.generate(jobs)
+    contender.close()
+    assert contender.process.poll() is not None
+
+
+def test_an_environment_without_vllm_is_told(folder, monkeypatch):
+    monkeypatch.setattr(live, "preloads", lambda python: [])
+    with pytest.raises(PeerError, match="No module named 'vllm'"):
+        live.vllm(sys.executable, folder, "float32", {}, 1, None, False)
+
+
+def test_a_vllm_that_would_be_slow_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    assert cli.main(["bench", "engine", "--vllm", str(python)]) == cli.USER_ERROR
+    assert re.search(r"libtcmalloc_minimal \(.*\) and libiomp5 \(.*\); install", capsys.readouterr().err)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libiomp5.so").touch()
+    monkeypatch.setattr("ctypes.util.find_library", "lib{}.so.4".format)
+    assert live.preloads(str(python)) == ["libtcmalloc_minimal.so.4", str(tmp_path / "lib/libiomp5.so")]
+
+
+def test_what_runs_in_vllms_environment_needs_nothing_of_ours():
+    source = Path(peer_process.__file__).read_text()
+    names = set(re.findall(r"^import (\w+)$", source, re.MULTILINE))
+    assert names == set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)) <= sys.stdlib_module_names
+
+
+def test_ours_is_measured_with_other_numbers_of_threads(tiny, tmp_path, monkeypatch):
+    right = live.thread_environment  # and threads that wait passively, for machines on which other tests run
+    monkeypatch.setattr(live, "thread_environment", lambda threads: right(threads) | {"OMP_WAIT_POLICY": "passive"})
+    record = bench(tmp_path, "--threads", "1,2", "--peers", "none", "--shape", "135m", "--repeats", "1")["shapes"][
+        "135m"
+    ]
+    assert list(record["seconds"]) == ["ours", "ours_2_threads", "gemm_floor"] and record["identical_outputs"]
+    assert record["settings"]["ours_2_threads"]["threads"] == 2
+
+
+def test_a_model_that_is_not_installed_is_left_out(tiny, monkeypatch, tmp_path, capsys):
+    shape = dataclasses.replace(engine.SHAPES["135m"], label="SmolLM2", checkpoint=lambda _: real_model.checkpoint())
+    engine.SHAPES["smollm2"] = shape
+    monkeypatch.setattr(real_model, "find_gguf", lambda: None)
+    written = bench(tmp_path, "--peers", "none", "--repeats", "1")
+    assert list(written["shapes"]) == ["storyteller", "135m"]
+    assert "SmolLM2 is left out: SmolLM2 needs the packages" in capsys.readouterr().out
+    assert cli.main(["bench", "engine", "--shape", "smollm2"]) == cli.USER_ERROR
+
+
 # --- the same tokens -------------------------------------------------------------------------------------------------
 
 
@@ -276,8 +472,8 @@ def spoil(monkeypatch, name: str, place: int, token_id: int) -> None:
     right = engine.make_contenders
 
     def make(*arguments):
-        made = right(*arguments)
-        return made | {name: Spoiled(made[name], place, token_id)}
+        for each, contender in right(*arguments):
+            yield each, Spoiled(contender, place, token_id) if each == name else contender
 
     monkeypatch.setattr(engine, "make_contenders", make)
 
@@ -318,10 +514,10 @@ def test_a_missing_token_is_found_out(folder, jobs):
 
 
 def test_ratios_are_taken_within_turns():
-    assert engine.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 1.0]) == {"median": 3.0, "repeats": [2.0, 3.0, 8.0]}
+    assert engine_report.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 1.0]) == {"median": 3.0, "repeats": [2.0, 3.0, 8.0]}
 
 
-def test_turns_begin_with_another_contender_and_the_floor_follows_ours():
+def test_turns_swap_their_order_and_the_floor_follows_ours():
     order = []
 
     class Noted:
@@ -342,10 +538,15 @@ def test_turns_begin_with_another_contender_and_the_floor_follows_ours():
     turns = [engine.take_turn(made, Floor(), [], number) for number in range(3)]
     assert [order[i : i + 4] for i in (0, 4, 8)] == [
         ["ours", "floor", "static16", "transformers_cb"],
+        ["transformers_cb", "static16", "ours", "floor"],
         ["static16", "transformers_cb", "ours", "floor"],
-        ["transformers_cb", "ours", "floor", "static16"],
     ]
     assert all(isinstance(turn, Turn) and turn.runs.keys() == made.keys() for turn in turns)
+
+
+def test_of_two_neither_comes_first_more_often():
+    firsts = [engine.turn_order(["ours", "vllm"], number)[0] for number in range(8)]
+    assert firsts.count("ours") == 4 and firsts[:2] == ["ours", "vllm"]
 
 
 def step(cached_tokens: int, used: int) -> StepEvent:
@@ -354,7 +555,7 @@ def step(cached_tokens: int, used: int) -> StepEvent:
 
 
 def test_waste_is_what_handed_out_blocks_do_not_hold():
-    waste = engine.cache_waste([step(16, 2), step(12, 1), step(0, 0)])
+    waste = engine_report.cache_waste([step(16, 2), step(12, 1), step(0, 0)])
     assert waste["of_blocks"] == pytest.approx((1 / 2 + 1 / 4) / 2)
     assert waste["of_pool"] == pytest.approx((1 / 12 + 0.25 / 12) / 2)
 

@@ -181,6 +181,8 @@ OPTIONS = {  # command -> option -> values that are refused; "" is the argument 
     "bench engine": {
         "--requests": ["0", HUGE],
         "--repeats": ["0", "-3"],
+        "--threads": ["0", "1,-2", "", "one", HUGE],
+        "--vllm": ["missing", "a-folder", "an-empty-file", ""],
         "--json": ["missing/x.json", "a-folder"],
     },
     "bench simulator": {"--repeats": ["0", "-3"], "--json": ["missing/x.json", "a-folder"]},

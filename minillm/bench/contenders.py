@@ -1,7 +1,7 @@
 """Who takes part in `minillm bench engine` and `minillm bench gpu`: engines that generate the same workload.
 
 A contender has `settings` for the record, `generate(jobs)`, which returns the output tokens of every job in their
-order, and `close()`.
+order, and `close()`. One that computes in another process (`live.py`) has `seconds` too, measured there.
 """
 
 import dataclasses
@@ -122,12 +122,13 @@ def our_arguments(jobs: Sequence[Job], max_num_seqs: int, max_num_batched_tokens
 
 
 class Ours:
-    """`LLM`: paged cache, continuous batching. `model` is a checkpoint, computed in float32, or a Decoder as it is."""
+    """`LLM`: paged cache, continuous batching. `model` is a checkpoint, computed in `dtype`, or a Decoder as it is."""
 
-    def __init__(self, model: Path | Decoder, arguments: dict, temperature: float = 0.0):
+    def __init__(self, model: Path | Decoder, arguments: dict, temperature: float = 0.0, dtype: str | None = None):
         self.settings = {"engine": "minillm LLM", **arguments}
         self.temperature = temperature
-        self.llm = LLM(model, skip_tokenizer_init=True, verbose=False, **arguments)
+        self.llm = LLM(model, dtype=dtype, skip_tokenizer_init=True, verbose=False, **arguments)
+        self.settings["kernels"] = self.kernels
         self._began = 0.0  # the last `generate`, on the engine's clock
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
@@ -262,9 +263,9 @@ class ContinuousBatches:
         self.manager.destroy()
 
 
-def load_peer(folder: Path) -> PreTrainedModel:
+def load_peer(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     """The checkpoint in transformers, with the attention that is fastest on a CPU; both its contenders share it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     model.generation_config.eos_token_id = None  # else `generate` falls back on it
     return model
 
@@ -311,7 +312,8 @@ class GemmFloor:
         """`steps`: (tokens through the layers, rows through the output projection) of each."""
         computed = [[rows_computed(number, self.model.device) for number in step] for step in steps]
         longest = max(num_tokens for num_tokens, _ in computed)
-        inputs = {width: torch.randn(longest, width) for width in {linear.in_features for linear in self.linears}}
+        widths = {linear.in_features for linear in self.linears}
+        inputs = {width: torch.randn(longest, width).to(self.model.dtype) for width in widths}
         for num_tokens, num_sampled in computed:
             for linear in self.linears:
                 linear(inputs[linear.in_features][:num_tokens])

@@ -1,19 +1,22 @@
-"""The paged engine beside transformers: the same weights, the same requests, greedy, float32, one thread, real runs.
+"""The paged engine beside transformers and vLLM: the same weights, the same requests, greedy, real runs.
 
     minillm bench engine --json engine.json
+    minillm bench engine --vllm ../vllm/bin/python --dtype bfloat16
+    minillm bench engine --peers none --threads 1,2
     minillm bench engine --scheduler
 
 The contenders take turns, so that what disturbs the machine disturbs all; ratios are taken within a turn, and their
-median counts. They must give the same tokens.
+median counts. In float32 they must give the same tokens. On a machine that others use, trust the ratios of user CPU
+time. What makes vLLM's turns fair says `minillm/bench/live.py`, how to make an environment with it CONTRIBUTING.md.
 """
 
 import argparse
 import gc
 import json
-import statistics
+import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +24,8 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from minillm.bench import scheduler_cost
+from minillm.bench import live, real_model, scheduler_cost
 from minillm.bench.contenders import (
-    BLOCK_SIZE,
     SHAPE_135M,
     Contender,
     ContinuousBatches,
@@ -37,15 +39,18 @@ from minillm.bench.contenders import (
     products_of,
     write_random_checkpoint,
 )
-from minillm.bench.measuring import TIMERS, surroundings
-from minillm.errors import check_options
+from minillm.bench.engine_report import Run, Turn, summary, table, turn_line
+from minillm.bench.measuring import surroundings
+from minillm.bench.peer_process import TIMERS, bind, timed
+from minillm.errors import ConfigError, ModelNotFoundError, check_options, check_whole, shown
 from minillm.ladder import CausalAttention, as_tensor, positions
 from minillm.model import Decoder, load_model, read_config
 from minillm.storyteller import CHECKPOINT_DIR
-from minillm.trace import StepEvent
 
 ROUNDING = 5e-5  # of the spread of the logits: ten times the largest error measured in float32 on these shapes
-PEERS = ("static16", "transformers_cb")
+WARM_UPS = 2  # whole workloads: vLLM's second is still slower than its third
+DTYPES = ("float32", "bfloat16")
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,26 +69,13 @@ class Shape:
 SHAPES = {
     "storyteller": Shape("storyteller", 64, lambda _: CHECKPOINT_DIR, 64, 512, 16, 64),
     "135m": Shape("135M shape", 16, lambda folder: write_random_checkpoint(SHAPE_135M, folder), 64, 512, 16, 256),
+    "smollm2": Shape("SmolLM2-135M", 16, lambda _: real_model.checkpoint(), 64, 512, 16, 256),
 }
-
-
-class Run(NamedTuple):
-    """One real run of a contender."""
-
-    seconds: dict[str, float]  # on each timer
-    outputs: list[tuple[int, ...]]
-
-
-class Turn(NamedTuple):
-    """Every contender once."""
-
-    runs: dict[str, Run]
-    floor: dict[str, float]  # seconds of the matrix products alone, on each timer
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads[0])
     transformers.utils.logging.disable_progress_bar()
     if arguments.scheduler:
         result = scheduler_cost.measure(arguments.repeats, arguments.timer)
@@ -92,7 +84,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     shapes = {}
     for name in SHAPES if arguments.shape == "all" else [arguments.shape]:
-        shapes[name] = measure_shape(SHAPES[name], arguments)
+        try:
+            shapes[name] = measure_shape(SHAPES[name], arguments)
+        except ModelNotFoundError as missing:
+            if arguments.shape != "all":
+                raise
+            print(f"{SHAPES[name].label} is left out: {missing}")
+            continue
         print(table(SHAPES[name].label, shapes[name]))
     write(arguments.json, {"shapes": shapes, "transformers": transformers.__version__} | surroundings())
     return 0
@@ -101,7 +99,17 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="minillm bench engine", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="all", choices=[*SHAPES, "all"])
-    parser.add_argument("--peers", default="all", choices=["all", "none"], help="none: ours alone")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of all contenders")
+    parser.add_argument("--peers", default="all", choices=["all", "none"], help="none: without transformers")
+    parser.add_argument(
+        "--vllm",
+        metavar="PYTHON",
+        help="the Python of an environment with vLLM's CPU build; CONTRIBUTING.md says how to make one",
+    )
+    parser.add_argument("--eager", action="store_true", help="vLLM without its compiler, which makes it slower")
+    parser.add_argument(
+        "--threads", default="1", metavar="N[,N...]", help="of all contenders; and ours with each further number too"
+    )
     parser.add_argument("--requests", type=int, help="instead of the shape's own number")
     parser.add_argument("--repeats", type=int, default=5, help="turns; the median counts")
     parser.add_argument("--timer", default="wall", choices=list(TIMERS), help="cpu: undisturbed by other programs")
@@ -109,7 +117,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     check_options(arguments, at_least_one=("requests", "repeats"), files=("json",))
+    arguments.threads = parse_threads(arguments.threads)
+    if arguments.vllm is not None:
+        arguments.vllm = live.check_vllm(arguments.vllm)
     return arguments
+
+
+def parse_threads(text: str) -> list[int]:
+    """Different numbers of threads, from "1,2". Raises ConfigError."""
+    try:
+        found = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--threads {shown(text)} is no list of whole numbers; say --threads 1,2") from None
+    for number in found:
+        check_whole("--threads", number, 1, MOST_THREADS)
+    return list(dict.fromkeys(found))
 
 
 def write(file: Path | None, content: dict) -> None:
@@ -125,9 +147,10 @@ def measure_shape(shape: Shape, arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
         folder = shape.checkpoint(Path(made))
         jobs = make_jobs(arguments.requests or shape.num_requests, read_config(folder).vocab_size)
+        cores = stack.enter_context(same_cores(arguments))
         contenders = {
             name: stack.enter_context(closing(contender))
-            for name, contender in make_contenders(shape, folder, jobs, arguments.peers == "all").items()
+            for name, contender in make_contenders(shape, folder, jobs, arguments, cores)
         }
         floor = GemmFloor(contenders["ours"].model)
         warm_up(contenders, jobs)
@@ -135,51 +158,103 @@ def measure_shape(shape: Shape, arguments: argparse.Namespace) -> dict:
         for number in range(arguments.repeats):
             turns.append(take_turn(contenders, floor, jobs, number))
             print(turn_line(shape.label, number, turns[-1], arguments.timer), flush=True)
-        rounded = check_same_outputs(folder, jobs, [turn.runs for turn in turns])
+        outputs = compare_outputs(folder, jobs, [turn.runs for turn in turns], arguments.dtype)
         settings = {name: contender.settings for name, contender in contenders.items()}
-        return summary(jobs, turns, contenders["ours"].steps, settings, rounded, arguments.timer)
+        return summary(jobs, turns, contenders["ours"].steps, settings, outputs, arguments.dtype, arguments.timer)
 
 
-def make_contenders(shape: Shape, folder: Path, jobs: Sequence[Job], with_peers: bool) -> dict[str, Contender]:
-    """Ours and, if wanted, transformers' two, all with the checkpoint in `folder`."""
-    arguments = our_arguments(jobs, shape.max_num_seqs, shape.max_num_batched_tokens)
-    contenders = {"ours": Ours(folder, arguments)}
-    if with_peers:
-        model = load_peer(folder)
+class Cores(NamedTuple):
+    """Numbers of cores; None where nobody is bound to any."""
+
+    same: list[int] | None  # as many as threads, for this process and vLLM
+    all: list[int] | None
+
+
+@contextmanager
+def same_cores(arguments: argparse.Namespace) -> Iterator[Cores]:
+    """Binds this process meanwhile to the cores that vLLM is bound to; not, if vLLM takes no part."""
+    if arguments.vllm is None or not hasattr(os, "sched_setaffinity"):
+        yield Cores(None, None)
+        return
+    every = sorted(os.sched_getaffinity(0))
+    same = every[-arguments.threads[0] :]
+    bind(same)
+    try:
+        yield Cores(same, every)
+    finally:
+        bind(every)
+
+
+def make_contenders(
+    shape: Shape, folder: Path, jobs: Sequence[Job], arguments: argparse.Namespace, cores: Cores
+) -> Iterator[tuple[str, Contender]]:
+    """Ours, then with their names those that the arguments ask for, all with the checkpoint in `folder`.
+
+    One after the other, so that the caller can close those that are made if the next one fails.
+    """
+    dtype, (threads, *more) = arguments.dtype, arguments.threads
+    ours = our_arguments(jobs, shape.max_num_seqs, shape.max_num_batched_tokens)
+    yield "ours", Ours(folder, ours, dtype=dtype)
+    for number in more:
+        yield f"ours_{number}_threads", live.ours(folder, dtype, ours, number, cores.all)
+    if arguments.vllm is not None:
+        limits = {name: ours[name] for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")}
+        yield "vllm", live.vllm(arguments.vllm, folder, dtype, limits, threads, cores.same, arguments.eager)
+    if arguments.peers == "all":
+        model = load_peer(folder, dtype)
+        yield "static16", StaticBatches(model)
         continuous = ContinuousBatches(model, jobs, shape.peer_max_requests, shape.peer_max_batch_tokens)
-        contenders |= {"static16": StaticBatches(model), "transformers_cb": continuous}
-    return contenders
+        yield "transformers_cb", continuous
 
 
 def warm_up(contenders: dict[str, Contender], jobs: Sequence[Job]) -> None:
-    """Let everybody have run once before it counts, on the beginning of the workload."""
+    """Let everybody have run before it counts."""
     for contender in contenders.values():
-        contender.generate([Job(job.prompt, 4) for job in jobs[:4]])
+        for _ in range(WARM_UPS):
+            contender.generate(jobs)
 
 
 def take_turn(contenders: dict[str, Contender], floor: GemmFloor, jobs: Sequence[Job], number: int) -> Turn:
-    """Every contender once, each turn beginning with another one; the floor right after ours, which it repeats."""
+    """Every contender once, in the order of `turn_order`; the floor right after ours, which it repeats."""
     gc.collect()  # so that nobody pays for what another turn left behind
-    names = list(contenders)
-    first = number % len(names)
     runs = {}
-    for name in names[first:] + names[:first]:
-        seconds, outputs = timed(lambda name=name: contenders[name].generate(jobs))
-        runs[name] = Run(seconds, outputs)
+    for name in turn_order(list(contenders), number):
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        seconds, outputs = timed(contenders[name].generate, jobs)
+        runs[name] = Run(getattr(contenders[name], "seconds", seconds), outputs, load)
         if name == "ours":
-            products = products_of(contenders[name].steps)
-            floor_seconds, _ = timed(lambda products=products: floor.run(products))
+            floor_seconds, _ = timed(floor.run, products_of(contenders[name].steps))
     return Turn(runs, floor_seconds)
 
 
-def timed(work: Callable[[], object]) -> tuple[dict[str, float], object]:
-    """Seconds on each timer, and what `work` returned."""
-    began = {name: read() for name, read in TIMERS.items()}
-    result = work()
-    return {name: read() - began[name] for name, read in TIMERS.items()}, result
+def turn_order(names: list[str], number: int) -> list[str]:
+    """Every second turn the other way round, so that of two neither always comes first; every pair begins elsewhere."""
+    first = number // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if number % 2 else order
 
 
 # --- the same tokens -------------------------------------------------------------------------------------------------
+
+
+def compare_outputs(folder: Path, jobs: Sequence[Job], turns: Sequence[dict[str, Run]], dtype: str) -> dict:
+    """For the record. In bfloat16, where rounding does decide, only how many requests differ from ours is told."""
+    if dtype == "float32":
+        rounded = check_same_outputs(folder, jobs, turns)
+        alone = turns[0].keys() == {"ours"}
+        return {"identical_outputs": None if alone else not rounded, "different_by_rounding": rounded}
+    check_lengths(jobs, turns)
+    ours = turns[0]["ours"].outputs
+    different = {name: max(sum(map(tuple.__ne__, runs[name].outputs, ours)) for runs in turns) for name in turns[0]}
+    return {"different_from_ours": different}
+
+
+def check_lengths(jobs: Sequence[Job], turns: Sequence[dict[str, Run]]) -> None:
+    """That everybody made as many tokens as were asked for. Raises AssertionError."""
+    for name, run in (item for runs in turns for item in runs.items()):
+        for number, (job, said) in enumerate(zip(jobs, run.outputs, strict=True)):
+            if len(said) != job.num_outputs:
+                raise AssertionError(f"{name} gave request {number} {len(said)} tokens instead of {job.num_outputs}")
 
 
 def check_same_outputs(folder: Path, jobs: Sequence[Job], turns: Sequence[dict[str, Run]]) -> list[int]:
@@ -188,12 +263,11 @@ def check_same_outputs(folder: Path, jobs: Sequence[Job], turns: Sequence[dict[s
     Sums over another number of rows are rounded in another order, so where two tokens are equal but for rounding, two
     right engines may say different ones. Raises AssertionError for any other difference.
     """
+    check_lengths(jobs, turns)
     expected = turns[0].get("static16", turns[0]["ours"]).outputs
     exact, rounded = None, set()
     for name, run in (item for runs in turns for item in runs.items()):
         for number, (job, said, wanted) in enumerate(zip(jobs, run.outputs, expected, strict=True)):
-            if len(said) != job.num_outputs:
-                raise AssertionError(f"{name} gave request {number} {len(said)} tokens instead of {job.num_outputs}")
             if said != wanted:
                 exact = exact or load_model(folder, torch.float64, skip_tokenizer_init=True).model
                 check_tie(exact, job, said, wanted, f"{name} gave request {number}")
@@ -219,97 +293,3 @@ def last_logits(model: Decoder, token_ids: list[int]) -> torch.Tensor:
     """[ids] logits after the last of the tokens, in one pass."""
     hidden = model(as_tensor(token_ids, model), positions(0, len(token_ids), model), CausalAttention(model.config))
     return model.logits(hidden[-1:])[0]
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def summary(
-    jobs: Sequence[Job],
-    turns: Sequence[Turn],
-    steps: Sequence[StepEvent],
-    settings: dict,
-    rounded: list[int],
-    timer: str,
-) -> dict:
-    """The record: a dictionary for JSON. `steps` are those of one run of ours, `rounded` the requests at a tie."""
-    seconds = {name: [turn.runs[name].seconds for turn in turns] for name in settings}
-    seconds["gemm_floor"] = [turn.floor for turn in turns]
-    read = {name: [run[timer] for run in runs] for name, runs in seconds.items()}
-    ratios = {f"ratio_{name}": ratio(read[name], read["ours"]) for name in PEERS if name in read}
-    return ratios | {
-        "gemm_floor_share": ratio(read["gemm_floor"], read["ours"])["median"],
-        "cache_waste": cache_waste(steps),
-        "requests": len(jobs),
-        "prompt_tokens": sum(len(job.prompt) for job in jobs),
-        "output_tokens": sum(job.num_outputs for job in jobs),
-        "steps": len(steps),
-        "identical_outputs": not rounded if ratios else None,  # None: there was nobody to compare with
-        "different_by_rounding": rounded,  # ties in float64
-        "timer": timer,  # of the ratios
-        "seconds": seconds,
-        "settings": settings,
-    }
-
-
-def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict:
-    """How many times the time of `faster`, turn by turn; the median of those."""
-    repeats = [slow / fast for slow, fast in zip(slower, faster, strict=True)]
-    return {"median": statistics.median(repeats), "repeats": repeats}
-
-
-def cache_waste(steps: Sequence[StepEvent]) -> dict[str, float]:
-    """Slots that are handed out and hold no token, as shares of those in handed-out blocks and of the whole pool.
-
-    Means over the steps after which any block is handed out. Only without prefix sharing, which lets one slot hold a
-    token of several requests.
-    """
-    filled = [step for step in steps if step.blocks.used]
-    empty = [step.blocks.used - step.cached_tokens / BLOCK_SIZE for step in filled]  # in blocks
-    return {
-        "of_blocks": statistics.mean(e / step.blocks.used for e, step in zip(empty, filled, strict=True)),
-        "of_pool": statistics.mean(e / step.blocks.total for e, step in zip(empty, filled, strict=True)),
-    }
-
-
-def turn_line(label: str, number: int, turn: Turn, timer: str) -> str:
-    """What a turn took, printed as soon as it is over."""
-    seconds = {name: run.seconds[timer] for name, run in turn.runs.items()} | {"gemm_floor": turn.floor[timer]}
-    return f"{label}, turn {number + 1}: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-
-
-def table(label: str, result: dict) -> str:
-    """The record for people."""
-    ours = result["settings"]["ours"]
-    lines = [
-        f"{label}: {result['requests']} requests, {result['prompt_tokens']} prompt and {result['output_tokens']} "
-        f"output tokens; ours took {result['steps']} steps of at most {ours['max_num_seqs']} requests and "
-        f"{ours['max_num_batched_tokens']} tokens",
-        f"{'':18}{'output tokens/s':>16}{'seconds':>9}{'of CPU':>9}",
-    ]
-    for name, runs in result["seconds"].items():
-        wall, cpu = (statistics.median(each[timer] for each in runs) for timer in ("wall", "cpu"))
-        speed = result["output_tokens"] / {"wall": wall, "cpu": cpu}[result["timer"]]
-        lines.append(f"{name:18}{speed:>16.0f}{wall:>9.2f}{cpu:>9.2f}")
-    for name in PEERS:
-        if f"ratio_{name}" in result:
-            times = result[f"ratio_{name}"]
-            repeats = ", ".join(f"{value:.2f}" for value in times["repeats"])
-            lines.append(f"{name} takes {times['median']:.2f} times as long as ours (median of {repeats})")
-    lines.append(f"share of the GEMM floor reached: {result['gemm_floor_share']:.1%}")
-    waste = result["cache_waste"]
-    lines.append(
-        f"cache slots handed out that hold no token: {waste['of_blocks']:.1%} of those handed out, "
-        f"{waste['of_pool']:.1%} of the pool"
-    )
-    if result["identical_outputs"] is not None:
-        lines.append(f"outputs: {same_outputs(result['different_by_rounding'])}")
-    return "\n".join(lines)
-
-
-def same_outputs(rounded: Sequence[int]) -> str:
-    if not rounded:
-        return "identical in every token"
-    return (
-        f"identical but for float64 ties that float32 rounded differently, in requests {', '.join(map(str, rounded))}"
-    )

@@ -4,14 +4,14 @@ import datetime
 import os
 import platform
 import random
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import minillm
+from minillm.bench.peer_process import TIMERS
 from minillm.engine import Request, SchedulerConfig
 from minillm.kernels import cpu
 from minillm.ladder import ContiguousExecutor
@@ -31,7 +31,6 @@ from minillm.simulation import (
     run,
 )
 
-TIMERS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 TEMPERATURE = 0.8  # of the requests that are sampled rather than greedy
 MAX_MODEL_LEN = 576  # the storyteller's longest prompt and longest story
 

