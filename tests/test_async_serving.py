@@ -390,6 +390,8 @@ def test_draining_ends_what_has_begun_and_takes_nothing_new(folder, expected):
         await engine.control(paused=True)
         task = asyncio.create_task(read(engine, "a"))
         await until(lambda: engine._engine.scheduler.num_unfinished)
+        hears = engine.subscribe()
+        await anext(hears)
         drained = asyncio.create_task(engine.drain(WAIT))
         await until(lambda: engine._draining)
         with pytest.raises(DrainingError):
@@ -397,6 +399,11 @@ def test_draining_ends_what_has_begun_and_takes_nothing_new(folder, expected):
         with pytest.raises(DrainingError):
             await engine.check_health()
         await drained
+        with pytest.raises(DrainingError):
+            async for _ in hears:
+                pass
+        with pytest.raises(DrainingError):
+            await anext(engine.subscribe())
         return (await task)[0][0]
 
     with serving(folder) as engine:
@@ -555,6 +562,8 @@ def test_a_subscriber_hears_what_the_trace_says(folder):
     async def main(engine):
         await read(engine, "before")
         records, hears = [], engine.subscribe()
+        header = await anext(hears)
+        assert header == {"format": "minillm trace", "version": 1, "live": True}
         records.append(await anext(hears))
         before = [await anext(hears) for _ in range(1 + len(engine._engine.scheduler.recorder._steps))]
         await asyncio.gather(read(engine, "a"), read(engine, "b", params=THREE), read(engine, "a.1", params=TEN))
@@ -604,13 +613,14 @@ def test_the_last_steps_alone_are_a_trace_of_their_own(folder):
             engine.step()
     engine.add_request("last", PROMPT, TEN)
     engine.step()
-    recent, whole = engine.scheduler.recorder.recent(5), engine.trace
+    recent, whole = engine.scheduler.recorder.snapshot(5)(), engine.trace
     assert recent.steps == whole.steps[-5:] and all(isinstance(step, StepEvent) for step in recent.steps)
     assert recent.dropped_steps == len(whole.steps) - 5
     assert {part.request_id for step in recent.steps for part in step.scheduled} == {
         record.request_id for record in recent.requests
     }
     assert recent.dropped_requests == len(whole.requests) - len(recent.requests)
+    assert engine.scheduler.recorder.snapshot()() == whole
     engine.shutdown()
 
 

@@ -6,9 +6,8 @@ bytes per request that decodes, and events are made of them when somebody asks f
 
 from array import array
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 
 from minillm.engine.request import Request
 from minillm.runtime import ScheduledRequest, SchedulerOutput
@@ -131,19 +130,26 @@ class Recorder:
         news, self._news = self._news or [], []
         return news
 
-    def recent(self, num_steps: int) -> Trace:
-        """As `trace`, but of the last so many steps, and with those requests that are under way or named there."""
-        first = max(0, len(self._steps) - num_steps)
-        for place in range(first, len(self._steps)):
-            if isinstance(self._steps[place], NotedStep):
-                self._steps[place] = self._steps[place].write()
-        steps = list(islice(self._steps, first, None))
-        named = {part.request_id for step in steps for part in (*step.scheduled, *step.preempted)}
-        named.update(each for step in steps for each in step.finished)
-        over = {each for _, each in self._ended}.union(self._never_ran) - named
-        records = [record for record in self._records.values() if record.request_id not in over]
-        dropped = self._num_dropped_requests + len(self._records) - len(records)
-        return Trace(records, steps, self._num_steps - len(steps), dropped)
+    def snapshot(self, num_steps: int | None = None) -> Callable[[], Trace]:
+        """What makes the trace of now, on whatever thread: the run goes on meanwhile.
+
+        With `num_steps` only of the last so many steps, and of the requests that are under way or named there.
+        """
+        noted, records = list(self._steps), list(self._records.values())
+        noted = noted[-num_steps:] if num_steps else noted
+        ended = {each for _, each in self._ended}.union(self._never_ran)
+        num_steps_before = self._num_steps - len(noted)
+        num_requests = self._num_dropped_requests + len(records)
+
+        def make() -> Trace:
+            steps = [each.write() if isinstance(each, NotedStep) else each for each in noted]
+            named = {part.request_id for step in steps for part in (*step.scheduled, *step.preempted)}
+            named.update(each for step in steps for each in step.finished)
+            over = ended - named if num_steps else ()
+            kept = [record for record in records if record.request_id not in over]
+            return Trace(kept, steps, num_steps_before, num_requests - len(kept))
+
+        return make
 
     @property
     def trace(self) -> Trace:
@@ -194,12 +200,16 @@ class NotedStep:
             for field in ("request_ids", "padding_rows", "finished"):
                 setattr(self, field, tuple([names.get(each, each) for each in getattr(self, field)]))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens pushed through the model, without padding."""
+        return len(self.request_ids) - len(self.others) + sum(part.num_tokens for part in self.others.values())
+
     def computed(self) -> Iterator[tuple[str, int, bool]]:
-        """Who took part, by the trace's ids: up to which position, and whether a token came of it. No padding."""
+        """Who took part, by the trace's ids: from which position on, and whether a token came of it."""
         for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
             if row not in self.discarded:
-                part = self.others.get(row)
-                yield (request_id, start + 1, True) if part is None else (request_id, part.end, part.samples)
+                yield request_id, start, row not in self.others or self.others[row].samples
 
     def write(self) -> StepEvent:
         """The step as the trace has it."""

@@ -14,6 +14,7 @@ _look_up, __dir__, __all__ = hand_on(
     {
         "api_server": "create_app",
         "async_engine": "AsyncEngine DrainingError QueueFullError SlowReaderError StepFailedError",
+        "metrics": "Metrics",
         "options": "ServerOptions",
     },
 )

@@ -53,13 +53,13 @@ from minillm.errors import (
 )
 from minillm.model import ModelConfig
 from minillm.sampling import SamplingParams
-from minillm.trace import RequestRecord, record_of
+from minillm.trace import RequestRecord, Trace, record_of, records_of
 
 log = logging.getLogger(__name__)
 LONG_TEXT = 2_000  # characters; longer prompts become tokens on a thread of the pool, so that no step waits for them
 MOST_FAILED_STEPS = 3  # one after the other, before the requests concerned are given up
 MOST_SINGLE_STEPS = 1_000  # of a paused engine, asked for at once
-KEPT_STEPS = 200  # that a subscriber is told of when it comes; making events of 10,000 would halt the engine
+KEPT_STEPS = 200  # that a subscriber is told of when it comes
 MOST_UNREAD_NEWS = 2_000  # steps that a subscriber may lag behind
 PACE_SECONDS = 10.0  # over which it is measured how fast requests end
 LOOK_EVERY = 0.01  # seconds between looks whether all has ended, while draining
@@ -122,6 +122,8 @@ class AsyncEngine:
         self._stop = False
         self._ends: deque[float] = deque(maxlen=256)  # when the last requests ended
         self._recorder = engine.scheduler.recorder
+        if metrics is not None:
+            metrics.watch(self)
         self._recorder.news()  # from now on it keeps them
         self._thread = threading.Thread(target=self._run, name="minillm-engine", daemon=True)
         self._thread.start()
@@ -273,18 +275,32 @@ class AsyncEngine:
 
         return await self._ask(change)
 
+    async def trace(self) -> Trace:
+        """What is recorded so far; no step waits for it to be made."""
+        return await asyncio.to_thread(await self._ask(self._recorder.snapshot))
+
     async def subscribe(self) -> AsyncIterator[dict]:
-        """What happens, as it does: {"config": …} at first and after a change, {"request": …} and {"step": …} as in a
-        file of the trace, beginning with the last KEPT_STEPS, and {"tokens": {"request_id", "step", "texts"}} of
-        requests whose outputs are "delta". Raises SlowReaderError for one who lags behind.
+        """What happens, as it does: the lines of a trace's file, which goes on for as long as the engine does.
+
+        They are the header, {"config": …} as of `control`, again after every change, {"request": …} and {"step": …},
+        beginning with the last KEPT_STEPS, and {"tokens": {"request_id", "step", "texts"}} of requests whose outputs
+        are "delta". Raises SlowReaderError for one who lags behind, DrainingError at the end.
         """
+        async for records in self.follow():
+            for record in records:
+                yield record
+
+    async def follow(self) -> AsyncIterator[list[dict]]:
+        """The same, all that one step has brought at once."""
         inbox = Inbox(MOST_UNREAD_NEWS)
         inbox.on_slow = partial(self._wish_if_open, partial(self._subscribers.pop, inbox, None))
         self._wish(partial(self._follow, inbox), inbox)
         try:
+            make, state = await inbox.get()
+            header, *records = await asyncio.to_thread(lambda: list(records_of(make())))
+            yield [header | {"live": True}, {"config": state}, *records]
             while True:
-                for record in await inbox.get():
-                    yield record
+                yield await inbox.get()
         finally:
             inbox.closed = True
             self._wish_if_open(partial(self._subscribers.pop, inbox, None))
@@ -338,6 +354,8 @@ class AsyncEngine:
         most = self.max_queue + scheduler.config.max_num_seqs
         num_requests = scheduler.num_unfinished
         if num_requests >= most:
+            if self.metrics is not None:
+                self.metrics.count_rejection()
             retry_after = self._seconds_until_room(num_requests)
             raise QueueFullError(
                 f"{num_requests} requests run or wait, {most} may (max_num_seqs {scheduler.config.max_num_seqs} + "
@@ -428,6 +446,9 @@ class AsyncEngine:
     def _abort_all(self) -> None:
         for request_id in list(self._readers):
             self._engine.abort_request(request_id)
+        for inbox in self._subscribers:
+            self._tell(inbox, DrainingError("the engine has ended all that it had begun"))
+        self._subscribers.clear()
 
     def _step(self) -> None:
         try:
@@ -452,11 +473,10 @@ class AsyncEngine:
         log.error("step failed (%d of %d in a row)", self._num_failed_steps, MOST_FAILED_STEPS, exc_info=error)
         if self._num_failed_steps < MOST_FAILED_STEPS:
             return
-        self._num_failed_steps = 0
-        readers, self._readers = self._readers, {}
-        for request_id, inbox in readers.items():
+        for request_id, inbox in list(self._readers.items()):
             self._tell(inbox, StepFailedError(f"the model failed {MOST_FAILED_STEPS} times: {error}"))
             self._engine.abort_request(request_id)
+        self._num_failed_steps = 0
 
     def _note_news(self) -> None:
         """What the trace has got goes to the metrics and to subscribers."""
@@ -471,6 +491,9 @@ class AsyncEngine:
 
     def _take_aborted(self, output: RequestOutput) -> None:
         self._note_news()  # the metrics may not have heard of its arrival
+        if self._num_failed_steps == MOST_FAILED_STEPS:  # it is not its reader who ends it
+            for part in output.outputs:
+                part.finish_reason = "error" if part.finish_reason == "abort" else part.finish_reason
         self._take(output)
 
     def _take(self, output: RequestOutput) -> None:
@@ -485,6 +508,8 @@ class AsyncEngine:
             self._tell(inbox, output)
 
     def _fail_all(self, error: Exception) -> None:
+        if self.metrics is not None:
+            self.metrics.fail_all()
         readers, self._readers = self._readers, {}
         for inbox in readers.values():
             self._tell(inbox, type(error)(str(error)))
@@ -524,12 +549,10 @@ class AsyncEngine:
         }
 
     def _follow(self, inbox: "Inbox") -> None:
-        trace = self._recorder.recent(KEPT_STEPS)
-        records = [{"config": self._state()}]
-        records += [{"request": record_of(request)} for request in trace.requests]
-        records += [{"step": record_of(step)} for step in trace.steps]
+        self._check_draining()
+        self._note_news()  # the others hear of it now, and this one in what follows
         self._subscribers[inbox] = None
-        self._tell(inbox, records)
+        self._tell(inbox, (self._recorder.snapshot(KEPT_STEPS), self._state()))
 
     def _texts(self, output: RequestOutput) -> Iterator[dict]:
         """What a step brought of a request, if it is told token by token."""

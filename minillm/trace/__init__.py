@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = hand_on(
     {
         "chrome": "save_chrome_trace",
         "events": "BlockUse Preemption RequestRecord ScheduledTokens StepEvent Trace Why",
-        "files": "TraceFileError load_trace record_of save_trace trace_lines",
+        "files": "TraceFileError load_trace record_of records_of save_trace trace_lines",
     },
 )

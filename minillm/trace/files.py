@@ -10,6 +10,7 @@ are written in full.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import get_args
@@ -33,14 +34,17 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
 
 def trace_lines(trace: Trace) -> list[str]:
     """The lines of a trace's file. Raises TraceFileError for a time that is not finite."""
-    dropped = {name: getattr(trace, name) for name in DROPPED if getattr(trace, name)}
-    lines = [{"format": FORMAT, "version": VERSION, **dropped}]
-    lines += [{"request": record_of(request)} for request in trace.requests]
-    lines += [{"step": record_of(step)} for step in trace.steps]
     try:
-        return [json.dumps(line, allow_nan=False) for line in lines]
+        return [json.dumps(line, allow_nan=False) for line in records_of(trace)]
     except ValueError as error:
         raise TraceFileError("cannot write the trace as JSON: a time in it is not finite") from error
+
+
+def records_of(trace: Trace) -> Iterator[dict]:
+    """The same before they become text: the header, and what each other line says."""
+    yield {"format": FORMAT, "version": VERSION} | {name: n for name in DROPPED if (n := getattr(trace, name))}
+    yield from ({"request": record_of(request)} for request in trace.requests)
+    yield from ({"step": record_of(step)} for step in trace.steps)
 
 
 def record_of(event: RequestRecord | StepEvent) -> dict:

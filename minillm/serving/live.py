@@ -1,0 +1,74 @@
+"""What the page asks for: what happens in the engine as it happens, and the engine's controls. Routes below /live."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from minillm.errors import ConfigError
+from minillm.serving.async_engine import AsyncEngine, DrainingError, SlowReaderError
+from minillm.trace import trace_lines
+
+CONTROLS = ("paused", "step", "max_num_seqs", "max_num_batched_tokens", "batching")
+MOST_BYTES = 4096  # of a body here
+NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nor collected by a proxy before it is passed on
+
+
+def router(engine: AsyncEngine) -> APIRouter:
+    """GET /live/events, /live/trace and /live/control, and POST /live/control."""
+    routes = APIRouter(prefix="/live", tags=["page"])
+
+    @routes.get("/events", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}})
+    async def events() -> StreamingResponse:
+        """The lines of a trace's file as events, for as long as the engine runs."""
+        return StreamingResponse(_events(engine), media_type="text/event-stream", headers=NOT_KEPT)
+
+    @routes.get("/trace", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}})
+    async def trace() -> StreamingResponse:
+        """What has been recorded, as a file that `minillm trace` reads."""
+        lines = await asyncio.to_thread(trace_lines, await engine.trace())
+        return StreamingResponse((line + "\n" for line in lines), media_type="application/jsonl", headers=NOT_KEPT)
+
+    @routes.get("/control")
+    async def state() -> JSONResponse:
+        """How the engine is set."""
+        return JSONResponse(await engine.control())
+
+    @routes.post("/control")
+    async def control(http: Request) -> JSONResponse:
+        """Set it; a JSON object with some of: paused, step, max_num_seqs, max_num_batched_tokens, batching."""
+        return JSONResponse(await engine.control(**changes_in(await small_body(http))))
+
+    return routes
+
+
+async def _events(engine: AsyncEngine) -> AsyncIterator[str]:
+    """A browser that lags behind is let go of, and comes again by itself."""
+    try:
+        async for records in engine.follow():
+            yield "".join([f"data: {json.dumps(record)}\n\n" for record in records])
+    except (DrainingError, SlowReaderError):
+        return
+
+
+async def small_body(http: Request) -> bytes:
+    """The body. Raises ConfigError as soon as it is too long."""
+    body = b""
+    async for piece in http.stream():
+        body += piece
+        if len(body) > MOST_BYTES:
+            raise ConfigError(f"the body has more than {MOST_BYTES} bytes; send a few settings")
+    return body
+
+
+def changes_in(body: bytes) -> dict:
+    """The settings in a body. Raises ConfigError for what is no JSON object of them."""
+    try:
+        changes = json.loads(body)
+    except (ValueError, RecursionError):
+        changes = None
+    if not isinstance(changes, dict) or not changes.keys() <= set(CONTROLS):
+        raise ConfigError(f"the body must be a JSON object with some of {', '.join(CONTROLS)}")
+    return changes
