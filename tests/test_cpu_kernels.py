@@ -1,6 +1,8 @@
 """The C++ kernels for a CPU against float64: attention over poisoned pools, small operations, builds, planted bugs."""
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 import operation_cases
 from minillm.errors import KernelError
-from minillm.kernels import building, cpu
+from minillm.kernels import building, cpu, dispatch
 from minillm.runtime.plan import RunnerOptions
 from minillm.runtime.worker import Worker
 from paged_cases import (
@@ -145,6 +147,98 @@ def test_the_fused_forward_is_the_model_s(kind, load, on_the_cpu):
     assert difference(fused, plain) < LADDER_TOLERANCE
 
 
+# --- threads ---
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, taken back afterwards."""
+    given = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(given)
+
+
+def all_operations(dtype):
+    """What each gives for enough numbers to be shared among threads."""
+    torch.manual_seed(3)
+    case = paged([200, 1, 65, 33, 130] * 3, dtype, num_kv_heads=3, device="cpu")
+    slots = torch.randperm(len(case.keys) * 16)[:200]
+    x, logits = torch.randn(200, 3 * 3 * 64).to(dtype), torch.randn(9, 5000).to(dtype)
+    rotation = tuple(torch.randn(2, 200, 1, 64).to(dtype))
+    starts = torch.tensor([0, 70, 71, 100, 133, 200])
+    stored, added = (case.keys.clone(), case.values.clone()), x.clone()
+    tables, lengths = case.tables, case.lengths
+    return [
+        cpu.decode(x[:15, : 6 * 64].unflatten(1, (6, 64)), case.keys, case.values, tables, lengths),
+        cpu.prefill(x.unflatten(1, (9, 64)), case.keys, case.values, tables[:5], starts, lengths[:5].clamp(min=70), 70),
+        cpu.norm_rotate_store(x, 3, 3, None, None, 1e-5, rotation, slots, *stored),
+        *(each.nan_to_num(7.0) for each in stored),
+        cpu.add_rms_norm(x.flip(0), added, x[0].clone(), 1e-5),
+        added,
+        cpu.silu_mul(x),
+        cpu.sample_rows(logits, torch.linspace(0, 2, 9), torch.arange(9), torch.arange(9)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_no_bit(dtype, threads):
+    threads(1)
+    alone = all_operations(dtype)
+    for number in (2, 3, 16):
+        threads(number)
+        for ours, expected in zip(all_operations(dtype), alone, strict=True):
+            assert torch.equal(ours.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+POOL = """
+import os, torch
+from minillm.kernels import cpu
+if cpu.without_threads():
+    raise SystemExit(cpu.without_threads())
+torch.set_num_threads(1)
+x, few, weight = torch.ones(300, 600), torch.ones(2, 600), torch.ones(600)
+torch.set_num_threads(3)
+def threads_beside(work):
+    before = len(os.listdir("/proc/self/task"))
+    work()
+    return len(os.listdir("/proc/self/task")) - before
+print(*map(threads_beside, (lambda: cpu.silu_mul(few), lambda: cpu.silu_mul(x), lambda: torch.mm(x, x.T),
+    lambda: torch.exp(torch.ones(10**6)), lambda: cpu.add_rms_norm(x, x.clone(), weight, 1e-5))))
+"""
+
+
+@pytest.mark.skipif(bool(cpu.without_threads()), reason=cpu.without_threads())
+def test_products_and_kernels_share_one_pool_of_threads():
+    told = subprocess.run([sys.executable, "-c", POOL], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["0", "2", "0", "0", "0"]  # little work starts none, then there are two beside the first
+
+
+def test_without_threads_that_are_torch_s_the_kernels_do_without_and_say_so(fresh, monkeypatch, threads, load):
+    def only_without(text, options, key=""):
+        if cpu.THREADS in options:
+            raise KernelError("no such option")
+        return building.build(text, options, key)
+
+    monkeypatch.setattr(cpu, "build", only_without)
+    assert (
+        "the compiler here has no threads" in dispatch.choose("cpu", load("llama").config, torch.float32, "cpu", 16).why
+    )
+    threads(3)
+    alone = all_operations(torch.float32)
+    monkeypatch.undo()
+    for cached in (cpu._library, cpu.without_threads):
+        cached.cache_clear()
+    monkeypatch.setattr(cpu.ctypes, "CDLL", _nothing_loaded)
+    assert "are not those of GNU's OpenMP" in cpu.without_threads()
+    monkeypatch.undo()
+    for ours, expected in zip(all_operations(torch.float32), alone, strict=True):
+        assert torch.equal(ours.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def _nothing_loaded(*arguments):
+    raise OSError("no such library is loaded")
+
+
 # --- building ---
 
 
@@ -152,9 +246,11 @@ def test_the_fused_forward_is_the_model_s(kind, load, on_the_cpu):
 def fresh(monkeypatch, tmp_path):
     """As on a machine on which nothing has been built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu._library.cache_clear()
+    for cached in (cpu._library, cpu.without_threads):
+        cached.cache_clear()
     yield tmp_path
-    cpu._library.cache_clear()
+    for cached in (cpu._library, cpu.without_threads):
+        cached.cache_clear()
 
 
 def test_a_library_is_built_once_for_a_processor(fresh, monkeypatch):
@@ -261,11 +357,11 @@ BUGS = {
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(name, fresh, monkeypatch, on_the_cpu):
     right, wrong, check = BUGS[name]
-    source = cpu.SOURCE.read_text()
-    assert source.count(right) == 1
-    planted = fresh / "planted.cpp"
-    planted.write_text(source.replace(right, wrong))
-    monkeypatch.setattr(cpu, "SOURCE", planted)
+    sources = {file.name: file.read_text() for file in cpu.FOLDER.iterdir() if file.suffix in (".cpp", ".h")}
+    assert sum(source.count(right) for source in sources.values()) == 1
+    monkeypatch.setattr(cpu, "FOLDER", fresh)
+    for name, source in sources.items():
+        (fresh / name).write_text(source.replace(right, wrong))
     with pytest.raises(AssertionError):
         check()
 

@@ -1,6 +1,9 @@
 """The runner says what the float64 ladder says: eager, in graphs, launched ahead of what has been read."""
 
 import math
+import subprocess
+import sys
+import time
 from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -30,7 +33,7 @@ from minillm.runtime import device_queue
 from minillm.runtime import worker as worker_module
 from minillm.runtime.batch import ALIGNED, FIELDS, NO_SLOT, Batch, Layout, carve, carve_changes
 from minillm.runtime.cache_engine import CacheEngine
-from minillm.runtime.device_queue import CudaQueue, HostQueue
+from minillm.runtime.device_queue import CudaQueue, FreeCores, HostQueue
 from minillm.runtime.plan import NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
 from minillm.runtime.runner import Runner
 from minillm.runtime.step_graph import HostGraph, bucket_sizes, record
@@ -847,3 +850,93 @@ def test_the_whole_path_in_triton(load, kind, enforce_eager):
     assert run_jobs(worker.runner, jobs, 9, 16, ahead=True)[0] == expected
     executor.shutdown()
     assert worker.runner is None
+
+
+# --- the cores of a CPU ---
+
+
+@pytest.fixture
+def two_cores(monkeypatch, tmp_path):
+    """A machine of which this process may use two cores: `pass_by(seconds, ours, others)`, in seconds of their work."""
+    now = {"clock": 100.0, "ours": 7.0, "all": 0.0, "idle": 0.0}
+
+    def pass_by(seconds, ours, others):
+        now["clock"] += seconds
+        now["ours"] += ours
+        now["all"] += ours + others
+        now["idle"] += 2 * seconds - ours - others
+        ticks = [round(100 * now[name]) for name in ("all", "idle")]
+        kinds = [
+            [ticks[0] // 3, 0, 0, ticks[1], 50, 0, 0, 0, 0, 0],
+            [0, 0, 0, 9, 9, 0, 0, ticks[0] - ticks[0] // 3, 5, 5],
+        ]
+        lines = [f"cpu{core} {' '.join(map(str, counts))}" for core, counts in zip((2, 5), kinds, strict=True)]
+        elsewhere = f"cpu3 {int(100 * now['clock'])} 0 0 0 0 0 0 0 0 0"
+        device_queue.STATISTICS.write_text("\n".join(["cpu  1 2 3 4 5 6 7 8", *lines, elsewhere, "intr 5 6 7"]))
+
+    monkeypatch.setattr(device_queue, "STATISTICS", tmp_path / "stat")
+    monkeypatch.setattr(device_queue, "own_cores", lambda: {"cpu2", "cpu5"})
+    clocks = SimpleNamespace(perf_counter=lambda: now["clock"], process_time=lambda: now["ours"])
+    monkeypatch.setattr(device_queue, "time", clocks)
+    pass_by(0, 0, 0)
+    return pass_by
+
+
+def test_cores_that_others_use_are_left_to_them_at_once_and_taken_back_when_they_stay_free(two_cores):
+    cores = FreeCores()
+    assert cores.usable() == math.inf  # nobody has looked yet
+    for seconds, ours, others, expected in [
+        (0.5, 1.0, 0.0, 2),
+        (0.5, 0.8, 0.14, 2),  # 28 % of a core do no harm
+        (0.1, 0.0, 0.2, 2),  # too short a while to be told
+        (0.4, 0.4, 0.2, 1),
+        (0.5, 0.1, 0.9, 1),
+        (0.5, 0.0, 1.0, 1),  # the process gets one all the same
+        (0.5, 0.5, 0.0, 1),  # once may be chance
+        (0.5, 0.5, 0.4, 1),
+        (0.5, 0.5, 0.0, 1),
+        (0.5, 0.5, 0.1, 2),
+    ]:
+        two_cores(seconds, ours, others)
+        assert cores.usable() == expected, (seconds, ours, others)
+
+
+def test_where_nobody_tells_of_cores_all_are_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(device_queue, "STATISTICS", tmp_path / "none")
+    monkeypatch.setattr(device_queue, "own_cores", None)
+    monkeypatch.setattr(device_queue, "LOOK_EVERY", 0)
+    assert FreeCores().usable() == math.inf
+
+
+def test_a_step_computes_in_as_many_threads_as_cores_are_free(two_cores):
+    given, used = torch.get_num_threads(), []
+    queue = HostQueue()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for others in (0.0, 0.0, 1.0):
+                two_cores(1, 0, others)
+                queue.run(lambda: used.append(torch.get_num_threads()))
+                assert torch.get_num_threads() == threads  # what the caller gave torch stays
+        with pytest.raises(ZeroDivisionError):
+            queue.run(lambda: 1 // 0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(given)
+    assert used == [1, 1, 1, 2, 2, 1, 1, 2, 1]
+
+
+@pytest.mark.skipif(not device_queue.STATISTICS.exists(), reason="the system does not tell what its cores do")
+def test_a_busy_machine_is_noticed():
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * len(device_queue.own_cores()))
+    ]
+    try:
+        time.sleep(0.2)
+        cores = FreeCores()
+        time.sleep(1)
+        assert cores.usable() == 1
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

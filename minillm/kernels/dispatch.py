@@ -122,7 +122,7 @@ def choose(
         found = _backend(wanted, shape, device)
         if isinstance(found, str):
             raise KernelError(f"attention_backend {wanted!r}: {found}")
-        return replace(found, why=f"{wanted}: asked for")
+        return replace(found, why="; ".join([f"{wanted}: asked for", *filter(None, [found.why])]))
     return _fastest(shape, device)
 
 
@@ -137,7 +137,8 @@ def _fastest(shape: tuple, device: torch.device | str) -> Backend:
     for name in FASTEST_FIRST.get(shape[0], FASTEST_FIRST["cuda"]):
         found = _backend(name, shape, device)
         if isinstance(found, Backend):
-            return replace(found, why="; ".join([f"{name}: the fastest that will do", *refusals]))
+            told = [f"{name}: the fastest that will do", *refusals, *filter(None, [found.why])]
+            return replace(found, why="; ".join(told))
         refusals.append(f"not {name} ({found})")
     raise KernelError(f"no attention backend will do: {'; '.join(refusals)}")
 
@@ -167,5 +168,5 @@ def _of_module(name: str, module: ModuleType) -> Backend:
         prepare=getattr(module, "prepare", lambda inputs, pool, config: inputs),
         capturable=getattr(module, "CAPTURABLE", True),
         reads_whole_blocks=getattr(module, "READS_WHOLE_BLOCKS", False),
-        why="",
+        why=getattr(module, "without_threads", str)(),
     )

@@ -1,23 +1,36 @@
 """Handing work to a device without waiting for it, and knowing when it got there.
 
 A GPU works through what it is handed in order; whoever hands it over goes on at once. `CudaQueue` is torch's current
-stream seen that way, `HostQueue` the same on a CPU, where handing over is doing.
+stream seen that way, `HostQueue` the same on a CPU, where handing over is doing, in as many threads as cores
+are free (`FreeCores`).
 """
 
+import math
+import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+LOOK_EVERY = 0.25  # seconds, between looks at what other processes do; the system counts in hundredths
+CALM_LOOKS = 2  # in a row, before steps use more cores again
+TOLERATED = 0.3  # of a core that others may use
+STATISTICS = Path("/proc/stat")  # Linux's
 
 
 class HostQueue:
     """Work is done when it is handed in; a mark is the time at that moment."""
 
+    def __init__(self):
+        self.cores = FreeCores()
+
     def run(self, work: Callable[[], None]) -> None:
         """Do this after everything handed in before."""
-        work()
+        with self.cores.as_threads():
+            work()
 
     def mark(self) -> "Mark":
         """A place in the order of the work."""
@@ -38,6 +51,64 @@ class Mark:
     def pass_by(self) -> None:
         """Note the time."""
         self.passed_at = time.perf_counter()
+
+
+class FreeCores:
+    """How many threads work is done in on a CPU: no more than there are cores that no other process uses.
+
+    OpenMP's threads wait for each other after every product. If one of them has to wait for a core, all do: with other
+    jobs on two cores, a step in two threads took 2 to 6 times as long as in one, whether they spin or sleep meanwhile.
+    Where the system does not tell what its cores do, all are free.
+    """
+
+    def __init__(self):
+        self._usable = math.inf  # cores, for work that begins now
+        self._calm = 0  # looks in a row that found more
+        self._seen = time.perf_counter(), self._seconds_of_others()
+
+    @contextmanager
+    def as_threads(self) -> Iterator[None]:
+        """Torch and the kernels share so many threads, of those that the caller gave torch."""
+        given = torch.get_num_threads()
+        threads = given if given == 1 else int(min(given, self.usable()))
+        if threads == given:
+            yield
+            return
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(given)
+
+    def usable(self) -> float:
+        """Cores, 1 at least, for work that begins now. Fewer at once when others come, more when they stay away."""
+        now, (then, before) = time.perf_counter(), self._seen
+        if now - then >= LOOK_EVERY and before is not None:
+            self._seen = now, self._seconds_of_others()
+            others = (self._seen[1] - before) / (now - then)
+            free = max(1, math.floor(len(own_cores()) - others + TOLERATED))
+            self._calm = self._calm + 1 if free > self._usable else 0
+            if free < self._usable or self._calm == CALM_LOOKS:
+                self._usable, self._calm = free, 0
+        return self._usable
+
+    def _seconds_of_others(self) -> float | None:
+        """How long the cores have worked for other processes, since the machine started. None: nobody knows."""
+        try:
+            lines = STATISTICS.read_text().splitlines()
+        except OSError:
+            return None
+        cores, ticks = own_cores(), 0
+        for name, *counts in map(str.split, lines):
+            if name in cores:
+                user, nice, system, _, _, interrupts, soft_interrupts, stolen, *_ = map(int, counts)
+                ticks += user + nice + system + interrupts + soft_interrupts + stolen
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def own_cores() -> set[str]:
+    """Those that this process may run on, by their names in Linux's statistics."""
+    return {f"cpu{number}" for number in os.sched_getaffinity(0)}
 
 
 class Anchor(NamedTuple):

@@ -1,11 +1,13 @@
 """The kernels of a step in C++ for a CPU, built at first use for this processor and one shape of model.
 
 `store_kv`, `decode`, `prefill` are those of all backends (see `reference`), `add_rms_norm`, `norm_rotate_store`,
-`silu_mul` and `sample_rows` the small operations of `ops`; paged_attention.cpp says what each reads and writes.
+`silu_mul` and `sample_rows` the small operations of `ops`; operations.cpp and paged_attention.cpp say what each reads
+and writes. Where they can, they share torch's threads: one pool for products and kernels.
 """
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +29,17 @@ from minillm.kernels.checks import (
 )
 from minillm.sampling import GREEDY_BELOW
 
-__all__ = ["add_rms_norm", "decode", "norm_rotate_store", "prefill", "sample_rows", "silu_mul", "store_kv", "unusable"]
+__all__ = [
+    "add_rms_norm",
+    "decode",
+    "norm_rotate_store",
+    "prefill",
+    "sample_rows",
+    "silu_mul",
+    "store_kv",
+    "unusable",
+    "without_threads",
+]
 
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
 LIMITS = Limits(
@@ -38,18 +50,21 @@ LIMITS = Limits(
     head_sizes=range(2, 513, 2),
 )
 CAPTURABLE = False  # there is nothing to record: a launch is a call
-SOURCE = Path(__file__).with_name("paged_attention.cpp")
+FOLDER = Path(__file__).parent
 # Sums may be reordered, so that they fit vectors. Not -ffast-math: NaN must get through, and be found in the logits.
 OPTIONS = (
     "-std=c++17", "-O3", *NATIVE, "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
     "-freciprocal-math", "-fPIC", "-shared",
 )  # fmt: skip
-ANY_SHAPE = 2, 1  # head size and group of the library for operations in which heads do not matter
-ARGUMENTS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a float32
+THREADS = "-fopenmp"
+ANY_SHAPE = ()  # head size and group of operations in which heads do not matter
+OPERATIONS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a float32
     "add_rms_norm": "ppppfiin",
     "silu_mul": "ppiin",
     "sample_rows": "pppppiifn",
     "store_kv": "pppppiiii",
+}
+ATTENTION = {
     "norm_rotate_store": "pppfppppppiin",
     "decode": "pipppippiiiinn",
     "prefill": "pipppipppiiiiin",
@@ -57,25 +72,56 @@ ARGUMENTS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a f
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
 
 
-def unusable(dtype: torch.dtype, head_size: int, group: int, device: torch.device | None = None) -> str | None:
-    """Why there are no kernels for this shape of model on this machine; None if there are, and then they are built."""
+def unusable(
+    dtype: torch.dtype, head_size: int | None = None, group: int | None = None, device: torch.device | None = None
+) -> str | None:
+    """Why there are no kernels for this shape of model on this machine; None if there are, and then they are built.
+
+    Without a shape: the operations that know nothing of heads.
+    """
     try:
-        _library(dtype, head_size, group)
-        _library(dtype, *ANY_SHAPE)
+        _library(dtype)
+        if head_size is not None:
+            _library(dtype, head_size, group)
     except (KernelError, OSError, RuntimeError) as error:  # RuntimeError: there is no home to keep it in
         return str(error)
     return None
 
 
 @functools.cache
-def _library(dtype: torch.dtype, head_size: int, group: int) -> ctypes.CDLL:
-    shape = f"#define SCALAR {SCALARS[dtype]}\n#define HEAD_SIZE {head_size}\n#define GROUP {group}\n"
-    library = build(f'{shape}#line 1 "paged_attention.cpp"\n{SOURCE.read_text()}', OPTIONS, processor())
-    for name, arguments in ARGUMENTS.items():
+def without_threads() -> str:
+    """Why the kernels compute in one thread, whatever the number of torch's; "" if they share its threads.
+
+    Libraries of GNU's OpenMP are one to the loader, by their name: the one that torch has loaded serves both.
+    """
+    try:
+        ctypes.CDLL("libgomp.so.1", os.RTLD_NOLOAD)
+    except OSError:
+        return "kernels in one thread: torch's are not those of GNU's OpenMP"
+    try:
+        build(_text(torch.float32, "operations.cpp"), (*OPTIONS, THREADS), processor())
+    except (KernelError, OSError):
+        return "kernels in one thread: the compiler here has no threads that are torch's"
+    return ""
+
+
+@functools.cache
+def _library(dtype: torch.dtype, *shape: int) -> ctypes.CDLL:
+    """The operations, or for a head size and group the attention."""
+    options = OPTIONS if without_threads() else (*OPTIONS, THREADS)
+    library = build(_text(dtype, "paged_attention.cpp" if shape else "operations.cpp", *shape), options, processor())
+    for name, arguments in (ATTENTION if shape else OPERATIONS).items():
         function = getattr(library, name)
         function.argtypes = [TYPES[each] for each in arguments]
         function.restype = None
     return library
+
+
+def _text(dtype: torch.dtype, source: str, *shape: int) -> str:
+    """A source as it is compiled: what is fixed in it, the numbers, and the file itself."""
+    macros = zip(("SCALAR", "HEAD_SIZE", "GROUP"), (SCALARS[dtype], *shape), strict=False)
+    defined = "".join(f"#define {name} {value}\n" for name, value in macros)
+    return defined + "".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text()}' for name in ("numbers.h", source))
 
 
 def _int32(x: Tensor) -> Tensor:
@@ -93,7 +139,7 @@ def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) 
 
 def _store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     slots = slots.long()
-    _library(keys.dtype, *ANY_SHAPE).store_kv(
+    _library(keys.dtype).store_kv(
         keys.data_ptr(), values.data_ptr(), slots.data_ptr(), k.data_ptr(), v.data_ptr(),
         len(k), keys.shape[2] * keys.shape[3], k.stride(0), v.stride(0),
     )  # fmt: skip
@@ -168,7 +214,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
-    _library(x.dtype, *ANY_SHAPE).add_rms_norm(
+    _library(x.dtype).add_rms_norm(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), eps, *x.shape, torch.get_num_threads()
     )
     return out
@@ -183,9 +229,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _silu_mul(gate_up: Tensor) -> Tensor:
     num_tokens, both = gate_up.shape
     out = torch.empty(num_tokens, both // 2, dtype=gate_up.dtype)
-    _library(gate_up.dtype, *ANY_SHAPE).silu_mul(
-        gate_up.data_ptr(), out.data_ptr(), num_tokens, both // 2, torch.get_num_threads()
-    )
+    _library(gate_up.dtype).silu_mul(gate_up.data_ptr(), out.data_ptr(), num_tokens, both // 2, torch.get_num_threads())
     return out
 
 
@@ -197,7 +241,7 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
 
 def _sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     token_ids = torch.empty(len(logits), dtype=torch.int64)
-    _library(logits.dtype, *ANY_SHAPE).sample_rows(
+    _library(logits.dtype).sample_rows(
         *(each.data_ptr() for each in (logits, temperatures, seeds, draws, token_ids)), *logits.shape, GREEDY_BELOW,
         torch.get_num_threads(),
     )  # fmt: skip
