@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from minillm import RopeConfig, SamplingParams, generate_cached, load_model
 from minillm.errors import CheckpointError, MiniLLMError, UnsupportedModelError
-from minillm.model.hf_config import NOT_IMPLEMENTED, load_tokenizer, read_config
+from minillm.model.hf_config import NOT_IMPLEMENTED, llama_config, load_tokenizer, model_config, read_config
 from minillm.sampling import SamplingState, sample
 from tiny_models import KINDS, TOLERANCE, all_logits, change_config, difference, random_token_ids
 
@@ -179,6 +181,29 @@ def test_rope_as_config_files_wrote_it_before_transformers_5(old, expected, copy
     folder = copy()
     change_config(folder, rope_parameters=None, **old)
     assert read_config(folder).rope == expected
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"num_attention_heads": 8, "hidden_size": 64, "num_key_value_heads": None, "head_dim": None},
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "sliding_window": 7},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "num_key_value_heads": 4},
+    ],
+)
+def test_a_llama_is_read_as_transformers_reads_it_without_its_class(raw):
+    raw = {"model_type": "llama", **raw}
+    ours, theirs = llama_config(dict(raw)), LlamaConfig.from_dict(dict(raw))
+    assert model_config(ours, ()) == model_config(theirs, ())
+    assert ours.eos_token_id == theirs.eos_token_id
+
+
+def test_reading_a_llama_does_not_load_torchs_compiler(checkpoint):
+    """It would take a second, and 150 MiB for as long as the process lives."""
+    read = "import sys; from pathlib import Path; from minillm.model import read_config; read_config(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{read}; assert 'torch._dynamo' not in sys.modules", checkpoint("llama")]
+    subprocess.run(command, check=True)
 
 
 def test_a_stray_sliding_window_has_no_effect_on_a_llama(copy):

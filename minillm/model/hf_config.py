@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, MistralConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from minillm.errors import CheckpointError, ConfigError, UnsupportedModelError, check_number, check_whole, shown
 from minillm.model.config import ModelConfig, RopeConfig
@@ -47,6 +47,14 @@ NOT_IMPLEMENTED = {
     "num_local_experts": (0,),
     "n_routed_experts": (0,),
     "kv_lora_rank": (0,),
+}
+LLAMA_DEFAULTS = {
+    "intermediate_size": 11_008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 # Biases that some of the four families have and the others' transformers classes do not read.
 FAMILIES_WITH = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
@@ -94,11 +102,27 @@ def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
 
 def read_hf_config(folder: Path) -> PretrainedConfig:
     """config.json as transformers reads it, after the check of what is supported. Raises like `read_config`."""
-    check_supported(read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    check_supported(raw)
     try:
+        if raw["model_type"] == "llama":
+            return llama_config(raw)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json in {folder} cannot be read: {error!r}") from error
+
+
+def llama_config(raw: dict) -> PretrainedConfig:
+    """A Llama's config.json, read by Mistral's class: but for `LLAMA_DEFAULTS` they are alike.
+
+    transformers' own class for it imports torch's compiler: 1.1 seconds, and 150 MiB for as long as the process lives.
+    """
+    raw = LLAMA_DEFAULTS | raw | {"sliding_window": None}
+    if raw["num_key_value_heads"] is None:
+        raw["num_key_value_heads"] = raw["num_attention_heads"]
+    config = MistralConfig.from_dict(raw)
+    config.model_type = "llama"
+    return config
 
 
 def read_json(path: Path) -> dict:
