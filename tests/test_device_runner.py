@@ -504,9 +504,9 @@ def one_buffer_for_all(patch, batch):
     shared, original = torch.zeros(10_000, dtype=torch.int64), batch._padded
 
     def padded(*arguments, **named):
-        step = original(*arguments, **named)
+        step, _ = original(*arguments, **named)
         buffer = shared[: len(step.buffer)].copy_(step.buffer)
-        return step._replace(buffer=buffer)
+        return step._replace(buffer=buffer), carve(buffer.numpy(), step.layout)
 
     patch.setattr(batch, "_padded", padded)
 
@@ -538,9 +538,9 @@ def padding_that_is_stored(patch, batch):
     original, slot = batch._padded, shuffled_blocks(JOB_BLOCKS)[-1] * BLOCK_SIZE
 
     def padded(layout, **named):
-        step = original(layout, **named)
-        carve(step.buffer.numpy(), layout).slots[:] = slot
-        return step
+        step, into = original(layout, **named)
+        into.slots[:] = slot
+        return step, into
 
     patch.setattr(batch, "_padded", padded)
 
@@ -641,7 +641,7 @@ def test_fields_lie_apart_and_aligned():
     layout = Layout(7, 3, 2, 4, 4, 1)
     batch = Batch(replace(OPTIONS, max_num_seqs=9), BLOCK_SIZE, torch.device("cpu"), HostQueue().run, True)
     batch._changes = dict.fromkeys(range(5), 1)
-    buffer = batch._padded(layout).buffer
+    buffer = batch._padded(layout)[0].buffer
     ours, theirs = carve(buffer.numpy(), layout), carve(buffer, layout)
     changes = carve_changes(buffer, layout, 5)
     padding = {"nothing": 0, "nowhere": NO_SLOT, "spare row": 9, "spare token": 9 * batch.tokens.shape[1]}

@@ -150,7 +150,8 @@ class BlockManager:
             return None
         # What its only holder writes anew is un-registered rather than copied: that takes no block, so the last holder
         # can always go on, and nobody finds it before commit registers it again.
-        self._unregister(block_ids[i] for i in own)
+        if own:
+            self._unregister(block_ids[i] for i in own)
         moves = [self._copy(block_ids, shared)] if shared else ()
         block_ids += [self._take() for _ in range(held, end)]
         first_changed = shared[0] if shared else held

@@ -188,8 +188,8 @@ class NotedStep:
         names: Mapping[str, str],
     ):
         self.step = plan.step
-        self.request_ids = (*plan.decodes, *(part.request_id for part in plan.others))
-        self.starts = array("I", (*plan.decodes.values(), *(part.start for part in plan.others)))
+        self.request_ids = (*plan.decodes, *[part.request_id for part in plan.others])
+        self.starts = array("I", [*plan.decodes.values(), *[part.start for part in plan.others]])
         self.others = dict(enumerate(plan.others, start=len(plan.decodes)))
         self.row_length = plan.row_length
         self.padding_rows = tuple(plan.padding_rows)

@@ -304,8 +304,8 @@ class Scheduler:
         self._out_of_batch, self._preemptions = [], []
         self._fill(plan)
         if plan.num_requests:
-            request_ids = (*plan.decodes, *(part.request_id for part in plan.others))
-            requests = [self.running[request_id] for request_id in request_ids]
+            request_ids = (*plan.decodes, *[part.request_id for part in plan.others])
+            requests = list(map(self.running.__getitem__, request_ids))
             self._in_flight.append(InFlight(plan, requests, self._preemptions))
         else:
             self._retract(plan)  # what it says to the executor, the next one says

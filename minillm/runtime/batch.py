@@ -183,6 +183,9 @@ class Batch:
         self.seeds = np.zeros(self.num_rows, np.int64)
         self.num_prompt_tokens = np.zeros(self.num_rows, np.int64)
         self.asking = np.zeros(self.num_rows, bool)
+        spare_token = self.num_rows * self.tokens.shape[1]
+        padding = {"nothing": 0, "nowhere": NO_SLOT, "spare row": self.num_rows, "spare token": spare_token}
+        self._padding = [padding[field.padding] for field in FIELDS]
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(self.num_rows))[::-1]
         self._changes: dict[int, int] = {}  # entry of the flattened tables -> block, since the last step
@@ -238,11 +241,11 @@ class Batch:
         """The inputs of a step. `graphs`: if all its requests have one new token and get another, it is padded to the
         first of these sizes that holds it.
         """
-        request_ids, starts = [*plan.decodes], [*plan.decodes.values()]
         others = sorted(plan.others, key=lambda part: part.num_tokens > 1)
-        request_ids += [part.request_id for part in others]
+        request_ids = [*plan.decodes, *(part.request_id for part in others)]
+        starts = [*plan.decodes.values(), *(part.start for part in others)]
         rows = np.fromiter(map(self._row_of.__getitem__, request_ids), np.int64, len(request_ids))
-        starts = np.array(starts + [part.start for part in others])
+        starts = np.fromiter(starts, np.int64, len(request_ids))
         if plan.num_tokens == len(request_ids) and all(part.samples for part in others):
             return self._decode_step(request_ids, rows, starts, graphs)
         num_decodes = len(plan.decodes)
@@ -256,8 +259,7 @@ class Batch:
         """One new token each, and each gets another: hidden states are sampled from as they come."""
         graph = next((size for size in graphs if size >= len(rows)), 0)
         size = graph or rows_computed(len(rows), self.device)
-        step = self._padded(Layout.of_decodes(size), num_rows=len(rows))
-        into = carve(step.buffer.numpy(), step.layout)
+        step, into = self._padded(Layout.of_decodes(size), num_rows=len(rows))
         self._fill_decodes(into, rows, starts)
         self._fill_sampling(into, rows, starts + 1)
         score_entries = int(starts.sum()) + len(starts)
@@ -279,8 +281,7 @@ class Batch:
         padded, padded_sampled = (rows_computed(each, self.device) for each in (num_tokens, num_sampled))
         num_chunks = len(rows) - n + (padded > num_tokens)  # padding is a chunk of its own, of a request of no tokens
         layout = Layout(padded, n, num_chunks, padded_sampled, padded_sampled, len(rows) - num_sampled)
-        step = self._padded(layout)
-        into = carve(step.buffer.numpy(), layout)
+        step, into = self._padded(layout)
         self._fill_decodes(into, rows[:n], starts[:n])
         self._fill_chunks(into, rows[n:], starts[n:], counts[n:])
         into.chunk_starts[len(rows) - n + 1 :] = padded - n
@@ -299,7 +300,7 @@ class Batch:
     def _asking(self, rows: np.ndarray) -> Sequence[int]:
         return np.flatnonzero(self.asking[rows]).tolist()
 
-    def _padded(self, layout: Layout, num_rows: int = 0) -> Step:
+    def _padded(self, layout: Layout, num_rows: int = 0) -> tuple[Step, StepInputs]:
         """A step of padding alone, but for the table entries that changed. Without it if all its rows are tokens.
 
         Pinned memory is a new tensor's every time: torch does not hand a freed piece out again before the copies from
@@ -308,19 +309,16 @@ class Batch:
         changes, self._changes = self._changes, {}
         count = len(changes)
         buffer = torch.empty(buffer_size(layout, count), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        values = {
-            "nothing": 0,
-            "nowhere": NO_SLOT,
-            "spare row": self.num_rows,
-            "spare token": self.num_rows * self.tokens.shape[1],
-        }
-        for field, view in zip(FIELDS, carve(buffer.numpy(), layout), strict=True):
+        numbers = buffer.numpy()
+        into = carve(numbers, layout)
+        for field, view, padding in zip(FIELDS, into, self._padding, strict=True):
             if num_rows < layout.num_tokens or field.more:
-                view[:] = values[field.padding]
-        entries, blocks = carve_changes(buffer.numpy(), layout, count)
-        entries[:] = np.fromiter(changes.keys(), np.int64, count)
-        blocks[:] = np.fromiter(changes.values(), np.int64, count)
-        return Step(layout, buffer, count, 0, 0, (), (), (), 0)
+                view[:] = padding
+        if changes:
+            entries, blocks = carve_changes(numbers, layout, count)
+            entries[:] = np.fromiter(changes.keys(), np.int64, count)
+            blocks[:] = np.fromiter(changes.values(), np.int64, count)
+        return Step(layout, buffer, count, 0, 0, (), (), (), 0), into
 
     def _fill_decodes(self, into: StepInputs, rows: np.ndarray, starts: np.ndarray) -> None:
         """The requests with one new token."""
