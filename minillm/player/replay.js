@@ -43,18 +43,11 @@ class TracedRequest {
   }
 
   // The last part in steps up to `index`, or undefined.
-  lastPart(index) {
-    return this.parts[countUpTo(this.parts, index, (part) => part.index) - 1];
-  }
-
-  lastPreemption(index) {
-    return this.preempted[countUpTo(this.preempted, index, (each) => each.index) - 1];
-  }
-
+  lastPart(index) { return this.parts[countUpTo(this.parts, index, (part) => part.index) - 1]; }
+  lastPreemption(index) { return this.preempted[countUpTo(this.preempted, index, (each) => each.index) - 1]; }
+  stint(index) { return this.stints[countUpTo(this.stints, index, (each) => each.index) - 1]; }
   // Output tokens that step `index` and those before it gave.
-  outputs(index) {
-    return this.lastPart(index)?.outputs ?? 0;
-  }
+  outputs(index) { return this.lastPart(index)?.outputs ?? 0; }
 
   // Tokens whose keys and values are held while step `index` runs, those being written included.
   held(index) {
@@ -260,15 +253,21 @@ export class Run {
 
   // Who has which place, and what it does there: place -> [request, state]; "padding" holds it for nothing.
   occupants(index) {
-    const found = new Map(), from = this.totals[index]?.batchFrom;
-    for (const request of from === undefined ? [] : this.requests) {
-      const stint = request.stints[countUpTo(request.stints, index, (each) => each.index) - 1];
-      const part = request.lastPart(index);
-      if (!stint || !part) continue;
-      if (part.index === index) found.set(stint.place, [request, part.state]);
-      else if (request.finished < index && stint.index >= from) found.set(stint.place, [request, "padding"]);
+    const found = new Map();
+    for (const request of this.totals[index] ? this.requests : []) {
+      const part = request.lastPart(index), state = part?.index === index ? part.state : "padding";
+      const there = part?.index === index || this.holdsPlace(request, index);
+      if (there) found.set(request.stint(index)?.place, [request, state]);
     }
     return found;
+  }
+
+  // Whether everybody who has come has ended.
+  get idle() { return this.steps.length === 0 || this.totals.at(-1).finished >= this.requests.length; }
+
+  // Whether it has ended, in a static batch that goes on.
+  holdsPlace(request, index) {
+    return request.finished < index && request.stint(index)?.index >= (this.totals[index]?.batchFrom ?? Infinity);
   }
 
   // Requests that can run at the same time: as configured at a position, or the most that did.
@@ -334,9 +333,10 @@ export class Pool {
     this.run = run;
     const use = run.steps.find((step) => step.blocks)?.blocks;
     this.numNull = use ? use.null ?? 1 : 1;
-    const total = use ? use.used + use.cached + use.free + this.numNull : this.mostNamed() + 1;
+    const found = run.live ? {} : this.findSizes();
+    const total = use ? use.used + use.cached + use.free + this.numNull : found.most + 1;
     this.numBlocks = run.config.num_blocks ?? total;
-    this.blockSize = run.config.block_size ?? this.findBlockSize();
+    this.blockSize = run.config.block_size ?? found.size;
     this.lost = new Map(); // index -> ids that lose their tables before that step: aborted, and never seen again
     this.discarded = new Map(); // the same, with the end of that step
     if (!run.live) this.findLost();
@@ -355,26 +355,17 @@ export class Pool {
     };
   }
 
-  mostNamed() {
-    let most = 0;
-    for (const step of this.run.steps) {
-      for (const part of step.scheduled) for (const block of part.block_ids ?? []) most = Math.max(most, block);
-    }
-    return most;
-  }
-
-  // Slots of a block: some table is full to its last slot, and no table holds more than fits.
-  findBlockSize() {
-    let size = 1;
+  // Slots of a block, as no table holds more than fits and some are full; and the highest number of a block.
+  findSizes() {
+    let size = 1, most = 0;
     const lengths = new Map();
-    for (const step of this.run.steps) {
-      for (const part of step.scheduled) {
-        if (part.block_ids?.length) lengths.set(part.request_id, (part.first_block ?? 0) + part.block_ids.length);
-        const length = lengths.get(part.request_id);
-        if (length) size = Math.max(size, Math.ceil((part.start + part.num_tokens) / length));
-      }
+    for (const part of this.run.steps.flatMap((step) => step.scheduled)) {
+      const { request_id: id, block_ids: blocks = [], first_block: first = 0 } = part;
+      if (blocks.length) lengths.set(id, first + blocks.length);
+      if (lengths.has(id)) size = Math.max(size, Math.ceil((part.start + part.num_tokens) / lengths.get(id)));
+      most = Math.max(most, ...blocks);
     }
-    return size;
+    return { size, most };
   }
 
   findLost() {

@@ -4,8 +4,8 @@
 //   with a script of type application/jsonl in it    the same, in the page
 //   <trace-player live>, and add(record)             a run that goes on: every record of a feed is added
 //
-// Attributes: `compact` (a lecture's summary: sentence, places, rows), `unattended` (no controls: the page steers).
-// Properties: run, position (0 .. number of steps), time (seconds), playing. Event: "position".
+// Attributes: `compact` (sentence, places and low rows alone), `unattended` (no controls: the page steers).
+// Properties: run, position (0 .. number of steps), time (seconds), playing, span (steps that rows have room for).
 // Keys: space plays, left and right step (with Shift ten), Home and End jump, up and down go from request to request.
 
 import { PALETTE } from "./palette.js";
@@ -13,10 +13,12 @@ import { Run, countUpTo, plural, tokensOf } from "./replay.js";
 
 const SPEEDS = [1, 2, 5, 10, 20, 50, 100, 200]; // steps per second
 const ROW = 26; // px from one request to the next; in a narrow player each takes two lines
+const LOW = 13; // px: the same in a compact player
 const NARROW = 640; // px
 const MOST_CHIPS = 16; // requests named in the queue
 const MOST_PLACES = 128; // places drawn as squares
 const MOST_LINES = 40; // requests in the text form
+const FOLLOW_MS = 250; // between two drawings of a run that goes on: it needs the processor more than its picture
 const SAY_EVERY = 3000; // ms between two announcements while it plays
 const STATES = PALETTE.states;
 const MODES = { waiting: "waits", preempted: "was preempted", swapped: "was swapped out" };
@@ -90,20 +92,26 @@ export class TracePlayer extends HTMLElement {
   #block = null; // the block whose requests are shown
   #rows = new Map(); // id -> the elements of a row that is in view
   #said = 0;
-  #drawing = 0;
+  #drawing = false; // soon
+  #drawn = 0; // ms, when it last was
   #ticking = 0;
   #scrolledFor = -1; // the position whose requests were scrolled into view
+  #window = { from: 0, count: 1, wide: 8 }; // the steps that rows show, px wide each
+  #longest = 1; // tokens of a row in view, at most
+  #grid = { columns: 1, size: 1, each: 1, count: 0 }; // of the pool: cells, px, blocks that a cell stands for
 
   run = new Run();
   speed = 5;
+  span = 1;
 
   connectedCallback() {
     if (!this.parts) this.#build();
     this.observer = new ResizeObserver(() => this.redraw());
     this.observer.observe(this);
-    this.scheme = matchMedia("(prefers-color-scheme: dark)");
-    this.scheme.addEventListener("change", this.redraw);
-    document.addEventListener("themechange", this.redraw);
+    this.gone = new AbortController();
+    const { signal } = this.gone;
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.redraw, { signal });
+    document.addEventListener("themechange", this.redraw, { signal });
     const inline = this.querySelector('script[type="application/jsonl"]');
     if (this.hasAttribute("live")) this.load(new Run({ live: true }));
     else if (inline) this.#read(async () => inline.textContent);
@@ -113,8 +121,7 @@ export class TracePlayer extends HTMLElement {
   disconnectedCallback() {
     this.pause();
     this.observer.disconnect();
-    this.scheme.removeEventListener("change", this.redraw);
-    document.removeEventListener("themechange", this.redraw);
+    this.gone.abort();
   }
 
   async #read(find) {
@@ -133,12 +140,12 @@ export class TracePlayer extends HTMLElement {
     this.#position = 0;
     this.#following = run.live;
     this.#pinned = this.#hovered = this.#block = null;
-    for (const row of this.#rows.values()) row.element.remove();
+    this.parts.spacer.replaceChildren();
     this.#rows.clear();
     this.parts.rows.scrollTop = 0;
-    const wanted = run.steps.length / 20; // a run takes about 20 seconds
+    const wanted = run.live ? 20 : run.steps.length / 20; // a recorded run takes about 20 seconds
     this.speed = SPEEDS.find((speed) => speed >= wanted) ?? SPEEDS.at(-1);
-    if (this.#still()) this.speed = Math.min(this.speed, 2);
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) this.speed = Math.min(this.speed, 2);
     this.parts.speed.value = this.speed;
     this.redraw();
   }
@@ -151,21 +158,16 @@ export class TracePlayer extends HTMLElement {
     if (this.run.steps.length < before) { // the older half of a long run was let go
       this.#position = Math.max(0, this.#position - (before + 1 - this.run.steps.length));
     }
-    if (this.#following) this.#position = Math.max(0, this.run.steps.length - 1);
+    if (this.#following) this.#position = this.run.idle ? this.run.steps.length : this.run.steps.length - 1;
     this.redraw();
   }
 
   // --- where it stands ---
 
   get position() { return this.#position; }
-
   set position(value) {
-    const position = Math.max(0, Math.min(this.run.steps.length, Math.round(value)));
-    this.#following = this.run.live && position >= this.run.steps.length - 1;
-    if (position !== this.#position) {
-      this.#position = position;
-      this.dispatchEvent(new CustomEvent("position", { detail: position }));
-    }
+    this.#position = Math.max(0, Math.min(this.run.steps.length, Math.round(value)));
+    this.#following = this.run.live && this.#position >= this.run.steps.length - 1;
     this.redraw();
   }
 
@@ -183,7 +185,6 @@ export class TracePlayer extends HTMLElement {
   }
 
   get playing() { return this.#ticking !== 0; }
-
   play() {
     if (this.playing || !this.run.steps.length) return;
     if (this.#position >= this.run.steps.length) this.position = 0;
@@ -209,26 +210,15 @@ export class TracePlayer extends HTMLElement {
     if (this.parts) this.redraw();
   }
 
-  toggle() {
-    if (this.playing) this.pause();
-    else this.play();
-  }
-
-  #still() {
-    return matchMedia("(prefers-reduced-motion: reduce)").matches;
-  }
-
   // --- elements ---
 
   #build() {
     const button = (name, sign, action) =>
       make("button", { type: "button", "aria-label": name, title: name, onclick: action }, sign);
     const parts = (this.parts = {
-      play: button("Play", "▶", () => this.toggle()),
-      slider: make("input", { type: "range", min: 0, value: 0, "aria-label": "Step", oninput: () => {
-        this.pause();
-        this.position = Number(parts.slider.value);
-      } }),
+      play: button("Play", "▶", () => (this.playing ? this.pause() : this.play())),
+      slider: make("input", { type: "range", min: 0, value: 0, "aria-label": "Step",
+        oninput: () => this.#jump(Number(parts.slider.value)) }),
       overview: make("canvas", { class: "overview", "aria-hidden": "true" }),
       speed: make("select", { "aria-label": "Speed", onchange: () => (this.speed = Number(parts.speed.value)) }),
       where: make("span", { class: "where" }),
@@ -299,7 +289,7 @@ export class TracePlayer extends HTMLElement {
     const onPool = target === this.parts.pool, onRow = target.closest(".row");
     const at = this.#position;
     const to = { ArrowLeft: at - far, ArrowRight: at + far, Home: 0, End: this.run.steps.length };
-    if (key === " " && target.tagName !== "BUTTON") this.toggle();
+    if (key === " " && target.tagName !== "BUTTON") this.parts.play.click();
     else if (onPool && key.startsWith("Arrow")) this.#moveInPool(key);
     else if (onRow && (key === "ArrowUp" || key === "ArrowDown")) this.#moveInRows(onRow, key === "ArrowUp" ? -1 : 1);
     else if (onRow && key === "Enter") this.#pin(onRow.dataset.id);
@@ -337,19 +327,23 @@ export class TracePlayer extends HTMLElement {
     if (cell >= 0 && cell < count) this.#point(cell * this.#grid.each);
   }
 
-  get #rowHeight() { return this.clientWidth < NARROW ? 2 * ROW - 6 : ROW; }
-
+  get #rowHeight() { return this.hasAttribute("compact") ? LOW : this.clientWidth < NARROW ? 2 * ROW - 6 : ROW; }
+  #faded(id) { return this.#marked && this.#marked !== id ? 0.3 : 1; }
   get #marked() { return this.#hovered ?? this.#pinned; }
 
   // --- drawing, once a frame at most ---
 
   redraw = () => {
-    this.#drawing ||= requestAnimationFrame(() => this.#draw());
+    if (this.#drawing) return;
+    this.#drawing = true;
+    const soon = () => requestAnimationFrame(() => this.#draw());
+    if (this.#following) setTimeout(soon, this.#drawn + FOLLOW_MS - performance.now());
+    else soon();
   };
 
   #draw() {
-    cancelAnimationFrame(this.#drawing);
-    this.#drawing = 0;
+    this.#drawing = false;
+    this.#drawn = performance.now();
     if (!this.isConnected || !this.clientWidth) return;
     const style = getComputedStyle(this);
     const names = ["ink", "soft", "line", "blank", "dim", "accent"];
@@ -448,7 +442,7 @@ export class TracePlayer extends HTMLElement {
       return;
     }
     const [request, state] = inside, held = state === "padding";
-    pen.globalAlpha = this.#marked && this.#marked !== request.id ? 0.35 : 1;
+    pen.globalAlpha = this.#faded(request.id);
     pen.fillStyle = held ? blank : request.color;
     pen.fillRect(x, y, size, size);
     if (held) hatch(pen, x, y, size, size, soft, 6);
@@ -483,7 +477,7 @@ export class TracePlayer extends HTMLElement {
     for (const part of step?.scheduled ?? []) {
       const wide = (part.num_tokens / budget) * width, state = STATES[part.why], padding = part.why === "padding";
       const request = run.byId.get(part.request_id);
-      pen.globalAlpha = this.#marked && this.#marked !== part.request_id ? 0.3 : 1;
+      pen.globalAlpha = this.#faded(part.request_id);
       pen.fillStyle = padding ? blank : state.color;
       pen.fillRect(x, 0, wide, height);
       if (padding) hatch(pen, x, 0, wide, height, soft);
@@ -559,9 +553,6 @@ export class TracePlayer extends HTMLElement {
     }
   }
 
-  #window = { from: 0, count: 1, wide: 8 };
-  #longest = 1;
-
   // The first request that has not ended comes into view.
   #scrollToWork(rows, height) {
     const at = this.#position, { requests } = this.run;
@@ -572,8 +563,10 @@ export class TracePlayer extends HTMLElement {
 
   // Which steps the rows show, each `wide` pixels: all of a short run, else those around the position.
   #stepsInView() {
-    const width = [...this.#rows.values()][0]?.line.clientWidth || 300, total = Math.max(1, this.run.steps.length);
-    if (total * 6 <= width) return { from: 0, count: total, wide: Math.min(16, width / total) };
+    const width = [...this.#rows.values()][0]?.line.clientWidth || 300;
+    const total = Math.max(1, this.span, this.run.steps.length);
+    const all = total * 6 <= width || this.hasAttribute("compact");
+    if (all) return { from: 0, count: total, wide: Math.min(16, width / total) };
     const count = Math.floor(width / 8);
     const from = Math.max(0, Math.min(total - count, this.#position - Math.floor(0.75 * count)));
     return { from, count: Math.min(count, total), wide: 8 };
@@ -585,18 +578,20 @@ export class TracePlayer extends HTMLElement {
       key: make("span", { class: "key", "aria-hidden": "true" }, request.letter),
       line: make("canvas", { class: "line", "aria-hidden": "true" }),
       cells: make("canvas", { class: "cells", "aria-hidden": "true" }),
-      words: make("span", { class: "words" }),
+      words: make("bdi", { dir: "ltr" }),
     };
     Object.assign(row.key.style, { background: request.color, color: "#000000" });
-    row.name = make("span", { class: "name", title: request.id }, request.label);
+    const { label } = request, short = label.length > 8 ? `…${label.slice(-7)}` : label;
+    row.name = make("span", { class: "name", title: label }, short);
     row.element = make("div", { class: "row", role: "button", tabindex: 0, "data-id": request.id }, row.key, row.name,
-      row.line, row.cells, row.words);
-    const mark = (id) => () => {
-      this.#hovered = id;
-      this.redraw();
-    };
-    for (const name of ["pointerenter", "focus"]) row.element.addEventListener(name, mark(request.id));
-    for (const name of ["pointerleave", "blur"]) row.element.addEventListener(name, mark(null));
+      row.line, row.cells, make("span", { class: "words" }, row.words));
+    const on = { pointerenter: request.id, focus: request.id, pointerleave: null, blur: null };
+    for (const [name, id] of Object.entries(on)) {
+      row.element.addEventListener(name, () => {
+        this.#hovered = id;
+        this.redraw();
+      });
+    }
     row.element.addEventListener("click", () => this.#pin(request.id));
     this.#rows.set(request.id, row);
     return row;
@@ -615,41 +610,57 @@ export class TracePlayer extends HTMLElement {
       + `${plural(request.numPrompt, "prompt token")}, ${plural(outputs, "output token")}, ${held} held in the cache`);
     const text = step ? request.text(step.step) : "";
     row.words.textContent = text ? text.slice(-160) : `${request.numPrompt} + ${outputs}`;
-    row.words.classList.toggle("story", Boolean(text));
-    row.words.title = text ? `${request.numPrompt} prompt tokens, ${outputs} output tokens` : "prompt + output tokens";
+    row.words.parentElement.dir = text ? "rtl" : "ltr"; // of a story the end is seen
+    row.words.parentElement.title = `${request.numPrompt} prompt tokens + ${outputs} output tokens`;
     this.#drawLine(row.line, request, from, from + count);
     this.#drawCells(row.cells, request, state, outputs, held);
   }
 
   // What the request does in each step: the row of a timeline, with the letters of its text picture.
   #drawLine(canvas, request, from, to) {
-    const { wide } = this.#window, { run } = this, at = this.#position;
-    const { ink, soft, blank, dim, accent } = this.colors;
-    const height = 18, pen = brush(canvas, canvas.clientWidth, height);
-    for (let index = from; index < Math.min(to, run.steps.length); index++) {
-      const state = run.state(request, index), x = (index - from) * wide;
-      if (!state) continue;
-      pen.globalAlpha = index > at ? 0.16 : 1;
-      if (state === "finished") {
-        pen.fillStyle = soft;
-        pen.fillRect(x, height / 2, wide, 1);
-        continue;
+    const { wide } = this.#window, { run } = this, at = this.#position, { accent } = this.colors;
+    const height = this.#rowHeight < ROW ? LOW - 3 : 18, pen = brush(canvas, canvas.clientWidth, height);
+    to = Math.min(to, run.steps.length);
+    for (let index = from, begin = from; index < to; index++) {
+      const what = [index, index + 1].map((each) => (each < to ? this.#doing(request, each) : null));
+      if (wide < 7 && what[0] === what[1] && index !== at) continue; // narrow steps are drawn as one box
+      this.#drawDoing(pen, what[0], (begin - from) * wide, (index + 1 - begin) * wide, height, index > at);
+      if (wide >= 7 && !["waiting", "finished", "held", null].includes(what[0])) {
+        const color = STATES[what[0]].color === "#FFFFFF" ? this.colors.ink : inkOn(STATES[what[0]].color);
+        const middle = (index + 0.5 - from) * wide - 0.5;
+        write(pen, run.letter(request, index), middle, height / 2, color, wide >= 12 ? 10 : 8);
       }
-      const { color } = STATES[state], white = color === "#FFFFFF", waits = state === "waiting";
-      pen.fillStyle = white ? blank : waits ? dim : color;
-      pen.fillRect(x, waits ? 5 : 1, wide - (wide > 5 ? 1 : 0), height - (waits ? 10 : 2));
-      if (state === "padding") hatch(pen, x, 1, wide - 1, height - 2, soft, 4);
-      if (wide >= 7 && !waits) {
-        const letter = run.letter(request, index);
-        write(pen, letter, x + wide / 2 - 0.5, height / 2, white ? ink : inkOn(color), wide >= 12 ? 10 : 8);
-      }
+      pen.globalAlpha = 1;
+      begin = index + 1;
     }
-    pen.globalAlpha = 1;
-    if (at >= from && at < to && at < run.steps.length) {
+    if (at >= from && at < to) {
       pen.strokeStyle = accent;
       pen.lineWidth = 2;
       pen.strokeRect((at - from) * wide - 0.5, 0.5, wide, height - 1);
     }
+  }
+
+  // A key of STATES, or "held": it has ended, and its place in a static batch stays taken.
+  #doing(request, index) {
+    const state = this.run.state(request, index);
+    return state === "finished" && this.run.holdsPlace(request, index) ? "held" : state;
+  }
+
+  #drawDoing(pen, state, x, width, height, faded) {
+    const { soft, blank, dim } = this.colors;
+    if (!state) return;
+    pen.globalAlpha = faded ? 0.16 : 1;
+    pen.fillStyle = soft;
+    if (state === "finished") pen.fillRect(x, height / 2, width, 1);
+    if (state === "waiting") {
+      pen.fillStyle = dim;
+      pen.fillRect(x, height / 3, width - (width > 5 && width < 17 ? 1 : 0), height / 3);
+    }
+    if (state === "finished" || state === "waiting") return;
+    const hollow = state === "held" || state === "padding";
+    pen.fillStyle = hollow ? blank : STATES[state].color;
+    pen.fillRect(x, 1, width - (width > 5 ? 1 : 0), height - 2);
+    if (hollow) hatch(pen, x, 1, width, height - 2, soft, 4);
   }
 
   // Its tokens: held in the cache (prompt, output, computed again) or known only; what this step writes is framed.
@@ -684,8 +695,6 @@ export class TracePlayer extends HTMLElement {
   }
 
   // --- the pool ---
-
-  #grid = { columns: 1, size: 1, each: 1, count: 0 };
 
   #blockAt(event) {
     const { columns, size, each, count } = this.#grid;

@@ -1,0 +1,389 @@
+// The page of a live server: its engine drawn by <trace-player>, requests sent to it, two ways of batching compared.
+//
+// What is drawn and measured comes from GET /live/events; stories are sent through /v1/completions and
+// /v1/chat/completions like anybody's. Text of the model or the user is only ever put in as text.
+
+import { events, records } from "./feed.js";
+import { Run, plural } from "./replay.js";
+import { make } from "./trace-player.js";
+
+const BEGINNINGS = ["Once upon a time there was a little fox", "One day Tom found a red kite",
+  "The owl looked at the moon", "Mia had a small boat", "In the forest lived a bear", "A cat sat in the snow",
+  "There was a king who loved cake", "The little duck was sad because"];
+const MIDDLES = ["", ".", " and", " who lived by the river"];
+const MOST_TOKENS = 160; // of a story; most end earlier, each after its own number
+const PLAYED_FOR = 16; // seconds in which the slower of two runs is shown again
+const WINDOW = 20; // seconds of the engine's clock in a sparkline
+const RETRY_MS = [500, 1000, 2000, 5000];
+const RED = matchMedia("(prefers-reduced-motion: reduce)");
+
+const at = (id) => document.getElementById(id);
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+let config = {}; // as the feed told last
+const hearing = new Set(); // functions that get every record of the feed
+
+// --- talking to the server ---
+
+async function send(path, body, { id, method = "POST" } = {}) {
+  for (;;) {
+    const headers = { ...authorization(), ...(id && { "X-Request-Id": id }) };
+    if (body) headers["Content-Type"] = "application/json";
+    const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
+    if (response.status === 401) await askForKey();
+    else if (response.ok) return response;
+    else throw new Error(await reasonOf(response));
+  }
+}
+
+async function reasonOf(response) {
+  const answer = await response.json().catch(() => ({}));
+  return answer.error?.message ?? answer.message ?? `${response.status} ${response.statusText}`;
+}
+
+function authorization() {
+  const key = sessionStorage.getItem("minillm-key");
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+let asking = null; // one dialog for all who wait
+
+function askForKey() {
+  asking ??= new Promise((done) => {
+    const dialog = at("key"), tried = sessionStorage.getItem("minillm-key");
+    if (tried) at("key-why").textContent = "That key was refused. Ask whoever started the server.";
+    dialog.addEventListener("close", () => {
+      sessionStorage.setItem("minillm-key", at("key-value").value.trim());
+      at("key-value").value = "";
+      asking = null;
+      done();
+    }, { once: true });
+    dialog.addEventListener("cancel", (event) => event.preventDefault());
+    dialog.showModal();
+  });
+  return asking;
+}
+
+// Follow the feed for as long as the page is open.
+async function follow() {
+  for (let failures = 0; ; failures++) {
+    try {
+      for await (const record of records("live/events", { headers: authorization() })) {
+        failures = 0;
+        if (record.config) take(record.config);
+        at("live").add(record);
+        for (const hear of hearing) hear(record);
+      }
+    } catch (error) {
+      if (error.status === 401) {
+        await askForKey();
+        continue;
+      }
+    }
+    at("connection").textContent = "not connected; trying again …";
+    await wait(RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]);
+  }
+}
+
+// The engine's settings have changed, here or elsewhere.
+function take(change) {
+  config = { ...config, ...change };
+  at("model").textContent = config.model ?? "";
+  at("connection").textContent = config.paused ? "paused" : "connected";
+  at("pause").textContent = config.paused ? "Go on" : "Pause";
+  at("pause").setAttribute("aria-pressed", String(Boolean(config.paused)));
+  at("step").disabled = at("steps").disabled = !config.paused;
+  for (const radio of document.getElementsByName("batching")) radio.checked = radio.value === config.batching;
+  for (const slider of document.querySelectorAll("[data-control]")) {
+    const name = slider.dataset.control;
+    slider.max = config[name.replace("max_", "most_")] ?? config[name];
+    if (document.activeElement !== slider) slider.value = config[name];
+    at(`${slider.id}-value`).textContent = slider.value;
+  }
+}
+
+async function control(changes) {
+  try {
+    take(await (await send("live/control", changes)).json());
+  } catch (error) {
+    at("reply").textContent = error.message;
+  }
+}
+
+// --- stories ---
+
+// So many beginnings, all different.
+function stories(count) {
+  return Array.from({ length: count }, (_, index) => BEGINNINGS[index % 8] + MIDDLES[Math.floor(index / 8) % 4]);
+}
+
+// Send a burst in one request, and read it to its end.
+async function burst(count, id) {
+  const sampling = { max_tokens: MOST_TOKENS, temperature: 1, seed: 5, cache_salt: id }; // no prefix of another burst
+  const body = { model: config.model, prompt: stories(count), stream: true, ...sampling };
+  const response = await send("v1/completions", body, { id });
+  for await (const data of events(response.body)) raise(data);
+}
+
+// An error that comes in the middle of a stream.
+function raise(data) {
+  const answer = data === "[DONE]" ? {} : JSON.parse(data);
+  if (answer.error) throw new Error(answer.error.message);
+  return answer;
+}
+
+async function ask(event) {
+  event.preventDefault();
+  const prompt = at("prompt").value, chat = document.querySelector("[name=kind]:checked").value === "chat";
+  const body = { model: config.model, max_tokens: Number(at("most").value), temperature: 0.7, stream: true };
+  const reply = at("reply");
+  reply.textContent = chat ? "" : prompt;
+  try {
+    const given = chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+    const response = await send(chat ? "v1/chat/completions" : "v1/completions", { ...body, ...given });
+    for await (const data of events(response.body)) {
+      const choice = raise(data).choices?.[0];
+      reply.textContent += (chat ? choice?.delta?.content : choice?.text) ?? "";
+      reply.scrollTop = reply.scrollHeight;
+    }
+  } catch (error) {
+    reply.textContent = error.message;
+  }
+}
+
+const fresh = (name) => `${name}-${crypto.getRandomValues(new Uint32Array(1))[0].toString(36)}`;
+
+// --- static against continuous ---
+
+// Run one burst under one way of batching, drawn in its lane as it goes; returns the run, cut out of the feed.
+async function measured(batching, count, places) {
+  const id = fresh(batching), mine = (other) => other.startsWith(`${id}-`), lane = at(`${batching}-lane`);
+  lane.load(new Run({ live: true }));
+  await control({ batching, max_num_seqs: places, paused: false });
+  const { block_size, num_blocks, max_num_batched_tokens } = config;
+  lane.add({ config: { batching, max_num_seqs: places, block_size, num_blocks, max_num_batched_tokens } });
+  const hear = (record) => {
+    if (record.request && mine(record.request.request_id)) lane.add(record);
+    if (record.tokens && mine(record.tokens.request_id)) lane.add(record);
+    const scheduled = record.step?.scheduled.filter((part) => mine(part.request_id)) ?? [];
+    if (!scheduled.length) return;
+    lane.add({ step: { ...record.step, scheduled, finished: record.step.finished?.filter(mine),
+      preempted: record.step.preempted?.filter((each) => mine(each.request_id)) } });
+    at(`${batching}-result`).textContent = `${lane.run.totals.at(-1).finished} of ${count} stories finished …`;
+  };
+  hearing.add(hear);
+  try {
+    await burst(count, id);
+    for (let tries = 0; lane.run.totals.at(-1)?.finished < count && tries < 50; tries++) await wait(100);
+  } finally {
+    hearing.delete(hear);
+  }
+  return tell(batching, lane.run, places);
+}
+
+// What a run took, from its trace: seconds from the first arrival to the last token, tokens, and places that worked.
+function tell(batching, run, places) {
+  const seconds = run.steps.at(-1).end_time - Math.min(...run.requests.map((request) => request.arrival));
+  const { outputs, worked } = run.totals.at(-1), share = worked / (places * run.steps.length);
+  const rate = `${Math.round(outputs / seconds)} tokens per second`, percent = `${Math.round(100 * share)} %`;
+  const more = ` for ${plural(outputs, "token")} in ${plural(run.steps.length, "step")}: ${rate}.`;
+  at(`${batching}-result`).replaceChildren(make("b", {}, `${seconds.toFixed(2)} s`), more,
+    make("br"), "Of all places in all steps, ", make("b", {}, percent), " worked.");
+  return { seconds, share, run };
+}
+
+async function both() {
+  const count = Number(at("both-stories").value);
+  const places = Math.min(Number(at("both-places").value), config.most_num_seqs ?? Infinity);
+  const { batching, max_num_seqs, paused } = config;
+  stopClock();
+  at("clock").hidden = true;
+  at("lanes").hidden = false;
+  at("verdict").classList.add("said");
+  at("both").disabled = true;
+  for (const name of ["static", "continuous"]) {
+    at(`${name}-lane`).load(new Run({ live: true }));
+    at(`${name}-result`).textContent = "its turn comes";
+    at(`${name}-lane`).parentElement.classList.remove("first");
+  }
+  try {
+    at("verdict").textContent = `${count} stories, ${places} places, static batching …`;
+    const one = await measured("static", count, places);
+    at("verdict").textContent = `The same ${count} stories, ${places} places, continuous batching …`;
+    const two = await measured("continuous", count, places);
+    at("verdict").textContent = verdict(one, two, count);
+    const winner = two.seconds <= one.seconds ? "continuous" : "static";
+    at(`${winner}-lane`).parentElement.classList.add("first");
+    showAgain(one.run, two.run);
+  } catch (error) {
+    at("verdict").textContent = error.message;
+  } finally {
+    await control({ batching, max_num_seqs, paused });
+    at("both").disabled = false;
+  }
+}
+
+function verdict(one, two, count) {
+  const [slow, quick] = [one, two].map((each) => each.run.steps.length), times = one.seconds / two.seconds;
+  const said = `The same ${count} stories took ${slow} steps in static batches, and ${quick} in a continuous one`;
+  if (times < 1.02) return `${said}, but no less time: did this machine do something else meanwhile?`;
+  return `${said}, which was ${times.toFixed(1)} times as fast.`;
+}
+
+// --- both runs again, on one clock ---
+
+let ticking = 0, length = 0;
+const lanes = () => [at("static-lane"), at("continuous-lane")];
+
+function showAgain(...runs) {
+  const spans = runs.map((run) => run.steps.at(-1).end_time - run.steps[0].start_time);
+  const most = Math.max(...runs.map((run) => run.steps.length));
+  length = Math.max(...spans);
+  for (const lane of lanes()) lane.span = most;
+  at("clock").hidden = false;
+  at("clock-time").max = length;
+  setClock(RED.matches ? length : 0);
+  if (!RED.matches) playClock();
+}
+
+function setClock(seconds) {
+  at("clock-time").value = seconds;
+  const slower = PLAYED_FOR / length, times = slower > 1.5 ? `, shown ${slower.toFixed(0)} times slower` : "";
+  at("clock-text").textContent = `${seconds.toFixed(2)} of ${length.toFixed(2)} s${times}`;
+  at("clock-time").setAttribute("aria-valuetext", `${seconds.toFixed(2)} seconds`);
+  for (const lane of lanes()) lane.time = seconds;
+}
+
+function playClock() {
+  let before = performance.now();
+  if (Number(at("clock-time").value) >= length) setClock(0);
+  const tick = (now) => {
+    const seconds = Math.min(length, Number(at("clock-time").value) + ((now - before) / 1000) * (length / PLAYED_FOR));
+    before = now;
+    setClock(seconds);
+    if (seconds >= length) stopClock();
+    else ticking = requestAnimationFrame(tick);
+  };
+  ticking = requestAnimationFrame(tick);
+  at("clock-play").textContent = "Pause";
+}
+
+function stopClock() {
+  cancelAnimationFrame(ticking);
+  ticking = 0;
+  at("clock-play").textContent = "Play";
+}
+
+// --- sparklines: tokens per second, time to first token, time between tokens, all on the engine's clock ---
+
+const measures = { throughput: [], ttft: [], itl: [] }; // [second, value], the last WINDOW seconds
+const arrivals = new Map(), lastTokens = new Map();
+let drawing = 0;
+
+function measure(record) {
+  if (record.format) {
+    for (const points of Object.values(measures)) points.length = 0;
+    arrivals.clear();
+    lastTokens.clear();
+  }
+  if (record.request) arrivals.set(record.request.request_id, record.request.arrival_time);
+  if (!record.step) return;
+  const { end_time: now, scheduled, finished = [] } = record.step;
+  let sampled = 0;
+  for (const { request_id: id, num_sampled } of scheduled) {
+    if (!num_sampled) continue;
+    sampled += num_sampled;
+    if (lastTokens.has(id)) measures.itl.push([now, now - lastTokens.get(id)]);
+    else if (arrivals.has(id)) measures.ttft.push([now, now - arrivals.get(id)]);
+    lastTokens.set(id, now);
+  }
+  for (const id of finished) for (const known of [arrivals, lastTokens]) known.delete(id);
+  measures.throughput.push([now, sampled]);
+  for (const points of Object.values(measures)) {
+    const stale = points.findIndex(([time]) => time > now - WINDOW);
+    if (stale > 200) points.splice(0, stale);
+  }
+  drawing ||= setTimeout(drawSparks, 200);
+}
+
+function drawSparks() {
+  drawing = 0;
+  const now = measures.throughput.at(-1)?.[0] ?? 0;
+  const recent = (points) => points.filter(([time]) => time > now - 1).map(([, value]) => value);
+  const middle = (values) => (values.length ? values.sort((a, b) => a - b)[values.length >> 1] : null);
+  const span = Math.min(1, now - (measures.throughput[0]?.[0] ?? now)) || 1;
+  const rate = recent(measures.throughput).reduce((sum, value) => sum + value, 0) / span;
+  const ms = (seconds) => (seconds === null ? "–" : `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`);
+  const shown = { throughput: `${Math.round(rate)} tokens/s`, ttft: ms(middle(recent(measures.ttft))),
+    itl: ms(middle(recent(measures.itl))) };
+  for (const [name, text] of Object.entries(shown)) {
+    at(`${name}-value`).textContent = text;
+    at(name).setAttribute("aria-label", `${at(name).previousElementSibling.textContent}, the last ${WINDOW} seconds`);
+    drawSpark(at(name), measures[name], now, name === "throughput");
+  }
+}
+
+// A bar for each of 80 stretches of time: the sum per second, or the mean.
+function drawSpark(canvas, points, now, isRate) {
+  const width = canvas.clientWidth, height = 40, scale = devicePixelRatio || 1, bins = 80, each = WINDOW / bins;
+  Object.assign(canvas, { width: width * scale, height: height * scale });
+  const sums = new Float64Array(bins), counts = new Float64Array(bins);
+  for (const [time, value] of points) {
+    const bin = bins - 1 - Math.floor((now - time) / each);
+    if (bin < 0) continue;
+    sums[bin] += value;
+    counts[bin] += 1;
+  }
+  const values = sums.map((sum, bin) => (isRate ? sum / each : sum / Math.max(1, counts[bin])));
+  const most = Math.max(...values, 1e-9);
+  const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
+  pen.scale(scale, scale);
+  pen.fillStyle = style.getPropertyValue("--line");
+  pen.fillRect(0, height - 1, width, 1);
+  pen.fillStyle = style.getPropertyValue("--ink");
+  values.forEach((value, bin) => {
+    const tall = (value / most) * (height - 3);
+    pen.fillRect((bin * width) / bins, height - 1 - tall, Math.max(1, width / bins - 1), tall);
+  });
+}
+
+// --- light and dark ---
+
+function theme(name) {
+  if (name) document.documentElement.dataset.theme = name;
+  const dark = (name ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  at("theme").textContent = dark ? "Light" : "Dark";
+  at("theme").setAttribute("aria-label", dark ? "Light theme" : "Dark theme");
+  document.dispatchEvent(new Event("themechange"));
+  drawSparks();
+}
+
+at("theme").addEventListener("click", () => {
+  const name = at("theme").textContent.toLowerCase();
+  localStorage.setItem("minillm-theme", name);
+  theme(name);
+});
+at("ask").addEventListener("submit", ask);
+for (const button of document.querySelectorAll("[data-burst]")) {
+  button.addEventListener("click", () => burst(Number(button.dataset.burst), fresh("story")).catch((error) => {
+    at("reply").textContent = error.message;
+  }));
+}
+at("pause").addEventListener("click", () => control({ paused: !config.paused }));
+at("step").addEventListener("click", () => control({ step: 1 }));
+at("steps").addEventListener("click", () => control({ step: 10 }));
+for (const radio of document.getElementsByName("batching")) {
+  radio.addEventListener("change", () => control({ batching: radio.value }));
+}
+for (const slider of document.querySelectorAll("[data-control]")) {
+  slider.addEventListener("input", () => (at(`${slider.id}-value`).textContent = slider.value));
+  slider.addEventListener("change", () => control({ [slider.dataset.control]: Number(slider.value) }));
+}
+at("both").addEventListener("click", both);
+at("clock-play").addEventListener("click", () => (ticking ? stopClock() : playClock()));
+at("clock-time").addEventListener("input", () => {
+  stopClock();
+  setClock(Number(at("clock-time").value));
+});
+hearing.add(measure);
+theme(localStorage.getItem("minillm-theme"));
+follow();
