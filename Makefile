@@ -1,6 +1,7 @@
 # make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
 #               trouble? .venv/bin/minillm doctor says what is missing and what to do
 # make test     set up, then everything CI runs, in two processes; in one (WORKERS=0) where there is a GPU
+# make serve    set up, and serve the storyteller at http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 --max-num-seqs 8")
 # make quick    what of make test takes a minute: neither notebooks nor long runs
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
 # make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
@@ -8,13 +9,14 @@
 
 PYTHON ?= python3
 LAB_ARGS ?=
+SERVE_ARGS ?=
 MUTANTS ?=
 # A GPU is for one process at a time: two would measure each other's memory, and each takes some of it for itself.
 WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab test quick test-real mutants notebooks figures clean
+.PHONY: setup lab serve test quick test-real mutants notebooks figures clean
 
 setup: $(READY)
 
@@ -35,6 +37,9 @@ lab: $(READY)
 	$(BIN)/minillm learn
 	$(BIN)/jupyter lab --ServerApp.root_dir=learn --LabApp.default_url=/lab/tree/01_generation.ipynb \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+serve: $(READY)
+	$(BIN)/minillm serve $(SERVE_ARGS)
 
 # One thread, offline and without progress bars: the outputs in the notebooks must come out the same everywhere.
 test quick test-real notebooks figures: export OMP_NUM_THREADS := 1

@@ -110,10 +110,11 @@ def test_ci_is_make_test():
     assert [line for line in script if line and not line.startswith(("#", "set", "cd"))] == ["make test"]
 
 
-def test_the_readme_begins_with_the_two_commands():
+@pytest.mark.parametrize("command", ["make lab", "make test", "make serve"])
+def test_the_readme_begins_with_the_three_commands(command):
     first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
-    assert re.search(r"^\s*make lab\b", first_screen, re.MULTILINE)
-    assert re.search(r"^\s*make test\b", first_screen, re.MULTILINE)
+    assert re.search(rf"^\s*{command}\b", first_screen, re.MULTILINE)
+    assert re.search(rf"^{command.removeprefix('make ')}: \$\(READY\)$", makefile(), re.MULTILINE)
 
 
 def test_the_licence_is_mit():

@@ -65,10 +65,22 @@ def print_anything() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minillm", description="LLM inference, step by step.")
     parser.add_argument("--version", action="version", version=f"minillm {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.help, description=command.help))
+        subparsers.add_parser(name, help=command.help, description=command.help).command = command
     return parser
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a subcommand, which asks for its options only when it is called."""
+
+    command: Command | None = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.command is not None:
+            add_arguments, self.command = self.command.add_arguments, None
+            add_arguments(self)
+        return super().parse_known_args(args, namespace)
 
 
 # minillm generate ---------------------------------------------------------------------------------
@@ -215,6 +227,22 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
     return module.main(arguments.options) or 0
 
 
+# minillm serve ------------------------------------------------------------------------------------
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from minillm.cli import serve  # its options are those of the engine, which loads torch
+
+    serve.add_arguments(parser)
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """Serve a model until a signal ends it."""
+    from minillm.cli import serve
+
+    return serve.run(arguments)
+
+
 # minillm bench ------------------------------------------------------------------------------------
 
 
@@ -237,6 +265,7 @@ COMMANDS = {
     "doctor": Command("Say what this machine can run, and what to do if it cannot.", add_doctor_arguments, run_doctor),
     "generate": Command("Continue a text with the storyteller or another model.", add_generate_arguments, run_generate),
     "learn": Command("Prepare your copies of the chapters.", add_learn_arguments, run_learn),
+    "serve": Command("Serve a model to clients of OpenAI's API, on this machine.", add_serve_arguments, run_serve),
     "simulate": Command(
         "Simulate a way of batching on a card you need not have.", simulate.add_arguments, simulate.run
     ),

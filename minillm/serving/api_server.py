@@ -1,5 +1,6 @@
 """The HTTP server's endpoints: OpenAI's API as vLLM answers it. One `Endpoints` serves one AsyncEngine."""
 
+import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -9,16 +10,19 @@ from typing import Annotated
 import numpy as np
 from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 import minillm
 from minillm.engine import RequestOutput
 from minillm.errors import MiniLLMError
+from minillm.player import FILES, FOLDER
+from minillm.serving import live
 from minillm.serving.answers import Answer, ChatAnswers, CompletionAnswers, usage_of
 from minillm.serving.async_engine import AsyncEngine
-from minillm.serving.bodies import body_of
+from minillm.serving.bodies import body_of, check_kind_of_body
 from minillm.serving.gate import Gate
 from minillm.serving.http_errors import JSON, APIError, add_error_answers, documented, from_engine
 from minillm.serving.options import ServerOptions
@@ -45,6 +49,7 @@ from minillm.serving.requests import encoded, encoded_chat, in_thread, params_of
 from minillm.serving.streams import ClientGone, EventStream, together, unless_gone
 
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizePrompt, TokenizeChat, DetokenizeRequest)
+PAGE_MAY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 REFERENCE = "#/components/schemas/{model}"
 ALWAYS = (401, 405)
 POSTED = (400, 401, 404, 405, 408, 413)
@@ -57,8 +62,9 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> Fas
     app = FastAPI(title="minillm", version=minillm.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.options = options
     add_error_answers(app)
-    endpoints = Endpoints(engine, options)
-    endpoints.add_to(app)
+    Endpoints(engine, options).add_to(app)
+    if options.page:
+        add_page(app, engine)
     app.openapi = lambda: _openapi(app, options)
     app.add_middleware(Gate, api_key=options.api_key)
     return app
@@ -82,6 +88,20 @@ def _openapi(app: FastAPI, options: ServerOptions) -> dict:
                     operation["security"] = [{"key": []}]
         app.openapi_schema = text
     return app.openapi_schema
+
+
+def add_page(app: FastAPI, engine: AsyncEngine) -> None:
+    """The page at / with its files, and what it asks for below /live. None of it is in the OpenAPI text."""
+    headers = {"Content-Security-Policy": PAGE_MAY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    def add(path: str, name: str, kind: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def file() -> FileResponse:
+            return FileResponse(FOLDER / name, media_type=kind, headers=headers)
+
+    for name, kind in FILES.items():
+        add("/" if name == "index.html" else f"/player/{name}", name, kind)
+    app.include_router(live.router(engine), include_in_schema=False, dependencies=[Depends(check_kind_of_body)])
 
 
 def json_body(*models: type) -> dict:
@@ -166,6 +186,15 @@ class Endpoints:
             await self.engine.check_health()
             return Response()
 
+        text = {200: {"description": "Prometheus' text format.", "content": {CONTENT_TYPE_LATEST: {}}}}
+
+        @app.get("/metrics", responses={**text, **documented(404, 405)}, response_class=Response)
+        async def metrics() -> Response:
+            if self.engine.metrics is None:
+                raise APIError(404, "this server keeps no metrics")
+            content, kind = await asyncio.to_thread(self.engine.metrics.exposition)
+            return Response(content, media_type=kind)
+
         @app.get("/version", responses=answers(Version, 405))
         async def version() -> Response:
             return JSON({"version": minillm.__version__})
@@ -187,7 +216,7 @@ class Endpoints:
             first = await unless_gone(http.receive, anext(outputs))
         except ClientGone:
             return Response()
-        return EventStream(_events(answer, first, outputs), outputs)
+        return EventStream(_events(answer, first, outputs), outputs, self.options.write_timeout)
 
     async def _checked(self, request: SamplingRequest) -> list[tuple[dict, object]]:
         """(prompt, parameters) of each of the engine's requests."""

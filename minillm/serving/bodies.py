@@ -86,14 +86,19 @@ def _required(model: type[BaseModel]) -> set[str]:
     return {name for name, field in model.model_fields.items() if field.is_required()}
 
 
+async def check_kind_of_body(request: Request) -> None:
+    """Raises APIError, 400, for a body that is not called JSON: a page elsewhere cannot send one that is."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if request.method == "POST" and kind != "application/json" and not kind.endswith("+json"):
+        raise APIError(400, "the body must be JSON, sent with the header Content-Type: application/json")
+
+
 def body_of(*models: type[BaseModel]) -> Callable:
     """A dependency that gives the checked body. It says in the log which fields it does not know."""
 
     async def read(request: Request) -> BaseModel:
         options = request.app.state.options
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json" and not kind.endswith("+json"):
-            raise APIError(400, "the body must be JSON, sent with the header Content-Type: application/json")
+        await check_kind_of_body(request)
         data = await read_body(request, options.max_body_mib * 2**20, options.body_timeout)
         if len(data) <= QUICK:
             body = parse_body(data, models)

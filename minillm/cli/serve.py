@@ -1,0 +1,69 @@
+"""The command `minillm serve`: the engine behind OpenAI's API. Its options are the fields of `ServerOptions` and
+`EngineConfig`, with what their comments say of them.
+"""
+
+import argparse
+import inspect
+import os
+import re
+from dataclasses import MISSING, Field, fields
+from typing import get_args
+
+from minillm.engine import EngineConfig
+from minillm.serving import ServerOptions
+
+COMMENT = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # of a field of a dataclass
+KEY_VARIABLE = "MINILLM_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="storyteller", help="storyteller, a checkpoint folder or a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    dtypes = ["auto", "float64", "float32", "bfloat16", "float16", "half"]
+    parser.add_argument("--dtype", choices=dtypes, help="by default float32, on a GPU auto: the checkpoint's own")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add_fields(parser.add_argument_group("the server"), ServerOptions)
+    add_fields(parser.add_argument_group("the engine"), EngineConfig)
+
+
+def add_fields(group: argparse._ArgumentGroup, options: type) -> None:
+    """An option for each field of a dataclass; one that is not given is left to the dataclass."""
+    comments = {}
+    for base in reversed(options.__mro__[:-1]):
+        comments |= dict(COMMENT.findall(inspect.getsource(base)))
+    for field in fields(options):
+        kind = kind_of(field)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        text = f"{comments.get(field.name, '')} (default: {field.default})".strip().replace("%", "%%")
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
+
+
+def kind_of(field: Field) -> type:
+    """bool, int, float or str: what an option's text becomes."""
+    found, kinds = [field.type], []
+    while found:
+        kind = found.pop(0)
+        kinds += [kind] if kind in (bool, int, float, str) else []
+        found += get_args(kind)
+    assert kinds and field.default is not MISSING, field.name
+    return kinds[0]
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict:
+    """Those of a dataclass's fields that stand in the command line."""
+    return {field.name: vars(arguments)[field.name] for field in fields(options) if field.name in arguments}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal ends it. Raises ConfigError and the errors of `LLMEngine`."""
+    from minillm.serving import serve
+
+    key = {"api_key": os.environ[KEY_VARIABLE]} if os.environ.get(KEY_VARIABLE) else {}
+    return serve(
+        arguments.model,
+        ServerOptions(**key | given(arguments, ServerOptions)),
+        EngineConfig(**given(arguments, EngineConfig)),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        revision=arguments.revision,
+    )
