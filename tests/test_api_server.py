@@ -16,7 +16,8 @@ from pydantic import ConfigDict, TypeAdapter
 import minillm
 from minillm.engine import EngineConfig, LLMEngine
 from minillm.errors import ConfigError
-from minillm.serving import AsyncEngine, ServerOptions, create_app
+from minillm.player import FILES, FOLDER
+from minillm.serving import AsyncEngine, Metrics, ServerOptions, create_app
 from minillm.serving import protocol as p
 from minillm.trace import Trace
 from served import served, soon
@@ -836,6 +837,42 @@ def test_text_becomes_ids_and_ids_become_text(app, engine):
 def test_health_and_version(app):
     assert (ask(app, "/health").status_code, ask(app, "/health").content) == (200, b"")
     assert ask(app, "/version").json() == {"version": minillm.__version__}
+
+
+def test_metrics_are_told_under_the_prefix_that_was_asked_for(app):
+    assert error_of(ask(app, "/metrics"))[0] == 404  # this engine counts nothing
+    config = EngineConfig(num_blocks=256)
+    engine = AsyncEngine(LLMEngine("storyteller", config=config), metrics=Metrics("vllm", "storyteller"))
+    try:
+        counted = create_app(engine)
+        ask(counted, COMPLETIONS, {"prompt": STORY, "max_tokens": 7, "ignore_eos": True})
+        answer = ask(counted, "/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert 'vllm:generation_tokens_total{engine="0",model_name="storyteller"} 7.0' in answer.text
+    finally:
+        engine.shutdown()
+
+
+def test_the_page_and_its_files_are_there_unless_they_are_switched_off(app, engine):
+    names = [name for name in FILES if name != "index.html" and (FOLDER / name).is_file()]
+    assert len(names) >= 4
+    for name in names:
+        answer = ask(app, f"/player/{name}")
+        assert answer.content == (FOLDER / name).read_bytes() and answer.headers["content-type"] == FILES[name]
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+    for path in ("/player/../api_server.py", "/player/__init__.py", "/player/", "/player/%2e%2e/errors.py"):
+        assert error_of(ask(app, path))[0] == 404
+    without = create_app(engine, ServerOptions(page=False))
+    assert [ask(without, path).status_code for path in ("/", f"/player/{names[0]}", "/live/control")] == [404] * 3
+    assert "/live/control" not in app.openapi()["paths"]
+
+
+def test_the_engine_is_controlled_by_json_from_here_alone(app, narrow):
+    assert ask(app, "/live/control").json()["paused"] is False
+    assert ask(app, "/live/control", {"paused": False}).json()["paused"] is False
+    assert error_of(ask(app, "/live/control", {"paused": "maybe"}))[0] == 400
+    assert error_of(ask(app, "/live/control", b"{}", headers={"Content-Type": "text/plain"}))[0] == 400
+    assert ask(narrow, "/live/control", {"paused": False}).status_code == 401
 
 
 def test_long_bodies_do_not_hold_up_others(app):

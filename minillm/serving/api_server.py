@@ -216,7 +216,7 @@ class Endpoints:
             first = await unless_gone(http.receive, anext(outputs))
         except ClientGone:
             return Response()
-        return EventStream(_events(answer, first, outputs), outputs, self.options.write_timeout)
+        return EventStream(_events(answer, first, outputs), outputs)
 
     async def _checked(self, request: SamplingRequest) -> list[tuple[dict, object]]:
         """(prompt, parameters) of each of the engine's requests."""

@@ -20,7 +20,6 @@ class ServerOptions:
     drain_timeout: float = 30.0  # seconds that requests have to end after SIGTERM
     max_body_mib: Positive = 4  # of a request; beyond it the answer is 413
     body_timeout: float = 30.0  # seconds in which a request's body must have arrived
-    write_timeout: float = 30.0  # seconds that a client may let an event of a stream wait before it is let go of
 
     def __post_init__(self):
         check_fields(self)
@@ -32,5 +31,5 @@ class ServerOptions:
             raise ConfigError(f"metrics_prefix is {self.metrics_prefix!r}; it must be a name of letters, digits and _")
         if self.served_model_name == "":
             raise ConfigError("served_model_name is empty; give a name, or leave it out")
-        for name in ("drain_timeout", "body_timeout", "write_timeout"):
+        for name in ("drain_timeout", "body_timeout"):
             check_number(name, getattr(self, name), "seconds, above 0", lambda seconds: 0 < seconds <= 1e6)

@@ -87,27 +87,23 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, values: AsyncIterator[dict], source: AsyncGenerator, write_timeout: float):
-        """`source` is where the values come from; it is closed in the end, whatever happens.
-
-        A client that does not read for `write_timeout` seconds counts as gone.
-        """
+    def __init__(self, values: AsyncIterator[dict], source: AsyncGenerator):
+        """`source` is where the values come from; it is closed in the end, whatever happens."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._values, self._source, self._write_timeout = values, source, write_timeout
+        self._values, self._source = values, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, self._send_all(send))
-        except (ClientGone, OSError):  # TimeoutError is one
+        except (ClientGone, OSError):
             return
         finally:
             await self._source.aclose()
 
     async def _send_all(self, send: Send) -> None:
         async def write(data: bytes, more_body: bool = True) -> None:
-            async with asyncio.timeout(self._write_timeout):
-                await send({"type": "http.response.body", "body": data, "more_body": more_body})
+            await send({"type": "http.response.body", "body": data, "more_body": more_body})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._values):
