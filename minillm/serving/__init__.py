@@ -16,6 +16,7 @@ _look_up, __dir__, __all__ = hand_on(
         "async_engine": "AsyncEngine DrainingError QueueFullError SlowReaderError StepFailedError",
         "metrics": "Metrics",
         "options": "ServerOptions",
+        "server": "serve",
     },
 )
 
