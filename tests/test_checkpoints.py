@@ -63,7 +63,7 @@ class Hub:
         self.revisions: set[str | None] = set()
         self.online = True
         for function in (self.hf_hub_download, self.snapshot_download, self.list_repo_files):
-            monkeypatch.setattr(f"minillm.model.checkpoints.{function.__name__}", function)
+            monkeypatch.setattr(f"huggingface_hub.{function.__name__}", function)
 
     def list_repo_files(self, name, *, revision):
         assert name == NAME
@@ -190,7 +190,7 @@ def test_a_hub_id_that_cannot_be_had_lists_what_exists(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr("minillm.model.checkpoints.hf_hub_download", offline)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(ModelNotFoundError, match="'someone/something'.*no connection.*storyteller"):
         load_model("someone/something")
 

@@ -367,6 +367,21 @@ def test_help_loads_no_torch():
     assert done.stdout == "False\n"
 
 
+STORIES = {
+    "generate": "from minillm.cli import main; main.main(['generate', 'Once', '--max-tokens', '1'])",
+    "LLM": "from minillm import LLM, SamplingParams; LLM(verbose=False).generate('Once', SamplingParams(max_tokens=2))",
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_a_story_begins_without_what_takes_long_to_import(story):
+    """Each takes between a third of a second and two, a story a tenth."""
+    slow = {"torch._dynamo", "sympy", "transformers", "httpx2"}
+    code = f"import sys; {STORIES[story]}; print({slow} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
 # The other commands -------------------------------------------------------------------------------
 
 

@@ -1,19 +1,27 @@
 """A checkpoint's own files decide, or it is refused by name: no key of a configuration is overlooked in silence."""
 
+import copy as copying
 import dataclasses
 import json
+import pickle
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from minillm import RopeConfig, SamplingParams, generate_cached, load_model
 from minillm.errors import CheckpointError, MiniLLMError, UnsupportedModelError
 from minillm.model.hf_config import NOT_IMPLEMENTED, llama_config, load_tokenizer, model_config, read_config
+from minillm.model.text import BYTE_CHARACTERS, LightTokenizer, encode_chat
 from minillm.sampling import SamplingState, sample
+from minillm.storyteller import CHECKPOINT_DIR
 from tiny_models import KINDS, TOLERANCE, all_logits, change_config, difference, random_token_ids
 
 PROMPT = random_token_ids(20)
@@ -400,7 +408,7 @@ def test_a_tokenizer_without_a_fast_form_is_a_typed_error(copy, monkeypatch):
     """As transformers gives it for a Mistral checkpoint where mistral-common is installed."""
     folder = copy()
     (folder / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("minillm.model.hf_config.AutoTokenizer.from_pretrained", lambda *args, **options: object())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: object())
     with pytest.raises(CheckpointError, match="tokenizer.json.*skip_tokenizer_init"):
         load_tokenizer(folder)
 
@@ -412,3 +420,90 @@ def test_in_a_vocabulary_with_holes_the_highest_id_can_be_sampled(copy):
     assert (len(tokenizer), model.config.num_sampled_ids) == (3, 6)
     model.lm_head.weight[:] = torch.arange(199.0)[:, None]  # the higher an id the likelier
     assert sample(model.logits(torch.ones(1, 64)), [SamplingState.of(SamplingParams(), 6)], [0]).tolist() == [5]
+
+
+# --- the storyteller, without transformers ---------------------------------------------------------------------------
+
+REFERENCE = AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
+
+
+@pytest.fixture
+def shipped():
+    """The storyteller's tokenizer; what a test asks of it, it answers by itself."""
+    tokenizer = load_tokenizer(CHECKPOINT_DIR)
+    yield tokenizer
+    assert type(tokenizer) is LightTokenizer
+
+
+def test_the_storyteller_is_read_as_transformers_reads_it(shipped, tmp_path):
+    elsewhere = shutil.copytree(CHECKPOINT_DIR, tmp_path / "copy")
+    assert read_config(CHECKPOINT_DIR, shipped) == read_config(elsewhere, REFERENCE)
+    assert [type(load_tokenizer(each)) for each in (CHECKPOINT_DIR, elsewhere)] == [LightTokenizer, type(REFERENCE)]
+
+
+PIECES = ["<|user|>", "<|end|>", "<|endoftext|> ", " the fox 12", "\n", "🦊"]
+
+
+@given(texts=st.lists(st.lists(st.text() | st.sampled_from(PIECES)).map("".join)))
+def test_its_tokenizer_cuts_texts_as_transformers_does(texts):
+    shipped = load_tokenizer(CHECKPOINT_DIR)
+    assert list(map(shipped.encode, texts)) == list(map(REFERENCE.encode, texts))
+    assert type(shipped) is LightTokenizer
+
+
+def test_its_tokenizer_knows_the_vocabulary_that_transformers_knows(shipped):
+    assert shipped.eos_token_id == REFERENCE.eos_token_id
+    for token_id in range(len(REFERENCE) + 2):
+        assert shipped.convert_ids_to_tokens(token_id) == REFERENCE.convert_ids_to_tokens(token_id)
+    assert shipped.backend_tokenizer.to_str() == REFERENCE.backend_tokenizer.to_str()
+
+
+ASKED = {
+    "encode with options": lambda tokenizer: tokenizer.encode("the fox", add_special_tokens=False),
+    "encode a pair": lambda tokenizer: tokenizer.encode("the fox", "ran"),
+    "encode no text": lambda tokenizer: tokenizer.encode(["the", "fox"]),
+    "several ids": lambda tokenizer: tokenizer.convert_ids_to_tokens([5, 0], skip_special_tokens=True),
+    "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
+    "decode": lambda tokenizer: tokenizer.decode([0, 50, 60]),
+    "call": lambda tokenizer: tokenizer(["the fox"]).input_ids,
+    "len": len,
+    "a special token": lambda tokenizer: tokenizer.pad_token_id,
+    "another end": lambda tokenizer: (setattr(tokenizer, "eos_token", "<|end|>"), tokenizer.eos_token_id),
+    "another template": lambda tokenizer: (
+        setattr(tokenizer, "chat_template", "{{ messages[0].content }}"),
+        encode_chat(tokenizer, [{"role": "user", "content": "the fox"}]),
+    ),
+    "chat": lambda tokenizer: encode_chat(tokenizer, [{"role": "user", "content": "the fox"}]),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_asked_for_more_its_tokenizer_becomes_the_one_of_transformers(asked):
+    tokenizer = load_tokenizer(CHECKPOINT_DIR)
+    assert ASKED[asked](tokenizer) == ASKED[asked](copying.deepcopy(REFERENCE))
+    assert type(tokenizer) is type(REFERENCE)
+    assert vars(tokenizer).keys() - {"_whole"} == vars(REFERENCE).keys()
+
+
+def test_its_tokenizer_may_become_that_one_in_several_threads_at_once():
+    """As in a server."""
+    asked = [ASKED["chat"], ASKED["decode"], lambda tokenizer: tokenizer.encode("the fox")] * 4
+    expected = [each(REFERENCE) for each in asked]
+    for _ in range(5):
+        tokenizer = load_tokenizer(CHECKPOINT_DIR)
+        with ThreadPoolExecutor(len(asked)) as pool:
+            assert list(pool.map(lambda each, tokenizer=tokenizer: each(tokenizer), asked)) == expected
+
+
+@pytest.mark.parametrize("again", [copying.copy, copying.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_of_its_tokenizer_is_one_too(again, shipped):
+    same = again(shipped)
+    assert type(same) is LightTokenizer and same is not shipped
+    assert same.encode("the fox") == REFERENCE.encode("the fox")
+    assert len(same) == len(REFERENCE)
+
+
+def test_bytes_are_written_as_transformers_writes_them():
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    assert {byte: character for character, byte in BYTE_CHARACTERS.items()} == bytes_to_unicode()

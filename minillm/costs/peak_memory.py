@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from minillm.errors import check_device
 
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 
 class PeakMemory:
     """Measures the most bytes of tensors alive at one moment inside a `with` block, of those made inside it.
@@ -51,13 +53,15 @@ class _StorageWatch(TorchDispatchMode):
         super().__init__()
         self.alive = self.peak = 0  # bytes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch loads its compiler, a second, to keep it away from the method below
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operation._can_decompose():  # einsum, for one, is several operations: watch each of them
-            with self:
-                result = operation.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), COMPOSITE):
+            with self:  # einsum, for one, is several operations: watch each of them
+                return operation._op_dk(COMPOSITE, *args, **kwargs)  # not `decompose`, whose matmul loads sympy
         known = {storage._cdata for storage in _storages((args, kwargs))}
         result = operation(*args, **kwargs)
         for storage in _storages(result):

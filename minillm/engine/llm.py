@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from minillm.engine.engine_config import EngineConfig
 from minillm.engine.llm_engine import LLMEngine
@@ -17,7 +16,7 @@ from minillm.engine.outputs import OutputKind, RequestOutput
 from minillm.engine.prompts import EncodedPrompt, Prompt, as_prompts
 from minillm.engine.request import Request
 from minillm.errors import ConfigError, MiniLLMError, PromptError, SamplingParamsError, check_items, check_kind, checked
-from minillm.model import Decoder, encode_chat
+from minillm.model import Decoder, Tokenizer, encode_chat
 from minillm.sampling import SamplingParams
 from minillm.trace import Trace
 
@@ -76,11 +75,11 @@ class LLM:
         return self.engine.trace
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The model's own; None with `skip_tokenizer_init`."""
         return self.engine.tokenizer
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> Tokenizer:
         """The model's own. Raises ConfigError with `skip_tokenizer_init`."""
         if self.tokenizer is None:
             raise ConfigError("there is no tokenizer; load without skip_tokenizer_init")

@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from minillm.engine.prompts import EncodedPrompt
 from minillm.engine.request import Request
-from minillm.model import Detokenizer, TokenDecoder
+from minillm.model import Detokenizer, TokenDecoder, Tokenizer
 from minillm.sampling import PromptLogprobs, TokenLogprobs
 
 OutputKind = Literal["cumulative", "delta", "final_only"]  # all so far, what is new, or nothing before the end
@@ -67,7 +65,7 @@ class RequestOutput:
 class LogprobNamer:
     """Puts log-probabilities into the form in which they are told, place by place: with the texts of their tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, before: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer | None, before: Sequence[int]):
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, before, skip_special_tokens=False)
 
     def add(self, token_id: int, found: TokenLogprobs, final: bool) -> dict[int, Logprob]:
@@ -92,7 +90,7 @@ class Completion:
     a stop string; otherwise once, at the end.
     """
 
-    def __init__(self, index: int, request: Request, tokenizer: PreTrainedTokenizerBase | None, streams: bool):
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None, streams: bool):
         params = request.params
         self.index = index
         self.request = request
@@ -158,7 +156,7 @@ class RequestState:
         self,
         prompt: EncodedPrompt,
         request: Request,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         output_kind: OutputKind,
         on_abort: "Callable[[RequestOutput], None] | None" = None,
     ):

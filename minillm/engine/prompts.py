@@ -4,10 +4,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from minillm.errors import PromptError, SamplingParamsError, check_kind, check_prompt_ids, check_text, shown
-from minillm.model import ModelConfig, encode
+from minillm.model import ModelConfig, Tokenizer, encode
 from minillm.sampling import SamplingParams, limited
 
 Prompt = str | Sequence[int] | Mapping  # a Mapping is vLLM's {"prompt": …} or {"prompt_token_ids": …}
@@ -22,7 +20,7 @@ class EncodedPrompt(NamedTuple):
     cache_salt: str = ""  # prefixes are shared among requests of the same salt only
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> EncodedPrompt:
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
     """Any form of one prompt -> token ids. Raises PromptError for what is no prompt, and for text without a tokenizer.
 
     A mapping holds "prompt" (text) or "prompt_token_ids", then "prompt" only says what they mean; and "cache_salt" if
@@ -42,7 +40,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
     return EncodedPrompt(check_prompt_ids(prompt))
 
 
-def _encode_mapping(prompt: Mapping, tokenizer: PreTrainedTokenizerBase | None) -> EncodedPrompt:
+def _encode_mapping(prompt: Mapping, tokenizer: Tokenizer | None) -> EncodedPrompt:
     for key in prompt:
         if key not in PROMPT_KEYS:
             raise PromptError(f"a prompt has no key {shown(key)}; there are {', '.join(PROMPT_KEYS)}")

@@ -11,7 +11,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from minillm.attention import Kernel, sdpa_attention
 from minillm.engine import check_request
@@ -25,7 +24,7 @@ from minillm.errors import (
 )
 from minillm.ladder.attend import BlockDiagonalAttention, CachedAttention, CausalAttention
 from minillm.ladder.kv_cache import KVCache
-from minillm.model import Detokenizer, ModelConfig
+from minillm.model import Detokenizer, ModelConfig, Tokenizer
 from minillm.sampling import SamplingParams, SamplingState, finish_reason, sample
 from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 
@@ -99,7 +98,7 @@ def generate_naive(
     prompt_token_ids: Sequence[int],
     params: SamplingParams = SamplingParams(),
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
@@ -119,7 +118,7 @@ def generate_cached(
     prompt_token_ids: Sequence[int],
     params: SamplingParams = SamplingParams(),
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
@@ -139,7 +138,7 @@ def generate_chunked(
     params: SamplingParams = SamplingParams(),
     *,
     chunk_size: Positive,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
@@ -173,7 +172,7 @@ def generate_ragged(
     params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     *,
     dense: bool = True,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     kernel: Kernel = sdpa_attention,
 ) -> list[GenerationResult]:
     """Several prompts at once without padding: one row of tokens, positions that restart, a block-diagonal mask.
@@ -227,7 +226,7 @@ def _generate(
     forward: Callable[[list[int]], Pass],
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     on_token: Callable[[NewToken], None] | None,
 ) -> GenerationResult:
     """The loop that all rungs share: forward pass, sample, append, until something stops it."""
@@ -290,7 +289,7 @@ class OutputBuilder:
         self,
         config: ModelConfig,
         params: SamplingParams,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         prompt_token_ids: Sequence[int] = (),
     ):
         self.params = params

@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+import huggingface_hub  # its names load an HTTP client, and that only where they are used
 
 from minillm.errors import CheckpointError, ConfigError, ModelNotFoundError, shown
 from minillm.model.hf_config import check_supported, read_json
@@ -70,11 +69,11 @@ def download(name: str, revision: str | None = None) -> Path:
     folder = download_config(name, revision).parent
     check_supported(read_json(folder / "config.json"))
     commit = folder.name  # so that all files are of the same, whatever happens to the branch meanwhile
-    ask_hub(name, lambda: snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
+    ask_hub(name, lambda: huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
     weights = weight_files(folder)
-    ask_hub(name, lambda: snapshot_download(name, revision=commit, allow_patterns=weights))
+    ask_hub(name, lambda: huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=weights))
     if not all((folder / each).is_file() for each in weights):
-        check_has_weights(name, ask_hub(name, lambda: list_repo_files(name, revision=commit)), weights)
+        check_has_weights(name, ask_hub(name, lambda: huggingface_hub.list_repo_files(name, revision=commit)), weights)
     return folder
 
 
@@ -83,15 +82,15 @@ def download_config(name: str, revision: str | None) -> Path:
 
     def get() -> str | None:
         try:
-            return hf_hub_download(name, "config.json", revision=revision)
-        except LocalEntryNotFoundError:  # not in the cache, and the hub is out of reach
+            return huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+        except huggingface_hub.errors.LocalEntryNotFoundError:  # not in the cache, and the hub is out of reach
             raise
-        except EntryNotFoundError:
+        except huggingface_hub.errors.EntryNotFoundError:
             return None
 
     path = ask_hub(name, get)
     if path is None:
-        check_has_config(name, ask_hub(name, lambda: list_repo_files(name, revision=revision)))
+        check_has_config(name, ask_hub(name, lambda: huggingface_hub.list_repo_files(name, revision=revision)))
         raise ModelNotFoundError(f"the hub lists a config.json for {name!r} but does not give it; try again")
     return Path(path)
 

@@ -1,19 +1,25 @@
 """What a checkpoint says of itself, in config.json, generation_config.json and its tokenizer -> ModelConfig.
 
-transformers reads the files and fills in each family's defaults; no code from a checkpoint is ever run. What would
+transformers reads the files and fills in each family's defaults; no code from a checkpoint is ever run. The model that
+is shipped leaves nothing to defaults and is read without it, because importing it takes longer than a story. What would
 change the arithmetic and is not implemented is refused by its name: never computed as if it were not there.
 """
 
 import json
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, MistralConfig, PretrainedConfig, PreTrainedTokenizerBase
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from minillm.errors import CheckpointError, ConfigError, UnsupportedModelError, check_number, check_whole, shown
 from minillm.model.config import ModelConfig, RopeConfig
+from minillm.model.text import LightTokenizer, Tokenizer
+from minillm.storyteller import CHECKPOINT_DIR
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SUPPORTED_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -69,13 +75,16 @@ ROPE_READS = {"default": ("theta",), "linear": ("theta", "factor"), "llama3": tu
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # any of these sets
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's own tokenizer. Raises CheckpointError if its files are missing, broken or of no use here."""
     without = "or load with skip_tokenizer_init=True"
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer.json; add it, {without}")
+    if folder == CHECKPOINT_DIR:
+        eos_token = read_json(folder / "tokenizer_config.json")["eos_token"]
+        return LightTokenizer(folder / "tokenizer.json", eos_token, partial(transformers_tokenizer, folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
+        tokenizer = transformers_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(f"no usable tokenizer in {folder} ({error}); add tokenizer.json, {without}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -86,7 +95,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelConfig:
+def transformers_tokenizer(folder: Path) -> Tokenizer:
+    """What transformers makes of a folder. Raises whatever it raises."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
+
+
+def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
     """The shape of the model in a folder. With its tokenizer, also which ids there are to sample.
 
     A request ends with any id that generation_config.json, config.json or the tokenizer names as the end of a text; if
@@ -100,10 +116,15 @@ def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
         raise CheckpointError(f"config.json in {folder} asks for what cannot be: {error}") from error
 
 
-def read_hf_config(folder: Path) -> PretrainedConfig:
+def read_hf_config(folder: Path) -> "PretrainedConfig | SimpleNamespace":
     """config.json as transformers reads it, after the check of what is supported. Raises like `read_config`."""
     raw = read_json(folder / "config.json")
     check_supported(raw)
+    if folder == CHECKPOINT_DIR:  # it leaves nothing to a default
+        return SimpleNamespace(**raw)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     try:
         if raw["model_type"] == "llama":
             return llama_config(raw)
@@ -112,11 +133,13 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"config.json in {folder} cannot be read: {error!r}") from error
 
 
-def llama_config(raw: dict) -> PretrainedConfig:
+def llama_config(raw: dict) -> "PretrainedConfig":
     """A Llama's config.json, read by Mistral's class: but for `LLAMA_DEFAULTS` they are alike.
 
     transformers' own class for it imports torch's compiler: 1.1 seconds, and 150 MiB for as long as the process lives.
     """
+    from transformers import MistralConfig
+
     raw = LLAMA_DEFAULTS | raw | {"sliding_window": None}
     if raw["num_key_value_heads"] is None:
         raw["num_key_value_heads"] = raw["num_attention_heads"]
@@ -164,7 +187,7 @@ def check_supported(raw: dict) -> None:
 
 
 def eos_token_ids(
-    folder: Path, hf: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    folder: Path, hf: "PretrainedConfig | SimpleNamespace", tokenizer: Tokenizer | None = None
 ) -> tuple[int, ...]:
     """All ids that end a request, each once. Ids outside the vocabulary are left out, with a warning."""
     named = [*ids_in(folder / "generation_config.json"), *ids_in(folder / "config.json")]
@@ -201,11 +224,13 @@ def as_ids(value: object) -> Iterable:
 
 
 def model_config(
-    hf: PretrainedConfig, eos_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase | None = None
+    hf: "PretrainedConfig | SimpleNamespace", eos_ids: tuple[int, ...], tokenizer: Tokenizer | None = None
 ) -> ModelConfig:
     """transformers' configuration -> ours, with each family's defaults made explicit."""
     attention_bias = getattr(hf, "attention_bias", False)
-    num_tokens = None if tokenizer is None else min(max(tokenizer.get_vocab().values()) + 1, hf.vocab_size)
+    num_tokens = None
+    if tokenizer is not None:
+        num_tokens = min(max(tokenizer.backend_tokenizer.get_vocab().values()) + 1, hf.vocab_size)
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -228,7 +253,7 @@ def model_config(
     )
 
 
-def sliding_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:
+def sliding_windows(hf: "PretrainedConfig | SimpleNamespace") -> tuple[int | None, ...]:
     """The window of each layer: all in Mistral, those named "sliding_attention" in Qwen; () if none has one.
 
     Raises UnsupportedModelError for layers of another kind, or of another than the family's transformers class makes.

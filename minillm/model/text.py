@@ -3,11 +3,13 @@
 import codecs
 import re
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from minillm.errors import ConfigError, PromptError, check_flag, check_items, shown
 from minillm.sampling import SamplingParams
@@ -15,11 +17,63 @@ from minillm.sampling import SamplingParams
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character, or not yet
 LONGEST_CHARACTER = 4  # bytes, and so tokens at most
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how byte fallback (Llama 2, Mistral) writes a byte
-BYTE_CHARACTERS = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level BPE does
+_alphabet = sorted(ByteLevel.alphabet())  # how byte-level BPE writes bytes: as themselves those that can be seen
+BYTE_CHARACTERS = dict(zip(_alphabet, sorted(range(256), key=lambda byte: chr(byte) not in _alphabet), strict=True))
 ESCAPED = dict.fromkeys(range(0xDC80, 0xDD00), UNFINISHED)  # what "surrogateescape" makes of broken bytes
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What texts are cut with. All of transformers are such; this stands for them, who take long to import."""
+
+    def encode(self, text: str, **options) -> list[int]: ...
+
+    def convert_ids_to_tokens(self, token_id: int) -> str | None: ...
+
+
+class LightTokenizer:
+    """A tokenizer of transformers that is not imported before it is needed, since that takes longer than a story.
+
+    What is defined here transformers does in the same way with files like those that we ship. Asked for anything else,
+    the object becomes what `whole()` returns.
+    """
+
+    def __init__(self, file: Path, eos_token: str, whole: Callable[[], Tokenizer]):
+        backend = tokenizers.Tokenizer.from_file(str(file))
+        vars(self).update(backend_tokenizer=backend, eos_token_id=backend.token_to_id(eos_token), _whole=whole)
+
+    def encode(self, text: str, *arguments, **options) -> list[int]:
+        if arguments or options or not isinstance(text, str):
+            return self._become().encode(text, *arguments, **options)
+        return self.backend_tokenizer.encode(text).ids
+
+    def convert_ids_to_tokens(self, ids: int, *arguments, **options) -> str | None:
+        if arguments or options or type(ids) is not int:
+            return self._become().convert_ids_to_tokens(ids, *arguments, **options)
+        return self.backend_tokenizer.id_to_token(ids)
+
+    def __call__(self, *arguments, **options):
+        return self._become()(*arguments, **options)
+
+    def __len__(self) -> int:
+        return len(self._become())
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # Python's own questions, such as how to copy it
+            raise AttributeError(name)
+        return getattr(self._become(), name)
+
+    def __setattr__(self, name: str, value: object):
+        setattr(self._become(), name, value)
+
+    def _become(self) -> Tokenizer:
+        whole = self._whole()
+        object.__setattr__(self, "__dict__", vars(whole) | {"_whole": self._whole})
+        object.__setattr__(self, "__class__", type(whole))
+        return self
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Text -> token ids. Raises PromptError for empty text and for text that has no UTF-8 form."""
     if not isinstance(text, str):
         raise PromptError(f"a text prompt must be a str, got {type(text).__name__}")
@@ -44,7 +98,7 @@ def _check_encodable(text: str) -> None:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping],
     *,
     add_generation_prompt: bool = True,
@@ -121,7 +175,7 @@ def _check_parts_were_read(messages: Sequence[Mapping], text: str) -> None:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
     """The text each token adds to those before it, leading space included: the labels of masks and timelines.
 
     Special tokens have their names. Joined they are the text of all tokens: a character of several tokens is the text
@@ -141,9 +195,7 @@ class TokenDecoder:
     together with the one before. Both need no more of a tokenizer than `decode` and `convert_ids_to_tokens`.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, skip_special_tokens: bool = True):
         """`before` are tokens whose text is known. A character that they leave unfinished is told with its last one."""
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)  # several times as fast
@@ -265,7 +317,7 @@ class Detokenizer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         prompt_token_ids: Sequence[int] = (),
         *,
@@ -285,7 +337,7 @@ class Detokenizer:
 
     @classmethod
     def for_request(
-        cls, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, prompt_token_ids: Sequence[int]
+        cls, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int]
     ) -> "Detokenizer | None":
         """The one that these parameters ask for; None without a tokenizer."""
         if tokenizer is None:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from minillm.errors import CheckpointError, ConfigError, check_device, checked, shown
 from minillm.model.checkpoints import find_checkpoint, safetensors_files
@@ -21,6 +20,7 @@ from minillm.model.config import ModelConfig
 from minillm.model.decoder import Decoder
 from minillm.model.hf_config import load_tokenizer, read_config, read_json
 from minillm.model.linear import pack_linears
+from minillm.model.text import Tokenizer
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OTHER_NAMES = {"float": "float32", "half": "float16"}
@@ -31,7 +31,7 @@ class LoadedModel(NamedTuple):
     """What `load_model` returns; unpack it as `model, tokenizer = load_model(...)`."""
 
     model: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | None
 
 
 @checked
@@ -134,7 +134,8 @@ def load_decoder(
     check_tensors(found, placements)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
-    model.to_empty(device=device).eval().requires_grad_(False)
+    model._apply(lambda each: torch.empty(each.shape, dtype=each.dtype, device=device))  # `to_empty` would load sympy
+    model.eval().requires_grad_(False)
     for layer, names in parts(placements):
         copy_tensors(model, {found[name]: placements[name] for name in names})
         if pack:
