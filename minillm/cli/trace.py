@@ -17,6 +17,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requests", type=int, default=MOST_REQUESTS, metavar="N", help=f"draw the first N ({MOST_REQUESTS})"
     )
+    parser.add_argument("--request", metavar="ID", help="tell the way of one request through the layers")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the timeline as a figure")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the same as pixels")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a file that plays the whole run in a browser")
@@ -27,11 +28,14 @@ def run_trace(arguments: argparse.Namespace) -> int:
     """Print the timeline and the run's figures; write what was asked for."""
     from minillm.player import save_html
     from minillm.simulation import report
-    from minillm.trace import load_trace, save_chrome_trace
+    from minillm.trace import journey_lines, load_trace, save_chrome_trace
     from minillm.viz import Timeline
 
     check_options(arguments, at_least_one=("requests",), files=("svg", "png", "html", "chrome"))
     trace = load_trace(arguments.file)
+    if arguments.request is not None:
+        print("\n".join(journey_lines(trace, arguments.request)))
+        return 0
     picture = Timeline(beginning(trace, arguments.requests), arguments.unit)
     print(picture.text())
     if len(trace.requests) > len(picture.request_ids):
