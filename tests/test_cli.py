@@ -130,6 +130,14 @@ OPTIONS = {  # command -> option -> values that are refused; "" is the argument 
         "--device": ["mps:7", "cuda:99", "meta", "xpu", "nonsense", ""],
         "--model": ["no-such-model", "", "a-folder", "an-empty-file", "a\nb", "missing/folder/of/names"],
     },
+    "24x": {
+        "--requests": ["0", "-1", HUGE],
+        "--rows": ["0", HUGE],
+        "--seed": [HUGE],
+        "--load": ["", "x", "0", "-1", "nan", "1,"],
+        "--json": ["missing/x.json", "a-folder"],
+        "--svg": ["missing/x.svg", "a-folder"],
+    },
     "learn": {"": ["77", "", "x"], "--force": ["77"], "--dir": ["an-empty-file", "an-empty-file/below", "a" * 300]},
     "simulate": {
         "--prompt-length": [

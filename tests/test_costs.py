@@ -30,6 +30,8 @@ SMALL = ModelConfig(
 def test_published_shapes_have_their_published_sizes():
     billions = {name: round(shape.num_parameters / 1e9, 2) for name, shape in shapes.SHAPES.items()}
     assert billions == {
+        "LLaMA-7B": 6.74,
+        "LLaMA-13B": 13.02,
         "Llama-2-7B": 6.74,
         "Llama-2-70B": 68.98,
         "Llama-3-8B": 8.03,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from minillm import __version__
 from minillm.cli import simulate
 from minillm.cli.doctor import add_doctor_arguments, run_doctor
+from minillm.cli.published import add_published_arguments, run_published
 from minillm.cli.trace import add_trace_arguments, run_trace
 from minillm.errors import MiniLLMError, PromptError
 
@@ -257,6 +258,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = {
+    "24x": Command(
+        "Simulate vLLM's published factor against transformers, and what it is made of.",
+        add_published_arguments,
+        run_published,
+    ),
     "bench": Command(
         "Measure the ways of batching, the engine beside transformers, a GPU, or how well the simulator predicts.",
         add_bench_arguments,

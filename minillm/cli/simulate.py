@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
     card = parser.add_argument_group("what it runs on")
     card.add_argument("--model", default="Llama-2-7B", help="a published shape, such as Qwen3-0.6B")
-    card.add_argument("--card", default="h200", help="4090, a100 or h200")
+    card.add_argument("--card", default="h200", help="4090, a10g, a100-40gb, a100 or h200")
     card.add_argument("--launch-ms", type=float, help="milliseconds a step needs to launch its kernels")
     load = parser.add_argument_group("requests")
     load.add_argument("--requests", type=int, default=1000, metavar="N")

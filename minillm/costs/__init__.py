@@ -20,8 +20,8 @@ __getattr__, __dir__, __all__ = hand_on(
             "trace_seconds workload_seconds"
         ),
         "shapes": (
-            "A100_80GB CARDS Card GIB H200 LLAMA_2_70B LLAMA_2_7B LLAMA_3_2_1B LLAMA_3_8B QWEN3_0_6B "
-            "QWEN3_8B RTX_4090 SHAPES"
+            "A100_40GB A100_80GB A10G CARDS Card GIB H200 LLAMA_13B LLAMA_2_70B LLAMA_2_7B LLAMA_3_2_1B LLAMA_3_8B "
+            "LLAMA_7B QWEN3_0_6B QWEN3_8B RTX_4090 SHAPES"
         ),
     },
 )

@@ -5,7 +5,7 @@ numbers; what a card really reaches is measured by `minillm bench`. Bandwidths a
 memory in powers of two: an "80 GB" card has 80 GiB.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillm.errors import ConfigError, Positive, check_fields
 from minillm.model import ModelConfig, RopeConfig
@@ -29,9 +29,11 @@ class Card:
 
 
 RTX_4090 = Card("RTX 4090 24 GB", 24 * GIB, 1.008e12, 165e12)
+A10G = Card("A10G 24 GB", 23_028 * 2**20, 600e9, 70e12)  # memory as its driver reports it, with error correction
+A100_40GB = Card("A100 40 GB", 40 * GIB, 1.555e12, 312e12)
 A100_80GB = Card("A100 80 GB", 80 * GIB, 2.039e12, 312e12)
 H200 = Card("H200 141 GB", 143_771 * 2**20, 4.8e12, 989e12)  # what its driver reports: a little less than 141 GiB
-CARDS = (RTX_4090, A100_80GB, H200)
+CARDS = (RTX_4090, A100_80GB, H200)  # those that chapters compare
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32_000,
@@ -43,6 +45,15 @@ LLAMA_2_7B = ModelConfig(
     head_dim=128,
     max_position_embeddings=4096,
     rms_norm_eps=1e-5,
+)
+LLAMA_7B = replace(LLAMA_2_7B, max_position_embeddings=2048, rms_norm_eps=1e-6)  # of February 2023
+LLAMA_13B = replace(
+    LLAMA_7B,
+    hidden_size=5120,
+    intermediate_size=13_824,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    num_key_value_heads=40,
 )
 LLAMA_2_70B = ModelConfig(
     vocab_size=32_000,
@@ -106,6 +117,8 @@ QWEN3_8B = ModelConfig(
     qk_norm=True,
 )
 SHAPES = {
+    "LLaMA-7B": LLAMA_7B,
+    "LLaMA-13B": LLAMA_13B,
     "Llama-2-7B": LLAMA_2_7B,
     "Llama-2-70B": LLAMA_2_70B,
     "Llama-3-8B": LLAMA_3_8B,

@@ -430,11 +430,15 @@ class Scheduler:
         while (growth := self.block_manager.grow(request, end)) is None:
             if self._reclaim():
                 continue
-            victim = max(self.running.values(), key=self.waiting.order)
+            victim = max(self._preemptible(), key=self.waiting.order)
             self._preempt(plan, victim)
             if victim is request:
                 return None
         return growth
+
+    def _preemptible(self) -> Collection[Request]:
+        """Those that run and may have blocks."""
+        return self.running.values()
 
     def _reclaim(self, but: Request | None = None) -> bool:
         """Take back the blocks of the forked request that would be served last; False if there is none."""

@@ -16,20 +16,27 @@ class StaticScheduler(Scheduler):
 
     def _fill(self, plan: SchedulerOutput) -> None:
         """The whole batch, or if there is none a new one."""
-        if not self.running:
-            admit_all(plan, self)
-        fill_rectangle(plan, self)
+        forms_batch = not self.running
+        compute_rows(plan, self)
+        join_rows(plan, self, only_forked=not forms_batch)
 
     def num_waiting(self) -> int:
         """Requests that have arrived and are not in the batch; who has ended in it is neither."""
         return len(self._unfinished) - sum(request.finish_reason is None for request in self.running.values())
 
     def _leave(self, ended: list[Request]) -> list[str]:
-        """Nobody leaves the batch before everybody can."""
+        """Nobody leaves the batch before everybody can; blocks of a paged cache are given back at once."""
+        if self.is_paged:
+            for request in ended:
+                self.block_manager.free(request)
         left = super()._leave([request for request in ended if request.request_id not in self.running])
         if any(request.finish_reason is None for request in self.running.values()):
             return left
         return left + super()._leave(list(self.running.values()))
+
+    def _preemptible(self) -> list[Request]:
+        """Those of the batch that have not ended: a row of padding holds no blocks."""
+        return [request for request in self.running.values() if request.finish_reason is None]
 
 
 class DynamicScheduler(Scheduler):
@@ -41,24 +48,35 @@ class DynamicScheduler(Scheduler):
 
     def _fill(self, plan: SchedulerOutput) -> None:
         """Everybody who runs, and as many of the waiting as there are rows."""
-        admit_all(plan, self)
-        fill_rectangle(plan, self)
+        compute_rows(plan, self)
+        join_rows(plan, self)
 
 
-def admit_all(plan: SchedulerOutput, scheduler: Scheduler) -> None:
-    """As many of those who wait as there are rows."""
-    while len(scheduler.running) < scheduler.config.max_num_seqs:
-        request = scheduler._next_waiting()
-        if request is None:
-            return
-        scheduler._admit(plan, request)
-
-
-def fill_rectangle(plan: SchedulerOutput, scheduler: Scheduler) -> None:
-    """One row a running request, all as long as the longest has tokens to compute."""
-    for request in scheduler.running.values():
-        if request.finish_reason is None:
-            scheduler._add(plan, request, budget=request.num_tokens)
-        else:
+def compute_rows(plan: SchedulerOutput, scheduler: Scheduler) -> None:
+    """One row a running request, as long as it has tokens to compute."""
+    for request in list(scheduler.running.values()):
+        if request.finish_reason is not None:
             plan.padding_rows.append(request.request_id)
+        elif request.request_id in scheduler.running:  # else it has been preempted
+            scheduler._add(plan, request, budget=request.num_tokens)
+    pad_rows(plan)
+
+
+def join_rows(plan: SchedulerOutput, scheduler: Scheduler, only_forked: bool = False) -> None:
+    """As many of those who wait as there are rows and memory; `only_forked`: other outputs of a prompt in the batch.
+
+    Nobody joins in a step that had to preempt.
+    """
+    while len(scheduler.running) < scheduler.config.max_num_seqs and not plan.preempted_ids:
+        request = scheduler._next_waiting()
+        if request is None or (only_forked and request.request_id not in scheduler._forked):
+            break
+        if not scheduler._admit(plan, request):
+            break
+        scheduler._add(plan, request, budget=request.num_tokens, whole_table=True)
+    pad_rows(plan)
+
+
+def pad_rows(plan: SchedulerOutput) -> None:
+    """All rows get as long as the longest has tokens to compute."""
     plan.row_length = max((part.num_tokens for part in plan.others), default=None)

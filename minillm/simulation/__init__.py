@@ -11,8 +11,13 @@ __getattr__, __dir__, __all__ = hand_on(
         "clock": "RealClock VirtualClock",
         "cost_model": "Calibrated CostModel KERNELS_A_LAYER LAUNCH_SECONDS Roofline StepWork preset",
         "executor": "SimulatedExecutor",
+        "factors": "Decomposition Factor",
+        "published": (
+            "Assumptions CAUSES CLAIMED PAGED_ATTENTION Published SETTINGS Setting observations sensitivity under_load "
+            "verdict"
+        ),
         "reporting": "Report ReportBuilder SLO report",
         "running": "BATCHING compare_batching fresh run",
-        "workload": "fixed load_requests lognormal made_request make_requests uniform",
+        "workload": "ChatLengths fixed load_requests lognormal made_request make_requests uniform",
     },
 )

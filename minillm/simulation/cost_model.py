@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from minillm.costs import A100_80GB, H200, RTX_4090, SHAPES, Card, StepPrices
+from minillm.costs import A10G, A100_40GB, A100_80GB, H200, RTX_4090, SHAPES, Card, StepPrices
 from minillm.errors import (
     ConfigError,
     Positive,
@@ -22,7 +22,7 @@ from minillm.errors import (
 from minillm.model import ModelConfig
 from minillm.runtime import SchedulerOutput
 
-CARDS = {"4090": RTX_4090, "a100": A100_80GB, "h200": H200}
+CARDS = {"4090": RTX_4090, "a10g": A10G, "a100-40gb": A100_40GB, "a100": A100_80GB, "h200": H200}
 KERNELS_A_LAYER = 9  # norm, qkv, rotate, store, attend, out, norm, gate-up, down: fused as engines do it
 LAUNCH_SECONDS = 5e-6  # one kernel launch without a CUDA graph; the usual order of magnitude
 
@@ -70,15 +70,40 @@ class StepWork(NamedTuple):
 
         Rectangles stay rectangles: padding is computed and scored, as `of` counts it.
         """
-        if plan.row_length is not None:
-            return cls._of_rectangle(plan)
-        chunks = scores = keys = logit_rows = 0
-        for part in plan.scheduled:
+        return cls.of_own_tokens(plan) if plan.row_length is None else cls._of_rectangle(plan)
+
+    @classmethod
+    def of_own_tokens(cls, plan: SchedulerOutput) -> "StepWork":
+        """The same without any padding, even where the plan is a rectangle.
+
+        The row of a request that has ended computes a token all the same, which attends to nothing.
+        """
+        # From `decodes` itself: `scheduled` would make an object a request.
+        decodes, pads = len(plan.decodes), len(plan.padding_rows)
+        keys = scores = sum(plan.decodes.values()) + decodes
+        logit_rows, chunks = decodes, 0
+        for part in plan.others:
             logit_rows += part.samples
             chunks += part.num_tokens > 1
             keys += part.end
             scores += part.num_tokens * part.start + part.num_tokens * (part.num_tokens + 1) // 2
-        return cls(plan.num_tokens, plan.num_requests, 0, chunks, logit_rows, scores, keys)
+        return cls(plan.num_tokens + pads, plan.num_requests + pads, 0, chunks, logit_rows, scores, keys)
+
+    @classmethod
+    def of_padded_rows(cls, plan: SchedulerOutput) -> "StepWork":
+        """The work of rectangles, even where the plan has none: its prompts padded to the longest of them, the single
+        tokens beside them, and all of them attending to as many keys as the longest request has.
+        """
+        if plan.row_length is not None:
+            return cls._of_rectangle(plan)
+        prompts = [part for part in plan.others if part.num_tokens > 1]
+        singles = plan.num_requests - len(prompts)
+        longest = max([*(part.end for part in plan.others), *(start + 1 for start in plan.decodes.values())], default=0)
+        row_length = max((part.num_tokens for part in prompts), default=0)
+        computed = len(prompts) * row_length + singles
+        logit_rows = len(plan.decodes) + sum(part.samples for part in plan.others)
+        keys = plan.num_requests * longest
+        return cls(computed, plan.num_requests, 0, len(prompts), logit_rows, computed * longest, keys)
 
 
 @runtime_checkable

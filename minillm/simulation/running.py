@@ -52,7 +52,8 @@ def run(
             request = pending.pop()
             scheduler.add_request(request)
             if figures is not None:
-                figures.arrive(request.request_id, request.arrival_time)
+                for each in (request, *request.children):
+                    figures.arrive(each.request_id, request.arrival_time)
         if not scheduler.has_unfinished_requests():
             clock.advance_to(pending[-1].arrival_time)
             continue

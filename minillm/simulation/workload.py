@@ -5,15 +5,19 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 
 from minillm.engine import Request
 from minillm.errors import (
     MOST_SECONDS,
     ConfigError,
+    Count,
     Positive,
     check_choice,
+    check_fields,
     check_kind,
     check_number,
     check_seconds,
@@ -57,6 +61,109 @@ def lognormal(median: float, sigma: float, longest: Positive) -> Draw:
         return min(longest, max(1, round(math.exp(logarithm))))
 
     return draw
+
+
+@dataclass(frozen=True)
+class ChatLengths:
+    """Lengths of prompts and outputs as in a collection of chats, told by its two means: both are log-normal.
+
+    What is fixed by publications: the means of ShareGPT, 161.31 tokens in and 337.99 out (Kwon et al. 2023, figure 11),
+    and what vLLM's `benchmark_throughput.py` leaves out of it: fewer than 4 tokens on either side, prompts beyond
+    1,024, pairs beyond 2,048. What is not published, and assumed here: the shape of the law, the two deviations of the
+    logarithm (how heavy the tails are), and that prompt and output do not depend on each other but by the last limit.
+    The medians follow: with them, what is left has the means.
+    """
+
+    prompt_mean: float = 161.31
+    output_mean: float = 337.99
+    prompt_sigma: float = 1.3
+    output_sigma: float = 0.9
+    shortest: Positive = 4
+    longest_prompt: Positive = 1024
+    longest: Positive = 2048  # prompt and output together
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("prompt_sigma", "output_sigma"):
+            check_number(name, getattr(self, name), "a number above 0, at most 3", lambda sigma: 0 < sigma <= 3)
+        if not self.shortest < self.prompt_mean < self.longest_prompt <= self.longest - self.shortest:
+            raise ConfigError(
+                f"prompts from {self.shortest} to {self.longest_prompt} of {self.longest} tokens cannot have a mean of "
+                f"{self.prompt_mean}; use shortest < prompt_mean < longest_prompt <= longest - shortest"
+            )
+        self.medians()  # raises if there are none
+
+    def pairs(self, num_requests: Count, seed: int) -> list[tuple[int, int]]:
+        """That many (prompt, output) lengths; the same seed gives the same, and more requests only append."""
+        prompt_median, output_median = self.medians()
+        rng = random.Random(f"chat lengths {seed}")
+        pairs = []
+        for _ in range(num_requests):
+            prompt = _drawn(rng, prompt_median, self.prompt_sigma, self.shortest, self.longest_prompt)
+            output = _drawn(rng, output_median, self.output_sigma, self.shortest, self.longest - prompt)
+            pairs.append((prompt, output))
+        return pairs
+
+    def medians(self) -> tuple[float, float]:
+        """Of the two laws before anything is left out. Raises ConfigError if no law has these means."""
+        return _chat_medians(self)
+
+
+@lru_cache
+def _chat_medians(law: ChatLengths) -> tuple[float, float]:
+    low, high = law.shortest - 0.5, law.longest_prompt + 0.5  # what rounds to a length that is kept
+    prompt = _median(
+        "prompt", law.prompt_mean, law.longest_prompt, lambda m: _mean_between(m, law.prompt_sigma, low, high)
+    )
+    prompts = [_quantile(prompt, law.prompt_sigma, low, high, (i + 0.5) / 64) for i in range(64)]
+
+    def output_mean(median: float) -> float:
+        return sum(_mean_between(median, law.output_sigma, low, law.longest + 0.5 - p) for p in prompts) / len(prompts)
+
+    return prompt, _median("output", law.output_mean, law.longest, output_mean)
+
+
+def _median(what: str, mean: float, most: float, mean_of: Callable[[float], float]) -> float:
+    """The median for which `mean_of(median)`, which rises with it, is `mean`: by bisection of its logarithm."""
+    low, high = 1e-3, 1e3 * most
+    if not mean_of(low) < mean < mean_of(high):
+        raise ConfigError(f"no median gives a mean {what} of {mean:g} tokens within the limits; widen them")
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if mean_of(middle) < mean else (low, middle)
+    if not most / 100 < middle < most:
+        raise ConfigError(
+            f"a mean {what} of {mean:g} tokens needs a law with a median of {middle:.3g}, of which limits up to "
+            f"{most:g} leave little; use a mean farther from the limits"
+        )
+    return middle
+
+
+def _shares(median: float, sigma: float, *bounds: float) -> list[float]:
+    """How much of a log-normal law lies below each bound."""
+    return [0.5 * math.erfc(math.log(median / bound) / (sigma * math.sqrt(2))) for bound in bounds]
+
+
+def _mean_between(median: float, sigma: float, low: float, high: float) -> float:
+    """Mean of a log-normal law of which only what lies between two bounds is kept."""
+    below, above = _shares(median, sigma, low, high)
+    weighted_below, weighted_above = _shares(median * math.exp(sigma**2), sigma, low, high)
+    if above - below < 1e-12:  # all but nothing is kept, at the bound that is nearer
+        return low if median < low else high
+    return median * math.exp(sigma**2 / 2) * (weighted_above - weighted_below) / (above - below)
+
+
+def _quantile(median: float, sigma: float, low: float, high: float, share: float) -> float:
+    below, above = _shares(median, sigma, low, high)
+    return median * math.exp(sigma * NormalDist().inv_cdf(below + share * (above - below)))
+
+
+def _drawn(rng: random.Random, median: float, sigma: float, low: int, high: int) -> int:
+    """Drawn again until it lies within the bounds, as a benchmark leaves out what does not."""
+    while True:
+        length = math.exp(min(rng.normalvariate(math.log(median), sigma), 700))  # exp would overflow beyond
+        if low - 0.5 <= length < high + 0.5:
+            return max(low, min(high, round(length)))
 
 
 def _check_lengths(low: float, high: float) -> None:
@@ -146,16 +253,23 @@ def arrival_times(arrivals: str, rate: float, burst_size: Positive, seed: int) -
 
 @checked
 def made_request(
-    request_id: str, arrival_time: float, num_prompt_tokens: Positive, num_output_tokens: Positive, **more
+    request_id: str,
+    arrival_time: float,
+    num_prompt_tokens: Positive,
+    num_output_tokens: Positive,
+    n: Positive = 1,
+    **more,
 ) -> Request:
-    """A request whose output has exactly the given length; its prompt is the ids 0, 1, 2, ..., which mean nothing."""
-    params = _exactly(num_output_tokens)
+    """A request whose outputs, `n` of them, have exactly the given length; its prompt is the ids 0, 1, 2, ..., which
+    mean nothing.
+    """
+    params = _exactly(num_output_tokens, n)
     return Request(request_id, range(num_prompt_tokens), params, arrival_time=arrival_time, **more)
 
 
 @lru_cache(maxsize=4096)
-def _exactly(num_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+def _exactly(num_tokens: int, n: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, ignore_eos=True, n=n, temperature=0.0 if n == 1 else 1.0)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from minillm.viz.base import (
     plural,
     side_by_side,
     stacked,
+    text_table,
 )
 from minillm.viz.batches import BatchComposition, PaddingRectangle, PaddingSteps
 from minillm.viz.block_masks import BlockMaskSteps
@@ -33,6 +34,7 @@ from minillm.viz.prefill_tiles import PrefillTiles
 from minillm.viz.recompute import RecomputeGrid
 from minillm.viz.roofline import DecodeRoofline
 from minillm.viz.timeline import Timeline
+from minillm.viz.waterfall import Waterfall
 
 __all__ = [
     "STYLE",
@@ -68,6 +70,7 @@ __all__ = [
     "Span",
     "Timeline",
     "WarpAccess",
+    "Waterfall",
     "binary_bytes",
     "both_bytes",
     "decimal_bytes",
@@ -76,4 +79,5 @@ __all__ = [
     "pool_states",
     "side_by_side",
     "stacked",
+    "text_table",
 ]
