@@ -55,6 +55,11 @@ class _StorageWatch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
+        """torch asks: "yes" would import its compiler at the first operation, a second and 100 MiB for nothing."""
+        return False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
         return False  # else torch loads its compiler, a second, to keep it away from the method below
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
