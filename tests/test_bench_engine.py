@@ -349,6 +349,7 @@ def test_vllm_takes_part_from_an_environment_of_its_own(tiny, fake, tmp_path, jo
     assert {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}.items() <= seen["environment"].items()
     assert seen["cores"] == record["settings"]["vllm"]["cores"] == [max(allowed)]
     assert os.sched_getaffinity(0) == allowed
+    assert str(tmp_path) not in json.dumps(written)  # a record can be shown to others
     shown = capsys.readouterr().out
     assert re.search(
         r"vllm takes [\d.]+ times as long as ours \(median of .*\), and [\d.]+ times the user CPU time", shown

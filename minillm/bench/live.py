@@ -63,6 +63,7 @@ class LiveProcess:
             self.close()
             raise
         self.settings = {"engine": name, **load, **answer, "cores": cores, "environment": environment}
+        del self.settings["model"]  # a folder of this machine
         self.seconds: dict[str, float] = {}  # on each timer, of the last `generate`, measured in there
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
@@ -129,7 +130,9 @@ def vllm(python: str, folder: Path, dtype: str, limits: dict, threads: int, core
         "VLLM_NO_USAGE_STATS": "1",
     }
     advice = "; CONTRIBUTING.md says how an environment for it is made; without --vllm none is needed"
-    return LiveProcess("vllm", [python, "-I", peer_process.__file__], environment, cores, load, advice)
+    process = LiveProcess("vllm", [python, "-I", peer_process.__file__], environment, cores, load, advice)
+    process.settings["environment"] = environment | {"LD_PRELOAD": [Path(each).name for each in preloads(python)]}
+    return process
 
 
 def check_vllm(python: str) -> str:
@@ -157,7 +160,7 @@ def preloads(python: str) -> list[str]:
 
 def ours(folder: Path, dtype: str, arguments: dict, threads: int, cores: Sequence[int] | None) -> LiveProcess:
     """Our engine with another number of threads, which has to be known before torch is loaded."""
-    load = {"folder": str(folder), "dtype": dtype, "arguments": arguments}
+    load = {"model": str(folder), "dtype": dtype, "arguments": arguments}
     command = [sys.executable, "-m", "minillm.bench.live"]
     return LiveProcess(f"minillm with {threads} threads", command, thread_environment(threads), cores, load)
 
@@ -167,9 +170,9 @@ def thread_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)}
 
 
-def load_ours(folder: str, dtype: str, arguments: dict) -> tuple:
+def load_ours(model: str, dtype: str, arguments: dict) -> tuple:
     """For `peer_process.serve`."""
-    engine = Ours(Path(folder), arguments, dtype=dtype)
+    engine = Ours(Path(model), arguments, dtype=dtype)
     return lambda jobs: engine.generate([Job(*job) for job in jobs]), {"threads": torch.get_num_threads()}
 
 
