@@ -45,7 +45,7 @@ from minillm.serving.protocol import (
     TokenizePrompt,
     Version,
 )
-from minillm.serving.requests import encoded, encoded_chat, in_thread, params_of, prompts_of
+from minillm.serving.requests import as_list, encoded, encoded_chat, in_thread, params_of, prompts_of
 from minillm.serving.streams import ClientGone, EventStream, together, unless_gone
 
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizePrompt, TokenizeChat, DetokenizeRequest)
@@ -115,8 +115,9 @@ def answers(model: type, *statuses: int, stream: str | None = None) -> dict:
     """The OpenAPI text of the answers; `stream` names the schema of the events, if it can be a stream."""
     found = {"model": model, "description": "The answer."}
     if stream is not None:
-        data = {"type": "string", "description": "JSON; the last one is [DONE]", "contentMediaType": "application/json"}
-        data["contentSchema"] = {"anyOf": [{"$ref": REFERENCE.format(model=name)} for name in (stream, "ErrorAnswer")]}
+        kinds = [{"$ref": REFERENCE.format(model=name)} for name in (stream, "ErrorAnswer")]
+        value = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+        data = {"anyOf": [{"const": "[DONE]"}, value]}
         found["content"] = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}}}}
     return {200: found, **documented(*statuses)}
 
@@ -220,10 +221,11 @@ class Endpoints:
 
     async def _checked(self, request: SamplingRequest) -> list[tuple[dict, object]]:
         """(prompt, parameters) of each of the engine's requests."""
-        prompts = await prompts_of(request, self.engine.tokenizer)
         most = min(MOST_OUTPUTS, self.engine.max_queue + self.engine.config.max_num_seqs)
-        if len(prompts) * request.num_outputs > most:
+        num_prompts = 1 if isinstance(request, ChatRequest) else len(as_list(request.prompt))
+        if num_prompts * request.num_outputs > most:
             raise APIError(400, f"n for each prompt makes more than {most} outputs; send several requests", "n")
+        prompts = await prompts_of(request, self.engine.tokenizer, self.most_tokens)
         return [(prompt, params_of(request, len(prompt["prompt_token_ids"]), self.most_tokens)) for prompt in prompts]
 
     async def _outputs(
@@ -295,8 +297,9 @@ class Endpoints:
 
     async def embed(self, http: Request, body: EmbeddingRequest) -> dict:
         """One vector for each text."""
+        prompts = await encoded(body.input, self.engine.tokenizer, self.most_tokens, "input")
         data, num_tokens = [], 0
-        for index, prompt in enumerate(await encoded(body.input, self.engine.tokenizer, "input")):
+        for index, prompt in enumerate(prompts):
             try:
                 vector = await self.engine.encode(prompt)
             except MiniLLMError as error:

@@ -105,7 +105,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Text
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
 
 
 class ResponseFormat(Body):

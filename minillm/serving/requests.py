@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,23 +20,35 @@ SAME = [field.name for field in fields(SamplingParams) if field.name in Sampling
 TEMPLATES_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "kwargs"}
 
 
-async def prompts_of(request: CompletionRequest | ChatRequest, tokenizer: PreTrainedTokenizerBase | None) -> list[dict]:
+async def prompts_of(
+    request: CompletionRequest | ChatRequest, tokenizer: PreTrainedTokenizerBase | None, most_tokens: int
+) -> list[dict]:
     """The engine's prompts, with their ids and the text that they came from. Raises APIError, 400."""
     if isinstance(request, ChatRequest):
+        check_length(sum(map(length, request.messages)), tokenizer, most_tokens)
         text, token_ids = await encoded_chat(request, tokenizer)
         prompts = [{"prompt": text, "prompt_token_ids": token_ids}]
     else:
-        prompts = await encoded(request.prompt, tokenizer, "prompt")
+        prompts = await encoded(request.prompt, tokenizer, most_tokens, "prompt")
     salt = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
     return [{**prompt, **salt} for prompt in prompts]
 
 
-async def encoded(prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, field: str) -> list[dict]:
-    """Texts and token ids in any form -> the engine's prompts. `field` is where they stood."""
-    several = isinstance(prompts, list) and not isinstance(prompts[0], int)
-    prompts = prompts if several else [prompts]
+def as_list(prompts: Prompts) -> list[str | list[int]]:
+    """One prompt or several, in any form -> a list of prompts."""
+    return prompts if isinstance(prompts, list) and not isinstance(prompts[0], int) else [prompts]
+
+
+async def encoded(
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, most_tokens: int, field: str
+) -> list[dict]:
+    """Texts and token ids in any form -> the engine's prompts. `field` is where they stood. Raises APIError, 400."""
+    prompts = as_list(prompts)
     if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise APIError(400, "this server has no tokenizer; give token ids", field)
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_length(len(prompt), tokenizer, most_tokens)
 
     def encode_all() -> list[dict]:
         return [
@@ -85,6 +98,23 @@ async def encoded_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | 
         if error.__cause__ is not None:  # what a template says may hold what it was given
             error = PromptError("the model's chat template refuses these messages; look at their roles and order")
         raise from_engine(error, prompt_field="messages") from None
+
+
+def check_length(num_characters: int, tokenizer: PreTrainedTokenizerBase | None, most_tokens: int) -> None:
+    """Raises APIError, 400, for a text that cannot fit even if all its tokens were the longest there are.
+
+    To find the tokens of a megabyte takes seconds.
+    """
+    if tokenizer is not None and num_characters > most_tokens * longest_token(tokenizer):
+        raise APIError(
+            400, f"the prompt has {num_characters} characters, more than {most_tokens} tokens can have", "input_tokens"
+        )
+
+
+@cache
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Its characters; a byte of a character counts as one."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def length(message: Message) -> int:
