@@ -1,9 +1,12 @@
 """`minillm serve`: every field of the server's and the engine's options is an option, and arrives as it was given."""
 
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
 
+import httpx
 import pytest
 
 import minillm.serving
@@ -91,6 +94,25 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(wrong, served, capsys):
         code = refused.code
     error = capsys.readouterr().err
     assert code == 2 and served == [] and error.strip().splitlines()[-1].startswith("minillm")
+
+
+def test_it_serves_the_page_the_story_and_ends_on_a_signal():
+    command = [sys.executable, "-m", "minillm.cli.main", "serve", "--port=0", "--num-blocks=300", "--api-key=key-1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            log = []
+            while not (found := re.search(r"ready on (http://127.0.0.1:\d+)", log[-1] if log else "")):
+                log.append(server.stderr.readline())
+                assert log[-1], "".join(log)
+            url, key = found[1], {"Authorization": "Bearer key-1"}
+            assert "<trace-player" in httpx.get(url).text and httpx.get(f"{url}/v1/models").status_code == 401
+            body = {"prompt": "Once upon a time", "max_tokens": 4}
+            assert httpx.post(f"{url}/v1/completions", json=body, headers=key).json()["usage"]["completion_tokens"] == 4
+            assert "minillm:generation_tokens_total" in httpx.get(f"{url}/metrics").text
+        finally:
+            server.send_signal(signal.SIGTERM)
+            rest = server.communicate(timeout=60)[1]
+        assert server.returncode == 0 and "ended" in rest and "key-1" not in "".join(log) + rest
 
 
 def test_without_the_extra_it_says_what_to_install():

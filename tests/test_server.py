@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 
 import pytest
@@ -166,9 +166,9 @@ async def hello(scope, receive, send):
 
 
 @contextmanager
-def patient(monkeypatch, seconds):
+def patient(monkeypatch, seconds, app=hello):
     monkeypatch.setattr(module, "HEAD_SECONDS", seconds)
-    config = uvicorn.Config(hello, port=0, http=PatientProtocol, lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(app, port=0, http=PatientProtocol, lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -198,6 +198,35 @@ def test_an_answer_that_takes_longer_is_given_and_so_is_the_next(monkeypatch):
             connection.request("GET", "/")
             assert connection.getresponse().read() == b"ok"
         connection.close()
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_one_that_reads_slowly_is_not(monkeypatch):
+    gone = threading.Event()
+
+    async def flood(scope, receive, send):
+        async def write():
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+                await asyncio.sleep(0)
+
+        writing = asyncio.ensure_future(write())
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        writing.cancel()
+        gone.set()
+
+    monkeypatch.setattr(module, "WRITE_SECONDS", 0.5)
+    with patient(monkeypatch, PATIENCE, flood) as where, socket.create_connection(where, timeout=PATIENCE) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        for _ in range(20):
+            time.sleep(0.05)
+            assert len(client.recv(10_000_000)) > 0
+        assert not gone.is_set()
+        assert gone.wait(PATIENCE)
+        with suppress(ConnectionError):  # what the system still holds, then the end
+            while client.recv(10_000_000):
+                pass
 
 
 def test_a_line_of_throughput_says_what_was_counted(checkpoint):

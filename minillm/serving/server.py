@@ -29,6 +29,7 @@ from minillm.serving.options import ServerOptions
 
 log = logging.getLogger("minillm.serving")
 HEAD_SECONDS = 10.0  # in which the first line and the headers of a request must have arrived
+WRITE_SECONDS = 30.0  # that a client may leave full buffers unread
 CLOSING_SECONDS = 5  # for answers to be sent when all requests have ended
 LOG_EVERY = 10.0  # seconds between lines of throughput
 
@@ -137,9 +138,12 @@ def start_up_lines(engine: AsyncEngine) -> Iterator[tuple[int, str, str]]:
 
 
 class PatientProtocol(AutoHTTPProtocol):
-    """A connection that is closed if it does not send a request's head in time, however slowly it sends."""
+    """A connection that is closed if it does not send a request's head in time, however slowly it sends, and cut if
+    its client does not read: then the buffers are full, and to close it would wait for ever.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -151,7 +155,21 @@ class PatientProtocol(AutoHTTPProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_watching()
+        self._can_write()
         super().connection_lost(error)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._can_write()
+        super().resume_writing()
+
+    def _can_write(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _watch(self) -> None:
         """From the first byte of a head, or the connection's beginning, to its end."""
@@ -198,7 +216,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._spawn(log_throughput(self.engine))
-        say(1, "API server", "routes: " + ", ".join(sorted({route.path for route in self.config.app.routes})))
+        say(1, "API server", "routes: " + ", ".join(sorted(self.config.app.openapi()["paths"])))
         say(1, "OpenAI server", self.ready.format(time.perf_counter() - self.began))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
