@@ -248,7 +248,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["batching", "engine", "gpu", "simulator"])
+    parser.add_argument("what", choices=["batching", "engine", "gpu", "serve", "simulator"])
     parser.add_argument("options", nargs=argparse.REMAINDER, help="see `minillm bench batching --help`, and so on")
 
 

@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = hand_on(
             "Assumptions CAUSES CLAIMED PAGED_ATTENTION Published SETTINGS Setting observations sensitivity under_load "
             "verdict"
         ),
-        "reporting": "Report ReportBuilder SLO report",
+        "reporting": "Report ReportBuilder SLO report Spread spread",
         "running": "BATCHING compare_batching fresh run",
-        "workload": "ChatLengths fixed load_requests lognormal made_request make_requests uniform",
+        "workload": "ChatLengths fixed load_requests lognormal made_request make_requests uniform poisson",
     },
 )
