@@ -5,12 +5,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import operation_cases
 from minillm.errors import KernelError
-from minillm.kernels import building, cpu, dispatch
+from minillm.kernels import building, counting, cpu, dispatch
 from minillm.runtime.plan import RunnerOptions
 from minillm.runtime.worker import Worker
 from paged_cases import (
@@ -88,6 +89,49 @@ def test_nan_stays_with_those_who_see_it(what):
 
 
 # --- the small operations ---
+
+
+# --- its loads, counted ---
+
+
+def test_lines_stay_as_long_as_there_is_room_for_those_used_later():
+    lines = np.array([5, 5, 6, 5, 7, 6, 5])
+    assert counting.fetches(lines, 1).tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert counting.fetches(lines, 2).tolist() == [0, 0, 1, 0, 2, 3, 4]
+    assert counting.fetches(lines, 3).tolist() == [0, 0, 1, 0, 2, 1, 0]
+    assert counting.fetches(lines[:0], 3).tolist() == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("window", [None, 20])
+def test_what_is_counted_is_the_kernel(version, window):
+    def decode(*arguments, num_splits=1, out, **options):
+        return out.copy_(counting.decode(*arguments, version=version, **options)[0])
+
+    counted = SimpleNamespace(decode=decode)
+    check_decode(counted, paged(LENGTHS, device="cpu"), group=4, window=window)
+
+
+@pytest.mark.parametrize(
+    ("version", "cache_bytes", "times"),
+    [(1, 2 << 10, 4), (1, 32 << 10, 1), (2, 2 << 10, 1), (2, 32 << 10, 1), (2, 0, 4)],
+)
+def test_lines_of_keys_are_fetched_once_or_for_every_query_head(version, cache_bytes, times):
+    """Two requests of 30 keys, 2 key heads, lines of 16 numbers: 7.5 KiB of keys and as much of values for a head."""
+    case, head_lines = paged([30, 30], device="cpu"), 64 * 4 // 64
+    q = torch.randn(2, 8, 64)
+    _, traffic = counting.decode(q, *case[:4], version=version, cache_bytes=cache_bytes)
+    for name in ("keys", "values"):
+        found = traffic.loads(name)
+        assert found.sectors == found.requests == times * 2 * 30 * 2 * head_lines
+        assert (found.unique_bytes, found.efficiency) == (2 * 30 * 2 * 64 * 4, 1.0)
+    assert traffic.loads("q").unique_bytes == q.nbytes
+
+
+def test_loads_are_counted_in_float32_alone():
+    case = paged([30], torch.bfloat16, device="cpu")
+    with pytest.raises(KernelError, match="bfloat16"):
+        counting.decode(torch.randn(1, 8, 64).bfloat16(), *case[:4])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
         "building": "compiler",
+        "cpu.counting": "counting",
         "cuda.compiled": "compile_for_gpu",
         "cuda.emulator": "emulator",
         "dispatch": "ATTENTION_BACKENDS AttentionInputs Backend PagedAttention choose fused",

@@ -41,10 +41,11 @@ class Counts:
     sectors: int  # each request's own, added up
     bytes_asked: int  # different bytes of a request, added up: threads that share an address ask once
     unique_bytes: int  # different bytes of all
+    sector: int = SECTOR  # bytes
 
     @property
     def bytes_moved(self) -> int:
-        return SECTOR * self.sectors
+        return self.sector * self.sectors
 
     @property
     def efficiency(self) -> float:
@@ -62,14 +63,15 @@ class Traffic:
 
     names: tuple[str, ...]  # of the arrays
     records: np.ndarray
+    sector: int = SECTOR  # bytes that memory delivers together; a CPU's are its cache lines
 
     def loads(self, *names: str) -> Counts:
         """From these arrays, or from all."""
-        return _count(self.records_of(*names))
+        return _count(self.records_of(*names), self.sector)
 
     def stores(self, *names: str) -> Counts:
         """To these arrays, or to all."""
-        return _count(self.records_of(*names, stored=True))
+        return _count(self.records_of(*names, stored=True), self.sector)
 
     def records_of(self, *names: str, stored: bool = False) -> np.ndarray:
         """The single loads (or stores) from these arrays, or from all."""
@@ -97,19 +99,19 @@ def request_ids(records: np.ndarray) -> np.ndarray:
     return _packed(records["block"], records["thread"] // WARP, records["line"], records["occurrence"])
 
 
-def _count(records: np.ndarray) -> Counts:
+def _count(records: np.ndarray, sector: int) -> Counts:
     if not len(records):
-        return Counts(0, 0, 0, 0, 0)
+        return Counts(0, 0, 0, 0, 0, sector)
     arrays = int(records["array"].max()) + 1
-    room = -(-(int(records["address"].max()) + 1) // SECTOR) * SECTOR  # bytes of the largest array, in whole sectors
+    room = -(-(int(records["address"].max()) + 1) // sector) * sector  # bytes of the largest array, in whole sectors
     place = records["array"] * np.int64(room) + records["address"]
     # A number an access, that grows with request, array, address and size: sorted, what is equal is together.
     accesses = np.sort(_packed(request_ids(records), place, records["size"], spans=(arrays * room, _SIZES)))
     asked = accesses[np.diff(accesses, prepend=-1) != 0] % _SIZES
     # Every access is aligned to its size, 16 bytes at most, so it lies in one sector.
-    sectors = _different(accesses // (SECTOR * _SIZES))
+    sectors = _different(accesses // (sector * _SIZES))
     requests = _different(accesses // (arrays * room * _SIZES))
-    return Counts(len(records), requests, sectors, int(asked.sum()), _unique_bytes(records))
+    return Counts(len(records), requests, sectors, int(asked.sum()), _unique_bytes(records), sector)
 
 
 _SIZES = 32  # more than any access has bytes
