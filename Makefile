@@ -16,7 +16,7 @@ WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab serve test quick test-real mutants notebooks figures clean
+.PHONY: setup lab serve test quick test-real mutants notebooks figures screenshots clean
 
 setup: $(READY)
 
@@ -59,7 +59,7 @@ test: $(READY)
 SLOW := planted_bug or keeps_its_promises or for_a_gpu or worker_process or says_the_same or same_bytes or frame or drawable
 SLOW += or test_triton or test_fused_ops or test_sample_rows or test_cpu_kernels or test_cuda_kernels or test_kernel
 SLOW += or test_device_runner or test_engine_end or test_llm_machine or test_parity or test_poisoned or test_memory
-SLOW += or test_bench or test_browser or test_player_browser or test_notebooks or test_course_tools or test_storyteller or test_config_surgery
+SLOW += or test_bench or test_browser or test_player_browser or test_player_page or test_notebooks or test_course_tools or test_storyteller or test_config_surgery
 SLOW += or does_not_grow or memory_is_flat or asks_for_a_restart or closes_the_pipe or in_another_process or little_more_memory
 SLOW += or test_path or test_worker or test_server or test_interrupts or odd_value or any_mix or a_failed_step or any_tokens_stream or are_the_whole_text
 
@@ -84,6 +84,10 @@ notebooks: $(READY)
 
 figures: $(READY)
 	$(BIN)/python -m minillm.viz.figures
+
+# Wants a Chromium. What the page measures is in the picture: on a machine that does nothing else.
+screenshots: $(READY)
+	$(BIN)/python -m minillm.player.screenshots
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -586,6 +587,39 @@ def test_a_subscriber_hears_what_the_trace_says(folder):
     told = {(each["tokens"]["request_id"], each["tokens"]["step"]) for each in records if "tokens" in each}
     sampled = {(part.request_id, step.step) for step in trace.steps for part in step.scheduled if part.num_sampled}
     assert told == {(name, step) for name, step in sampled if name != "before"}
+
+
+def test_a_subscriber_hears_who_was_aborted_then_and_before(folder):
+    """A trace does not tell, and a picture of the engine would let them wait for ever."""
+
+    async def main(engine):
+        await engine.control(paused=True)
+        hears = engine.subscribe()
+        await anext(hears)
+        tasks = [
+            asyncio.create_task(read(engine, name, params=replace(TEN, n=2, temperature=1.0)))
+            for name in ("runs", "waits", "stays")
+        ]
+        await until(lambda: engine._engine.scheduler.num_unfinished == 6)
+        await engine.control(step=1)
+        await until(lambda: engine._engine.scheduler.recorder._steps)
+        for task in tasks[:2]:
+            task.cancel()
+        await until(lambda: engine._engine.scheduler.num_unfinished == 2)
+        then, before = [], engine.subscribe()
+        while sum(len(record.get("aborted", ())) for record in then) < 4:
+            then.append(await anext(hears))
+        async for record in before:
+            if "aborted" in record:
+                break
+        await engine.control(paused=False)
+        await tasks[2]
+        return [name for each in then for name in each.get("aborted", ())], record["aborted"]
+
+    with serving(folder) as engine:
+        then, before = run(main(engine))
+    assert sorted(then) == ["runs", "runs.1", "waits", "waits.1"]
+    assert before == ["runs", "waits"]  # the trace has let go of the others, which took part in nothing
 
 
 def test_a_subscriber_that_lags_behind_is_dropped(folder, monkeypatch):

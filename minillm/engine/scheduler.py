@@ -197,6 +197,10 @@ class Scheduler:
         """Requests that have arrived and not ended, each further output of a prompt as one."""
         return len(self._unfinished)
 
+    def unfinished_ids(self) -> tuple[str, ...]:
+        """The same by their ids, in order of arrival."""
+        return tuple(self._unfinished)
+
     def num_waiting(self) -> int:
         """Requests that have arrived and do not run."""
         return len(self._unfinished) - len(self.running)

@@ -308,13 +308,12 @@ function measure(record) {
 function drawSparks() {
   drawing = 0;
   const now = measures.throughput.at(-1)?.[0] ?? 0;
-  const recent = (points) => points.filter(([time]) => time > now - 1).map(([, value]) => value);
-  const middle = (values) => (values.length ? values.sort((a, b) => a - b)[values.length >> 1] : null);
+  const middle = (points) => points.map(([, value]) => value).sort((a, b) => a - b)[points.length >> 1];
   const span = Math.min(1, now - (measures.throughput[0]?.[0] ?? now)) || 1;
-  const rate = recent(measures.throughput).reduce((sum, value) => sum + value, 0) / span;
-  const ms = (seconds) => (seconds === null ? "–" : `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`);
-  const shown = { throughput: `${Math.round(rate)} tokens/s`, ttft: ms(middle(recent(measures.ttft))),
-    itl: ms(middle(recent(measures.itl))) };
+  const rate = measures.throughput.reduce((sum, [time, value]) => sum + (time > now - 1 ? value : 0), 0) / span;
+  const ms = (seconds) => (seconds === undefined ? "–" : `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`);
+  const shown = { throughput: `${Math.round(rate)} tokens/s`, ttft: ms(middle(measures.ttft.slice(-8))),
+    itl: ms(middle(measures.itl.slice(-200))) }; // medians of the last ones
   for (const [name, text] of Object.entries(shown)) {
     at(`${name}-value`).textContent = text;
     at(name).setAttribute("aria-label", `${at(name).previousElementSibling.textContent}, the last ${WINDOW} seconds`);

@@ -73,6 +73,7 @@ export class Run {
     this.steps = [];
     this.totals = []; // after each step: {tokens, useful, outputs, finished, preempted, working, held}
     this.batch = new Set(); // static batching: who came in together
+    this.open = 0; // requests that have come and not ended
     this.seats = new Map(); // id -> its place among those that run
     this.pool = null;
   }
@@ -102,6 +103,7 @@ export class Run {
       this.config = { ...this.config, ...record.config };
     } else if (record.request) this.addRequest(record.request);
     else if (record.step) this.addStep(record.step);
+    else if (record.aborted) for (const id of record.aborted) this.end(id, this.steps.length - 1);
     else if (record.tokens) {
       const { request_id: id, step, texts } = record.tokens;
       this.byId.get(id)?.texts.push({ step, text: texts.join("") });
@@ -113,6 +115,14 @@ export class Run {
     const request = new TracedRequest(record, (this.requests.at(-1)?.number ?? -1) + 1);
     this.byId.set(request.id, request);
     this.requests.push(request);
+    this.open += 1;
+  }
+
+  end(id, index) {
+    const request = this.byId.get(id);
+    if (request?.finished !== Infinity) return;
+    request.finished = index;
+    this.open -= 1; // it may be that nobody is left
   }
 
   addStep(step) {
@@ -126,10 +136,7 @@ export class Run {
     this.steps.push(step);
     for (const { request_id: id, mode } of step.preempted ?? []) this.byId.get(id)?.preempted.push({ index, mode });
     for (const [id, parts] of byRequest) this.takePart(index, this.byId.get(id), parts);
-    for (const id of step.finished ?? []) {
-      const request = this.byId.get(id);
-      if (request) request.finished = index;
-    }
+    for (const id of step.finished ?? []) this.end(id, index);
     this.totals.push(this.count(step, index, byRequest));
     this.seat(step, index, byRequest);
     if (this.live && step.blocks) this.pool ??= new Pool(this);
@@ -262,9 +269,6 @@ export class Run {
     return found;
   }
 
-  // Whether everybody who has come has ended.
-  get idle() { return this.steps.length === 0 || this.totals.at(-1).finished >= this.requests.length; }
-
   // Whether it has ended, in a static batch that goes on.
   holdsPlace(request, index) {
     return request.finished < index && request.stint(index)?.index >= (this.totals[index]?.batchFrom ?? Infinity);
@@ -287,8 +291,7 @@ export class Run {
     if (!step) {
       const last = this.totals.at(-1);
       if (!last) return "Nothing has run yet.";
-      const open = this.requests.length - last.finished;
-      return `${plural(last.finished, "request")} finished${open > 0 ? `, ${open} did not` : ""}.`;
+      return `${plural(last.finished, "request")} finished${this.open > 0 ? `, ${this.open} did not` : ""}.`;
     }
     const waiting = this.waiting(index).length, places = this.places(index);
     const said = [`${totals.working} of ${plural(places, "place")} ${totals.working === 1 ? "works" : "work"}`];

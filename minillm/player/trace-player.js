@@ -43,8 +43,8 @@ function inkOn(color) {
 
 async function fetched(url) {
   const response = await fetch(url);
-  if (!response.ok) throw new Error(`${url}: ${response.status} ${response.statusText}`);
-  return response.text();
+  if (response.ok) return response.text();
+  throw new Error(`${url}: ${response.status} ${response.statusText}`);
 }
 
 // A canvas drawn in CSS pixels.
@@ -158,7 +158,7 @@ export class TracePlayer extends HTMLElement {
     if (this.run.steps.length < before) { // the older half of a long run was let go
       this.#position = Math.max(0, this.#position - (before + 1 - this.run.steps.length));
     }
-    if (this.#following) this.#position = this.run.idle ? this.run.steps.length : this.run.steps.length - 1;
+    if (this.#following) this.#position = Math.max(0, this.run.steps.length - (this.run.open ? 1 : 0));
     this.redraw();
   }
 

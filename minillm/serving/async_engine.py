@@ -283,8 +283,9 @@ class AsyncEngine:
         """What happens, as it does: the lines of a trace's file, which goes on for as long as the engine does.
 
         They are the header, {"config": …} as of `control`, again after every change, {"request": …} and {"step": …},
-        beginning with the last KEPT_STEPS, and {"tokens": {"request_id", "step", "texts"}} of requests whose outputs
-        are "delta". Raises SlowReaderError for one who lags behind, DrainingError at the end.
+        beginning with the last KEPT_STEPS, {"aborted": [request ids]}, of which a trace says nothing, and {"tokens":
+        {"request_id", "step", "texts"}} of requests whose outputs are "delta". Raises SlowReaderError for one who lags
+        behind, DrainingError at the end.
         """
         async for records in self.follow():
             for record in records:
@@ -296,9 +297,10 @@ class AsyncEngine:
         inbox.on_slow = partial(self._wish_if_open, partial(self._subscribers.pop, inbox, None))
         self._wish(partial(self._follow, inbox), inbox)
         try:
-            make, state = await inbox.get()
+            make, state, unfinished = await inbox.get()
             header, *records = await asyncio.to_thread(lambda: list(records_of(make())))
-            yield [header | {"live": True}, {"config": state}, *records]
+            gone = missing(records, unfinished)
+            yield [header | {"live": True}, {"config": state}, *records, *([{"aborted": gone}] if gone else [])]
             while True:
                 yield await inbox.get()
         finally:
@@ -494,6 +496,8 @@ class AsyncEngine:
         if self._num_failed_steps == MOST_FAILED_STEPS:  # it is not its reader who ends it
             for part in output.outputs:
                 part.finish_reason = "error" if part.finish_reason == "abort" else part.finish_reason
+        names = [self._recorder.name(output_id(output.request_id, part.index)) for part in output.outputs]
+        self._publish([{"aborted": names}])
         self._take(output)
 
     def _take(self, output: RequestOutput) -> None:
@@ -552,7 +556,8 @@ class AsyncEngine:
         self._check_draining()
         self._note_news()  # the others hear of it now, and this one in what follows
         self._subscribers[inbox] = None
-        self._tell(inbox, (self._recorder.snapshot(KEPT_STEPS), self._state()))
+        unfinished = {self._recorder.name(each) for each in self._engine.scheduler.unfinished_ids()}
+        self._tell(inbox, (self._recorder.snapshot(KEPT_STEPS), self._state(), unfinished))
 
     def _texts(self, output: RequestOutput) -> Iterator[dict]:
         """What a step brought of a request, if it is told token by token."""
@@ -564,6 +569,13 @@ class AsyncEngine:
     def _publish(self, records: list[dict]) -> None:
         for inbox in self._subscribers if records else ():
             self._tell(inbox, records)
+
+
+def missing(records: list[dict], unfinished: set[str]) -> list[str]:
+    """The requests of a trace that neither ended in one of its steps nor are under way."""
+    known = {each["request"]["request_id"] for each in records if "request" in each}
+    ended = {request_id for each in records if "step" in each for request_id in each["step"].get("finished", ())}
+    return sorted(known - ended - unfinished)
 
 
 def _line(event: RequestRecord | NotedStep) -> dict:

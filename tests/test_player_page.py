@@ -1,0 +1,283 @@
+"""The page of a live server in headless Chromium: one engine, watched, steered, and compared in its two ways."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from minillm.engine import EngineConfig, LLMEngine
+from test_browser import CHROMIUM, CHROMIUM_OPTIONS
+from test_player_browser import assert_in_order
+
+uvicorn = pytest.importorskip("uvicorn")
+serving = pytest.importorskip("minillm.serving")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+LIVE = "document.getElementById('live')"
+LONG_MS = 120_000  # a burst may take that long on a busy machine
+KEY = "a key of this test"
+
+
+@contextmanager
+def served(api_key: str | None = None):
+    """The address of a server in a thread of this process."""
+    from minillm.serving.api_server import create_app
+
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_blocks=257)
+    engine = serving.AsyncEngine(LLMEngine("storyteller", config=config), model_name="storyteller")
+    app = create_app(engine, serving.ServerOptions(api_key=api_key))
+    options = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(options)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.05)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def running():
+    with served() as address:
+        yield address
+
+
+@pytest.fixture
+def server(running):
+    """The address of a server whose engine is set as it was started, whatever the test before has done."""
+    changes = {"paused": False, "batching": "continuous", "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    body, headers = json.dumps(changes).encode(), {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{running}/live/control", body, headers)) as answer:
+        assert json.load(answer).items() >= changes.items()
+    return running
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser, address: str, *, width=1400, height=1000, refused: int | None = None, **options):
+    """The page, connected; what its console says is an error at the end, but for answers of the status `refused`."""
+    page = browser.new_page(viewport={"width": width, "height": height}, **options)
+    wrong = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(address) else wrong.append(request.url))
+    page.goto(address)
+    try:
+        if refused != 401:
+            expect(page.locator("#connection")).to_have_text(re.compile("connected|paused"), timeout=LONG_MS)
+        yield page
+        expected = [text for text in wrong if f"status of {refused}" in text]
+        assert (wrong, bool(expected)) == (expected, refused is not None)
+    finally:
+        page.close()
+
+
+def asked(page: Page, expression: str):
+    return page.evaluate(f"{LIVE}.{expression}")
+
+
+def until(page: Page, expression: str) -> None:
+    """Until it is true of the live player; the page's own policy forbids playwright to wait in the page."""
+    deadline = time.monotonic() + LONG_MS / 1000
+    while not asked(page, expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(50)
+
+
+def idle(page: Page) -> None:
+    """Until the engine has finished what it was sent."""
+    expect(page.locator("#live .sentence")).to_have_text(re.compile("finished|Nothing has run"), timeout=LONG_MS)
+
+
+@pytest.mark.parametrize("width", [320, 1400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_burst_is_watched_in_both_themes_at_every_width(chromium, server, theme, width):
+    with opened(chromium, server, width=width, color_scheme=theme) as page:
+        before = asked(page, "run.totals.at(-1)?.finished ?? 0")
+        page.get_by_role("button", name="8 stories").click()
+        expect(page.locator("#live .figures").last).to_contain_text(f"So far: {before + 8}", timeout=LONG_MS)
+        idle(page)
+        assert_in_order(page)
+        assert asked(page, "run.totals.at(-1).outputs") > 8
+        assert asked(page, "view.numBlocks") == 257
+        expect(page.locator("#throughput-value")).to_have_text(re.compile(r"\d+ tokens/s"))
+        expect(page.locator("#ttft-value")).to_have_text(re.compile(r"[\d.]+ ms"))
+        page.locator("#theme").click()
+        page.wait_for_timeout(300)
+        assert_in_order(page)
+
+
+def test_what_a_request_says_is_drawn_as_it_comes_and_is_only_text(chromium, server):
+    with opened(chromium, server) as page:
+        page.locator("#prompt").fill("<img src=x onerror=alert(1)> Once upon a time")
+        page.locator("#most").fill("12")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#reply")).to_have_text(re.compile(r"<img src=x onerror=alert\(1\)> Once upon a time.+"))
+        idle(page)
+        assert page.locator("img").count() == 0
+        said = page.locator("#reply").inner_text().removeprefix("<img src=x onerror=alert(1)> Once upon a time")
+        last = asked(page, "run.requests.at(-1).text(Infinity)")
+        assert last.strip() == said.strip()
+        page.get_by_label("chat").check()
+        page.locator("#prompt").fill("Hello")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#reply")).to_have_text(re.compile(r"\w"), timeout=LONG_MS)
+
+
+def test_what_the_server_refuses_is_said(chromium, server):
+    with opened(chromium, server, refused=429) as page:
+        page.route("**/v1/completions", lambda route: route.fulfill(
+            status=429, json={"error": {"message": "the queue is full: <b>256</b> wait"}}))  # fmt: skip
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#reply")).to_have_text("the queue is full: <b>256</b> wait")
+        page.unroute("**/v1/completions")
+        assert page.locator("#reply b").count() == 0
+
+
+def test_the_keyboard_pauses_the_engine_and_makes_single_steps(chromium, server):
+    with opened(chromium, server) as page:
+        idle(page)
+        page.locator("#pause").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#connection")).to_have_text("paused")
+        expect(page.locator("#pause")).to_have_text("Go on")
+        page.locator("[data-burst='8']").focus()
+        page.keyboard.press("Enter")
+        steps = asked(page, "run.steps.length")
+        expect(page.locator("#step")).to_be_enabled()
+        for count in (1, 2, 3):
+            page.locator("#step").focus()
+            page.keyboard.press("Enter")
+            expect(page.locator("#live .where")).to_contain_text(f"step {steps + count} of", timeout=LONG_MS)
+        assert asked(page, "run.steps.length") == steps + 3
+        page.locator("#pause").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#connection")).to_have_text("connected")
+        idle(page)
+
+
+def test_sliders_and_switch_change_the_engine_and_follow_it(chromium, server):
+    with opened(chromium, server) as page, opened(chromium, server) as other:
+        page.locator("#seqs").focus()
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        expect(other.locator("#seqs-value")).to_have_text("3")
+        page.get_by_role("radio", name="static").check()
+        expect(other.get_by_role("radio", name="static")).to_be_checked()
+        before = asked(page, "run.steps.length")
+        page.get_by_role("button", name="8 stories").click()
+        until(page, f"run.steps.length > {before}")
+        idle(page)
+        steps = range(before, asked(page, "run.steps.length"))
+        totals = [asked(page, f"run.totals[{step}]") for step in steps]
+        assert max(each["working"] for each in totals) == 3
+        assert max(each["held"] for each in totals) > 0
+        page.get_by_role("radio", name="continuous").check()
+        page.locator("#seqs").focus()
+        page.keyboard.press("End")
+        expect(other.locator("#seqs-value")).to_have_text("8")
+        idle(other)
+
+
+def test_both_ways_of_batching_are_measured_on_the_same_burst(chromium, server):
+    with opened(chromium, server, reduced_motion="reduce") as page:
+        page.locator("#both-places").select_option("4")
+        page.get_by_role("button", name="Run both").click()
+        expect(page.locator("#verdict")).to_contain_text("The same 32 stories took", timeout=2 * LONG_MS)
+        lanes = {}
+        for name in ("static", "continuous"):
+            run = f"document.getElementById('{name}-lane').run"
+            lanes[name] = page.evaluate(
+                f"({{steps: {run}.steps.length, texts: {run}.requests.map((each) => each.text(Infinity)),"
+                f" held: {run}.totals.filter((each) => each.held).length, last: {run}.totals.at(-1)}})"
+            )
+        one, two = lanes["static"], lanes["continuous"]
+        assert one["texts"] == two["texts"] and len(one["texts"]) == 32  # the same stories, word for word
+        assert one["last"]["finished"] == two["last"]["finished"] == 32
+        assert one["steps"] > 1.2 * two["steps"]
+        assert one["held"] > two["held"] == 0
+        expect(page.locator("#verdict")).to_contain_text(f"{one['steps']} steps in static batches, and {two['steps']}")
+        for name, lane in lanes.items():
+            share = round(100 * lane["last"]["worked"] / (4 * lane["steps"]))
+            expect(page.locator(f"#{name}-result")).to_contain_text(f"{share} % worked")
+            expect(page.locator(f"#{name}-result")).to_contain_text(f"{lane['last']['outputs']:,} tokens")
+        expect(page.locator("#clock-play")).to_have_text("Play")  # nothing moves for those who want it so
+        expect(page.locator("#seqs-value")).to_have_text("8")  # as it was before
+        page.locator("#clock-time").focus()
+        page.keyboard.press("Home")
+        expect(page.locator("#static-lane .sentence")).to_contain_text("4 of 4 places work")
+        assert_in_order(page)
+
+
+def test_a_server_with_a_key_is_asked_with_it(chromium):
+    with served(KEY) as address, opened(chromium, address, refused=401) as page:
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.get_by_label("API key").fill("wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog")).to_contain_text("refused")
+        page.get_by_label("API key").fill(KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#connection")).to_have_text("connected")
+        page.get_by_role("button", name="8 stories").click()
+        until(page, "run.steps.length > 0")
+        idle(page)
+        assert page.evaluate("Object.keys(localStorage).concat(document.cookie)").count(KEY) == 0
+
+
+def test_a_request_whose_reader_has_gone_is_not_waited_for(chromium, server):
+    with opened(chromium, server) as page, opened(chromium, server) as other:
+        idle(page)
+        before = asked(page, "run.requests.length")
+        page.locator("#pause").click()
+        other.locator("[data-burst='8']").click()
+        until(page, "run.open == 8")  # they wait, and have taken part in no step
+        assert asked(page, "run.requests.length") == before + 8
+        other.goto("about:blank")
+        until(page, "run.open == 0")
+        page.locator("#pause").click()
+        idle(page)
+    with opened(chromium, server) as page:
+        idle(page)
+        assert asked(page, "run.open") == 0
+
+
+def test_it_connects_again_and_shows_what_was_kept(chromium, server):
+    with opened(chromium, server) as page:
+        idle(page)
+        steps = asked(page, "run.steps.length")
+        assert steps > 0
+        page.reload()
+        expect(page.locator("#connection")).to_have_text("connected")
+        until(page, "run.steps.length > 0")
+        assert asked(page, "run.steps.length") <= steps
+        assert asked(page, "run.totals.at(-1).finished") > 0
+
+
+def test_the_screenshots_of_the_readme_are_made_by_one_command(tmp_path):
+    command = [sys.executable, "-m", "minillm.player.screenshots", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    shots = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert shots.keys() == {"page_compare.png", "page_engine.png", "player_run.png"}
+    assert min(map(len, shots.values())) > 40_000  # bytes: an empty page has a few thousand
