@@ -58,10 +58,6 @@ class _StorageWatch(TorchDispatchMode):
         """torch asks: "yes" would import its compiler at the first operation, a second and 100 MiB for nothing."""
         return False
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch loads its compiler, a second, to keep it away from the method below
-
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), COMPOSITE):
