@@ -33,13 +33,14 @@ TELL = """
 import { readFileSync } from "node:fs";
 import { Run } from "PLAYER/replay.js";
 
-const [path, order, live] = process.argv.slice(2);
+const [path, order, live, forget] = process.argv.slice(2);
 const lines = readFileSync(path, "utf8");
 let run = Run.read(lines);
 if (live) {
   run = new Run({ live: true });
   run.add({ config: JSON.parse(live) });
   for (const line of lines.trim().split("\\n")) run.add(JSON.parse(line));
+  if (forget) run.forget(Number(forget));
 }
 const pool = (index) => {
   const view = run.view(index);
@@ -63,12 +64,15 @@ console.log(JSON.stringify({
 """
 
 
-def told(trace: Trace, folder: Path, order: str = "forwards", live: dict | None = None) -> dict:
-    """What replay.js says of a trace; `live` is the configuration with which it comes line by line."""
+def told(trace: Trace, folder: Path, order: str = "forwards", live: dict | None = None, forget: int = 0) -> dict:
+    """What replay.js says of a trace; `live` is the configuration with which it comes line by line.
+
+    `forget`: so many of its steps are let go of when all have come.
+    """
     script = folder / "tell.mjs"
     script.write_text(TELL.replace("PLAYER", PLAYER.as_uri()))
     path = save_trace(trace, folder / "run.jsonl")
-    command = [NODE, "--no-warnings", script, path, order, *([json.dumps(live)] if live else [])]
+    command = [NODE, "--no-warnings", script, path, order, *([json.dumps(live), str(forget or "")] if live else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout)
@@ -123,6 +127,22 @@ def test_a_live_run_comes_to_the_same_blocks(tmp_path):
     expected = pool_states(trace, BLOCK_SIZE)
     live = {"block_size": BLOCK_SIZE, "num_blocks": expected[0].num_blocks, "max_num_seqs": 6}
     assert told(trace, tmp_path, "jumping", live)["pools"] == [as_json(state) for state in expected]
+
+
+@needs_node
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_what_a_long_live_run_lets_go_of_changes_nothing_later(tmp_path, mode):
+    trace, forgotten = random_run(1, mode).trace, 9
+    live = {"block_size": BLOCK_SIZE, "num_blocks": 14, "max_num_seqs": 6}
+    whole = told(trace, tmp_path, "jumping", live)
+    rest = told(trace, tmp_path, "jumping", live, forgotten)
+    assert rest["pools"] == whole["pools"][forgotten:]
+    assert rest["totals"] == whole["totals"][forgotten:]
+    assert rest["sentences"][:-1] == whole["sentences"][forgotten:-1]
+    for name, letters in rest["letters"].items():
+        assert letters == whole["letters"][name][forgotten:].rstrip()
+    ended = {name for step in trace.steps[:forgotten] for name in step.finished}
+    assert ended and rest["letters"].keys() == whole["letters"].keys() - ended
 
 
 @needs_node

@@ -214,6 +214,7 @@ export class Run {
     this.pool?.forget(count);
     this.steps.splice(0, count);
     this.totals.splice(0, count);
+    for (const each of [...this.totals, this]) each.batchFrom -= count;
     this.header.dropped_steps = (this.header.dropped_steps ?? 0) + count;
     for (const request of this.requests) {
       for (const each of [...request.parts, ...request.preempted, ...request.stints]) each.index -= count;
