@@ -109,6 +109,13 @@ def test_chat_lengths_have_the_published_means_within_the_published_limits(sigma
     assert law.pairs(10, seed=1) == pairs[:10] != law.pairs(10, seed=2)
 
 
+def test_the_means_hold_where_prompt_and_output_compete_for_the_context():
+    law = ChatLengths(prompt_sigma=1.6, output_sigma=1.2, longest=1300)
+    prompts, outputs = zip(*law.pairs(40_000, seed=0), strict=True)
+    assert fmean(outputs) == pytest.approx(337.99, rel=0.01)
+    assert fmean(prompts) == pytest.approx(161.31, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -255,6 +262,16 @@ def test_a_pool_that_runs_short_was_tried():
     assert preempted
 
 
+def test_a_batch_on_a_pool_is_a_rectangle_though_not_all_found_room():
+    pool = BlockManager(1 + 4, 16, enable_prefix_caching=False)
+    scheduler = StaticScheduler(SchedulerConfig(8, 64, 64), VirtualClock(), block_manager=pool)
+    for name, length in (("a", 20), ("b", 30), ("c", 40)):
+        scheduler.add_request(made_request(name, 0.0, length, 3))
+    plan = scheduler.schedule()
+    assert [part.request_id for part in plan.scheduled] == ["a"] and scheduler.num_waiting() == 2
+    assert plan.row_length == 20
+
+
 def test_outputs_of_a_prompt_share_its_blocks_only_where_there_are_blocks():
     published = Published("7b", num_requests=4, n=3)
     assert [request.params.n for request in published.requests(())] == [3] * 4
@@ -268,6 +285,9 @@ def test_memory_is_what_the_card_has():
     ledger = published.ledger
     assert ledger.free >= 0 and ledger.free < ledger.bytes_per_block
     assert published.num_cache_tokens * costs.kv_bytes_per_token(costs.LLAMA_13B) < 0.9 * 40 * 2**30 - ledger.weights
+    for causes, copies in (({"padding"}, 1), ({"copying"}, 2), ({"copying", "waiting"}, 2)):
+        pool = published._scheduler(frozenset(causes), VirtualClock()).block_manager
+        assert (pool.num_blocks - 1) * 16 == published.num_cache_tokens // copies // 16 * 16
     assert published.num_rows({"reservation"}) == published.num_cache_tokens // 2048 == 7
     assert published.num_rows({"reservation", "copying"}) == published.num_cache_tokens // 4096 == 3
     assert Published("13b", Assumptions(rows=5), num_requests=1).num_rows(ALL) == 5

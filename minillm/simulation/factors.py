@@ -18,7 +18,7 @@ Coalition = frozenset[str]  # the causes that are there
 
 @dataclass(frozen=True)
 class Factor:
-    """How many times as long it takes because of one cause; 1 is no effect."""
+    """How many times as long it takes because of one cause; 1 is no effect, below 1 it helps."""
 
     name: str
     shapley: float  # geometric mean over all orders

@@ -445,7 +445,10 @@ def verdict(
 
 
 def under_load(published: Published, rates: Iterable[float]) -> dict[str, dict[float, Report]]:
-    """Reports of both sides for prompts that come as a Poisson stream, by side and rate: for `viz.LoadCurves`."""
+    """Reports of both sides for prompts that come as a Poisson stream, by side and rate: for `viz.LoadCurves`.
+
+    The requests of a report are outputs: `n` for each prompt.
+    """
     runs: dict[str, dict[float, Report]] = {"baseline": {}, "engine": {}}
     for rate in rates:
         stream = Published(
