@@ -47,10 +47,9 @@ class Decoder(nn.Module):
         `layers` are those of `bound`, for who calls often or has faster small operations.
         """
         layers = self.bound() if layers is None else layers
-        x, norm = self.embed_tokens(token_ids), self.layers[0].input_layernorm  # [T, hidden]
-        rotation = rope_rotation(self.inv_freq, positions, x.dtype)
-        hidden = torch.zeros_like(x)  # the stream, to which the embedding adds, and every layer twice
-        x = layers[0].add_rms_norm(x, hidden, norm.weight, norm.eps)
+        hidden = self.embed_tokens(token_ids)  # [T, hidden]: the stream, to which every layer adds twice
+        rotation = rope_rotation(self.inv_freq, positions, hidden.dtype)
+        x = self.layers[0].input_layernorm(hidden)
         for layer in layers:  # one name for all that passes: what is not needed any more is freed
             x = layer.attend_heads(layer.qkv_proj(x), layer.heads, rotation, attend)  # [T, Hq, D]: they meet
             x = layer.add_rms_norm(layer.o_proj(x.flatten(-2)), hidden, *layer.attention_norm)
