@@ -13,6 +13,7 @@ from minillm.errors import ConfigError
 from minillm.ladder.attend import CausalAttention
 from minillm.model.config import ModelConfig
 from minillm.model.decoder import Decoder
+from minillm.simulation.cost_model import MODELS
 from minillm.trace.events import ScheduledTokens, StepEvent
 
 SMALL = ModelConfig(
@@ -28,7 +29,7 @@ SMALL = ModelConfig(
 
 
 def test_published_shapes_have_their_published_sizes():
-    billions = {name: round(shape.num_parameters / 1e9, 2) for name, shape in shapes.SHAPES.items()}
+    billions = {name: round(shape.num_parameters / 1e9, 2) for name, shape in MODELS.items()}
     assert billions == {
         "LLaMA-7B": 6.74,
         "LLaMA-13B": 13.02,

@@ -116,9 +116,7 @@ QWEN3_8B = ModelConfig(
     rope=RopeConfig(theta=1_000_000.0),
     qk_norm=True,
 )
-SHAPES = {
-    "LLaMA-7B": LLAMA_7B,
-    "LLaMA-13B": LLAMA_13B,
+SHAPES = {  # those that chapters compare
     "Llama-2-7B": LLAMA_2_7B,
     "Llama-2-70B": LLAMA_2_70B,
     "Llama-3-8B": LLAMA_3_8B,

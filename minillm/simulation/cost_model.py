@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from minillm.costs import A10G, A100_40GB, A100_80GB, H200, RTX_4090, SHAPES, Card, StepPrices
+from minillm.costs import (
+    A10G,
+    A100_40GB,
+    A100_80GB,
+    H200,
+    LLAMA_7B,
+    LLAMA_13B,
+    RTX_4090,
+    SHAPES,
+    Card,
+    StepPrices,
+)
 from minillm.errors import (
     ConfigError,
     Positive,
@@ -23,6 +34,7 @@ from minillm.model import ModelConfig
 from minillm.runtime import SchedulerOutput
 
 CARDS = {"4090": RTX_4090, "a10g": A10G, "a100-40gb": A100_40GB, "a100": A100_80GB, "h200": H200}
+MODELS = SHAPES | {"LLaMA-7B": LLAMA_7B, "LLaMA-13B": LLAMA_13B}
 KERNELS_A_LAYER = 9  # norm, qkv, rotate, store, attend, out, norm, gate-up, down: fused as engines do it
 LAUNCH_SECONDS = 5e-6  # one kernel launch without a CUDA graph; the usual order of magnitude
 
@@ -144,9 +156,9 @@ class Roofline:
 
 def preset(shape: str, card: str, launch_overhead: float | None = None) -> Roofline:
     """The roofline of a published shape on a card, in 16 bits, both by name. Raises ConfigError for unknown names."""
-    check_choice("shape", shape, tuple(SHAPES))
+    check_choice("shape", shape, tuple(MODELS))
     check_choice("card", card, tuple(CARDS))
-    return Roofline(SHAPES[shape], CARDS[card], launch_overhead=launch_overhead)
+    return Roofline(MODELS[shape], CARDS[card], launch_overhead=launch_overhead)
 
 
 @dataclass(frozen=True)
