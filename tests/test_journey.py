@@ -6,7 +6,8 @@ import pytest
 
 from minillm.cli.main import main
 from minillm.trace import RequestRecord, Trace, UnknownRequestError, find_request, journey_lines, save_trace
-from minillm.trace.journey import journey
+from minillm.trace.journey import stages_of
+from minillm.viz import LayerPath
 from test_llm_engine import PROMPT, TEN, make_engine
 from tiny_models import random_token_ids
 
@@ -29,7 +30,7 @@ def trace(checkpoint):
 
 def test_eight_steps_in_order_of_time_with_their_layers(trace):
     for record in trace.requests:
-        stages = journey(trace, record)
+        stages = stages_of(trace, record)
         assert [stage.number for stage in stages] == list(range(1, 9))
         assert [stage.layer for stage in stages] == [None, 1, 1, 1, 2, 2, 3, 1]
         times = [stage.seconds for stage in stages if stage.seconds is not None]
@@ -68,3 +69,26 @@ def test_the_command(trace, tmp_path, capsys):
     assert re.search(r"^ +5 +2 +Scheduler +[\d.]+ ms +chooses it", out, re.MULTILINE)
     assert main(["trace", str(path), "--request", "nobody"]) == 2
     assert "no request 'nobody'" in capsys.readouterr().err
+
+
+def test_the_picture_says_which_steps_happen_once_and_which_for_every_token(trace):
+    picture = LayerPath(trace, "req 0", title="One request")
+    passes = {step.step for step, _ in trace.parts("req 0")}
+    assert [picture.count(number) for number in range(1, 9)] == [1, 1, 1, 1, *[len(passes)] * 3, 10]
+    rows = [line.split("|")[1].split() for line in picture.text().splitlines()[:4]]
+    for column, stage in enumerate(stages_of(trace, find_request(trace, "req 0"))):
+        assert [row[column] != "." for row in rows] == [stage.layer == layer for layer in (None, 1, 2, 3)]
+    assert "began" not in picture.text() and "began after" in LayerPath(trace, "req 0", times=True).text()
+    (axes,) = picture.figure().axes
+    told = {text.get_text() for text in axes.texts}
+    assert {"once", f"in each of {len(passes)} passes", "10 tokens", "Scheduler"} <= told
+    assert sum((artist.get_gid() or "").startswith("step ") for artist in (*axes.patches, *axes.artists)) == 8
+    assert picture.png() == LayerPath(trace, "req 0", title="One request").png()
+
+
+def test_the_picture_of_a_request_that_never_ran_ends_at_the_scheduler():
+    picture = LayerPath(Trace([RequestRecord("a", 0.0, 3)]), "a", times=True)
+    assert len(picture.stages) == 5 and picture.text().splitlines()[-1].split() == ["5", "Scheduler", "2", "0"]
+    assert picture.png()
+    with pytest.raises(UnknownRequestError):
+        LayerPath(Trace(), "a")

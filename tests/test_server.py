@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from minillm.errors import ConfigError
-from minillm.serving import AsyncEngine, Metrics, ServerOptions, serve
+from minillm.serving import AsyncEngine, Metrics, ServerOptions, ServerProcess, serve
 from minillm.serving import server as module
 from minillm.serving.server import PatientProtocol, bound, throughput_line
 from served import PATIENCE, soon
@@ -253,3 +253,31 @@ def test_lines_come_while_something_happens_and_once_after(checkpoint, monkeypat
     run(main())
     engine.shutdown()
     assert 2 <= len(lines) <= 4 and "generation throughput 0.0" in lines[-1][2]
+
+
+# --- a server for as long as somebody needs it ---
+
+
+def test_a_server_process_serves_and_ends(monkeypatch):
+    monkeypatch.setenv("MINILLM_API_KEY", "a key for another server")
+    with ServerProcess("storyteller", ["--num-blocks", "130"]) as child:
+        connection = HTTPConnection(child.host, child.port, timeout=PATIENCE)
+        connection.request("GET", "/v1/models", headers={"X-Request-Id": "who"})
+        assert connection.getresponse().status == 200
+        assert child.address == f"http://{child.host}:{child.port}" and child.address in "".join(child.log)
+    assert child.close() == 0 and child.log[-1].endswith("[layer 1, OpenAI server] ended")
+    assert any('who "GET /v1/models" 200' in line for line in child.log)
+    assert not command_of(child.pid)
+
+
+def test_a_server_process_ends_with_its_parent_however_that_ends():
+    code = "import os, minillm.serving as s\nprint(s.ServerProcess().pid, flush=True)\nos.kill(os.getpid(), 9)"
+    parent = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert parent.returncode == -9
+    pid = int(parent.stdout)
+    soon(lambda: "serve" not in command_of(pid) and "end_with_parent" not in command_of(pid))
+
+
+def test_a_server_process_that_does_not_start_says_why():
+    with pytest.raises(ConfigError, match="did not start: .*max_model_len"):
+        ServerProcess("storyteller", ["--max-model-len", "1000000"])

@@ -13,11 +13,7 @@ import asyncio
 import json
 import os
 import random
-import re
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,11 +28,10 @@ from minillm.bench.measuring import surroundings
 from minillm.engine import LLM
 from minillm.errors import ConfigError, check_number, check_options
 from minillm.sampling import SamplingParams
+from minillm.serving import ServerProcess
 from minillm.simulation import SLO, Spread, poisson, spread
 
-START_SECONDS = 120.0  # in which the server must be ready
 ANSWER_SECONDS = 300.0  # in which a run must end
-READY = re.compile(r"ready on http://([\d.]+):(\d+)")
 IDLE_TOKENS = 8  # of a request to an idle server
 DATA, DONE = b"data: ", b"data: [DONE]"
 
@@ -189,35 +184,9 @@ def engine_ttft(llm: LLM, job: Job) -> float:
 def server(model: str, settings: dict, options: Sequence[str] = ()) -> Iterator[tuple[tuple[str, int], int]]:
     """`minillm serve` in a process of its own: (host, port), process id. Raises ConfigError if it does not start."""
     given = [each for name, value in settings.items() for each in as_option(name, value)]
-    command = [sys.executable, "-m", "minillm.cli.main", "serve", model, "--port", "0", "--no-page", *given, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment)
-    said, ready = [], threading.Event()
-    where: list[tuple[str, int]] = []
-
-    def read() -> None:
-        for line in child.stderr:  # to its end, or the server would wait for somebody to read on
-            if not ready.is_set():
-                said.append(line)
-                if found := READY.search(line):
-                    where.append((found[1], int(found[2])))
-                    ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        if not ready.wait(START_SECONDS) or not where:
-            raise ConfigError(f"the server did not start: {said[-1].strip() if said else 'it said nothing'}")
-        yield where[0], child.pid
-    finally:
-        child.terminate()
-        try:
-            child.wait(30)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        reader.join()
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with ServerProcess(model, ["--no-page", *given, *options], environment=environment) as child:
+        yield (child.host, child.port), child.pid
 
 
 def as_option(name: str, value: object) -> list[str]:

@@ -1,7 +1,7 @@
 """Layer 1: the engine behind an event loop, and what speaks HTTP with its clients. Wants `pip install minillm[serve]`.
 
 May import `player`, `engine` and the rooms below; FastAPI, uvicorn, pydantic and prometheus-client are imported here
-alone. `async_engine` and `options` need none of them.
+alone. `async_engine`, `child` and `options` need none of them.
 """
 
 from minillm import hand_on
@@ -13,7 +13,8 @@ _look_up, __dir__, __all__ = hand_on(
     __name__,
     {
         "api_server": "create_app",
-        "async_engine": "AsyncEngine DrainingError QueueFullError SlowReaderError StepFailedError",
+        "async_engine": "AsyncEngine DrainingError QueueFullError SlowReaderError StepFailedError retry_after",
+        "child": "ServerProcess",
         "metrics": "Metrics",
         "options": "ServerOptions",
         "server": "serve",

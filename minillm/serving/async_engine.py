@@ -19,7 +19,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -83,6 +83,15 @@ class SlowReaderError(RuntimeError):
 
 class StepFailedError(RuntimeError):
     """The model failed in several steps one after the other; the requests that were under way have ended."""
+
+
+def retry_after(num_requests: int, ended: Sequence[float]) -> int:
+    """Whole seconds, 1 to 60, until half of so many requests have ended, at the pace of the last PACE_SECONDS.
+
+    `ended` is how many seconds ago requests have ended; at least one is taken to have ended in that time.
+    """
+    recent = sum(seconds < PACE_SECONDS for seconds in ended)
+    return min(60, max(1, math.ceil(num_requests / 2 * PACE_SECONDS / max(1, recent))))
 
 
 class AsyncEngine:
@@ -358,22 +367,17 @@ class AsyncEngine:
         if num_requests >= most:
             if self.metrics is not None:
                 self.metrics.count_rejection()
-            retry_after = self._seconds_until_room(num_requests)
+            now = time.monotonic()
+            seconds = retry_after(num_requests, [now - end for end in list(self._ends)])
             raise QueueFullError(
                 f"{num_requests} requests run or wait, {most} may (max_num_seqs {scheduler.config.max_num_seqs} + "
-                f"max_queue {self.max_queue}); try again in {retry_after} s",
-                retry_after,
+                f"max_queue {self.max_queue}); try again in {seconds} s",
+                seconds,
             )
 
     def _check_draining(self) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down and takes no new requests; send it to another")
-
-    def _seconds_until_room(self, num_requests: int) -> int:
-        """When half of those before will have ended, at the pace of the last seconds; 1 to 60."""
-        now = time.monotonic()
-        recent = sum(now - end < PACE_SECONDS for end in list(self._ends))
-        return min(60, max(1, math.ceil(num_requests / 2 * PACE_SECONDS / max(1, recent))))
 
     # --- the engine's thread ---
 

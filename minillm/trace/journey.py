@@ -37,7 +37,7 @@ def find_request(trace: Trace, request_id: str) -> RequestRecord:
     return (callers or own)[-1]
 
 
-def journey(trace: Trace, record: RequestRecord) -> list[Stage]:
+def stages_of(trace: Trace, record: RequestRecord) -> list[Stage]:
     """The eight steps of a request. Steps 5 to 7 are told of its first pass through the model, and then of all."""
     parts, arrival = list(trace.parts(record.request_id)), record.arrival_time
     stages = [
@@ -93,7 +93,7 @@ def journey_lines(trace: Trace, request_id: str) -> Iterator[str]:
     record = find_request(trace, request_id)
     yield f"request {record.request_id}, arrived at {record.arrival_time:.4f} s of the engine's clock"
     yield f"{'step':4}  {'layer':5}  {'part':16}  {'after':>11}  what happens"
-    for number, layer, part, seconds, what in journey(trace, record):
+    for number, layer, part, seconds, what in stages_of(trace, record):
         after = "" if seconds is None else f"{seconds * 1e3:.2f} ms"
         yield f"{number:4}  {layer or '-':>5}  {part:16}  {after:>11}  {what}"
     yield "Of steps 1 to 3 the trace knows no times: see the server's log, the line with this id."

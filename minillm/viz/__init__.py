@@ -23,6 +23,7 @@ from minillm.viz.blocks import BlockTables, BlockTableSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
 from minillm.viz.decode_tiles import DecodeTiles
 from minillm.viz.grids import AttentionWeights, InfluenceGrid, MaskGrid
+from minillm.viz.journey import LayerPath
 from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
 from minillm.viz.launches import LaunchOverhead
 from minillm.viz.load import LoadCurves
@@ -53,6 +54,7 @@ __all__ = [
     "InfluenceGrid",
     "LaneChart",
     "LaunchOverhead",
+    "LayerPath",
     "LoadCurves",
     "MaskGrid",
     "MemoryTraffic",
