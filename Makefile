@@ -5,18 +5,20 @@
 # make quick    what of make test takes a minute: neither notebooks nor long runs
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
 # make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
+# make soak     a server under load and abuse for 20 minutes: flat memory, nothing left (SOAK="--minutes 5")
 # make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
 
 PYTHON ?= python3
 LAB_ARGS ?=
 SERVE_ARGS ?=
 MUTANTS ?=
+SOAK ?=
 # A GPU is for one process at a time: two would measure each other's memory, and each takes some of it for itself.
 WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab serve test quick test-real mutants notebooks figures screenshots clean
+.PHONY: setup lab serve test quick test-real mutants soak notebooks figures screenshots clean
 
 setup: $(READY)
 
@@ -61,7 +63,7 @@ SLOW += or test_triton or test_fused_ops or test_sample_rows or test_cpu_kernels
 SLOW += or test_device_runner or test_engine_end or test_llm_machine or test_parity or test_poisoned or test_memory
 SLOW += or test_bench or test_browser or test_player_browser or test_player_page or test_notebooks or test_course_tools or test_storyteller or test_config_surgery
 SLOW += or does_not_grow or memory_is_flat or asks_for_a_restart or closes_the_pipe or in_another_process or little_more_memory
-SLOW += or test_path or test_worker or test_server or test_interrupts or odd_value or any_mix or a_failed_step or any_tokens_stream or are_the_whole_text
+SLOW += or test_path or test_worker or test_server or test_faults or test_interrupts or odd_value or any_mix or a_failed_step or any_tokens_stream or are_the_whole_text
 
 quick: $(READY)
 	$(BIN)/ruff check .
@@ -77,6 +79,10 @@ test-real: $(READY)
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+soak: export OMP_NUM_THREADS := 1
+soak: $(READY)
+	$(BIN)/python tests/soak.py $(SOAK)
 
 # ONLY="01 03" picks chapters; REFRESH=1 measures the cells tagged `timing` again.
 notebooks: $(READY)

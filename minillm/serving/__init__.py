@@ -7,7 +7,16 @@ alone. `async_engine`, `child` and `options` need none of them.
 from minillm import hand_on
 from minillm.errors import ConfigError
 
-EXTRA = ("fastapi", "prometheus_client", "pydantic", "pydantic_core", "starlette", "typing_extensions", "uvicorn")
+EXTRA = (
+    "fastapi",
+    "httptools",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_core",
+    "starlette",
+    "typing_extensions",
+    "uvicorn",
+)
 
 _look_up, __dir__, __all__ = hand_on(
     __name__,

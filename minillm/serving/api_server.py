@@ -154,7 +154,7 @@ class Endpoints:
         ) -> Response:
             return await self.generate(http, body, ChatAnswers)
 
-        @post("/v1/embeddings", EmbeddingAnswer, (*POSTED, 503), EmbeddingRequest)
+        @post("/v1/embeddings", EmbeddingAnswer, (*POSTED, 429, 503), EmbeddingRequest)
         async def embeddings(
             http: Request, body: Annotated[EmbeddingRequest, Depends(body_of(EmbeddingRequest))]
         ) -> Response:
@@ -164,12 +164,12 @@ class Endpoints:
         @post("/tokenize", TokenizeAnswer, POSTED, TokenizePrompt, TokenizeChat)
         async def tokenize(body: Annotated[TokenizePrompt, Depends(body_of(TokenizePrompt, TokenizeChat))]) -> Response:
             self.check_model(body.model)
-            return JSON(await self.tokenize(body))
+            return await self.tokenize(body)
 
         @post("/detokenize", DetokenizeAnswer, POSTED, DetokenizeRequest)
         async def detokenize(body: Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]) -> Response:
             self.check_model(body.model)
-            return JSON(await self.detokenize(body))
+            return await self.detokenize(body)
 
         @app.get("/v1/models", responses=answers(ModelList, *ALWAYS))
         async def models() -> Response:
@@ -271,7 +271,7 @@ class Endpoints:
 
     async def _unless_gone(self, http: Request, work) -> Response:
         try:
-            return JSON(await unless_gone(http.receive, work))
+            return await unless_gone(http.receive, work)
         except ClientGone:
             return Response()
 
@@ -295,7 +295,7 @@ class Endpoints:
             "permission": [],
         }
 
-    async def embed(self, http: Request, body: EmbeddingRequest) -> dict:
+    async def embed(self, http: Request, body: EmbeddingRequest) -> Response:
         """One vector for each text."""
         prompts = await encoded(body.input, self.engine.tokenizer, self.most_tokens, "input")
         data, num_tokens = [], 0
@@ -310,27 +310,32 @@ class Endpoints:
             data.append({"index": index, "object": "embedding", "embedding": numbers})
             num_tokens += len(prompt["prompt_token_ids"])
         head = {"id": f"embd-{http.state.request_id}", "object": "list", "created": int(time.time())}
-        return {**head, "model": body.model or self.model_name, "data": data, "usage": usage_of(num_tokens, 0, 0)}
+        head |= {"model": body.model or self.model_name, "data": data, "usage": usage_of(num_tokens, 0, 0)}
+        return await in_thread(sum(len(each["embedding"]) for each in data), JSON, head)
 
-    async def tokenize(self, body: TokenizePrompt | TokenizeChat) -> dict:
+    async def tokenize(self, body: TokenizePrompt | TokenizeChat) -> Response:
         """Text or a chat -> token ids."""
         tokenizer = self._tokenizer()
-        if isinstance(body, TokenizeChat):
-            _, token_ids = await encoded_chat(body, tokenizer)
-        else:
-            token_ids = await in_thread(
-                len(body.prompt), tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
-            )
-        texts = tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
-        return {"count": len(token_ids), "max_model_len": self.most_tokens, "tokens": token_ids, "token_strs": texts}
+        chat = (await encoded_chat(body, tokenizer))[1] if isinstance(body, TokenizeChat) else None
 
-    async def detokenize(self, body: DetokenizeRequest) -> dict:
+        def answer() -> Response:
+            ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens) if chat is None else chat
+            texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+            return JSON({"count": len(ids), "max_model_len": self.most_tokens, "tokens": ids, "token_strs": texts})
+
+        return await asyncio.to_thread(answer)
+
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
         """Token ids -> text, special tokens with their names."""
         tokenizer, most = self._tokenizer(), self.engine.model_config.vocab_size
-        wrong = next((place for place, token_id in enumerate(body.tokens) if token_id >= most), None)
-        if wrong is not None:
-            raise APIError(400, f"tokens[{wrong}] is outside the vocabulary of {most} ids", "tokens")
-        return {"prompt": await in_thread(len(body.tokens), tokenizer.decode, body.tokens)}
+
+        def answer() -> Response:
+            wrong = next((place for place, token_id in enumerate(body.tokens) if token_id >= most), None)
+            if wrong is not None:
+                raise APIError(400, f"tokens[{wrong}] is outside the vocabulary of {most} ids", "tokens")
+            return JSON({"prompt": tokenizer.decode(body.tokens)})
+
+        return await asyncio.to_thread(answer)
 
     def _tokenizer(self):
         if self.engine.tokenizer is None:
@@ -338,12 +343,14 @@ class Endpoints:
         return self.engine.tokenizer
 
 
-async def _whole(answer: Answer, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict:
+async def _whole(answer: Answer, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> Response:
     last = {}
     async with aclosing(outputs):
         async for place, output in outputs:
             last[place] = output
-    return answer.whole(last)
+    num_tokens = sum(len(part.token_ids) for output in last.values() for part in output.outputs)
+    size = num_tokens * (1 + (answer.request.num_logprobs or 0))  # about as many numbers and texts are in the answer
+    return await in_thread(size, lambda: JSON(answer.whole(last)))
 
 
 async def _events(

@@ -125,6 +125,7 @@ class AsyncEngine:
         self._readers: dict[str, Inbox] = {}
         self._subscribers: dict[Inbox, None] = {}
         self._to_tell: dict[asyncio.AbstractEventLoop, list[tuple[Reply, Any]]] = {}
+        self._to_encode: deque[tuple[Answer, Prompt]] = deque()
         self._paused, self._steps_allowed = False, 0
         self._num_failed_steps = 0
         self._last_step: int | None = None
@@ -222,13 +223,15 @@ class AsyncEngine:
                 self._wish_if_open(partial(self._abandon, request_id, inbox))
 
     async def encode(self, prompt: Prompt) -> Tensor:
-        """One vector for a prompt, see `LLM.encode`; between two steps, which wait for it.
+        """One vector for a prompt, see `LLM.encode`; between two steps, which wait for it, but never for two of them.
 
         Raises PromptError, ConfigError if the model is in another process, DrainingError, WorkerDiedError.
         """
         self._check_open()
         prepared = await asyncio.to_thread(self._engine.prepare_encode, prompt)
-        return await self._ask(lambda: self._engine.encode(prepared))
+        answer = Answer()
+        self._wish(lambda: self._to_encode.append((answer, prepared)), answer)
+        return await answer.future
 
     async def abort(self, request_id: str) -> bool:
         """End a request: its reader is told so. False if there is none of this id."""
@@ -386,6 +389,7 @@ class AsyncEngine:
         try:
             while not self._stop:
                 self._do_wishes()
+                self._encode_next()
                 if self._may_step():
                     self._step()
                 self._note_news()
@@ -402,8 +406,8 @@ class AsyncEngine:
             if reply is not None:
                 self._tell(reply, WorkerDiedError(str(reason)))
         self._fail_all(reason)
-        for inbox in self._subscribers:
-            self._tell(inbox, WorkerDiedError(str(reason)))
+        for reply in (*self._subscribers, *(answer for answer, _ in self._to_encode)):
+            self._tell(reply, WorkerDiedError(str(reason)))
         self._hand_over()
         self._engine.shutdown()
 
@@ -419,7 +423,7 @@ class AsyncEngine:
 
     def _do_wishes(self) -> None:
         """All that have been made; without work to do, wait for the next."""
-        must_wait = not self._has_work()
+        must_wait = not self._has_work() and not self._to_encode
         while True:
             try:
                 what, reply = self._wishes.get(must_wait)
@@ -440,6 +444,17 @@ class AsyncEngine:
         prepared = self._engine.prepare(*request)
         self._engine.add(prepared, output_kind, arrival_time, on_abort=self._take_aborted)
         self._readers[request[0]] = inbox
+
+    def _encode_next(self) -> None:
+        """One vector, whatever their number is: requests go on meanwhile. None for whoever has gone."""
+        while self._to_encode:
+            answer, prepared = self._to_encode.popleft()
+            if not answer.future.done():
+                try:
+                    self._tell(answer, self._engine.encode(prepared))
+                except Exception as error:
+                    self._tell(answer, error)
+                return
 
     def _abandon(self, request_id: str, inbox: "Inbox") -> None:
         """Nobody reads this request any more. Its id may be somebody else's by now."""

@@ -9,10 +9,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from minillm.errors import ConfigError
 from minillm.serving.async_engine import AsyncEngine, DrainingError, SlowReaderError
+from minillm.serving.bodies import read_body
 from minillm.trace import trace_lines
 
 CONTROLS = ("paused", "step", "max_num_seqs", "max_num_batched_tokens", "batching")
 MOST_BYTES = 4096  # of a body here
+BODY_SECONDS = 10.0  # in which it must have arrived
 NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nor collected by a proxy before it is passed on
 
 
@@ -39,7 +41,7 @@ def router(engine: AsyncEngine) -> APIRouter:
     @routes.post("/control")
     async def control(http: Request) -> JSONResponse:
         """Set it; a JSON object with some of: paused, step, max_num_seqs, max_num_batched_tokens, batching."""
-        return JSONResponse(await engine.control(**changes_in(await small_body(http))))
+        return JSONResponse(await engine.control(**changes_in(await read_body(http, MOST_BYTES, BODY_SECONDS))))
 
     return routes
 
@@ -51,16 +53,6 @@ async def _events(engine: AsyncEngine) -> AsyncIterator[str]:
             yield "".join([f"data: {json.dumps(record)}\n\n" for record in records])
     except (DrainingError, SlowReaderError):
         return
-
-
-async def small_body(http: Request) -> bytes:
-    """The body. Raises ConfigError as soon as it is too long."""
-    body = b""
-    async for piece in http.stream():
-        body += piece
-        if len(body) > MOST_BYTES:
-            raise ConfigError(f"the body has more than {MOST_BYTES} bytes; send a few settings")
-    return body
 
 
 def changes_in(body: bytes) -> dict:

@@ -93,7 +93,7 @@ async def encoded_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | 
         )
 
     try:
-        return await in_thread(sum(map(length, chat.messages)), encode_messages)
+        return await asyncio.to_thread(encode_messages)  # the first one loads the template's language
     except MiniLLMError as error:
         if error.__cause__ is not None:  # what a template says may hold what it was given
             error = PromptError("the model's chat template refuses these messages; look at their roles and order")

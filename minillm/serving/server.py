@@ -18,18 +18,16 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from minillm.engine import EngineConfig, LLMEngine
 from minillm.errors import ConfigError
 from minillm.serving.api_server import create_app
 from minillm.serving.async_engine import AsyncEngine
+from minillm.serving.connections import PatientProtocol
 from minillm.serving.metrics import Metrics
 from minillm.serving.options import ServerOptions
 
 log = logging.getLogger("minillm.serving")
-HEAD_SECONDS = 10.0  # in which the first line and the headers of a request must have arrived
-WRITE_SECONDS = 30.0  # that a client may leave full buffers unread
 CLOSING_SECONDS = 5  # for answers to be sent when all requests have ended
 LOG_EVERY = 10.0  # seconds between lines of throughput
 
@@ -137,58 +135,6 @@ def start_up_lines(engine: AsyncEngine) -> Iterator[tuple[int, str, str]]:
 # --- while it serves -------------------------------------------------------------------------------------------------
 
 
-class PatientProtocol(AutoHTTPProtocol):
-    """A connection that is closed if it does not send a request's head in time, however slowly it sends, and cut if
-    its client does not read: then the buffers are full, and to close it would wait for ever.
-    """
-
-    _head_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._stop_watching()
-        self._can_write()
-        super().connection_lost(error)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        self._can_write()
-        super().resume_writing()
-
-    def _can_write(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-
-    def _watch(self) -> None:
-        """From the first byte of a head, or the connection's beginning, to its end."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_watching()
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
-
-    def _stop_watching(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _give_up(self) -> None:
-        self._head_timer = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
-
-
 class Server(uvicorn.Server):
     """uvicorn, with our answer to signals."""
 
@@ -204,7 +150,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=CLOSING_SECONDS,
+            timeout_graceful_shutdown=2 * CLOSING_SECONDS,  # if `_cut_off` does not help
         )
         super().__init__(config)
         self.engine, self.drain_timeout = engine, drain_timeout
@@ -224,7 +170,13 @@ class Server(uvicorn.Server):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._loop.call_later(CLOSING_SECONDS, self._cut_off)
         await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        """Whoever has not taken its answer by now does not get it; a lost connection ends its tasks in order."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first one ends it in order, the second at once."""
@@ -241,7 +193,12 @@ class Server(uvicorn.Server):
             f"{name}: {engine.num_running} requests run, {engine.num_waiting} wait, and may end within "
             f"{self.drain_timeout:g} s; nothing new is taken",
         )
-        await engine.drain(self.drain_timeout)
+        try:
+            async with asyncio.timeout(self.drain_timeout + CLOSING_SECONDS):
+                await engine.drain(self.drain_timeout)
+        except TimeoutError:  # a step that does not end, on the engine's thread or in its worker
+            log.error("the engine does not answer; the server ends without it")
+            os._exit(1)
         self.should_exit = True
 
     def _spawn(self, work) -> None:

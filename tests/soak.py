@@ -1,0 +1,103 @@
+"""A server under mixed load for long: its memory must stay flat, and nothing may be left of anybody.
+
+    python tests/soak.py --minutes 20       (make soak)
+
+Clients come in bursts: streams and whole answers, some left in the middle, chats, vectors, tokens. After each burst one
+of the faults of test_faults happens, with its checks, and then the server rests: what lives in it must be what lived in
+it in the beginning. Its own memory (USS) of the second quarter is compared with that of the last. Exit code 1: it grew.
+"""
+
+import argparse
+import random
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+
+from served import PATIENCE, STORY, Answered, ServedProcess, reset, soon
+from test_faults import CHATS, COMPLETIONS, FAULTS, check, resting, start, undisturbed
+
+BURST_SECONDS, NUM_CLIENTS = 8.0, 12  # more than run at a time, so that some wait
+MOST_GROWTH = 4.0  # MiB; half a minute of the trace at full speed is more
+
+
+def ask_around(server: ServedProcess, seed: int, deadline: float, seen: Counter) -> None:
+    """A client: one request after the other, of any kind, and not all of them to their end."""
+    pick = random.Random(seed)
+    while time.monotonic() < deadline:
+        body = {"max_tokens": pick.randint(1, 200), "ignore_eos": True, "n": pick.choice([1, 1, 1, 2])}
+        body |= {"stream": pick.random() < 0.6, "temperature": pick.choice([0, 0.8]), "seed": pick.randrange(99)}
+        prompt = STORY + " there was" * pick.randint(0, 100)
+        path, body = pick.choice([
+            (COMPLETIONS, body | {"prompt": prompt}),
+            (COMPLETIONS, body | {"prompt": [prompt, "The fox"], "logprobs": 2}),
+            (CHATS, body | {"messages": [{"role": "user", "content": prompt}]}), ("/tokenize", {"prompt": prompt * 9}),
+            ("/v1/embeddings", {"input": [prompt, "a dog"]}), (COMPLETIONS, body | {"prompt": ""}),
+        ])  # fmt: skip
+        client = server.send("POST", path, body)
+        if pick.random() < 0.3:
+            if pick.random() < 0.7:
+                client.recv(1, socket.MSG_PEEK)
+            pick.choice([reset, socket.socket.close])(client)
+            seen["left"] += 1
+        else:
+            answer = Answered(client)
+            client.close()
+            seen[answer.status] += 1
+            if answer.status == 200 and body.get("stream"):
+                assert not any("error" in event for event in answer.events)
+
+
+def burst(server: ServedProcess, seed: int, seen: Counter) -> None:
+    """NUM_CLIENTS of them for BURST_SECONDS."""
+    deadline, failures = time.monotonic() + BURST_SECONDS, []
+
+    def client(number: int) -> None:
+        try:
+            ask_around(server, seed * NUM_CLIENTS + number, deadline, seen)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(NUM_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    pick, seen, memory = random.Random(arguments.seed), Counter(), []
+    with start() as server:
+        expected = undisturbed(server)
+        at_rest, began, rounds, rows = resting(server), time.monotonic(), 0, []
+        while (seconds := time.monotonic() - began) < arguments.minutes * 60:
+            burst(server, rounds, seen)
+            rows = rows or pick.sample(FAULTS, len(FAULTS))
+            row = rows.pop()
+            check(server, row, expected)
+            soon(lambda: server.alive() == at_rest, within=PATIENCE)
+            memory.append(server.process.memory_full_info().uss / 2**20)
+            rounds += 1
+            print(
+                f"{seconds / 60:5.1f} min  {memory[-1]:6.1f} MiB  {sum(seen.values()):7,} requests  {row.name}",
+                flush=True,
+            )
+        quarter = len(memory) // 4
+        before, after = (statistics.median(memory[i * quarter : (i + 1) * quarter]) for i in (1, 3))
+        assert "Traceback" not in server.log, server.log[server.log.index("Traceback") - 500 :][:3_000]
+        assert server.end(15) == 0
+    print(
+        f"{dict(seen)}\nUSS, second quarter {before:.1f} MiB, last {after:.1f} MiB; {len(memory)} faults, nothing left"
+    )
+    return int(after - before > MOST_GROWTH)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
