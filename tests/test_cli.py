@@ -193,6 +193,14 @@ OPTIONS = {  # command -> option -> values that are refused; "" is the argument 
         "--vllm": ["missing", "a-folder", "an-empty-file", ""],
         "--json": ["missing/x.json", "a-folder"],
     },
+    "bench ladder": {
+        "--requests": ["0", HUGE],
+        "--repeats": ["0", "-3"],
+        "--budget": ["0", "-1", HUGE],
+        "--json": ["missing/x.json", "a-folder"],
+        "--svg": ["missing/x.svg", "a-folder"],
+        "--show": ["missing", "a-folder", "an-empty-file", "latin-1", "digits"],
+    },
     "bench simulator": {"--repeats": ["0", "-3"], "--json": ["missing/x.json", "a-folder"]},
     "bench gpu": {
         "--budget": ["nan", "inf", "-1", "0"],

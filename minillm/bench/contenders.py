@@ -22,7 +22,7 @@ from minillm.errors import ConfigError
 from minillm.model import Decoder
 from minillm.runtime import rows_computed
 from minillm.sampling import SamplingParams
-from minillm.trace import StepEvent
+from minillm.trace import StepEvent, Trace
 
 BLOCK_SIZE = 16  # tokens, ours and transformers'
 STATIC_BATCH = 16  # requests in a left-padded batch
@@ -47,12 +47,12 @@ class Job(NamedTuple):
         return len(self.prompt) + self.num_outputs
 
 
-def make_jobs(num_jobs: int, vocab_size: int) -> list[Job]:
+def make_jobs(num_jobs: int, vocab_size: int, seed: int = SEED) -> list[Job]:
     """Prompts of random tokens. Lengths have long tails: prompts exp(N(4.0, 0.8)), outputs exp(N(3.8, 0.9)), clipped.
 
     All lengths are drawn before the first token, so they are the same for every vocabulary.
     """
-    rng = random.Random(SEED)
+    rng = random.Random(seed)
     lengths = [(draw_length(rng, 4.0, 0.8, 8, 256), draw_length(rng, 3.8, 0.9, 4, 256)) for _ in range(num_jobs)]
     return [Job([rng.randrange(vocab_size) for _ in range(prompt)], outputs) for prompt, outputs in lengths]
 
@@ -150,9 +150,18 @@ class Ours:
         return self.llm.engine.model
 
     @property
+    def trace(self) -> Trace:
+        """Of the last `generate`. It is written down now: that must not be part of what is timed."""
+        every = self.llm.trace
+        return Trace(
+            [record for record in every.requests if record.arrival_time >= self._began],
+            [step for step in every.steps if step.start_time >= self._began],
+        )
+
+    @property
     def steps(self) -> list[StepEvent]:
-        """The steps of the last `generate`. They are written down now: that must not be part of what is timed."""
-        return [step for step in self.llm.trace.steps if step.start_time >= self._began]
+        """Those of the trace."""
+        return self.trace.steps
 
     def close(self) -> None:
         """Give the memory back."""
@@ -162,10 +171,17 @@ class Ours:
 class StaticBatches:
     """transformers' `generate` on left-padded batches in order of arrival: a batch ends with its longest output."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int | None = None, temperature: float = 0.0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch_size: int | None = None,
+        temperature: float = 0.0,
+        use_cache: bool = True,
+    ):
         self.model = model
         self.batch_size = batch_size or STATIC_BATCH
         self.temperature = temperature
+        self.use_cache = use_cache
         self.settings = {
             "engine": "transformers generate",
             "batch_size": self.batch_size,
@@ -185,6 +201,7 @@ class StaticBatches:
         token_ids = [[PAD_TOKEN_ID] * n + job.prompt for n, job in zip(pads, jobs, strict=True)]
         mask = [[0] * n + [1] * len(job.prompt) for n, job in zip(pads, jobs, strict=True)]
         config = generation_config(max(job.num_outputs for job in jobs), None, self.temperature)
+        config.use_cache = self.use_cache
         inputs, mask = (torch.tensor(rows, device=self.model.device) for rows in (token_ids, mask))
         rows = self.model.generate(inputs, attention_mask=mask, generation_config=config)
         # [B, width + longest output]
@@ -208,8 +225,12 @@ class ContinuousBatches:
         max_requests_per_batch: int,
         max_batch_tokens: int | None,
         temperature: float = 0.0,
+        num_blocks: int | None = None,
     ):
-        """`max_batch_tokens` None leaves that, pages and pool as they are by default."""
+        """`max_batch_tokens` None leaves that, pages and pool as they are by default; `num_blocks` None: all find room.
+
+        `results` are the manager's of the last `generate`, in the order of the jobs, with the times of their tokens.
+        """
         known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         arguments = {
             "max_requests_per_batch": max_requests_per_batch,
@@ -219,7 +240,7 @@ class ContinuousBatches:
             page_size = "page_size" if "page_size" in known else "block_size"  # its name up to transformers 5.17
             arguments |= {
                 page_size: BLOCK_SIZE,
-                "num_blocks": num_blocks_for(jobs),
+                "num_blocks": num_blocks or num_blocks_for(jobs),
                 "max_batch_tokens": max_batch_tokens,
             }
         if unknown := arguments.keys() - known:
@@ -236,6 +257,7 @@ class ContinuousBatches:
             "attention": attention_of(model),  # the manager may have switched to a faster one
             **arguments,
         }
+        self.results: list = []
         self.manager.warmup()
         self.manager.start()
 
@@ -243,7 +265,9 @@ class ContinuousBatches:
         pause = getattr(self.manager, "pause", nullcontext)  # transformers 5.17 cannot: it may begin with a few
         with pause():  # so that all are there before the first step
             request_ids = [
-                self.manager.add_request(job.prompt, max_new_tokens=job.num_outputs, eos_token_id=NO_EOS)
+                self.manager.add_request(
+                    job.prompt, max_new_tokens=job.num_outputs, record_timestamps=True, eos_token_id=NO_EOS
+                )
                 for job in jobs
             ]
         results = {}
@@ -256,7 +280,8 @@ class ContinuousBatches:
         failed = [result.error for result in results.values() if result.error is not None]
         if failed:
             raise RuntimeError(f"transformers' manager failed {len(failed)} requests: {failed[0]}")
-        return [tuple(results[request_id].generated_tokens) for request_id in request_ids]
+        self.results = [results[request_id] for request_id in request_ids]
+        return [tuple(result.generated_tokens) for result in self.results]
 
     def close(self) -> None:
         """End its thread."""

@@ -30,6 +30,7 @@ from minillm.simulation import (
     report,
     run,
 )
+from minillm.trace import Trace
 
 TEMPERATURE = 0.8  # of the requests that are sampled rather than greedy
 MAX_MODEL_LEN = 576  # the storyteller's longest prompt and longest story
@@ -43,6 +44,7 @@ class MeasuredRun:
     seconds: dict[str, float]  # of the whole run, on each timer
     steps: list[tuple[StepWork, float]]  # work and seconds, the scheduler's share included
     outputs: dict[str, tuple[int, ...]]
+    trace: Trace
 
 
 def measure(
@@ -65,7 +67,7 @@ def measure(
     seconds = {name: read() - began[name] for name, read in TIMERS.items()}
     durations = [end - start for start, end in zip(moments, moments[1:], strict=False)]
     outputs = {request.request_id: tuple(request.output_token_ids) for request in copies}
-    return MeasuredRun(report(trace), seconds, list(zip(works, durations, strict=True)), outputs)
+    return MeasuredRun(report(trace), seconds, list(zip(works, durations, strict=True)), outputs, trace)
 
 
 def simulate(cost_model: CostModel, requests: Iterable[Request], batching: str, config: SchedulerConfig) -> Report:

@@ -25,7 +25,8 @@ class Waterfall(Picture):
 
     `steps`: (name, factor) or (name, factor, low, high), drawn from the first on; the thin line beside a bar is where
     it would end for `low` and `high`. `first` and `last` name both ends, `claim` is a stretch of the axis to compare
-    with. Raises PictureError without a step, or for factors that are not above 0 or not within their range.
+    with. `unit` is what a factor counts and `spread` what its range is over; factors above 1 are drawn as losses unless
+    `good_above`. Raises PictureError without a step, or for factors that are not above 0 or not within their range.
     """
 
     def __init__(
@@ -36,6 +37,9 @@ class Waterfall(Picture):
         last: str = "all together",
         claim: tuple[float, float] | None = None,
         title: str | None = None,
+        unit: str = "times as long",
+        spread: str = "over all orders",
+        good_above: bool = False,
     ):
         self.steps = [Step(*step) for step in steps]
         if not self.steps:
@@ -50,6 +54,7 @@ class Waterfall(Picture):
                 raise PictureError(f"{step.name!r} is {step.factor}, outside its range {step.low} to {step.high}")
         self.first, self.last, self.claim = first, last, claim
         self.title = title
+        self.unit, self.spread, self.good_above = unit, spread, good_above
 
     @classmethod
     def of(cls, decomposition, **options) -> "Waterfall":
@@ -95,7 +100,7 @@ class Waterfall(Picture):
             rows.append(["claimed", f"{self.claim[0]:g} to {self.claim[1]:g}", "", "", stretch])
         rows = [[*cells, pad(picture, COLUMNS)] for *cells, picture in rows]  # the table moves cells to the right
         return "\n".join(
-            line.rstrip() for line in text_table(["", "factor", "over all orders", "product", ""], rows).splitlines()
+            line.rstrip() for line in text_table(["", "factor", self.spread, "product", ""], rows).splitlines()
         )
 
     def alt(self) -> str:
@@ -127,7 +132,7 @@ class Waterfall(Picture):
         axes.axvline(1, color=BLACK, linewidth=1, linestyle=":", zorder=0)
         begin = 1.0
         for row, (each, end) in enumerate(zip(self.steps, self.ends, strict=True), start=1):
-            color = VERMILLION if each.factor >= 1 else GREEN
+            color = GREEN if (each.factor >= 1) == self.good_above else VERMILLION
             axes.barh(row, end - begin, 0.56, begin, color=color)
             axes.plot([end, end], [row + 0.28, row + 0.72], color=BLACK, linewidth=0.8)
             reach = end
@@ -142,7 +147,7 @@ class Waterfall(Picture):
         names = [self.first, *(each.name for each in self.steps), self.last]
         axes.set_yticks(range(len(names)), [literal(name) for name in names])
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("times as long; thin lines: over all orders")
+        axes.set_xlabel(f"{self.unit}; thin lines: {self.spread}")
         self._ticks(axes, low, high)
 
     def _label(self, axes, text: str, x: float, row: int) -> None:

@@ -1,6 +1,6 @@
 """Recorded runs of `minillm bench`, as JSON files: what chapters and README quote, with machine and date.
 
-A file comes here as `minillm bench gpu --json` wrote it. Dry runs are refused.
+A file comes here as `minillm bench gpu --json` or `minillm bench ladder --json` wrote it. Dry runs are refused.
 """
 
 import json
@@ -13,7 +13,7 @@ FIELDS = ("schema", "kind", "date", "machine", "parts")  # of every record
 
 
 def latest(kind: str, folder: Path = FOLDER) -> dict | None:
-    """The newest recorded run of this kind ("gpu"); None if there is none. Raises ConfigError for any other file."""
+    """The newest run of a kind ("gpu", "ladder"), None if there is none. Raises ConfigError for other files."""
     runs = [load(file) for file in sorted(folder.glob("*.json"))]
     return max((run for run in runs if run["kind"] == kind), key=lambda run: run["date"], default=None)
 
@@ -30,7 +30,7 @@ def read(file: Path) -> dict:
     """What `minillm bench` wrote, dry runs as well. Raises ConfigError if it is something else."""
     try:
         run = json.loads(read_text(file, "the recorded run"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of too many digits
         raise ConfigError(f"{file} cannot be read as a recorded run: {error}") from error
     missing = [name for name in FIELDS if not isinstance(run, dict) or name not in run]
     if missing:
