@@ -200,16 +200,95 @@ def test_sliders_and_switch_change_the_engine_and_follow_it(chromium, server):
         idle(other)
 
 
+def assert_said_as_in_the_feed(page: Page, server: str, ids: dict[str, list[str]]) -> None:
+    """The headline's steps and seconds, and what is gained, are those of the trace that the server has kept."""
+    with urllib.request.urlopen(f"{server}/live/trace") as answer:
+        records = [json.loads(line) for line in answer]
+    arrivals = {each["request"]["request_id"]: each["request"]["arrival_time"] for each in records if "request" in each}
+    took = []
+    for mine in map(set, (ids["static"], ids["continuous"])):
+        ends = [each["step"]["end_time"] for each in records if "step" in each
+                and mine & {part["request_id"] for part in each["step"]["scheduled"]}]  # fmt: skip
+        took.append((len(ends), max(ends) - min(arrivals[name] for name in mine)))
+    (slow, longer), (quick, shorter) = took
+    said = f"static batches {slow:,} steps, {longer:.2f} s; continuous batching {quick:,} steps, {shorter:.2f} s"
+    expect(page.locator("#verdict")).to_contain_text(said)
+    if longer / shorter > 1.05:
+        expect(page.locator("#verdict")).to_contain_text(f"{longer / shorter:.1f} times as fast")
+    why = page.locator("#why").text_content()
+    assert not why or f"{slow / quick:.1f} times as many steps" in why
+    expect(page.locator("#clock-text")).to_contain_text(f"of {max(longer, shorter):.2f} s")
+
+
+# The axis of a lane, in px from the lane's left edge: its ticks, now, and where its rows and their past end.
+AXIS = """(lane) => {
+  const left = lane.getBoundingClientRect().x, x = (line) => line.getBoundingClientRect()[
+    line.matches(".last") ? "right" : "left"] - left;
+  const end = (least) => Math.max(...[...lane.querySelectorAll(".row .line")].map((canvas) => {
+    const { width, height } = canvas, copy = Object.assign(document.createElement("canvas"), { width, height });
+    const pen = copy.getContext("2d", { willReadFrequently: true });
+    pen.drawImage(canvas, 0, 0);
+    const { data } = pen.getImageData(0, 0, width, height);
+    let last = -1;
+    for (let at = 3; at < data.length; at += 4) if (data[at] > least) last = Math.max(last, ((at - 3) / 4) % width);
+    return canvas.getBoundingClientRect().x - left + ((last + 1) * canvas.clientWidth) / width;
+  }));
+  return {
+    ticks: [...lane.querySelectorAll(".tick")].map((tick) => [parseFloat(tick.textContent), x(tick)]),
+    now: x(lane.querySelector(".axis .now")) + 1, end: end(0), past: end(200), seconds: lane.run.elapsed(Infinity),
+  };
+}"""
+
+
+def assert_on_one_axis(page: Page) -> None:
+    """Both runs stand on the same seconds: the same px each, `now` at the same x, and a run ends at its own second."""
+    length = page.locator("#clock-time").evaluate("(clock) => Number(clock.max)")
+    for share in (0.0, 0.3, 0.7, 1.0):
+        page.locator("#clock-time").evaluate(
+            "(clock, at) => { clock.value = at; clock.dispatchEvent(new Event('input')); }", share * length
+        )
+        page.wait_for_timeout(300)
+        one, two = (page.locator(f"#{name}-lane").evaluate(AXIS) for name in ("static", "continuous"))
+        assert one["ticks"] == two["ticks"] and len(one["ticks"]) >= 3
+        assert abs(one["now"] - two["now"]) < 0.5
+        (_, zero), (last, far) = one["ticks"][0], one["ticks"][-1]
+        for lane in (one, two):
+            place = lambda seconds: zero + seconds * (far - zero) / last  # noqa: B023, E731
+            assert all(abs(place(seconds) - x) < 1.5 for seconds, x in lane["ticks"])
+            assert abs(place(share * length) - lane["now"]) < 2
+            assert abs(place(lane["seconds"]) - lane["end"]) < 2
+            assert not share or abs(min(lane["now"], lane["end"]) - lane["past"]) < 3  # what is to come is pale
+    assert max(one["seconds"], two["seconds"]) == pytest.approx(length)
+
+
+def test_the_engine_says_when_one_looks_at_the_past(chromium, server):
+    with opened(chromium, server) as page:
+        page.get_by_role("button", name="8 stories").click()
+        until(page, "run.steps.length > 3")
+        idle(page)
+        jump = page.get_by_role("button", name="Jump to now")
+        expect(jump).to_be_hidden()
+        page.get_by_role("button", name="First step").click()
+        expect(page.locator("#live .where")).to_contain_text("in the past")
+        name = page.locator("#live .name").first
+        expect(name).to_have_text(f"story {name.get_attribute('title').rpartition('-')[2]}")
+        jump.click()
+        expect(jump).to_be_hidden()
+        expect(page.locator("#live .where")).not_to_contain_text("in the past")
+
+
 def test_both_ways_of_batching_are_measured_on_the_same_burst(chromium, server):
     with opened(chromium, server, reduced_motion="reduce") as page:
         page.locator("#both-places").select_option("4")
         page.get_by_role("button", name="Run both").click()
-        expect(page.locator("#verdict")).to_contain_text("The same 32 stories took", timeout=2 * LONG_MS)
+        expect(page.locator("#verdict")).to_contain_text("The same 32 stories: static", timeout=2 * LONG_MS)
         lanes = {}
         for name in ("static", "continuous"):
             run = f"document.getElementById('{name}-lane').run"
             lanes[name] = page.evaluate(
                 f"({{steps: {run}.steps.length, texts: {run}.requests.map((each) => each.text(Infinity)),"
+                f" ids: {run}.requests.map((each) => each.id), letters: {run}.requests.map((each) => each.letter),"
+                f" live: {run}.requests.map((each) => {LIVE}.run.byId.get(each.id).letter),"
                 f" held: {run}.totals.filter((each) => each.held).length, last: {run}.totals.at(-1)}})"
             )
         one, two = lanes["static"], lanes["continuous"]
@@ -217,7 +296,8 @@ def test_both_ways_of_batching_are_measured_on_the_same_burst(chromium, server):
         assert one["last"]["finished"] == two["last"]["finished"] == 32
         assert one["steps"] > 1.2 * two["steps"]
         assert one["held"] > two["held"] == 0
-        expect(page.locator("#verdict")).to_contain_text(f"{one['steps']} steps in static batches, and {two['steps']}")
+        assert one["letters"] == two["letters"] == one["live"] == two["live"]  # a story has the same one everywhere
+        assert_said_as_in_the_feed(page, server, {name: lane["ids"] for name, lane in lanes.items()})
         for name, lane in lanes.items():
             share = round(100 * lane["last"]["worked"] / (4 * lane["steps"]))
             expect(page.locator(f"#{name}-result")).to_contain_text(f"{share} % worked")
@@ -228,6 +308,7 @@ def test_both_ways_of_batching_are_measured_on_the_same_burst(chromium, server):
         page.keyboard.press("Home")
         expect(page.locator("#static-lane .sentence")).to_contain_text("4 of 4 places work")
         assert_in_order(page)
+        assert_on_one_axis(page)
 
 
 def test_a_server_with_a_key_is_asked_with_it(chromium):

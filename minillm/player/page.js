@@ -4,6 +4,7 @@
 // /v1/chat/completions like anybody's. Text of the model or the user is only ever put in as text.
 
 import { events, records } from "./feed.js";
+import { PALETTE } from "./palette.js";
 import { Run, plural } from "./replay.js";
 import { make } from "./trace-player.js";
 
@@ -156,7 +157,7 @@ const fresh = (name) => `${name}-${crypto.getRandomValues(new Uint32Array(1))[0]
 
 // Run one burst under one way of batching, drawn in its lane as it goes; returns the run, cut out of the feed.
 async function measured(batching, count, places) {
-  const id = fresh(batching), mine = (other) => other.startsWith(`${id}-`), lane = at(`${batching}-lane`);
+  const id = fresh(`story-${batching}`), mine = (other) => other.startsWith(`${id}-`), lane = at(`${batching}-lane`);
   lane.load(new Run({ live: true }));
   await control({ batching, max_num_seqs: places, paused: false });
   const { block_size, num_blocks, max_num_batched_tokens } = config;
@@ -182,9 +183,9 @@ async function measured(batching, count, places) {
 
 // What a run took, from its trace: seconds from the first arrival to the last token, tokens, and places that worked.
 function tell(batching, run, places) {
-  const seconds = run.steps.at(-1).end_time - Math.min(...run.requests.map((request) => request.arrival));
+  const seconds = run.elapsed(run.steps.length);
   const { outputs, worked } = run.totals.at(-1), share = worked / (places * run.steps.length);
-  const rate = `${Math.round(outputs / seconds)} tokens per second`, percent = `${Math.round(100 * share)} %`;
+  const rate = `${plural(Math.round(outputs / seconds), "token")} per second`, percent = `${Math.round(100 * share)} %`;
   const more = ` for ${plural(outputs, "token")} in ${plural(run.steps.length, "step")}: ${rate}.`;
   at(`${batching}-result`).replaceChildren(make("b", {}, `${seconds.toFixed(2)} s`), more,
     make("br"), "Of all places in all steps, ", make("b", {}, percent), " worked.");
@@ -196,21 +197,27 @@ async function both() {
   const places = Math.min(Number(at("both-places").value), config.most_num_seqs ?? Infinity);
   const { batching, max_num_seqs, paused } = config;
   stopClock();
-  at("clock").hidden = true;
+  at("clock").hidden = at("signs").hidden = at("why").hidden = true;
   at("lanes").hidden = false;
   at("verdict").classList.add("said");
   at("both").disabled = true;
   for (const name of ["static", "continuous"]) {
-    at(`${name}-lane`).load(new Run({ live: true }));
+    const lane = at(`${name}-lane`);
+    lane.load(new Run({ live: true }));
+    lane.span = 0;
+    lane.axis?.remove();
     at(`${name}-result`).textContent = "its turn comes";
-    at(`${name}-lane`).parentElement.classList.remove("first");
+    lane.parentElement.classList.remove("first");
   }
   try {
     at("verdict").textContent = `${count} stories, ${places} places, static batching …`;
     const one = await measured("static", count, places);
+    at("continuous-lane").span = one.seconds; // the second one grows on the axis of the first
     at("verdict").textContent = `The same ${count} stories, ${places} places, continuous batching …`;
     const two = await measured("continuous", count, places);
     at("verdict").textContent = verdict(one, two, count);
+    at("why").textContent = why(one, two);
+    at("why").hidden = !at("why").textContent;
     const winner = two.seconds <= one.seconds ? "continuous" : "static";
     at(`${winner}-lane`).parentElement.classList.add("first");
     showAgain(one.run, two.run);
@@ -223,26 +230,70 @@ async function both() {
 }
 
 function verdict(one, two, count) {
-  const [slow, quick] = [one, two].map((each) => each.run.steps.length), times = one.seconds / two.seconds;
-  const said = `The same ${count} stories took ${slow} steps in static batches, and ${quick} in a continuous one`;
-  if (times < 1.02) return `${said}, but no less time: did this machine do something else meanwhile?`;
-  return `${said}, which was ${times.toFixed(1)} times as fast.`;
+  const took = ({ run, seconds }) => `${plural(run.steps.length, "step")}, ${seconds.toFixed(2)}\u00a0s`;
+  const said = `The same ${count} stories: static batches ${took(one)}; continuous batching ${took(two)}`;
+  const times = one.seconds / two.seconds;
+  if (times < 1.02) return `${said}: no less time. Did this machine do something else meanwhile?`;
+  return `${said}: ${times.toFixed(1)} times as fast.`;
+}
+
+// Why less is gained in seconds than in steps; nothing, where it is not so.
+function why(one, two) {
+  const steps = (one.run.steps.length / two.run.steps.length).toFixed(1), times = one.seconds / two.seconds;
+  if (times < 1.02 || Number(steps) <= Number(times.toFixed(1))) return "";
+  const each = ({ run, seconds }) => `${((1000 * seconds) / run.steps.length).toFixed(1)} ms`;
+  return `Static batches need ${steps} times as many steps, but a step with fewer working places is shorter: `
+    + `${each(one)} on average, instead of ${each(two)}. This engine computes nothing for a place that is held; what `
+    + "is lost is that nobody else can use it meanwhile. An engine that pads computes held places too, and loses more.";
 }
 
 // --- both runs again, on one clock ---
 
+const TICKS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600]; // seconds between two ticks
+const SIGNS = [["waiting", "waiting"], ["prefill", "prefill: reads its prompt"],
+  ["decode", "decoding: makes one token per step"], ["held", "place held by a finished request"],
+  ["finished", "finished"], ["coming", "pale: still to come"]];
 let ticking = 0, length = 0;
 const lanes = () => [at("static-lane"), at("continuous-lane")];
 
 function showAgain(...runs) {
-  const spans = runs.map((run) => run.steps.at(-1).end_time - run.steps[0].start_time);
-  const most = Math.max(...runs.map((run) => run.steps.length));
-  length = Math.max(...spans);
-  for (const lane of lanes()) lane.span = most;
-  at("clock").hidden = false;
+  length = Math.max(...runs.map((run) => run.elapsed(run.steps.length)));
+  for (const lane of lanes()) {
+    lane.span = length;
+    lane.axis = axis(length);
+    lane.parts.rows.append(lane.axis);
+  }
+  at("clock").hidden = at("signs").hidden = false;
   at("clock-time").max = length;
   setClock(RED.matches ? length : 0);
   if (!RED.matches) playClock();
+}
+
+// Seconds over the rows of a lane: a line for each tick, and one for now.
+function axis(seconds) {
+  const apart = TICKS.find((each) => seconds / each <= 6) ?? seconds;
+  const whole = make("div", { class: "axis", "aria-hidden": "true" });
+  for (let tick = 0; tick * apart <= seconds; tick++) {
+    const share = (tick * apart) / seconds, text = `${Number((tick * apart).toFixed(2))} s`;
+    const line = make("i", { class: share > 0.85 ? "tick last" : "tick" }, text);
+    line.style.setProperty("--at", share);
+    whole.append(line);
+  }
+  whole.append(make("i", { class: "now" }));
+  return whole;
+}
+
+// The signs of the rows, in the colours of the states.
+function signs() {
+  const list = make("ul", { "aria-label": "Signs" });
+  for (const [sign, name] of SIGNS) {
+    const box = make("span", { class: `sign ${sign}`, "aria-hidden": "true" });
+    box.style.setProperty("--of", PALETTE.states[sign === "coming" ? "decode" : sign]?.color ?? null);
+    list.append(make("li", {}, box, name));
+  }
+  list.append(make("li", {}, make("span", { class: "sign now", "aria-hidden": "true" }), "this moment, on both sides"));
+  at("signs").append(list, make("p", {}, "A letter is a story, the same on both sides and in the engine below. "
+    + "A place has the colour of its story, with a strip in the colour of what it does."));
 }
 
 function setClock(seconds) {
@@ -250,7 +301,10 @@ function setClock(seconds) {
   const slower = PLAYED_FOR / length, times = slower > 1.5 ? `, shown ${slower.toFixed(0)} times slower` : "";
   at("clock-text").textContent = `${seconds.toFixed(2)} of ${length.toFixed(2)} s${times}`;
   at("clock-time").setAttribute("aria-valuetext", `${seconds.toFixed(2)} seconds`);
-  for (const lane of lanes()) lane.time = seconds;
+  for (const lane of lanes()) {
+    lane.time = seconds;
+    lane.axis.lastChild.style.setProperty("--at", seconds / length);
+  }
 }
 
 function playClock() {
@@ -312,16 +366,20 @@ function drawSparks() {
   const span = Math.min(1, now - (measures.throughput[0]?.[0] ?? now)) || 1;
   const rate = measures.throughput.reduce((sum, [time, value]) => sum + (time > now - 1 ? value : 0), 0) / span;
   const ms = (seconds) => (seconds === undefined ? "–" : `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`);
-  const shown = { throughput: `${Math.round(rate)} tokens/s`, ttft: ms(middle(measures.ttft.slice(-8))),
+  const per = (value) => `${Math.round(value).toLocaleString("en")} tokens/s`;
+  const shown = { throughput: per(rate), ttft: ms(middle(measures.ttft.slice(-8))),
     itl: ms(middle(measures.itl.slice(-200))) }; // medians of the last ones
   for (const [name, text] of Object.entries(shown)) {
     at(`${name}-value`).textContent = text;
     at(name).setAttribute("aria-label", `${at(name).previousElementSibling.textContent}, the last ${WINDOW} seconds`);
-    drawSpark(at(name), measures[name], now, name === "throughput");
+    const most = drawSpark(at(name), measures[name], now, name === "throughput");
+    const highest = name === "throughput" ? per(most) : ms(most || undefined);
+    const scale = [`${WINDOW} s ago`, `highest bar: ${highest}`, "now"];
+    at(name).nextElementSibling.replaceChildren(...scale.map((each) => make("span", {}, each)));
   }
 }
 
-// A bar for each of 80 stretches of time: the sum per second, or the mean.
+// A bar for each of 80 stretches of time: the sum per second, or the mean. Returns the highest.
 function drawSpark(canvas, points, now, isRate) {
   const width = canvas.clientWidth, height = 40, scale = devicePixelRatio || 1, bins = 80, each = WINDOW / bins;
   Object.assign(canvas, { width: width * scale, height: height * scale });
@@ -333,16 +391,17 @@ function drawSpark(canvas, points, now, isRate) {
     counts[bin] += 1;
   }
   const values = sums.map((sum, bin) => (isRate ? sum / each : sum / Math.max(1, counts[bin])));
-  const most = Math.max(...values, 1e-9);
+  const most = Math.max(...values);
   const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
   pen.scale(scale, scale);
   pen.fillStyle = style.getPropertyValue("--line");
   pen.fillRect(0, height - 1, width, 1);
   pen.fillStyle = style.getPropertyValue("--ink");
   values.forEach((value, bin) => {
-    const tall = (value / most) * (height - 3);
+    const tall = (value / (most || 1)) * (height - 3);
     pen.fillRect((bin * width) / bins, height - 1 - tall, Math.max(1, width / bins - 1), tall);
   });
+  return most;
 }
 
 // --- light and dark ---
@@ -384,5 +443,6 @@ at("clock-time").addEventListener("input", () => {
   setClock(Number(at("clock-time").value));
 });
 hearing.add(measure);
+signs();
 theme(localStorage.getItem("minillm-theme"));
 follow();

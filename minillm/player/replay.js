@@ -29,7 +29,8 @@ export function countUpTo(items, limit, key = (item) => item) {
 class TracedRequest {
   constructor(record, number) {
     this.id = record.request_id;
-    this.label = /^\d/.test(this.id) ? `req ${this.id}` : this.id;
+    const story = /^story-.*-(\d+)$/.exec(this.id); // of a burst that the page sent
+    this.label = story ? `story ${story[1]}` : /^\d/.test(this.id) ? `req ${this.id}` : this.id;
     this.arrival = record.arrival_time;
     this.numPrompt = record.num_prompt_tokens;
     this.number = number;
@@ -112,7 +113,8 @@ export class Run {
 
   addRequest(record) {
     if (this.byId.has(record.request_id)) return;
-    const request = new TracedRequest(record, (this.requests.at(-1)?.number ?? -1) + 1);
+    const anew = this.live && !this.open; // a burst has the same letters whenever it comes to an idle engine
+    const request = new TracedRequest(record, anew ? 0 : (this.requests.at(-1)?.number ?? -1) + 1);
     this.byId.set(request.id, request);
     this.requests.push(request);
     this.open += 1;
@@ -227,6 +229,14 @@ export class Run {
   }
 
   // --- what is seen at a position: while step `index` runs; index = steps.length is what the last one leaves ---
+
+  // The second of the engine's clock with which the run begins: the first arrival.
+  get origin() { return Math.min(this.requests[0]?.arrival ?? Infinity, this.steps[0]?.start_time ?? Infinity); }
+  // Seconds from there to the begin of step `index`, or to the end of the last one.
+  elapsed(index) {
+    if (!this.steps.length) return 0;
+    return (this.steps[index]?.start_time ?? this.steps.at(-1).end_time) - this.origin;
+  }
 
   // A key of PALETTE.states, or null before the request arrives.
   state(request, index) {

@@ -4,8 +4,8 @@
 //   with a script of type application/jsonl in it    the same, in the page
 //   <trace-player live>, and add(record)             a run that goes on: every record of a feed is added
 //
-// Attributes: `compact` (sentence, places and low rows alone), `unattended` (no controls: the page steers).
-// Properties: run, position (0 .. number of steps), time (seconds), playing, span (steps that rows have room for).
+// Attributes: `compact` (sentence, places, and low rows on a clock), `unattended` (no controls: the page steers).
+// Properties: run, position (0 .. number of steps), time (seconds), playing, span (seconds of a compact row).
 // Keys: space plays, left and right step (with Shift ten), Home and End jump, up and down go from request to request.
 
 import { PALETTE } from "./palette.js";
@@ -21,7 +21,15 @@ const MOST_LINES = 40; // requests in the text form
 const FOLLOW_MS = 250; // between two drawings of a run that goes on: it needs the processor more than its picture
 const SAY_EVERY = 3000; // ms between two announcements while it plays
 const STATES = PALETTE.states;
-const MODES = { waiting: "waits", preempted: "was preempted", swapped: "was swapped out" };
+const SAYS = {
+  waiting: "has no place yet", preempted: "gave its blocks back, and will compute them again",
+  swapped: "its blocks were copied out of the pool, and will come back", prefill: "reads the prompt",
+  decode: "makes one token", recompute: "computes again what it had given back",
+  padding: "has finished, and holds its place in a static batch", finished: "has ended, and holds nothing",
+};
+const POOL_SAYS = "Used: in the table of a request, with its letter; its pale part is still empty, and this step "
+  + "writes into a thick frame. Cached (*): in no table, but kept for a prompt that begins alike. "
+  + "Free: holds nothing. Null (0): fills gaps in tables, and belongs to nobody.";
 
 // An element with attributes, listeners (on...) and children; a text child is text, never HTML.
 export function make(tag, attributes = {}, ...children) {
@@ -76,6 +84,17 @@ function hatch(pen, x, y, width, height, color, apart = 5) {
   pen.restore();
 }
 
+function fill(pen, color, x, y, width, height) {
+  pen.fillStyle = color;
+  pen.fillRect(x, y, width, height);
+}
+
+function frame(pen, color, x, y, width, height, thick = 1) {
+  pen.strokeStyle = color;
+  pen.lineWidth = thick;
+  pen.strokeRect(x, y, width, height);
+}
+
 function write(pen, text, x, y, color, size = 10, align = "center") {
   pen.fillStyle = color;
   pen.font = `600 ${size}px ui-monospace, monospace`;
@@ -87,6 +106,7 @@ function write(pen, text, x, y, color, size = 10, align = "center") {
 export class TracePlayer extends HTMLElement {
   #position = 0;
   #following = false; // the end of a live run
+  #clock = Infinity; // the second to which compact rows are drawn as past
   #pinned = null; // id of the request whose blocks are shown
   #hovered = null;
   #block = null; // the block whose requests are shown
@@ -96,13 +116,13 @@ export class TracePlayer extends HTMLElement {
   #drawn = 0; // ms, when it last was
   #ticking = 0;
   #scrolledFor = -1; // the position whose requests were scrolled into view
-  #window = { from: 0, count: 1, wide: 8 }; // the steps that rows show, px wide each
+  #window = { from: 0, count: 1, wide: 8, x: () => 0 }; // see #stepsInView
   #longest = 1; // tokens of a row in view, at most
   #grid = { columns: 1, size: 1, each: 1, count: 0 }; // of the pool: cells, px, blocks that a cell stands for
 
   run = new Run();
   speed = 5;
-  span = 1;
+  span = 0;
 
   connectedCallback() {
     if (!this.parts) this.#build();
@@ -137,7 +157,7 @@ export class TracePlayer extends HTMLElement {
   load(run) {
     this.pause();
     this.run = run;
-    this.#position = 0;
+    this.position = 0;
     this.#following = run.live;
     this.#pinned = this.#hovered = this.#block = null;
     this.parts.spacer.replaceChildren();
@@ -168,20 +188,15 @@ export class TracePlayer extends HTMLElement {
   set position(value) {
     this.#position = Math.max(0, Math.min(this.run.steps.length, Math.round(value)));
     this.#following = this.run.live && this.#position >= this.run.steps.length - 1;
+    this.#clock = Infinity;
     this.redraw();
   }
 
-  // Seconds of the run's clock, since its first step began.
-  get time() {
-    const { steps } = this.run;
-    if (!steps.length) return 0;
-    const at = steps[this.#position];
-    return (at ? at.start_time : steps.at(-1).end_time) - steps[0].start_time;
-  }
-
+  // Seconds of the run's clock, since the first arrival.
+  get time() { return this.run.elapsed(this.#position); }
   set time(seconds) {
-    const { steps } = this.run;
-    if (steps.length) this.position = countUpTo(steps, steps[0].start_time + seconds, (step) => step.end_time);
+    this.position = countUpTo(this.run.steps, this.run.origin + seconds, (step) => step.end_time);
+    this.#clock = seconds;
   }
 
   get playing() { return this.#ticking !== 0; }
@@ -222,6 +237,7 @@ export class TracePlayer extends HTMLElement {
       overview: make("canvas", { class: "overview", "aria-hidden": "true" }),
       speed: make("select", { "aria-label": "Speed", onchange: () => (this.speed = Number(parts.speed.value)) }),
       where: make("span", { class: "where" }),
+      now: button("Jump to now", "Jump to now", () => this.#jump(this.run.steps.length)),
       sentence: make("p", { class: "sentence" }),
       said: make("p", { class: "only-read", "aria-live": "polite", role: "status" }),
       figures: make("p", { class: "figures" }),
@@ -245,7 +261,7 @@ export class TracePlayer extends HTMLElement {
       button("First step", "|◂", () => this.#jump(0)),
       button("Step back", "◂", () => this.#jump(this.#position - 1)), parts.play,
       button("Step forward", "▸", () => this.#jump(this.#position + 1)),
-      button("Last step", "▸|", () => this.#jump(this.run.steps.length)), parts.speed, parts.where);
+      button("Last step", "▸|", () => this.#jump(this.run.steps.length)), parts.speed, parts.where, parts.now);
     parts.more = make("details", { class: "as-text", ontoggle: () => this.redraw() },
       make("summary", {}, "The same as text"), parts.text);
     const panel = (name, ...children) => make("section", { class: name }, ...children);
@@ -256,7 +272,8 @@ export class TracePlayer extends HTMLElement {
         make("div", { class: "column" }, panel("requests", parts.rowsHead, parts.rows, this.#legend())),
         make("div", { class: "column" },
           panel("places", parts.placesHead, parts.places), panel("batch", parts.batchHead, parts.batch),
-          panel("queue", parts.queueHead, parts.queue), panel("pool", parts.poolHead, parts.pool, parts.block))),
+          panel("queue", parts.queueHead, parts.queue), panel("pool", parts.poolHead, parts.pool, parts.block,
+            make("details", {}, make("summary", {}, "What used, cached, free and null mean"), POOL_SAYS)))),
       parts.figures, parts.more);
     this.addEventListener("keydown", (event) => this.#key(event));
     parts.pool.addEventListener("pointermove", (event) => this.#point(this.#blockAt(event)));
@@ -272,7 +289,8 @@ export class TracePlayer extends HTMLElement {
       if (state.color !== "#FFFFFF" && key !== "waiting") {
         Object.assign(sign.style, { background: state.color, color: inkOn(state.color) });
       }
-      list.append(make("li", {}, sign, ` ${state.name}`));
+      const says = make("span", { class: "only-read" }, `: ${SAYS[key]}`);
+      list.append(make("li", { title: SAYS[key] }, sign, ` ${state.name}`, says));
     }
     return list;
   }
@@ -361,7 +379,7 @@ export class TracePlayer extends HTMLElement {
   }
 
   #drawControls() {
-    const { play, slider, where, overview } = this.parts, { steps } = this.run, at = this.#position;
+    const { parts } = this, { play, slider, where, overview } = parts, { steps } = this.run, at = this.#position;
     play.textContent = this.playing ? "❚❚" : "▶";
     play.setAttribute("aria-label", this.playing ? "Pause" : "Play");
     play.title = this.playing ? "Pause (space)" : "Play (space)";
@@ -369,7 +387,9 @@ export class TracePlayer extends HTMLElement {
     slider.value = at;
     const place = at < steps.length ? `step ${at + 1} of ${steps.length}` : `after step ${steps.length}`;
     slider.setAttribute("aria-valuetext", place);
-    where.textContent = `${place}, ${this.time.toFixed(this.time < 10 ? 2 : 1)} s`;
+    const past = this.run.live && !this.#following && steps.length > 0;
+    where.textContent = `${place}, ${past ? "in the past" : `${this.time.toFixed(this.time < 10 ? 2 : 1)} s`}`;
+    parts.now.hidden = !past;
     const width = overview.clientWidth, height = 34;
     const pen = brush(overview, width, height), most = Math.max(1, this.run.budget(at));
     const columns = Math.max(1, Math.min(steps.length, Math.floor(width)));
@@ -388,8 +408,8 @@ export class TracePlayer extends HTMLElement {
     for (const [why, tokens] of Object.entries(sums)) {
       const tall = (Math.min(tokens, most) / most) * height;
       y -= tall;
-      pen.fillStyle = why === "padding" ? this.colors.dim : STATES[why].color;
-      pen.fillRect(x, y, Math.max(0.5, width - (width > 4 ? 1 : 0)), tall);
+      const color = why === "padding" ? this.colors.dim : STATES[why].color;
+      fill(pen, color, x, y, Math.max(0.5, width - (width > 4 ? 1 : 0)), tall);
     }
     pen.globalAlpha = 1;
   }
@@ -436,31 +456,23 @@ export class TracePlayer extends HTMLElement {
     const { line, blank, soft, ink } = this.colors;
     if (!inside) {
       pen.setLineDash([3, 3]);
-      pen.strokeStyle = line;
-      pen.strokeRect(x, y, size, size);
+      frame(pen, line, x, y, size, size);
       pen.setLineDash([]);
       return;
     }
     const [request, state] = inside, held = state === "padding";
     pen.globalAlpha = this.#faded(request.id);
-    pen.fillStyle = held ? blank : request.color;
-    pen.fillRect(x, y, size, size);
+    fill(pen, held ? blank : request.color, x, y, size, size);
     if (held) hatch(pen, x, y, size, size, soft, 6);
-    pen.strokeStyle = held ? soft : ink;
-    pen.lineWidth = 1;
-    pen.strokeRect(x, y, size, size);
+    frame(pen, held ? soft : ink, x, y, size, size);
     if (size >= 14) {
-      if (held) {
-        pen.fillStyle = blank;
-        pen.fillRect(x + size / 2 - 8, y + size / 2 - 9, 16, 18);
-      }
+      if (held) fill(pen, blank, x + size / 2 - 8, y + size / 2 - 9, 16, 18);
       write(pen, request.letter, x + size / 2, y + size / 2 - (held || size < 24 ? 0 : 4), held ? soft : "#000000",
         Math.min(16, size * 0.5));
     }
     if (!held) {
-      pen.fillStyle = STATES[state].color;
-      pen.fillRect(x, y + size - size * 0.24, size, size * 0.24);
-      pen.strokeRect(x, y + size - size * 0.24, size, size * 0.24);
+      fill(pen, STATES[state].color, x, y + size * 0.76, size, size * 0.24);
+      frame(pen, ink, x, y + size * 0.76, size, size * 0.24);
     }
     pen.globalAlpha = 1;
   }
@@ -478,20 +490,15 @@ export class TracePlayer extends HTMLElement {
       const wide = (part.num_tokens / budget) * width, state = STATES[part.why], padding = part.why === "padding";
       const request = run.byId.get(part.request_id);
       pen.globalAlpha = this.#faded(part.request_id);
-      pen.fillStyle = padding ? blank : state.color;
-      pen.fillRect(x, 0, wide, height);
+      fill(pen, padding ? blank : state.color, x, 0, wide, height);
       if (padding) hatch(pen, x, 0, wide, height, soft);
       if (part.why === "recompute") hatch(pen, x, 0, wide, height, ink);
-      if (wide > 3) {
-        pen.strokeStyle = padding ? soft : ink;
-        pen.lineWidth = 0.5;
-        pen.strokeRect(x + 0.25, 0.25, wide - 0.5, height - 0.5);
-      }
+      if (wide > 3) frame(pen, padding ? soft : ink, x + 0.25, 0.25, wide - 0.5, height - 0.5, 0.5);
       if (wide > 11 && request) {
         const text = wide > 60 ? `${request.letter} ${part.num_tokens}` : request.letter;
         if (part.why === "recompute" || padding) {
-          pen.fillStyle = padding ? blank : state.color;
-          pen.fillRect(x + wide / 2 - 3.5 * text.length, 5, 7 * text.length, height - 10);
+          const free = padding ? blank : state.color;
+          fill(pen, free, x + wide / 2 - 3.5 * text.length, 5, 7 * text.length, height - 10);
         }
         write(pen, text, x + wide / 2, height / 2, padding ? ink : inkOn(state.color), 11);
       }
@@ -499,9 +506,7 @@ export class TracePlayer extends HTMLElement {
       if (said.length < 12) said.push(`${request?.label ?? part.request_id} ${part.why} ${part.num_tokens}`);
     }
     pen.globalAlpha = 1;
-    pen.strokeStyle = line;
-    pen.lineWidth = 1;
-    pen.strokeRect(0.5, 0.5, width - 1, height - 1);
+    frame(pen, line, 0.5, 0.5, width - 1, height - 1);
     batch.setAttribute("aria-label", `${batchHead.textContent}: ${said.join(", ") || "nothing"}`);
   }
 
@@ -509,7 +514,7 @@ export class TracePlayer extends HTMLElement {
     const { queue, queueHead } = this.parts, waiting = this.run.waiting(this.#position);
     queueHead.textContent = waiting.length ? `Queue: ${plural(waiting.length, "request")}` : "Queue: nobody waits";
     const chips = waiting.slice(0, MOST_CHIPS).map((request) => {
-      const state = this.run.state(request, this.#position), words = MODES[state];
+      const state = this.run.state(request, this.#position), words = SAYS[state];
       const chip = make("li", { title: `${request.label} ${words}`, class: state }, request.letter);
       chip.append(make("span", { class: "only-read" }, ` ${request.label} ${words}`));
       if (state !== "waiting") chip.append(STATES[state].letter);
@@ -525,7 +530,8 @@ export class TracePlayer extends HTMLElement {
 
   #drawRows() {
     const { rows, spacer, rowsHead } = this.parts, { requests } = this.run, height = this.#rowHeight;
-    rowsHead.textContent = plural(requests.length, "request");
+    const ended = requests.filter((request) => request.finished < this.#position).length;
+    rowsHead.textContent = `${plural(requests.length, "request")}, ${ended} finished`;
     spacer.style.height = `${requests.length * height}px`;
     if (this.#scrolledFor !== this.#position && !rows.matches(":focus-within")) this.#scrollToWork(rows, height);
     this.#scrolledFor = this.#position;
@@ -561,15 +567,19 @@ export class TracePlayer extends HTMLElement {
     if (top < rows.scrollTop || top > rows.scrollTop + rows.clientHeight * 0.3) rows.scrollTop = top;
   }
 
-  // Which steps the rows show, each `wide` pixels: all of a short run, else those around the position.
+  // The steps that rows show, each `wide` px: all of a short run, else those around the position; and the x where each
+  // begins. Compact rows stand on a clock: a second is equally long in all of them, and so is no step.
   #stepsInView() {
-    const width = [...this.#rows.values()][0]?.line.clientWidth || 300;
-    const total = Math.max(1, this.span, this.run.steps.length);
-    const all = total * 6 <= width || this.hasAttribute("compact");
-    if (all) return { from: 0, count: total, wide: Math.min(16, width / total) };
-    const count = Math.floor(width / 8);
+    const width = [...this.#rows.values()][0]?.line.clientWidth || 300, { run } = this;
+    const total = Math.max(1, run.steps.length);
+    const second = width / (Math.max(this.span, run.elapsed(total)) || 1);
+    if (this.hasAttribute("compact")) {
+      return { from: 0, count: total, wide: 0, x: (at) => run.elapsed(at) * second, now: this.#clock * second };
+    }
+    const all = total * 6 <= width, wide = all ? Math.min(16, width / total) : 8;
+    const count = all ? total : Math.floor(width / 8);
     const from = Math.max(0, Math.min(total - count, this.#position - Math.floor(0.75 * count)));
-    return { from, count: Math.min(count, total), wide: 8 };
+    return { from, count, wide, x: (at) => (at - from) * wide };
   }
 
   #rowOf(request) {
@@ -582,7 +592,7 @@ export class TracePlayer extends HTMLElement {
     };
     Object.assign(row.key.style, { background: request.color, color: "#000000" });
     const { label } = request, short = label.length > 8 ? `…${label.slice(-7)}` : label;
-    row.name = make("span", { class: "name", title: label }, short);
+    row.name = make("span", { class: "name", title: request.id }, short);
     row.element = make("div", { class: "row", role: "button", tabindex: 0, "data-id": request.id }, row.key, row.name,
       row.line, row.cells, make("span", { class: "words" }, row.words));
     const on = { pointerenter: request.id, focus: request.id, pointerleave: null, blur: null };
@@ -609,35 +619,32 @@ export class TracePlayer extends HTMLElement {
     row.element.setAttribute("aria-label", `${request.label} |${letters}|: ${status}, `
       + `${plural(request.numPrompt, "prompt token")}, ${plural(outputs, "output token")}, ${held} held in the cache`);
     const text = step ? request.text(step.step) : "";
-    row.words.textContent = text ? text.slice(-160) : `${request.numPrompt} + ${outputs}`;
+    row.words.textContent = text ? text.slice(-160) : `${request.numPrompt} prompt + ${outputs} output tokens`;
     row.words.parentElement.dir = text ? "rtl" : "ltr"; // of a story the end is seen
-    row.words.parentElement.title = `${request.numPrompt} prompt tokens + ${outputs} output tokens`;
+    row.words.parentElement.title = `${request.numPrompt} prompt + ${outputs} output tokens`;
     this.#drawLine(row.line, request, from, from + count);
     this.#drawCells(row.cells, request, state, outputs, held);
   }
 
   // What the request does in each step: the row of a timeline, with the letters of its text picture.
   #drawLine(canvas, request, from, to) {
-    const { wide } = this.#window, { run } = this, at = this.#position, { accent } = this.colors;
+    const { wide, x, now = Infinity } = this.#window, { run } = this, at = this.#position, { accent } = this.colors;
     const height = this.#rowHeight < ROW ? LOW - 3 : 18, pen = brush(canvas, canvas.clientWidth, height);
     to = Math.min(to, run.steps.length);
     for (let index = from, begin = from; index < to; index++) {
       const what = [index, index + 1].map((each) => (each < to ? this.#doing(request, each) : null));
       if (wide < 7 && what[0] === what[1] && index !== at) continue; // narrow steps are drawn as one box
-      this.#drawDoing(pen, what[0], (begin - from) * wide, (index + 1 - begin) * wide, height, index > at);
+      const [left, right] = [x(begin), x(index + 1)], past = index > at ? left : Math.max(left, Math.min(now, right));
+      this.#drawDoing(pen, what[0], left, past - left, height, false);
+      this.#drawDoing(pen, what[0], past, right - past, height, true);
       if (wide >= 7 && !["waiting", "finished", "held", null].includes(what[0])) {
         const color = STATES[what[0]].color === "#FFFFFF" ? this.colors.ink : inkOn(STATES[what[0]].color);
-        const middle = (index + 0.5 - from) * wide - 0.5;
-        write(pen, run.letter(request, index), middle, height / 2, color, wide >= 12 ? 10 : 8);
+        write(pen, run.letter(request, index), x(index + 0.5) - 0.5, height / 2, color, wide >= 12 ? 10 : 8);
       }
       pen.globalAlpha = 1;
       begin = index + 1;
     }
-    if (at >= from && at < to) {
-      pen.strokeStyle = accent;
-      pen.lineWidth = 2;
-      pen.strokeRect((at - from) * wide - 0.5, 0.5, wide, height - 1);
-    }
+    if (wide && at >= from && at < to) frame(pen, accent, x(at) - 0.5, 0.5, wide, height - 1, 2);
   }
 
   // A key of STATES, or "held": it has ended, and its place in a static batch stays taken.
@@ -648,18 +655,13 @@ export class TracePlayer extends HTMLElement {
 
   #drawDoing(pen, state, x, width, height, faded) {
     const { soft, blank, dim } = this.colors;
-    if (!state) return;
+    if (!state || width <= 0) return;
     pen.globalAlpha = faded ? 0.16 : 1;
-    pen.fillStyle = soft;
-    if (state === "finished") pen.fillRect(x, height / 2, width, 1);
-    if (state === "waiting") {
-      pen.fillStyle = dim;
-      pen.fillRect(x, height / 3, width - (width > 5 && width < 17 ? 1 : 0), height / 3);
-    }
+    if (state === "finished") fill(pen, soft, x, height / 2, width, 1);
+    if (state === "waiting") fill(pen, dim, x, height / 3, width - (width > 5 && width < 17 ? 1 : 0), height / 3);
     if (state === "finished" || state === "waiting") return;
     const hollow = state === "held" || state === "padding";
-    pen.fillStyle = hollow ? blank : STATES[state].color;
-    pen.fillRect(x, 1, width - (width > 5 ? 1 : 0), height - 2);
+    fill(pen, hollow ? blank : STATES[state].color, x, 1, width - (width > 5 && width < 17 ? 1 : 0), height - 2);
     if (hollow) hatch(pen, x, 1, width, height - 2, soft, 4);
   }
 
@@ -672,16 +674,13 @@ export class TracePlayer extends HTMLElement {
     const box = (from, to, color, filled) => {
       if (to <= from) return;
       if (!gap) {
-        pen.fillStyle = filled ? color : line;
-        pen.fillRect(from * size, filled ? 3 : height / 2 - 1, (to - from) * size, filled ? height - 6 : 2);
+        const [y, tall] = filled ? [3, height - 6] : [height / 2 - 1, 2];
+        fill(pen, filled ? color : line, from * size, y, (to - from) * size, tall);
         return;
       }
       for (let token = from; token < to; token++) {
-        pen.fillStyle = filled ? color : blank;
-        pen.strokeStyle = filled ? color : soft;
-        pen.lineWidth = 0.7;
-        pen.fillRect(token * size + 0.5, 4, size - gap, height - 8);
-        if (!filled) pen.strokeRect(token * size + 0.5, 4, size - gap, height - 8);
+        fill(pen, filled ? color : blank, token * size + 0.5, 4, size - gap, height - 8);
+        if (!filled) frame(pen, soft, token * size + 0.5, 4, size - gap, height - 8, 0.7);
       }
     };
     box(0, Math.min(held, request.numPrompt), STATES.prefill.color, true);
@@ -689,9 +688,7 @@ export class TracePlayer extends HTMLElement {
     box(held, known, soft, false);
     if (!now || part.state === "padding") return;
     box(part.start, part.start + part.again, STATES.recompute.color, true);
-    pen.strokeStyle = ink;
-    pen.lineWidth = 1.5;
-    pen.strokeRect(part.start * size, 2, Math.max(2, (part.end - part.start) * size), height - 4);
+    frame(pen, ink, part.start * size, 2, Math.max(2, (part.end - part.start) * size), height - 4, 1.5);
   }
 
   // --- the pool ---
@@ -733,37 +730,29 @@ export class TracePlayer extends HTMLElement {
     const cached = view.now.cached.has(block), empty = block < view.numNull;
     const mine = owners.some((owner) => owner.id === this.#marked);
     pen.globalAlpha = this.#marked && !mine ? 0.25 : 1;
-    pen.fillStyle = cached ? dim : blank;
-    pen.fillRect(x, y, size, size);
+    fill(pen, cached ? dim : blank, x, y, size, size);
     const shown = owners.slice(0, 4), filled = Math.max(0, ...owners.map((owner) => owner.filled)) / view.blockSize;
     shown.forEach((owner, stripe) => {
-      pen.fillStyle = this.run.byId.get(owner.id)?.color ?? dim;
-      pen.fillRect(x, y + (stripe * size) / shown.length, size, size / shown.length);
+      const color = this.run.byId.get(owner.id)?.color ?? dim;
+      fill(pen, color, x, y + (stripe * size) / shown.length, size, size / shown.length);
     });
     if (owners.length && filled < 1 && size >= 8) { // empty slots at the right
-      pen.fillStyle = blank;
       pen.globalAlpha *= 0.75;
-      pen.fillRect(x + filled * size, y, size * (1 - filled), size);
+      fill(pen, blank, x + filled * size, y, size * (1 - filled), size);
       pen.globalAlpha = this.#marked && !mine ? 0.25 : 1;
-      hatch(pen, x + filled * size, y, size * (1 - filled), size, soft, 4);
     }
     const written = owners.some((owner) => {
       const [from, to] = view.now.written.get(owner.id) ?? [0, 0];
       return to > owner.logical * view.blockSize && from < (owner.logical + 1) * view.blockSize;
     });
-    pen.strokeStyle = owners.length ? ink : line;
-    pen.lineWidth = written && size > 6 ? 2 : 0.7;
-    if (size > 5) pen.strokeRect(x, y, size, size);
-    if (mine || block === this.#block) {
-      pen.strokeStyle = accent;
-      pen.lineWidth = size > 8 ? 3 : 1.5;
-      pen.strokeRect(x, y, size, size);
-    }
+    if (size > 5) frame(pen, owners.length ? ink : line, x, y, size, size, written && size > 6 ? 2 : 0.7);
+    if (mine || block === this.#block) frame(pen, accent, x, y, size, size, size > 8 ? 3 : 1.5);
     if (size >= 13) {
       const letters = owners.map(({ id }) => this.run.byId.get(id)?.letter).join("");
       const nobody = empty ? "0" : cached ? PALETTE.cached.letter : "";
       const sign = (owners.length > 2 ? String(owners.length) : letters) || nobody;
-      write(pen, sign, x + size / 2, y + size / 2, owners.length ? "#000000" : soft, Math.min(12, size * 0.5));
+      write(pen, sign, x + size / 2, y + size / 2, !owners.length ? soft : filled < 0.5 ? ink : "#000000",
+        Math.min(12, size * 0.5));
     }
     pen.globalAlpha = 1;
   }
