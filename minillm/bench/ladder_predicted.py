@@ -17,6 +17,7 @@ from minillm.engine import BlockManager, Scheduler, SchedulerConfig
 from minillm.simulation import Calibrated, SimulatedExecutor, StepWork, VirtualClock, run
 from minillm.trace import StepEvent
 
+FEW = 2  # output tokens of a prompt that is served for its own price
 Steps = list[tuple[StepWork, float]]  # work and seconds
 
 
@@ -66,6 +67,13 @@ class Prices:
         return [(work, each) for work, each in steps if each > 0]
 
     def _steps_of_engine(self, ours: Ours, jobs: Sequence[Job], family: str) -> Steps:
+        """All together; then prompts with hardly an output, also long ones, so that a prompt's price is not guessed."""
+        longest = ours.llm.engine.config.max_model_len - FEW
+        pairs = [(one.prompt + other.prompt)[:longest] for one, other in zip(jobs[::2], jobs[1::2], strict=False)]
+        prompts = [Job(prompt, FEW) for prompt in (*pairs, *[job.prompt[:longest] for job in jobs])]
+        return [step for each in (jobs, prompts) for step in self._serve(ours, each, family)]
+
+    def _serve(self, ours: Ours, jobs: Sequence[Job], family: str) -> Steps:
         engine, clock, seconds = ours.llm.engine, TIMERS[self.timer], []
         engine.reset_prefix_cache()
         began = engine.scheduler.clock()

@@ -212,7 +212,8 @@ def notes(rungs: Mapping[str, dict]) -> list[str]:
     lines.append(
         "set aside: allocated, or the most that may be held; reserved: for requests that run; used: holds a token"
     )
-    lines.append("transformers' continuous batching does not say which of its blocks hold tokens")
+    if "transformers_cb" in rungs:
+        lines.append("transformers' continuous batching does not say which of its blocks hold tokens")
     return lines
 
 
