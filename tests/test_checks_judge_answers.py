@@ -5,11 +5,16 @@ judged, and all of it? Right answers here use up, sort or scale what they are gi
 numbers, Fractions. Wrong ones are one slip away from the right one.
 """
 
+import asyncio
 import hashlib
 import math
+import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -714,6 +719,126 @@ def number_as_a_float(load, thread, head, num_heads):
 @wrong(checks.key_number)
 def heads_exchanged(load, thread, head, num_heads):
     return number_as_a_float(load, thread, num_heads - 1 - head, num_heads)
+
+
+# chapter 10 ---------------------------------------------------------------------------------------
+
+
+@right(checks.read_log)
+def a_log_word_by_word(lines, request_id):
+    layers = np.ones(len(lines))
+    seconds = None
+    while lines:
+        words = lines.pop().split()
+        layers[len(lines)] = float(words[4][0]) if words[3] == "[layer" else 1
+        if words[3] == request_id and words[4].startswith('"'):
+            seconds = Decimal(words[-2])
+    return layers, seconds
+
+
+@wrong(checks.read_log)
+def layers_of_tagged_lines(lines, request_id):
+    layers, seconds = a_log_word_by_word([*lines], request_id)
+    return [layer for layer, line in zip(layers, lines, strict=True) if "[layer" in line], seconds
+
+
+@right(checks.sse_events)
+def events_of_one_buffer(chunks):
+    buffer = bytearray()
+    for chunk in chunks:
+        buffer += chunk
+        while (found := re.search(rb"\r?\n\r?\n|\A\r?\n", buffer)) is not None:
+            lines = bytes(buffer[: found.start()]).decode().replace("\r\n", "\n").split("\n")
+            del buffer[: found.end()]
+            data = [line[5:].removeprefix(" ") for line in lines if line.startswith("data:")]
+            if data == ["[DONE]"]:
+                return
+            if data:
+                yield "\n".join(data)
+
+
+@wrong(checks.sse_events)
+def events_without_their_blanks(chunks):
+    return (event.lstrip() for event in events_of_one_buffer(chunks))
+
+
+@right(checks.admission)
+def seconds_as_a_fraction(num_requests, most, ended):
+    ended.sort()
+    recent = [ended.pop(0) for _ in range(sum(seconds < 10 for seconds in ended))]
+    wanted = Fraction(10 * num_requests, 2 * max(1, len(recent)))
+    return None if num_requests < most else Fraction(min(60, max(1, math.ceil(wanted))))
+
+
+@wrong(checks.admission)
+def seconds_until_all_have_ended(num_requests, most, ended):
+    return None if num_requests < most else seconds_as_a_fraction(2 * num_requests, most, ended)
+
+
+@right(checks.run_engine)
+async def a_callback_for_each_output(engine, wishes, queues):
+    def hand_over(output):
+        queues.get(output.request_id, asyncio.Queue()).put_nowait(output)
+
+    with ThreadPoolExecutor(1) as thread:
+        while True:
+            pending = [] if engine.has_unfinished_requests() else [await wishes.get()]
+            while not wishes.empty():
+                pending.append(wishes.get_nowait())
+            for request_id, wish in pending:
+                try:
+                    wish()
+                except Exception as error:
+                    queues[request_id].put_nowait(error)
+            if engine.has_unfinished_requests():
+                list(map(hand_over, await asyncio.wrap_future(thread.submit(engine.step))))
+
+
+@wrong(checks.run_engine)
+async def outputs_only_at_the_end(engine, wishes, queues):
+    class Last:
+        def __contains__(self, request_id):
+            return request_id in queues
+
+        def get(self, request_id, other):
+            return self
+
+        def put_nowait(self, output):
+            if output.finished:
+                queues[output.request_id].put_nowait(output)
+
+        def __getitem__(self, request_id):
+            return queues[request_id]
+
+    await a_callback_for_each_output(engine, wishes, Last())
+
+
+@right(checks.stream_request)
+async def a_queue_that_is_forgotten_first(engine, wishes, queues, request_id, prompt, params):
+    queues[request_id] = queue = asyncio.Queue()
+    wishes.put_nowait((request_id, partial(engine.add_request, request_id, prompt, params)))
+    abort = (request_id, partial(engine.abort_request, request_id))
+    try:
+        while not isinstance(output := await queue.get(), Exception):
+            if output.finished:
+                abort = None
+            yield output
+            if output.finished:
+                return
+        abort = None
+        raise output
+    finally:
+        queues.pop(request_id)
+        if abort:
+            wishes.put_nowait(abort)
+
+
+@wrong(checks.stream_request)
+async def the_last_output_is_missing(engine, wishes, queues, request_id, prompt, params):
+    async with aclosing(a_queue_that_is_forgotten_first(engine, wishes, queues, request_id, prompt, params)) as all_of:
+        async for output in all_of:
+            if not output.finished:
+                yield output
 
 
 # ---------------------------------------------------------------------------------------------------

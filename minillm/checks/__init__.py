@@ -20,12 +20,15 @@ from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, ste
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
 from minillm.checks.chapter_09 import compute_bound_batch, decode_step_seconds, key_number
 from minillm.checks.chapter_09_kernel import my_decode
+from minillm.checks.chapter_10 import admission, read_log, sse_events
+from minillm.checks.chapter_10_loop import run_engine, stream_request
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside, key_reads
 
 __all__ = [
     "CheckFailed",
     "NotWrittenYet",
+    "admission",
     "allocate",
     "attention",
     "attention_share",
@@ -58,14 +61,18 @@ __all__ = [
     "padding_mask",
     "prediction",
     "prefix_hash",
+    "read_log",
     "request_metrics",
     "requests_that_fit",
     "restarting_positions",
+    "run_engine",
     "schedule_step",
     "sjf_order",
+    "sse_events",
     "tokens_static",
     "static_batch_tokens",
     "steps_continuous",
+    "stream_request",
     "temperature_probabilities",
     "top_p_probabilities",
     "total_milliseconds",

@@ -1,0 +1,259 @@
+"""Chapter 10, the layer above the engine: a log is read, a stream of events taken apart, a full queue refused."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from minillm.checks.base import Case, as_list, is_number, run_check, same_value
+from minillm.checks.chapter_09 import Name
+from minillm.serving import retry_after
+
+# --- read_log --------------------------------------------------------------------------------------------------------
+
+
+class Lines(list):
+    """Lines of a log, too long for a message."""
+
+    def __repr__(self) -> str:
+        return f"[{len(self)} lines of a log]"
+
+
+STARTED = [
+    "[layer 1, LLMEngine] loading storyteller",
+    "[layer 3, Worker] weights: 1,031,040 parameters, in this process",
+    "[layer 3, kernels] cpu: the fastest that will do",
+    "[layer 2, Scheduler] fcfs, a step has at most 8 requests and 512 tokens; 8 more requests may wait",
+    "[layer 1, OpenAI server] ready on http://127.0.0.1:42955 after 0.4 s",
+]
+
+
+def read_log(function: Callable) -> None:
+    """`read_log(lines, request_id)` -> (the layer of each line, seconds from the request's arrival to its answer).
+
+    Lines without a tag are the HTTP server's, layer 1. Seconds are None if no line tells of the request.
+    """
+    cases = [
+        _log(STARTED, [1, 3, 3, 2, 1], "seven", None, "No request has been answered yet: its seconds are None."),
+        _log(['seven "POST /v1/completions" 200 0.015 s'], [1], "seven", 0.015, "The last number of its line."),
+        _log(
+            ['seven-tokens "POST /v1/completions" 200 0.015 s', 'seven "POST /v1/completions" 200 1.250 s'],
+            [1, 1],
+            "seven",
+            1.25,
+            "The id of another request may begin like this one's.",
+        ),
+        _log(
+            ['a "GET /v1/models/seven" 404 0.001 s', 'seven "POST /v1/completions" 429 0.002 s'],
+            [1, 1],
+            "seven",
+            0.002,
+            "The id may also be a part of somebody's path: it counts where ids stand.",
+        ),
+        _log(STARTED[-1:], [1], "ready", None, "A client may choose any id, even a word of the log: mind where it is."),
+        _log(
+            ["[layer 1, LLMEngine] loading models/[layer 3, old]", "Invalid HTTP request received."],
+            [1, 1],
+            "seven",
+            None,
+            "The tag stands at the beginning of what is said. What has none is the HTTP server's.",
+        ),
+        _log(
+            ["[layer 2, Scheduler] running 1, waiting 0", 'seven "POST /v1/completions" - 12.500 s'],
+            [2, 1],
+            "seven",
+            12.5,
+            "A client that goes before its answer leaves a - for the status.",
+        ),
+    ]
+    run_check("read_log", function, cases, advise=_on_layers)
+
+
+def _log(said: Sequence[str], layers: list[int], request_id: str, seconds: float | None, hint: str) -> Case:
+    lines = Lines(f"2026-11-30 19:51:4{second},249 INFO {text}" for second, text in enumerate(said))
+    return Case((lines, request_id), (layers, seconds), hint)
+
+
+def _on_layers(got: Any, case: Case) -> str | None:
+    """Which line it is about."""
+    parts = as_list(got)
+    if not isinstance(parts, list) or len(parts) != 2:
+        return "Return two things: a list with the layer of each line, and the seconds."
+    layers, wanted = as_list(parts[0]), case.expected[0]
+    if not isinstance(layers, list) or len(layers) != len(wanted):
+        return f"There are {len(wanted)} lines: give each its layer, 1, 2 or 3."
+    for line, layer, right in zip(case.args[0], layers, wanted, strict=True):
+        if not same_value(layer, right):
+            return f"Of layer {right} is the line: {line.split(' ', 3)[3]}"
+    return None
+
+
+# --- sse_events ------------------------------------------------------------------------------------------------------
+
+MOST_EVENTS = 1_000
+
+
+class Event(NamedTuple):
+    """An event, and how many chunks had been read when it came."""
+
+    data: str
+    num_chunks: int
+
+
+class Chunks(list):
+    """What a connection brings, piece by piece; with `stays_open` it then neither brings more nor ends."""
+
+    stays_open = False
+
+
+def sse_events(function: Callable) -> None:
+    """`sse_events(chunks)` -> the data of each event, as soon as it has come whole; [DONE] ends it, and is none.
+
+    Lines end with \\n or \\r\\n, wherever chunks are cut. An event ends with an empty line; one that does not is none.
+    """
+    cases = [
+        _stream([b"data: a\n\n"], [("a", 1)], "A line `data: …`, then an empty one: that is an event."),
+        _stream([b"data: a\n\ndata: b\n\n"], [("a", 1), ("b", 1)], "A chunk may bring several events."),
+        _stream([b"da", b"ta: a", b"\n", b"\n"], [("a", 4)], "A line may be cut anywhere: keep what has no end yet."),
+        _stream(
+            [b"data: a\n\n", b"data: b\n\n"],
+            [("a", 1), ("b", 2)],
+            "`yield` each event as soon as it is whole, before the next chunk is read.",
+        ),
+        _stream(
+            _cut("data: è🙂\n\n".encode()),
+            [("è🙂", 14)],
+            "A character may have several bytes, and a cut may go through it: decode whole lines.",
+        ),
+        _stream([b"data: a\ndata: b\n\n"], [("a\nb", 1)], "Several data lines are one event; \\n stands between them."),
+        _stream([b": ping\n\ndata: a\n\n"], [("a", 1)], "A line that begins with a colon is a comment."),
+        _stream(
+            [b"event: token\nid: 7\ndatabase: x\ndata: a\nretry: 9\n\n"],
+            [("a", 1)],
+            "Fields other than data are left out; databases are no data.",
+        ),
+        _stream([b"data: a\r\n\r", b"\ndata: b\r\n\r\n"], [("a", 2), ("b", 2)], "A line may end with \\r\\n as well."),
+        _stream(
+            [b"data:a\n\ndata:  b \n\n"],
+            [("a", 1), (" b ", 1)],
+            "One blank behind the colon goes, if there is one; all others are the event's.",
+        ),
+        _stream(
+            ["data: one\u2028line\x0bstill\x85one\n\n".encode()],
+            [("one\u2028line\x0bstill\x85one", 1)],
+            "splitlines() ends lines at more than \\n: split at \\n alone.",
+        ),
+        _stream([b"\n\n\ndata: a\n\n\n"], [("a", 1)], "An empty line without data before it is no event."),
+        _stream([b"data: a\n\ndata: b\n"], [("a", 1)], "The connection broke before the empty line: no event."),
+        _stream(
+            [b"data: a\n\ndata: [DONE]\n\n"],
+            [("a", 1)],
+            "After [DONE] return at once: the connection may stay open, and the next chunk never comes.",
+            stays_open=True,
+        ),
+        _stream(
+            [b'data: "[DONE]"\n\ndata: so [DONE]\n\n', b"data: [DONE]\n\ndata: b\n\n"],
+            [('"[DONE]"', 1), ("so [DONE]", 1)],
+            "Only an event that is [DONE] and nothing else is the end.",
+        ),
+    ]
+    run_check("sse_events", _as_they_come(function), cases, same=_in_time, show=_show_events)
+
+
+def _cut(data: bytes) -> list[bytes]:
+    """Every byte a chunk of its own."""
+    return [data[place : place + 1] for place in range(len(data))]
+
+
+def _stream(chunks: list[bytes], events: list[tuple[str, int]], hint: str, stays_open: bool = False) -> Case:
+    chunks = Chunks(chunks)
+    chunks.stays_open = stays_open
+    return Case((chunks,), [Event(*event) for event in events], hint)
+
+
+def _as_they_come(function: Callable) -> Callable:
+    """The reader's function on a stream; beside each of its events, how many chunks it had read."""
+
+    def observed(chunks: Chunks) -> list | Any:
+        num_read = 0
+
+        def connection() -> Iterator[bytes]:
+            nonlocal num_read
+            for chunk in chunks:
+                num_read += 1
+                yield chunk
+            if chunks.stays_open:
+                raise TimeoutError("read on, where nothing more comes")
+
+        answer = function(connection())
+        if answer is None:
+            return None
+        events = []
+        for event in answer:
+            events.append(Event(event, num_read))
+            if len(events) == MOST_EVENTS:
+                break
+        return events
+
+    return observed
+
+
+def _in_time(got: list, expected: list[Event]) -> bool:
+    if len(got) != len(expected):
+        return False
+    return all(
+        same_value(one.data, other.data) and one.num_chunks <= other.num_chunks
+        for one, other in zip(got, expected, strict=True)
+    )
+
+
+def _show_events(events: Sequence[Event]) -> str:
+    told = [f"{event.data!r} after {event.num_chunks} chunk{'s' * (event.num_chunks != 1)}" for event in events[:5]]
+    return ", ".join(told) + (", …" if len(events) > 5 else "") if told else "no event"
+
+
+# --- admission -------------------------------------------------------------------------------------------------------
+
+NOBODY: list[float] = []
+TAKEN = Name("None")  # an answer here, not the lack of one
+
+
+def admission(function: Callable) -> None:
+    """`admission(num_requests, most, ended)` -> None if another request is taken, else the seconds of Retry-After.
+
+    `num_requests` run or wait, `most` may; `ended` is how many seconds ago requests have ended.
+    """
+    cases = [
+        _asked(0, 16, NOBODY, "There is room: return None."),
+        _asked(15, 16, [1.0], "One more makes 16, and 16 may run or wait."),
+        _asked(
+            17, 16, [1.0] * 100, "The limit may have been lowered meanwhile: the queue is full above `most` as well."
+        ),
+        _asked(16, 16, [1.0] * 16, "16 run or wait already. Half of them end in 10 s · 8 / 16."),
+        _asked(16, 16, [0.5] * 7, "10 s · 8 / 7 is 11.4 s: round up, or the client comes too early."),
+        _asked(16, 16, [0.5, 9.9, 10.1, 300.0], "Only those that ended less than 10 s ago count."),
+        _asked(4, 4, NOBODY, "None has ended lately: reckon with one, to divide by."),
+        _asked(400, 264, [0.1] * 20, "More than 60 s is not said: nobody would come back."),
+        _asked(2, 2, [0.01] * 200, "Less than 1 s is not said: the header has whole seconds."),
+        _asked(9, 9, [2.0] * 3, "Half of 9 requests are 4.5, not 4."),
+    ]
+    run_check("admission", _answered(function), cases, advise=_on_seconds)
+
+
+def _answered(function: Callable) -> Callable:
+    def answered(num_requests: int, most: int, ended: list[float]) -> Any:
+        answer = function(num_requests, most, ended)
+        return TAKEN if answer is None else answer
+
+    return answered
+
+
+def _asked(num_requests: int, most: int, ended: list[float], hint: str) -> Case:
+    answer = TAKEN if num_requests < most else retry_after(num_requests, ended)
+    return Case((num_requests, most, ended), answer, hint)
+
+
+def _on_seconds(got: Any, case: Case) -> str | None:
+    if case.expected is not TAKEN and is_number(got) and float(got) % 1:
+        return "Retry-After has whole seconds: round up, or the client comes too early."
+    if case.expected is TAKEN and is_number(got):
+        return "There is room for one more: return None, and the request is taken."
+    return None
