@@ -234,7 +234,7 @@ def test_admission_accepts(right, capsys):
         (lambda n, most, ended: None if n != most else admission(n, most, ended), "full above `most`"),
         (lambda n, most, ended: None if n < most else n / 2 * 10 / max(1, len(ended)), "round up"),
         (lambda n, most, ended: admission(n, most, [0.0] * len(ended)), "less than 10 s ago count"),
-        (lambda n, most, ended: None if n < most else math.ceil(n * 5 / sum(s < 10 for s in ended)), "reckon with one"),
+        (lambda n, most, ended: None if n < most else math.ceil(n * 5 / sum(s < 10 for s in ended)), "count one"),
         (lambda n, most, ended: None if n < most else admission(n // 2 * 2, 0, ended), "4.5, not 4"),
         (lambda n, most, ended: None if n < most else max(1, math.ceil(n * 5 / max(1, len(ended)))), "count"),
     ],

@@ -230,7 +230,7 @@ def admission(function: Callable) -> None:
         _asked(16, 16, [1.0] * 16, "16 run or wait already. Half of them end in 10 s · 8 / 16."),
         _asked(16, 16, [0.5] * 7, "10 s · 8 / 7 is 11.4 s: round up, or the client comes too early."),
         _asked(16, 16, [0.5, 9.9, 10.1, 300.0], "Only those that ended less than 10 s ago count."),
-        _asked(4, 4, NOBODY, "None has ended lately: reckon with one, to divide by."),
+        _asked(4, 4, NOBODY, "None has ended lately: count one."),
         _asked(400, 264, [0.1] * 20, "More than 60 s is not said: nobody would come back."),
         _asked(2, 2, [0.01] * 200, "Less than 1 s is not said: the header has whole seconds."),
         _asked(9, 9, [2.0] * 3, "Half of 9 requests are 4.5, not 4."),
