@@ -246,7 +246,7 @@ def test_admission_refuses(wrong, told):
 # run_engine ---------------------------------------------------------------------------------------
 
 
-def loop(step=asyncio.to_thread, guarded=True, known=True):
+def loop(step=asyncio.to_thread, guarded=True, known=True, careful=True):
     """The loop with some of what it needs left out."""
 
     async def run_engine(engine, wishes, queues):
@@ -258,7 +258,8 @@ def loop(step=asyncio.to_thread, guarded=True, known=True):
                 except Exception as error:
                     if not guarded:
                         raise
-                    queues[request_id].put_nowait(error)
+                    if not careful or request_id in queues:
+                        queues[request_id].put_nowait(error)
             for output in await step(engine.step):
                 if not known or output.request_id in queues:
                     queues[output.request_id].put_nowait(output)
@@ -318,7 +319,8 @@ async def polls(engine, wishes, queues):
             try:
                 wish()
             except Exception as error:
-                queues[request_id].put_nowait(error)
+                if request_id in queues:
+                    queues[request_id].put_nowait(error)
         if engine.has_unfinished_requests():
             for output in await asyncio.to_thread(engine.step):
                 if output.request_id in queues:
@@ -363,7 +365,8 @@ async def ends_when_idle(engine, wishes, queues):
             try:
                 wish()
             except PromptError as error:
-                queues[request_id].put_nowait(error)
+                if request_id in queues:
+                    queues[request_id].put_nowait(error)
         for output in await asyncio.to_thread(engine.step):
             if output.request_id in queues:
                 queues[output.request_id].put_nowait(output)
@@ -392,6 +395,7 @@ async def never_awaits(engine, wishes, queues):
         (takes_wishes_when_idle, "Look for wishes after every step"),
         (loop(guarded=False), "raised    PromptError"),
         (loop(known=False), "raised    KeyError: 'a'"),
+        (loop(careful=False), "raised    KeyError: 'bad'"),
         (polls, "looks for work in"),
         (steps_of_nobody, "a step without a request"),
         (one_wish_per_step, "both are in the first one"),

@@ -789,7 +789,7 @@ async def a_callback_for_each_output(engine, wishes, queues):
                 try:
                     wish()
                 except Exception as error:
-                    queues[request_id].put_nowait(error)
+                    queues.get(request_id, asyncio.Queue()).put_nowait(error)
             if engine.has_unfinished_requests():
                 list(map(hand_over, await asyncio.wrap_future(thread.submit(engine.step))))
 

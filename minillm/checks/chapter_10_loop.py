@@ -159,7 +159,8 @@ def run_engine(function: Callable) -> None:
     """`await run_engine(engine, wishes, queues)`: between two steps do all wishes, then make a step, and put each
     output into the queue of its request; with nothing to compute wait for a wish. It goes on until it is cancelled.
 
-    `wishes` holds (request id, function without arguments): what it raises goes into the queue of the request.
+    `wishes` holds (request id, function without arguments): what it raises goes into the queue of the request. What is
+    for a request without a queue is dropped.
     """
     _must_be_written("run_engine", function)
     cases = [
@@ -194,6 +195,16 @@ def run_engine(function: Callable) -> None:
             Script("bad is refused, a has 2 tokens", (("bad", 1), ("a", 2)), refused=("bad",)),
             Ran((("a",),) * 2, {"bad": ["PromptError"], "a": [1, 2]}),
             "A wish may raise: that goes into its request's queue, and nobody else hears of it.",
+        ),
+        _runs(
+            Script(
+                "a has 3 tokens; bad comes in step 2, is refused, and its reader has gone before",
+                (("a", 3),),
+                ((2, "join", "bad", 1), (2, "leave", "bad", 0)),
+                refused=("bad",),
+            ),
+            Ran((("a",),) * 3, {"a": [1, 2, 3], "bad": []}, aborted=("bad",)),
+            "An exception for a reader who has gone is dropped, like an output.",
         ),
         _runs(
             Script("nothing for a while, then a with 2 tokens", (("a", 2),), idle=True),
@@ -363,7 +374,8 @@ async def _serve(engine: Engine, wishes: asyncio.Queue, queues: dict) -> None:
             try:
                 wish()
             except Exception as error:
-                queues[request_id].put_nowait(error)
+                if request_id in queues:
+                    queues[request_id].put_nowait(error)
         for output in await asyncio.to_thread(engine.step):
             if output.request_id in queues:
                 queues[output.request_id].put_nowait(output)
