@@ -27,6 +27,7 @@ _look_up, __dir__, __all__ = hand_on(
         "metrics": "Metrics",
         "options": "ServerOptions",
         "server": "serve",
+        "streams": "DONE event",
     },
 )
 
