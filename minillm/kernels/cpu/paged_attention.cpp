@@ -35,7 +35,7 @@ static void softmax(real* scores, int64_t first, int64_t end) {
 
 // Asks for a head that is needed AHEAD tokens later. A processor guesses which lines come next only within a page, and a
 // page of 4 KiB holds few tokens. Without it decode took 1.5 times as long in float32, 1.1 in bfloat16, where keys and
-// values come from memory (one thread of an AMD EPYC, 16 requests of 200 tokens, 3 key heads of 64); 4 to 16 are equal.
+// values come from memory (one thread of an AMD EPYC, 16 requests of 200 tokens, 3 key heads of 64); 4 to 12 are equal.
 constexpr int64_t AHEAD = 8;
 static inline void prefetch(const SCALAR* head) {
     for (const SCALAR* line = head; line < head + D; line += 64 / sizeof(SCALAR)) __builtin_prefetch(line);
