@@ -50,7 +50,7 @@ def soon(happened, within: float = PATIENCE) -> None:
 # The command itself. SIGUSR1 makes it say what lives in it; the event loop, whose thread hears it, is then between two
 # callbacks. The threads of pools stay once they have been made, so that they are no leak.
 CHILD = """
-import asyncio, json, os, signal, sys, threading, time
+import asyncio, json, signal, socket, sys, threading, time
 from minillm.cli.main import main
 
 def tell(number, frame):

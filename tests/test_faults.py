@@ -30,7 +30,7 @@ OPTIONS += ["--max-body-mib=1", "--body-timeout=1.5"]
 BAD = 1850  # the token whose rows have no numbers in this server
 SECONDS = 1.5  # of patience, which otherwise is 10 to 30
 CHANGES = f"""
-from minillm.serving import connections, live
+from minillm.serving import connections, live, server
 connections.HEAD_SECONDS = connections.WRITE_SECONDS = live.BODY_SECONDS = {SECONDS}
 
 from minillm.engine import LLMEngine
@@ -42,6 +42,13 @@ def begin_with_a_bad_token(engine, *given, **named):
     if engine.model is not None:
         engine.model.embed_tokens.register_forward_hook(spoil)
 LLMEngine.__init__ = begin_with_a_bad_token
+
+bound = server.bound
+def bound_with_small_buffers(host, port):
+    listener = bound(host, port)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # the system may hold megabytes else
+    return listener
+server.bound = bound_with_small_buffers
 
 now, jumps = time.time, [0.0]
 def jump(number, frame):
@@ -79,7 +86,7 @@ def start(*options: str) -> ServedProcess:
 # --- what must stay as it was ----------------------------------------------------------------------------------------
 
 PROBE = {"prompt": "The little fox", "max_tokens": 24, "temperature": 0, "return_token_ids": True, "logprobs": 1}
-FLOOD = {"prompt": STORY, "max_tokens": CONTEXT - 9, "ignore_eos": True, "stream": True, "n": 4, "logprobs": 20}
+FLOOD = {"prompt": STORY, "max_tokens": CONTEXT - 9, "ignore_eos": True, "stream": True, "n": 2, "logprobs": 20}
 OTHERS = [
     (COMPLETIONS, {"prompt": STORY, "max_tokens": 90, "temperature": 0, "ignore_eos": True, "stream": True}),
     (CHATS, {"messages": [{"role": "user", "content": "Tell me of a dog."}], "max_tokens": 90, "temperature": 0.9,
@@ -134,9 +141,8 @@ class Others:
                         self._begun.wait(PATIENCE)
                         is_first = False
                     answer = Answered(client)
-                if answer.status == 429:
-                    time.sleep(0.05)
-                elif told(answer) != expected:
+                self._stop.wait(0.1)
+                if answer.status != 429 and told(answer) != expected:
                     self.failures.append(f"{told(answer)!r}\nwas expected to be\n{expected!r}")
         except Exception as error:
             self._begun.abort()
@@ -267,11 +273,13 @@ bodies("empty chats of every kind", CHATS, REFUSED, [
 
 @fault("oversize bodies, declared", "413 before they are read")
 def declared(server: ServedProcess) -> None:
-    for size in (2**20 + 1, 10**12, 10**18):
-        with server.connect() as client:
-            client.sendall(head("POST", COMPLETIONS, f"Content-Length: {size}") + b"{")
-            assert Answered(client).status == 413
-            assert is_closed(client)
+    clients = [server.connect() for _ in range(3)]
+    for client, size in zip(clients, (2**20 + 1, 10**12, 10**18), strict=True):
+        client.sendall(head("POST", COMPLETIONS, f"Content-Length: {size}") + b"{")
+    for client in clients:
+        assert Answered(client).status == 413
+        assert is_closed(client)
+        client.close()
 
 
 @fault("oversize bodies, chunked, also without end", "413 while they are read")
@@ -637,7 +645,7 @@ def test_sigterm_under_load_drains_and_exits_with_0(drain_timeout):
         streams = [server.story(300, temperature=0) for _ in range(20)]
         page, silent, slow_head, slow_body = server.send("GET", "/live/events"), *(server.connect() for _ in range(3))
         slow_head.sendall(b"GET /health HT")
-        unread = server.send("POST", COMPLETIONS, FLOOD, receive_buffer=4096)
+        unread = server.send("POST", COMPLETIONS, FLOOD | {"max_tokens": 300}, receive_buffer=4096)
         slow_body.sendall(head("POST", COMPLETIONS, "Content-Length: 1000") + b"{")
         streams[0].recv(1, socket.MSG_PEEK)
         soon(
@@ -649,9 +657,7 @@ def test_sigterm_under_load_drains_and_exits_with_0(drain_timeout):
         for stream in streams:
             reasons[Answered(stream).events[-1]["choices"][0]["finish_reason"]] += 1
             stream.close()
-        began = time.monotonic()
         assert server.end() == 0 and "Traceback" not in server.log
-        assert time.monotonic() - began < 10
         for each in (page, silent, slow_head, slow_body, unread):
             assert is_closed(each)
             each.close()

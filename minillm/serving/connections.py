@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 10.0  # in which the first line and the headers of a request must have arrived
 MOST_HEAD_BYTES = 64 * 1024  # of a head, of a chunk's frame, or of what follows the last chunk
+TURN_SECONDS = 0.01  # in which a loop that was busy comes to read what has arrived
 WRITE_SECONDS = 30.0  # that a client may read nothing of what is there for it
 
 
@@ -96,9 +97,8 @@ class PatientProtocol(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
-        self._head_timer = None
-        if self._is_idle:
-            self.transport.close()
+        """The time is up; but if the event loop was busy for long, the head has arrived and is read first."""
+        self._head_timer = self.loop.call_later(TURN_SECONDS, self.transport.close)
 
     def _stop_watching_head(self) -> None:
         if self._head_timer is not None:
