@@ -13,6 +13,7 @@ import argparse
 import gc
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -44,7 +45,7 @@ from minillm.model import load_decoder, read_config
 
 SCHEMA = 1
 PREFIX_TOKENS = 128  # that the requests of the prefix rungs begin with, as with a system prompt
-WARM_UP_JOBS = 4
+WARM_UP_JOBS, WARM_UP_OUTPUTS = 4, 8
 CALIBRATION_SEED = 1000  # and up: requests that prices are fitted to, never those that are served
 DTYPE = torch.float32
 
@@ -214,8 +215,9 @@ def with_prefix(jobs: Sequence[Job], vocab_size: int) -> list[Job]:
 
 
 def warm_up(rung: Rung) -> None:
-    """Let it have run before it counts: a few requests, as many as it has at most."""
-    every, rung.jobs = rung.jobs, rung.jobs[:WARM_UP_JOBS]
+    """Let it have run before it counts: the first few requests, a few tokens of each."""
+    every = rung.jobs
+    rung.jobs = [Job(job.prompt, min(job.num_outputs, WARM_UP_OUTPUTS)) for job in every[:WARM_UP_JOBS]]
     try:
         rung.run()
     finally:
@@ -223,12 +225,13 @@ def warm_up(rung: Rung) -> None:
 
 
 def take_turn(rungs: Mapping[str, Rung], number: int) -> dict[str, RungRun]:
-    """Every rung once, in the order of `turn_order`."""
+    """Every rung once, in the order of `turn_order`; says on stderr how far it is."""
     gc.collect()  # so that nobody pays for what another turn left behind
     runs = {}
     for name in turn_order(list(rungs), number):
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         runs[name] = rungs[name].run()._replace(load=load)
+        print(f"turn {number + 1}, {name}: {runs[name].seconds['wall']:.1f} s", file=sys.stderr, flush=True)
     return runs
 
 
