@@ -107,7 +107,7 @@ class Engine:
             return
         done = threading.Event()
         self.loop.call_soon_threadsafe(lambda: (self.act(what, request_id, length), done.set()))
-        if not done.wait(1.0):
+        if not done.wait(PATIENCE):
             self._note("the event loop stood still during step()")
 
     def _touched(self, name: str) -> None:
@@ -340,20 +340,17 @@ def _read_by(function: Callable) -> Callable:
                     async with aclosing(outputs_of(request_id, length)) as outputs:
                         async for output in outputs:
                             read[request_id].append(output.number)
-                            if len(read[request_id]) == most:
+                            if len(read[request_id]) == most and not script.cancel:
                                 return
+                            if len(read[request_id]) == most:
+                                asyncio.current_task().cancel()  # when it waits for the next one
                 except PromptError as error:
                     read[request_id].append(type(error).__name__)
 
             server = asyncio.ensure_future(_serve(engine, wishes, queues))
             (first, length), *others = script.lengths
-            readers = [asyncio.ensure_future(reader(first, length, 0 if script.cancel else script.stop_after))]
+            readers = [asyncio.ensure_future(reader(first, length, script.stop_after))]
             readers += [asyncio.ensure_future(reader(name, length, 0)) for name, length in others]
-            if script.cancel:
-                while len(read[first]) < script.stop_after and not readers[0].done():
-                    await asyncio.sleep(0)
-                await asyncio.sleep(0)  # it waits for its next output now
-                readers[0].cancel()
             for each in readers:
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait_for(asyncio.shield(each), PATIENCE)
