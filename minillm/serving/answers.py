@@ -9,10 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from minillm.engine import CompletionOutput, Logprob, RequestOutput
-from minillm.model import token_texts
+from minillm.model import Tokenizer, token_texts
 from minillm.serving.http_errors import APIError
 from minillm.serving.protocol import (
     ChatLogprobs,
@@ -41,9 +39,7 @@ class Answer:
 
     kind = chunk_kind = id_prefix = ""  # what subclasses say
 
-    def __init__(
-        self, request: SamplingRequest, request_id: str, model: str, tokenizer: PreTrainedTokenizerBase | None
-    ):
+    def __init__(self, request: SamplingRequest, request_id: str, model: str, tokenizer: Tokenizer | None):
         self.request, self.tokenizer = request, tokenizer
         self.head = {"id": f"{self.id_prefix}-{request_id}", "object": self.kind}
         self.head |= {"created": int(time.time()), "model": model}

@@ -46,7 +46,7 @@ from minillm.serving.protocol import (
     Version,
 )
 from minillm.serving.requests import as_list, encoded, encoded_chat, in_thread, params_of, prompts_of
-from minillm.serving.streams import ClientGone, EventStream, together, unless_gone
+from minillm.serving.streams import ClientGone, EventStream, unless_gone
 
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizePrompt, TokenizeChat, DetokenizeRequest)
 PAGE_MAY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
@@ -213,11 +213,7 @@ class Endpoints:
         answer = kind(request, http.state.request_id, request.model or self.model_name, self.engine.tokenizer)
         if not request.stream:
             return await self._unless_gone(http, _whole(answer, outputs))
-        try:  # the first output brings what is refused, while the status can still say so
-            first = await unless_gone(http.receive, anext(outputs))
-        except ClientGone:
-            return Response()
-        return EventStream(_events(answer, first, outputs), outputs)
+        return EventStream(answer, outputs)
 
     async def _checked(self, request: SamplingRequest) -> list[tuple[dict, object]]:
         """(prompt, parameters) of each of the engine's requests."""
@@ -230,23 +226,16 @@ class Endpoints:
 
     async def _outputs(
         self, http: Request, request: SamplingRequest, prepared: Sequence[tuple[dict, object]]
-    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+    ) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
         """(place of the prompt, output) as they come; closing this ends the engine's requests."""
         request_ids = self._take_ids(http, len(prepared))
-        sources = [
-            self.engine.generate(
-                request_id,
-                prompt,
-                params,
-                priority=request.priority or 0,
-                output_kind="delta" if request.stream else "final_only",
-            )
-            for request_id, (prompt, params) in zip(request_ids, prepared, strict=True)
-        ]
+        places = {request_id: place for place, request_id in enumerate(request_ids)}
+        requests = [(each, *what, request.priority or 0) for each, what in zip(request_ids, prepared, strict=True)]
+        kind = "delta" if request.stream else "final_only"
         try:
-            async with aclosing(together(sources)) as outputs:
-                async for each in outputs:
-                    yield each
+            async with aclosing(self.engine.generate_together(requests, kind)) as batches:
+                async for outputs in batches:
+                    yield [(places[output.request_id], output) for output in outputs]
         except MiniLLMError as error:
             prompt_field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise from_engine(error, type(request).model_fields, prompt_field) from None
@@ -343,23 +332,11 @@ class Endpoints:
         return self.engine.tokenizer
 
 
-async def _whole(answer: Answer, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> Response:
+async def _whole(answer: Answer, outputs: AsyncIterator[list[tuple[int, RequestOutput]]]) -> Response:
     last = {}
     async with aclosing(outputs):
-        async for place, output in outputs:
-            last[place] = output
+        async for batch in outputs:
+            last.update(batch)
     num_tokens = sum(len(part.token_ids) for output in last.values() for part in output.outputs)
     size = num_tokens * (1 + (answer.request.num_logprobs or 0))  # about as many numbers and texts are in the answer
     return await in_thread(size, lambda: JSON(answer.whole(last)))
-
-
-async def _events(
-    answer: Answer, first: tuple[int, RequestOutput], outputs: AsyncIterator[tuple[int, RequestOutput]]
-) -> AsyncIterator[dict]:
-    for event in answer.events(*first):
-        yield event
-    async for place, output in outputs:
-        for event in answer.events(place, output):
-            yield event
-    for event in answer.last_events():
-        yield event

@@ -20,13 +20,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from minillm.costs import MemoryLedger
 from minillm.engine import (
@@ -51,7 +51,7 @@ from minillm.errors import (
     check_whole,
     checked,
 )
-from minillm.model import ModelConfig
+from minillm.model import ModelConfig, Tokenizer
 from minillm.sampling import SamplingParams
 from minillm.trace import RequestRecord, Trace, record_of, records_of
 
@@ -141,7 +141,7 @@ class AsyncEngine:
     # --- what is known of it; from any thread ---
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The model's own; None with `skip_tokenizer_init`."""
         return self._engine.tokenizer
 
@@ -203,24 +203,34 @@ class AsyncEngine:
         errors of `add_request`, QueueFullError and DrainingError; any may bring WorkerDiedError, SlowReaderError and
         StepFailedError. If the request is aborted, the last output has the finish reason "abort".
         """
-        arrival_time = self.clock()
-        self._check_open()
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         if isinstance(text, str) and len(text) > LONG_TEXT:
+            self._check_open()
             prompt = await asyncio.to_thread(encode_prompt, prompt, self.tokenizer)
-        inbox = Inbox(self.max_unread, merge=output_kind == "delta")
-        inbox.on_slow = partial(self._wish_if_open, partial(self._abandon, request_id, inbox))
-        self._wish(partial(self._add, inbox, (request_id, prompt, params, priority), output_kind, arrival_time), inbox)
-        try:
-            while True:
-                output = await inbox.get()
+        requests = [(request_id, prompt, params, priority)]
+        async with aclosing(self.generate_together(requests, output_kind)) as batches:
+            async for (output,) in batches:
                 yield output
-                if output.finished:
-                    return
+
+    async def generate_together(
+        self, requests: Sequence[tuple[str, Prompt, SamplingParams | None, int]], output_kind: OutputKind = "delta"
+    ) -> AsyncIterator[list[RequestOutput]]:
+        """Several requests (id, prompt, params, priority) for one reader: all that they have brought since it last
+        asked, at most one output for each. What ends one with an error ends all; else as `generate`.
+        """
+        arrival_time = self.clock()
+        self._check_open()
+        inbox = Inbox(self.max_unread * len(requests), len(requests), merges=output_kind == "delta")
+        inbox.on_slow = partial(self._wish_if_open, partial(self._abandon, inbox))
+        for request in requests:
+            self._wish(partial(self._add, inbox, request, output_kind, arrival_time), inbox)
+        try:
+            while not inbox.has_ended:
+                yield await inbox.get()
         finally:
             inbox.closed = True
-            if not inbox.is_over:
-                self._wish_if_open(partial(self._abandon, request_id, inbox))
+            if inbox.num_unfinished > 0:
+                self._wish_if_open(partial(self._abandon, inbox))
 
     async def encode(self, prompt: Prompt) -> Tensor:
         """One vector for a prompt, see `LLM.encode`; between two steps, which wait for it, but never for two of them.
@@ -309,12 +319,12 @@ class AsyncEngine:
         inbox.on_slow = partial(self._wish_if_open, partial(self._subscribers.pop, inbox, None))
         self._wish(partial(self._follow, inbox), inbox)
         try:
-            make, state, unfinished = await inbox.get()
+            [(make, state, unfinished)] = await inbox.get()
             header, *records = await asyncio.to_thread(lambda: list(records_of(make())))
             gone = missing(records, unfinished)
             yield [header | {"live": True}, {"config": state}, *records, *([{"aborted": gone}] if gone else [])]
             while True:
-                yield await inbox.get()
+                yield [record for records in await inbox.get() for record in records]
         finally:
             inbox.closed = True
             self._wish_if_open(partial(self._subscribers.pop, inbox, None))
@@ -456,9 +466,9 @@ class AsyncEngine:
                     self._tell(answer, error)
                 return
 
-    def _abandon(self, request_id: str, inbox: "Inbox") -> None:
-        """Nobody reads this request any more. Its id may be somebody else's by now."""
-        if self._readers.get(request_id) is inbox:
+    def _abandon(self, inbox: "Inbox") -> None:
+        """Nobody reads these requests any more. Their ids may be somebody else's by now."""
+        for request_id in [each for each, reader in self._readers.items() if reader is inbox]:
             self._engine.abort_request(request_id)
 
     def _go_on(self) -> None:
@@ -523,7 +533,7 @@ class AsyncEngine:
         """An output goes to its reader, and to the metrics."""
         inbox = self._readers.get(output.request_id)
         if self.metrics is not None and inbox is not None:
-            self.metrics.take_output(output, self._recorder.name, is_delta=inbox.merge)
+            self.metrics.take_output(output, self._recorder.name, is_delta=inbox.merges)
         if output.finished:
             self._ends.append(time.monotonic())
             self._readers.pop(output.request_id, None)
@@ -581,7 +591,7 @@ class AsyncEngine:
     def _texts(self, output: RequestOutput) -> Iterator[dict]:
         """What a step brought of a request, if it is told token by token."""
         inbox = self._readers.get(output.request_id)
-        for part in output.outputs if inbox is not None and inbox.merge else ():
+        for part in output.outputs if inbox is not None and inbox.merges else ():
             name = self._recorder.name(output_id(output.request_id, part.index))
             yield {"request_id": name, "step": self._last_step, "texts": [part.text]}
 
@@ -631,14 +641,21 @@ class Answer:
 class Inbox:
     """What a coroutine of this event loop has not read yet: at most `most`, then SlowReaderError takes their place."""
 
-    def __init__(self, most: int, merge: bool = False):
+    def __init__(self, most: int, num_requests: int = 1, merges: bool = False):
+        """`merges`: outputs of a request that are read together are read as one."""
         self.loop = asyncio.get_running_loop()
-        self.most, self.merge = most, merge
+        self.most, self.merges = most, merges
         self.closed = False  # nobody reads any more
         self.is_over = False  # nothing more will come
         self.on_slow: Callable[[], None] | None = None
-        self._items: deque = deque()
+        self.num_unfinished = num_requests  # of the requests that it is for
+        self._items: list = []
         self._waiter: asyncio.Future | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will come, and all has been read."""
+        return self.is_over and not self._items
 
     def take(self, what: Any) -> None:
         if self.closed or self.is_over:
@@ -647,23 +664,31 @@ class Inbox:
             self._items.clear()
             what = SlowReaderError(f"{self.most} outputs were left unread; read faster, or ask for no stream")
             self.on_slow()
-        self.is_over = isinstance(what, Exception) or (isinstance(what, RequestOutput) and what.finished)
+        if isinstance(what, RequestOutput):
+            self.num_unfinished -= what.finished
+        self.is_over = self.num_unfinished == 0 or isinstance(what, Exception)
         self._items.append(what)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def get(self) -> Any:
-        """The next item; deltas that have come meanwhile as one. Raises an item that is an exception."""
+    async def get(self) -> list:
+        """All that has come; waits for something. Raises an item that is an exception when those before are read."""
         while not self._items:
             self._waiter = self.loop.create_future()
             await self._waiter
         self._waiter = None
-        what = self._items.popleft()
-        while self.merge and self._items and isinstance(self._items[0], RequestOutput):
-            what = merged(what, self._items.popleft())
-        if isinstance(what, Exception):
-            raise what
-        return what
+        items, self._items = self._items, []
+        if isinstance(items[-1], Exception):  # none comes behind one
+            if len(items) == 1:
+                raise items[0]
+            self._items = [items.pop()]
+        if self.merges and len(items) > 1:
+            outputs: dict[str, RequestOutput] = {}
+            for item in items:
+                first = outputs.get(item.request_id)
+                outputs[item.request_id] = item if first is None else merged(first, item)
+            return list(outputs.values())
+        return items
 
 
 Reply = Answer | Inbox

@@ -7,21 +7,18 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from minillm.errors import MiniLLMError, PromptError
-from minillm.model import encode, encode_chat
+from minillm.model import Tokenizer, encode, encode_chat
 from minillm.sampling import SamplingParams
 from minillm.serving.http_errors import APIError, from_engine
 from minillm.serving.protocol import ChatRequest, CompletionRequest, Conversation, Message, Prompts, SamplingRequest
 
 LONG = 2_000  # characters or tokens; more is turned into the other in a thread
 SAME = [field.name for field in fields(SamplingParams) if field.name in SamplingRequest.model_fields]
-TEMPLATES_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "kwargs"}
 
 
 async def prompts_of(
-    request: CompletionRequest | ChatRequest, tokenizer: PreTrainedTokenizerBase | None, most_tokens: int
+    request: CompletionRequest | ChatRequest, tokenizer: Tokenizer | None, most_tokens: int
 ) -> list[dict]:
     """The engine's prompts, with their ids and the text that they came from. Raises APIError, 400."""
     if isinstance(request, ChatRequest):
@@ -39,9 +36,7 @@ def as_list(prompts: Prompts) -> list[str | list[int]]:
     return prompts if isinstance(prompts, list) and not isinstance(prompts[0], int) else [prompts]
 
 
-async def encoded(
-    prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, most_tokens: int, field: str
-) -> list[dict]:
+async def encoded(prompts: Prompts, tokenizer: Tokenizer | None, most_tokens: int, field: str) -> list[dict]:
     """Texts and token ids in any form -> the engine's prompts. `field` is where they stood. Raises APIError, 400."""
     prompts = as_list(prompts)
     if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
@@ -64,12 +59,13 @@ async def encoded(
         raise from_engine(error, prompt_field=field) from None
 
 
-async def encoded_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, list[int]]:
+async def encoded_chat(chat: Conversation, tokenizer: Tokenizer | None) -> tuple[str, list[int]]:
     """A conversation in the model's template -> (text, ids). Raises APIError, 400, also for a model without one."""
     if tokenizer is None:
         raise APIError(400, "this server has no tokenizer, and so no chat template; send token ids to /v1/completions")
     options = chat.chat_template_kwargs or {}
-    if not TEMPLATES_OWN.isdisjoint(options):  # such as another template, which would be the client's own program
+    # such as another template, which would be the client's own program
+    if options and not arguments_of(tokenizer.apply_chat_template).isdisjoint(options):
         raise APIError(
             400, "chat_template_kwargs may only hold what the model's own template reads", "chat_template_kwargs"
         )
@@ -100,7 +96,12 @@ async def encoded_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | 
         raise from_engine(error, prompt_field="messages") from None
 
 
-def check_length(num_characters: int, tokenizer: PreTrainedTokenizerBase | None, most_tokens: int) -> None:
+def arguments_of(function: Callable) -> set[str]:
+    """Their names, and those under which it would take others."""
+    return {*inspect.signature(function).parameters, "self", "kwargs"}
+
+
+def check_length(num_characters: int, tokenizer: Tokenizer | None, most_tokens: int) -> None:
     """Raises APIError, 400, for a text that cannot fit even if all its tokens were the longest there are.
 
     To find the tokens of a megabyte takes seconds.
@@ -112,7 +113,7 @@ def check_length(num_characters: int, tokenizer: PreTrainedTokenizerBase | None,
 
 
 @cache
-def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_token(tokenizer: Tokenizer) -> int:
     """Its characters; a byte of a character counts as one."""
     return max(map(len, tokenizer.get_vocab()))
 

@@ -1,9 +1,8 @@
-"""Answers that take long: several requests of the engine as one, ended when the client goes; server-sent events."""
+"""Answers that take long are ended when their client goes; server-sent events."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 import pydantic_core
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minillm.engine import RequestOutput
+from minillm.serving.answers import Answer
 from minillm.serving.http_errors import APIError, from_engine
 
 log = logging.getLogger("minillm.serving")
@@ -49,49 +49,20 @@ async def ended(*tasks: asyncio.Task) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def together(sources: Sequence[AsyncIterator[RequestOutput]]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """(which source, its output) of all sources as they come. What one raises is raised, and ends the others."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as source:
-            async for output in source:
-                yield 0, output
-        return
-    arrived = asyncio.Queue(1)  # whoever reads slowly leaves the outputs with the engine, which bounds them
-
-    async def read(place: int, source: AsyncIterator[RequestOutput]) -> None:
-        try:
-            async with aclosing(source):
-                async for output in source:
-                    await arrived.put((place, output))
-        except Exception as error:
-            await arrived.put((place, error))
-
-    readers = [asyncio.ensure_future(read(*each)) for each in enumerate(sources)]
-    left = len(sources)
-    try:
-        while left:
-            place, output = await arrived.get()
-            if isinstance(output, Exception):
-                raise output
-            yield place, output
-            left -= output.finished
-    finally:
-        await ended(*readers)
-
-
 class EventStream(Response):
-    """Server-sent events: one for each value, then [DONE]. An error in the middle is an event as well.
+    """Server-sent events: what an answer says of its outputs, then [DONE]. An error in the middle is an event as well;
+    what is refused at once is raised while the status can still say so.
 
-    When the client goes, the values' source is closed, and with it the engine's requests are ended.
+    When the client goes, the outputs' source is closed, and with it the engine's requests are ended.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, values: AsyncIterator[dict], source: AsyncGenerator):
-        """`source` is where the values come from; it is closed in the end, whatever happens."""
+    def __init__(self, answer: Answer, outputs: AsyncGenerator[list[tuple[int, RequestOutput]]]):
+        """`outputs` (place of the prompt, output) come in batches. What comes at once is sent at once."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._values, self._source = values, source
+        self._answer, self._outputs = answer, outputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -99,22 +70,30 @@ class EventStream(Response):
         except (ClientGone, OSError):
             return
         finally:
-            await self._source.aclose()
+            await self._outputs.aclose()
 
     async def _send_all(self, send: Send) -> None:
+        has_begun = False
+
         async def write(data: bytes, more_body: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more_body})
 
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._values):
-            try:
-                async for value in self._values:
-                    await write(event(value))
-            except OSError:
+        try:
+            async for batch in self._outputs:
+                if not has_begun:
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    has_begun = True
+                data = b"".join([event(value) for each in batch for value in self._answer.events(*each)])
+                if data:
+                    await write(data)
+            data = b"".join(map(event, self._answer.last_events()))
+        except OSError:
+            raise
+        except Exception as error:
+            if not has_begun:
                 raise
-            except Exception as error:
-                await write(event(told(error)))
-        await write(DONE, more_body=False)
+            data = event(told(error))
+        await write(data + DONE, more_body=False)
 
 
 def event(value: Any) -> bytes:
