@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     slo = SLO(arguments.ttft, arguments.itl)
     jobs = make_jobs(arguments.requests, vocab_size=1_000)
     settings = our_arguments(jobs, arguments.streams, max(512, arguments.streams))
-    llm = LLM(arguments.model, skip_tokenizer_init=True, verbose=False, **settings)
+    llm = LLM(arguments.model, verbose=False, **settings)
     try:
         with server(arguments.model, settings, arguments.server_options) as (where, pid):
             result = measure(llm, where, pid, jobs, arguments, slo)
@@ -106,12 +106,15 @@ def measure(llm: LLM, where: tuple, pid: int, jobs: Sequence[Job], arguments: ar
     run(where, jobs, [0.0] * len(jobs), arguments.streams)
     for _ in range(arguments.repeats):
         engine = engine_run(llm, jobs)
-        before, began = cpu_seconds(pid), time.perf_counter()
+        before, began, client = cpu_seconds(pid), time.perf_counter(), time.process_time()
         answers = run(where, jobs, [0.0] * len(jobs), arguments.streams)
         seconds, cpu = time.perf_counter() - began, cpu_seconds(pid) - before
+        client = time.process_time() - client
         check_whole(answers)
         idle = {"engine": engine_ttft(llm, jobs[0]), "server": server_ttft(where, jobs[0])}
-        turns.append({"engine": engine, "server": {"seconds": seconds, "cpu": cpu}, "idle_ttft": idle})
+        turns.append(
+            {"engine": engine, "server": {"seconds": seconds, "cpu": cpu, "client": client}, "idle_ttft": idle}
+        )
     rate = len(jobs) / statistics.median(turn["server"]["seconds"] for turn in turns) * arguments.load
     arrivals = poisson(rate, random.Random(0))
     random_run = run(where, jobs, [next(arrivals) for _ in jobs])
@@ -292,6 +295,8 @@ def table(result: dict) -> str:
             f"{name:8} {result['tokens'] / seconds:10,.0f} tokens/s, {cpu / result['tokens'] * 1e6:7.1f} µs of CPU per "
             f"token; idle: TTFT {ttft * 1e3:.2f} ms"
         )
+    client = statistics.median(turn["server"]["client"] for turn in result["turns"])
+    lines.append(f"client   {client / result['tokens'] * 1e6:.1f} µs of CPU per token")
     lines.append(
         f"ratio    {result['throughput_ratio']:10.1%} of the engine's throughput, {result['cpu_ratio']:.2f} times its "
         f"processor time; idle: {result['ttft_ratio']:.2f} times its TTFT"

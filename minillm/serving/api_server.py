@@ -59,7 +59,14 @@ GENERATING = (*POSTED, 429, 500, 503)
 def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> FastAPI:
     """The server's ASGI app. The engine stays the caller's, who shuts it down."""
     options = ServerOptions() if options is None else options
-    app = FastAPI(title="minillm", version=minillm.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="minillm",
+        version=minillm.__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # /metrics and the trace tell more
+    )
     app.state.options = options
     add_error_answers(app)
     Endpoints(engine, options).add_to(app)

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,8 @@ from minillm.serving.http_errors import APIError, from_engine
 from minillm.serving.protocol import ChatRequest, CompletionRequest, Conversation, Message, Prompts, SamplingRequest
 
 LONG = 2_000  # characters or tokens; more is turned into the other in a thread
-SAME = [field.name for field in fields(SamplingParams) if field.name in SamplingRequest.model_fields]
+OTHERWISE = {"temperature", "logit_bias", "max_tokens", "prompt_logprobs"}  # not told to SamplingParams as they stand
+SAME = {field.name for field in fields(SamplingParams)} & SamplingRequest.model_fields.keys() - OTHERWISE
 
 
 async def prompts_of(
@@ -153,18 +154,19 @@ def params_of(request: SamplingRequest, num_prompt_tokens: int, most_tokens: int
             400, f"the prompt fills the context of {most_tokens} tokens; max_tokens must be at least 1", "max_tokens"
         )
     try:
-        params = SamplingParams(
-            **{name: getattr(request, name) for name in SAME if name not in ("temperature", "logit_bias")},
+        return SamplingParams(
+            **{name: getattr(request, name) for name in SAME},
             temperature=1.0 if request.temperature is None else request.temperature,
             logit_bias=request.logit_bias and {int(key): bias for key, bias in request.logit_bias.items()},
             logprobs=request.num_logprobs,
+            max_tokens=min(room if wanted is None else wanted, room),
+            prompt_logprobs=_of_the_prompt(request),
         )
-        return replace(params, max_tokens=min(wanted or room, room), **_of_the_prompt(request))
     except MiniLLMError as error:
         raise from_engine(error, type(request).model_fields) from None
 
 
-def _of_the_prompt(request: SamplingRequest) -> dict:
-    """An echo shows log-probabilities of the prompt as well."""
+def _of_the_prompt(request: SamplingRequest) -> int | None:
+    """How many log-probabilities of the prompt: an echo shows them as well."""
     asked = [request.prompt_logprobs, request.num_logprobs if getattr(request, "echo", False) else None]
-    return {"prompt_logprobs": max((number for number in asked if number is not None), default=None)}
+    return max((number for number in asked if number is not None), default=None)

@@ -5,6 +5,7 @@ it at once. If the worker dies the server stays, answers /health with 503, and s
 """
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -29,6 +30,7 @@ from minillm.serving.options import ServerOptions
 
 log = logging.getLogger("minillm.serving")
 CLOSING_SECONDS = 5  # for answers to be sent when all requests have ended
+SWITCH_SECONDS = 50e-6  # for which the event loop may keep the engine waiting for Python's lock, or the engine the loop
 LOG_EVERY = 10.0  # seconds between lines of throughput
 
 
@@ -52,6 +54,7 @@ def serve(model: str, options: ServerOptions, config: EngineConfig, **loading) -
             server = Server(create_app(engine, options), engine, options.drain_timeout)
             server.ready = f"ready on {address(listener)} after {{:.1f}} s"
             server.began = began
+            share_the_lock()
             server.run(sockets=[listener])
         finally:
             engine.shutdown()
@@ -99,6 +102,18 @@ def bound(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}, port {port} ({error.strerror}); choose another with --port, 0 for any free one"
         ) from error
     return listener
+
+
+def share_the_lock() -> None:
+    """Set how two threads that both compute, the engine's and the event loop's, take turns.
+
+    The engine lets go of Python's lock in each of a step's kernels. With Python's 5 ms it would come back only when the
+    loop has sent all tokens of the step before; what should happen beside each other would happen one after the other.
+    Objects that stay are taken out of the collector's rounds, which neither thread could interrupt.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
 
 
 def address(listener: socket.socket) -> str:
