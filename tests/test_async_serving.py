@@ -622,6 +622,30 @@ def test_a_subscriber_hears_who_was_aborted_then_and_before(folder):
     assert before == ["runs", "waits"]  # the trace has let go of the others, which took part in nothing
 
 
+def test_a_subscriber_whose_event_loop_stood_still_hears_everything(folder):
+    """What came behind the beginning of the feed is fetched with it."""
+
+    async def main(engine):
+        feed = engine.follow()
+        beginning = asyncio.ensure_future(anext(feed))
+        await asyncio.sleep(0)  # it has asked
+        task = asyncio.create_task(read(engine, "a", params=TEN))
+        await asyncio.sleep(0)
+        while len(engine._engine.trace.steps) < 10 or engine._engine.has_unfinished_requests():
+            time.sleep(0.001)
+        await engine.control()  # the last step's news is on its way before this answer
+        await task
+        records = await beginning
+        while not any("finished" in record.get("step", ()) for record in records):
+            records += await anext(feed)
+        return records
+
+    with serving(folder) as engine:
+        records = run(main(engine))
+    assert "format" in records[0] and "config" in records[1]
+    assert [record["step"]["step"] for record in records if "step" in record] == list(range(10))
+
+
 def test_a_subscriber_that_lags_behind_is_dropped(folder, monkeypatch):
     monkeypatch.setattr(module, "MOST_UNREAD_NEWS", 5)
 

@@ -319,12 +319,14 @@ class AsyncEngine:
         inbox.on_slow = partial(self._wish_if_open, partial(self._subscribers.pop, inbox, None))
         self._wish(partial(self._follow, inbox), inbox)
         try:
-            [(make, state, unfinished)] = await inbox.get()
+            (make, state, unfinished), *news = await inbox.get()
             header, *records = await asyncio.to_thread(lambda: list(records_of(make())))
             gone = missing(records, unfinished)
             yield [header | {"live": True}, {"config": state}, *records, *([{"aborted": gone}] if gone else [])]
             while True:
-                yield [record for records in await inbox.get() for record in records]
+                for each in news:
+                    yield each
+                news = await inbox.get()
         finally:
             inbox.closed = True
             self._wish_if_open(partial(self._subscribers.pop, inbox, None))
