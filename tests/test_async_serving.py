@@ -260,6 +260,20 @@ def test_what_was_not_fetched_comes_as_one(folder, expected):
         assert run(main(engine)) == expected(PROMPT)
 
 
+def test_outputs_that_are_no_deltas_come_one_by_one_however_late(folder, expected):
+    async def main(engine):
+        stream = engine.generate("a", PROMPT, TEN, output_kind="cumulative")
+        await anext(stream)
+        await until(lambda: not engine._engine.has_unfinished_requests())
+        await asyncio.sleep(0.01)
+        return [output async for output in stream]
+
+    with serving(folder) as engine:
+        rest = run(main(engine))
+    assert [len(output.outputs[0].token_ids) for output in rest] == list(range(2, 11))
+    assert rest[-1].outputs[0].token_ids == expected(PROMPT) and rest[-1].finished
+
+
 def test_deltas_are_merged_output_by_output():
     def output(*parts, **others):
         metrics = RequestMetrics(0.0, 1.0, others.pop("time", 2.0))

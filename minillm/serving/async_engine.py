@@ -209,14 +209,15 @@ class AsyncEngine:
             prompt = await asyncio.to_thread(encode_prompt, prompt, self.tokenizer)
         requests = [(request_id, prompt, params, priority)]
         async with aclosing(self.generate_together(requests, output_kind)) as batches:
-            async for (output,) in batches:
-                yield output
+            async for outputs in batches:
+                for output in outputs:
+                    yield output
 
     async def generate_together(
         self, requests: Sequence[tuple[str, Prompt, SamplingParams | None, int]], output_kind: OutputKind = "delta"
     ) -> AsyncIterator[list[RequestOutput]]:
         """Several requests (id, prompt, params, priority) for one reader: all that they have brought since it last
-        asked, at most one output for each. What ends one with an error ends all; else as `generate`.
+        asked, a request's deltas as one. What ends one with an error ends all; else as `generate`.
         """
         arrival_time = self.clock()
         self._check_open()
