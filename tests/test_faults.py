@@ -79,8 +79,8 @@ def fault(name: str, expected: str) -> Callable:
     return add
 
 
-def start(*options: str) -> ServedProcess:
-    return ServedProcess(*OPTIONS, *options, changes=CHANGES)
+def start(*options: str, changes: str = "") -> ServedProcess:
+    return ServedProcess(*OPTIONS, *options, changes=CHANGES + changes)
 
 
 # --- what must stay as it was ----------------------------------------------------------------------------------------
