@@ -54,7 +54,7 @@ def rung_record(name: str, rungs: Mapping[str, Rung], turns: Sequence[Turn], tim
 
 
 def factor(before: str | None, name: str, rungs: Mapping[str, Rung], turns: Sequence[Turn], timer: str) -> dict | None:
-    """How many times the useful tokens a second of `before` a rung makes, turn by turn, and the median of those.
+    """A rung's useful tokens per second over those of `before`, turn by turn, and the median of the ratios.
 
     If one of them served the first few requests alone, and the other served one at a time, only these are compared.
     `same_requests` is False where that cannot be: then each side counts with its own.
@@ -80,7 +80,7 @@ def requests_compared(one: Rung, other: Rung) -> tuple[int, int]:
 
 
 def speed(rung: Rung, seconds: float, num_jobs: int) -> float:
-    """Useful output tokens a second of the first so many jobs."""
+    """Useful output tokens per second of the first so many jobs."""
     return sum(job.num_outputs for job in rung.jobs[:num_jobs]) / seconds
 
 

@@ -51,7 +51,7 @@ def measure(
     model: Decoder, requests: Iterable[Request], batching: str, config: SchedulerConfig, timer: str = "cpu"
 ) -> MeasuredRun:
     """Run copies of `requests`, which must all arrive at 0, and time every step on the named timer."""
-    sampler = sample_rows if cpu.unusable(model.dtype, *cpu.ANY_SHAPE) else cpu.sample_rows  # the engine's
+    sampler = sample_rows if cpu.unusable(model.dtype) else cpu.sample_rows  # the engine's
     executor = ContiguousExecutor(model, config.max_num_seqs, config.max_model_len, sampler)
     clock = RealClock(TIMERS[timer])
     scheduler = BATCHING[batching](config, clock)

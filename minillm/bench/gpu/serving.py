@@ -1,6 +1,6 @@
 """The serving parts: W1, W2, W3 and the ablation. Whole workloads through our engine and, beside it, through others.
 
-A speed is output tokens a second of the whole run, prompts included. Beside ours stands what the measured ceilings
+A speed is output tokens per second of the whole run, prompts included. Beside ours stands what the measured ceilings
 allow: for the workload if all requests ran at once from the first step (`costs.workload_seconds`), and for the steps
 that were taken (`costs.trace_seconds`).
 """

@@ -57,7 +57,6 @@ OPTIONS = (
     "-freciprocal-math", "-fPIC", "-shared",
 )  # fmt: skip
 THREADS = "-fopenmp"
-ANY_SHAPE = ()  # head size and group of operations in which heads do not matter
 OPERATIONS = {  # p: a tensor, i: a whole number of 64 bits, n: one of 32, f: a float32
     "add_rms_norm": "ppppfiin",
     "silu_mul": "ppiin",
