@@ -105,8 +105,9 @@ def until(page: Page, expression: str) -> None:
 
 
 def idle(page: Page) -> None:
-    """Until the engine has finished what it was sent."""
-    expect(page.locator("#live .sentence")).to_have_text(re.compile("finished|Nothing has run"), timeout=LONG_MS)
+    """Until the engine has finished what it was sent: a sentence of a step tells of finished requests too, and of more."""
+    done = re.compile(r"^(\d+ requests? finished|Nothing has run yet)\.$")
+    expect(page.locator("#live .sentence")).to_have_text(done, timeout=LONG_MS)
 
 
 @pytest.mark.parametrize("width", [320, 1400])
