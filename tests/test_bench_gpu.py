@@ -687,6 +687,9 @@ def test_the_latest_recorded_run_of_a_kind(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(run | {"date": date}))
     (tmp_path / "d.json").write_text(json.dumps(run | {"date": "2027-01-01", "kind": "other"}))
     assert recorded.latest("gpu", tmp_path)["date"] == "2026-11-25"
+    (tmp_path / "e.json").write_text(json.dumps(run | {"date": "2026-11-24", "parts": {"w1": {}}}))
+    assert recorded.latest("gpu", tmp_path, part="w1")["parts"] == {"w1": {}}
+    assert recorded.latest("gpu", tmp_path, part="w2") is None
 
 
 @pytest.mark.parametrize("text, message", [("{", "cannot be read"), ('{"schema": 1}', "no kind, date"), ("3", "no ")])

@@ -1,12 +1,11 @@
 """`minillm bench serve`: a real server, its events counted, and figures that follow from what was seen."""
 
 import asyncio
-import json
 import os
 
 import pytest
 
-from minillm.bench import serve
+from minillm.bench import recorded, serve
 from minillm.bench.contenders import Job, make_jobs, our_arguments
 from minillm.bench.serve import Answer, Stream
 from minillm.errors import ConfigError
@@ -18,7 +17,9 @@ SLO_OF_TEST = SLO(ttft=1.0, itl=0.1)
 def test_server_and_engine_in_turns(tmp_path, capsys):
     file = tmp_path / "serve.json"
     assert serve.main(f"--requests 6 --streams 3 --repeats 1 --load 3 --json {file}".split()) == 0
-    result = json.loads(file.read_text())
+    record = recorded.load(file)
+    assert (record["kind"], record["schema"], list(record["parts"])) == ("serve", 1, ["storyteller"])
+    result = record["parts"]["storyteller"]
     jobs = make_jobs(6, 1_000)
     assert result["tokens"] == sum(job.num_outputs for job in jobs)
     assert result["closed_loop"]["served"] == result["poisson"]["served"] == 6

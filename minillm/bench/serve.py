@@ -31,6 +31,7 @@ from minillm.sampling import SamplingParams
 from minillm.serving import ServerProcess
 from minillm.simulation import SLO, Spread, poisson, spread
 
+SCHEMA = 1
 ANSWER_SECONDS = 300.0  # in which a run must end
 IDLE_TOKENS = 8  # of a request to an idle server
 DATA, DONE = b"data: ", b"data: [DONE]"
@@ -78,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         llm.shutdown()
     print(table(result))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result | surroundings(), indent=2) + "\n")
+        record = {"schema": SCHEMA, "kind": "serve"} | surroundings() | {"parts": {arguments.model: result}}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 

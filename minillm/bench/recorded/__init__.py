@@ -1,6 +1,6 @@
 """Recorded runs of `minillm bench`, as JSON files: what chapters and README quote, with machine and date.
 
-A file comes here as `minillm bench gpu --json` or `minillm bench ladder --json` wrote it. Dry runs are refused.
+A file comes here as `minillm bench gpu`, `bench ladder` or `bench serve` wrote it with `--json`. Dry runs are refused.
 """
 
 import json
@@ -12,10 +12,14 @@ FOLDER = Path(__file__).parent
 FIELDS = ("schema", "kind", "date", "machine", "parts")  # of every record
 
 
-def latest(kind: str, folder: Path = FOLDER) -> dict | None:
-    """The newest run of a kind ("gpu", "ladder"), None if there is none. Raises ConfigError for other files."""
+def latest(kind: str, folder: Path = FOLDER, *, part: str | None = None) -> dict | None:
+    """The newest run of a kind ("gpu", "ladder", "serve"); with `part` the newest that has it. None if there is none.
+
+    Raises ConfigError for other files.
+    """
     runs = [load(file) for file in sorted(folder.glob("*.json"))]
-    return max((run for run in runs if run["kind"] == kind), key=lambda run: run["date"], default=None)
+    found = (run for run in runs if run["kind"] == kind and (part is None or part in run["parts"]))
+    return max(found, key=lambda run: run["date"], default=None)
 
 
 def load(file: Path) -> dict:
