@@ -105,7 +105,7 @@ def until(page: Page, expression: str) -> None:
 
 
 def idle(page: Page) -> None:
-    """Until the engine has finished what it was sent: a sentence of a step tells of finished requests too, and of more."""
+    """Until the engine has finished what it was sent; the sentence of a step tells of finished requests too."""
     done = re.compile(r"^(\d+ requests? finished|Nothing has run yet)\.$")
     expect(page.locator("#live .sentence")).to_have_text(done, timeout=LONG_MS)
 

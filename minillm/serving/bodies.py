@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 import pydantic_core
 from fastapi import Request
@@ -93,20 +92,16 @@ async def check_kind_of_body(request: Request) -> None:
         raise APIError(400, "the body must be JSON, sent with the header Content-Type: application/json")
 
 
-def body_of(*models: type[BaseModel]) -> Callable:
-    """A dependency that gives the checked body. It says in the log which fields it does not know."""
-
-    async def read(request: Request) -> BaseModel:
-        options = request.app.state.options
-        await check_kind_of_body(request)
-        data = await read_body(request, options.max_body_mib * 2**20, options.body_timeout)
-        if len(data) <= QUICK:
-            body = parse_body(data, models)
-        else:
-            body = await asyncio.to_thread(parse_body, data, models)
-        if body.model_extra:
-            names = ", ".join(shown(name) for name in list(body.model_extra)[:10])
-            log.warning("%s: fields that this server does not know are ignored: %s", request.state.request_id, names)
-        return body
-
-    return read
+async def read_as(request: Request, *models: type[BaseModel]) -> BaseModel:
+    """The checked body, see `parse_body`; says in the log which fields are not known."""
+    options = request.app.state.options
+    await check_kind_of_body(request)
+    data = await read_body(request, options.max_body_mib * 2**20, options.body_timeout)
+    if len(data) <= QUICK:
+        body = parse_body(data, models)
+    else:
+        body = await asyncio.to_thread(parse_body, data, models)
+    if body.model_extra:
+        names = ", ".join(shown(name) for name in list(body.model_extra)[:10])
+        log.warning("%s: fields that this server does not know are ignored: %s", request.state.request_id, names)
+    return body
