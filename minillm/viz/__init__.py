@@ -34,6 +34,7 @@ from minillm.viz.pool import PoolUse, ReservedAgainstPaged
 from minillm.viz.prefill_tiles import PrefillTiles
 from minillm.viz.recompute import RecomputeGrid
 from minillm.viz.roofline import DecodeRoofline
+from minillm.viz.scoreboard import Score, Scoreboard
 from minillm.viz.timeline import Timeline
 from minillm.viz.waterfall import Waterfall
 
@@ -69,6 +70,8 @@ __all__ = [
     "PrefillTiles",
     "RecomputeGrid",
     "ReservedAgainstPaged",
+    "Score",
+    "Scoreboard",
     "Span",
     "Timeline",
     "WarpAccess",
