@@ -682,6 +682,6 @@ def seconds_from_now() -> Callable[[], float]:
 
 
 def host_time_at_zero(clock: Callable[[], float]) -> float:
-    """What time.perf_counter says when the clock says 0: devices tell their times by that."""
+    """What time.perf_counter says when the clock says 0: devices tell times by that, simulated ones by the clock."""
     now = clock()
-    return time.perf_counter() - now
+    return getattr(clock, "device_time_at_zero", time.perf_counter() - now)

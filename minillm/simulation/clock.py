@@ -9,6 +9,8 @@ from minillm.errors import check_seconds, checked
 class VirtualClock:
     """Time that passes only when it is told to: simulations are exact, repeatable and fast."""
 
+    device_time_at_zero = 0.0  # simulated devices tell their times by this clock
+
     def __init__(self, now: float = 0.0):
         self.now = check_seconds("now", now)
 

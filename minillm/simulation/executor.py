@@ -11,6 +11,9 @@ INVENTED_TOKEN_ID = 0
 class SimulatedExecutor:
     """Advances the clock by what the cost model says, and returns a token for every request that samples.
 
+    A cost model with `host_seconds` has these in its seconds of every step: the host launches, and only then the device
+    computes. The trace tells both.
+
     The tokens mean nothing, so a request's output ends by `max_tokens` alone: give its length there, with `ignore_eos`.
     """
 
@@ -22,7 +25,9 @@ class SimulatedExecutor:
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """Let the step's time pass."""
         work = self.cost_model.work(plan)
+        began, host = self.clock(), getattr(self.cost_model, "host_seconds", None)
         if plan.num_requests:
             self.clock.advance(self.cost_model.seconds(work))
         token_ids = {part.request_id: INVENTED_TOKEN_ID for part in plan.scheduled if part.samples}
-        return ModelOutput(token_ids, work.score_entries)
+        device_times = None if host is None else (min(began + host, self.clock()), self.clock())
+        return ModelOutput(token_ids, work.score_entries, device_times=device_times)

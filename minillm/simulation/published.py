@@ -50,6 +50,7 @@ from minillm.simulation.factors import Coalition, Decomposition
 from minillm.simulation.reporting import Report, ReportBuilder
 from minillm.simulation.running import run
 from minillm.simulation.workload import ChatLengths, arrival_times, made_request
+from minillm.trace import Trace
 
 DTYPE_BYTES = 2  # float16
 BLOCK_SIZE = 16  # vLLM's
@@ -262,6 +263,11 @@ class Published:
         self._run(causes, GenerateOf2023(self.setting, self.assumptions, causes), figures)
         return figures.report()
 
+    def trace(self, causes: Iterable[str]) -> Trace:
+        """The trace of such a run. It tells what the host takes of each step."""
+        causes = known(causes)
+        return self._run(causes, GenerateOf2023(self.setting, self.assumptions, causes), trace=True)
+
     def decomposition(self) -> Decomposition:
         """Seconds of all coalitions; the factor, and what each cause is worth in it."""
         return Decomposition.of(tuple(CAUSES), self.seconds)
@@ -278,10 +284,16 @@ class Published:
             self._works[plans_alike] = noted.works
         return math.fsum(map(cost_model.seconds, self._works[plans_alike]))
 
-    def _run(self, causes: Coalition, cost_model: "GenerateOf2023 | Noting", figures: ReportBuilder | None = None):
+    def _run(
+        self,
+        causes: Coalition,
+        cost_model: "GenerateOf2023 | Noting",
+        figures: ReportBuilder | None = None,
+        trace: bool = False,
+    ) -> Trace | None:
         clock = VirtualClock()
-        scheduler = self._scheduler(causes, clock)
-        run(scheduler, SimulatedExecutor(cost_model, clock), self.requests(causes), clock, figures=figures)
+        scheduler = self._scheduler(causes, clock, trace)
+        return run(scheduler, SimulatedExecutor(cost_model, clock), self.requests(causes), clock, figures=figures)
 
     def requests(self, causes: Iterable[str]) -> list[Request]:
         """The prompts; where outputs of a prompt cannot share its blocks, one request each."""
@@ -292,7 +304,7 @@ class Published:
             for copy in range(copies)
         ]
 
-    def _scheduler(self, causes: Coalition, clock: VirtualClock) -> Scheduler:
+    def _scheduler(self, causes: Coalition, clock: VirtualClock, trace: bool = False) -> Scheduler:
         kind = StaticScheduler if "waiting" in causes else Scheduler
         longest, rows, pool = self.assumptions.lengths.longest, MAX_NUM_SEQS, None
         if "reservation" in causes:
@@ -301,7 +313,7 @@ class Published:
             tokens = self.num_cache_tokens // (2 if "copying" in causes else 1)
             pool = BlockManager(1 + tokens // BLOCK_SIZE, BLOCK_SIZE, enable_prefix_caching=False)
         config = SchedulerConfig(rows, max(rows, MAX_NUM_BATCHED_TOKENS), longest)
-        return kind(config, clock, trace=False, block_manager=pool)
+        return kind(config, clock, trace=trace, block_manager=pool)
 
 
 class Noting:

@@ -14,7 +14,7 @@ A new field stands below `KW_ONLY` and has a default. `files` reads and writes i
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from minillm.errors import Count
 
@@ -50,6 +50,15 @@ class ScheduledTokens:
     def end(self) -> int:
         """Position after the last token computed."""
         return self.start + self.num_tokens
+
+
+class Uses(NamedTuple):
+    """What the tokens of a step were computed for; the four sum to all of them."""
+
+    useful: int
+    padding: int  # beside the tokens of a request that goes on: its row is as long as the longest
+    ended: int  # in the rows of requests that had their last token before the step
+    recompute: int  # had been computed before a preemption
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +123,29 @@ class StepEvent:
         return sum(part.num_tokens for part in self.scheduled if part.why not in WASTE)
 
     @property
+    def uses(self) -> Uses:
+        """The step's tokens by what they were computed for."""
+        go_on = {part.request_id for part in self.scheduled if part.why != "padding"}
+        counts = dict.fromkeys(Uses._fields, 0)
+        for part in self.scheduled:
+            use = "recompute" if part.why == "recompute" else "useful"
+            if part.why == "padding":
+                use = "padding" if part.request_id in go_on else "ended"
+            counts[use] += part.num_tokens
+        return Uses(**counts)
+
+    @property
     def duration(self) -> float:
         """Seconds the step took."""
         return self.end_time - self.start_time
+
+    @property
+    def computing(self) -> float:
+        """Seconds of the step in which the device computed it; all of them if the trace tells no device's times."""
+        if self.device is None:
+            return self.duration
+        began, ended = max(self.device[0], self.start_time), min(self.device[1], self.end_time)
+        return max(0.0, ended - began)
 
 
 @dataclass
@@ -139,6 +168,16 @@ class Trace:
             return ""
         requests = f"{self.dropped_requests:,} request" + ("" if self.dropped_requests == 1 else "s")
         return f"the first {self.dropped_steps:,} steps and {requests} are not kept"
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first arrival, or the first step that is kept, to the end of the last; 0 without a step."""
+        if not self.steps:
+            return 0.0
+        begin = self.steps[0].start_time
+        if not self.dropped_steps:
+            begin = min([begin, *(record.arrival_time for record in self.requests)])
+        return self.steps[-1].end_time - begin
 
     def request(self, request_id: str) -> RequestRecord:
         """The record of one request. Raises KeyError for an id that is not in the trace."""
