@@ -857,10 +857,13 @@ def test_the_whole_path_in_triton(load, kind, enforce_eager):
 
 @pytest.fixture
 def two_cores(monkeypatch, tmp_path):
-    """A machine of which this process may use two cores: `pass_by(seconds, ours, others)`, in seconds of their work."""
+    """A machine of which this process may use two cores: `pass_by(seconds, ours, others)`, in seconds of their work.
+
+    `running` threads want a core at the end of it.
+    """
     now = {"clock": 100.0, "ours": 7.0, "all": 0.0, "idle": 0.0}
 
-    def pass_by(seconds, ours, others):
+    def pass_by(seconds, ours, others, running=1):
         now["clock"] += seconds
         now["ours"] += ours
         now["all"] += ours + others
@@ -872,7 +875,9 @@ def two_cores(monkeypatch, tmp_path):
         ]
         lines = [f"cpu{core} {' '.join(map(str, counts))}" for core, counts in zip((2, 5), kinds, strict=True)]
         elsewhere = f"cpu3 {int(100 * now['clock'])} 0 0 0 0 0 0 0 0 0"
-        device_queue.STATISTICS.write_text("\n".join(["cpu  1 2 3 4 5 6 7 8", *lines, elsewhere, "intr 5 6 7"]))
+        device_queue.STATISTICS.write_text(
+            "\n".join(["cpu  1 2 3 4 5 6 7 8", *lines, elsewhere, "intr 5 6 7", f"procs_running {running}"])
+        )
 
     monkeypatch.setattr(device_queue, "STATISTICS", tmp_path / "stat")
     monkeypatch.setattr(device_queue, "own_cores", lambda: {"cpu2", "cpu5"})
@@ -890,8 +895,8 @@ def test_cores_that_others_use_are_left_to_them_at_once_and_taken_back_when_they
         (0.5, 0.8, 0.14, 2),  # 28 % of a core do no harm
         (0.1, 0.0, 0.2, 2),  # too short a while to be told
         (0.4, 0.4, 0.2, 1),
-        (0.5, 0.1, 0.9, 1),
-        (0.5, 0.0, 1.0, 1),  # the process gets one all the same
+        (0.5, 0.2, 0.9, 1),
+        (0.5, 0.15, 1.0, 1),  # the process gets one all the same
         (0.5, 0.5, 0.0, 1),  # once may be chance
         (0.5, 0.5, 0.4, 1),
         (0.5, 0.5, 0.0, 1),
@@ -899,6 +904,20 @@ def test_cores_that_others_use_are_left_to_them_at_once_and_taken_back_when_they
     ]:
         two_cores(seconds, ours, others)
         assert cores.usable() == expected, (seconds, ours, others)
+
+
+def test_what_others_did_while_the_process_rested_counts_for_nothing_but_what_they_do_now(two_cores):
+    cores = FreeCores()
+    for seconds, ours, others, running, expected in [
+        (8.0, 0.1, 7.9, 1, 2),  # somebody had a core all the time, and has gone
+        (8.0, 0.0, 0.1, 2, 1),  # somebody has come just now
+        (0.5, 0.5, 0.5, 2, 1),
+        (8.0, 1.0, 8.0, 3, 1),
+        (8.0, 0.0, 8.0, 1, 2),  # at once
+        (0.5, 0.4, 0.4, 1, 1),
+    ]:
+        two_cores(seconds, ours, others, running)
+        assert cores.usable() == expected, (seconds, ours, others, running)
 
 
 def test_where_nobody_tells_of_cores_all_are_free(monkeypatch, tmp_path):
@@ -915,7 +934,7 @@ def test_a_step_computes_in_as_many_threads_as_cores_are_free(two_cores):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for others in (0.0, 0.0, 1.0):
-                two_cores(1, 0, others)
+                two_cores(1, 0.5, others)
                 queue.run(lambda: used.append(torch.get_num_threads()))
                 assert torch.get_num_threads() == threads  # what the caller gave torch stays
         with pytest.raises(ZeroDivisionError):

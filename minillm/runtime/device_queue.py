@@ -18,6 +18,7 @@ import torch
 LOOK_EVERY = 0.25  # seconds, between looks at what other processes do; the system counts in hundredths
 CALM_LOOKS = 2  # in a row, before steps use more cores again
 TOLERATED = 0.3  # of a core that others may use
+LEAST_WORK = 0.25  # of a core: who has used less since the last look has rested
 STATISTICS = Path("/proc/stat")  # Linux's
 
 
@@ -64,7 +65,7 @@ class FreeCores:
     def __init__(self):
         self._usable = math.inf  # cores, for work that begins now
         self._calm = 0  # looks in a row that found more
-        self._seen = time.perf_counter(), self._seconds_of_others()
+        self._seen = look()
 
     @contextmanager
     def as_threads(self) -> Iterator[None]:
@@ -82,28 +83,44 @@ class FreeCores:
 
     def usable(self) -> float:
         """Cores, 1 at least, for work that begins now. Fewer at once when others come, more when they stay away."""
-        now, (then, before) = time.perf_counter(), self._seen
-        if now - then >= LOOK_EVERY and before is not None:
-            self._seen = now, self._seconds_of_others()
-            others = (self._seen[1] - before) / (now - then)
+        before = self._seen
+        if before is not None and time.perf_counter() - before.time >= LOOK_EVERY:
+            now = self._seen = look()
+            seconds = now.time - before.time
+            has_rested = now.own - before.own < seconds * LEAST_WORK
+            others = (now.others - before.others) / seconds
+            if has_rested:  # what they did meanwhile is over, or not: who wants a core at this moment?
+                others = min(now.running, look().running) - 1
             free = max(1, math.floor(len(own_cores()) - others + TOLERATED))
             self._calm = self._calm + 1 if free > self._usable else 0
-            if free < self._usable or self._calm == CALM_LOOKS:
+            if has_rested or free < self._usable or self._calm == CALM_LOOKS:
                 self._usable, self._calm = free, 0
         return self._usable
 
-    def _seconds_of_others(self) -> float | None:
-        """How long the cores have worked for other processes, since the machine started. None: nobody knows."""
-        try:
-            lines = STATISTICS.read_text().splitlines()
-        except OSError:
-            return None
-        cores, ticks = own_cores(), 0
-        for name, *counts in map(str.split, lines):
-            if name in cores:
-                user, nice, system, _, _, interrupts, soft_interrupts, stolen, *_ = map(int, counts)
-                ticks += user + nice + system + interrupts + soft_interrupts + stolen
-        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+class Look(NamedTuple):
+    """What the cores that this process may run on have done since the machine started."""
+
+    time: float  # on time.perf_counter
+    own: float  # seconds that they worked for this process
+    others: float  # seconds that they worked for anything else
+    running: int  # threads that run or wait for a core at this moment, on all cores, the caller among them
+
+
+def look() -> Look | None:
+    """None where the system does not tell."""
+    try:
+        lines = STATISTICS.read_text().splitlines()
+    except OSError:
+        return None
+    cores, ticks, running, own = own_cores(), 0, 1, time.process_time()
+    for name, *counts in map(str.split, lines):
+        if name in cores:
+            user, nice, system, _, _, interrupts, soft_interrupts, stolen, *_ = map(int, counts)
+            ticks += user + nice + system + interrupts + soft_interrupts + stolen
+        elif name == "procs_running":
+            running = int(counts[0])
+    return Look(time.perf_counter(), own, ticks / os.sysconf("SC_CLK_TCK") - own, running)
 
 
 def own_cores() -> set[str]:

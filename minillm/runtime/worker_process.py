@@ -5,6 +5,7 @@ The two talk over a socket, in JSON (see `messages`): a call is [method, argumen
 """
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -63,6 +64,7 @@ class ProcessWorker:
         ours, theirs = socket.socketpair()
         self._room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 8  # bytes that surely fit, unread
         self._connection = Connection(ours.detach())
+        self._poller = poller_of(self._connection)
         with theirs:
             self._process = _start(theirs.fileno())
         self._end = weakref.finalize(self, _end, self._connection, self._process)
@@ -136,8 +138,8 @@ class ProcessWorker:
 
     def _receive(self) -> None:
         """Take in the next answer. Raises EOFError if the process has ended and left none."""
-        while not self._connection.poll(LOOK_EVERY):
-            if self._process.poll() is not None and not self._connection.poll():
+        while not self._poller.poll(LOOK_EVERY * 1e3):
+            if self._process.poll() is not None and not self._poller.poll(0):
                 raise EOFError
         with self._all_or_nothing():
             content = self._connection.recv_bytes()
@@ -191,6 +193,13 @@ class _Answer:
     def result(self) -> ModelOutput:
         """What came of the step."""
         return messages.output_from(_result(*self.worker._wait(self)))
+
+
+def poller_of(connection: Connection) -> select.poll:
+    """Waits until something can be read, or the other end is closed. Connection.poll makes one in each call."""
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    return poller
 
 
 def _start(fileno: int) -> subprocess.Popen:
@@ -260,11 +269,11 @@ def serve(connection: Connection, parent: int) -> None:
 
     A plan is launched while the device computes the one before: a thread of its own waits for steps and answers them.
     """
-    server, unanswered = _Server(), deque[Future]()
+    server, unanswered, poller = _Server(), deque[Future](), poller_of(connection)
     waiter = ThreadPoolExecutor(1)  # the thread begins with the first step to be waited for
     while True:
         try:
-            while not connection.poll(LOOK_EVERY):
+            while not poller.poll(LOOK_EVERY * 1e3):
                 if os.getppid() != parent:  # killed, while a process it forked keeps the socket open
                     return
             method, arguments = messages.decode(connection.recv_bytes())
