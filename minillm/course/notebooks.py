@@ -41,6 +41,7 @@ CANONICAL_METADATA = {
 VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|private)/\w|\b[A-Z]:\\\w")
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+PICTURE = re.compile(r'src="data:image/png;base64,[A-Za-z0-9+/=]*"')
 
 
 # Cells --------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def output_problems(output: NotebookNode) -> Iterator[str]:
 def readable(output: NotebookNode) -> str:
     """The text of an output, without its pictures."""
     data = output.get("data", {})
-    shown = [value for mime, value in data.items() if mime.startswith("text/")]
+    shown = [PICTURE.sub("", value) for mime, value in data.items() if mime.startswith("text/")]
     return "\n".join([output.get("text", ""), output.get("evalue", ""), *shown])
 
 

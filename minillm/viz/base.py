@@ -4,13 +4,14 @@ matplotlib and ipywidgets are imported only where a figure or a stepper is asked
 """
 
 import base64
+import html
 import io
 import math
 import textwrap
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minillm.errors import MiniLLMError
@@ -142,13 +143,10 @@ class Picture(ABC):
             raise PictureError(f"step {step} is outside this picture's steps 0..{self.num_steps - 1}")
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        data, metadata = {"text/plain": self.text()}, {}
-        try:
-            data["image/png"] = base64.b64encode(self.png()).decode()
-            metadata["image/png"] = {"alt": self.alt()}
-        except ImportError:  # no matplotlib: the text form says the same
-            pass
-        return data, metadata
+        data = {"text/plain": self.text()}
+        with suppress(ImportError):  # no matplotlib: the text form says the same
+            data["text/html"] = image_tag(self.png(), self.alt())
+        return data
 
     def __repr__(self) -> str:
         return self.text()
@@ -270,6 +268,12 @@ def new_figure(width: float, height: float):
     figure = Figure(figsize=(min(width, MAX_WIDTH), height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def image_tag(png: bytes, alt: str) -> str:
+    """A picture with its alternative text in HTML, which every viewer of notebooks shows; a bare PNG loses the text."""
+    data = base64.b64encode(png).decode()
+    return f'<img style="max-width: 100%" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def add_box(axes, x: float, y: float, width: float, height: float, state: State, *, letter: bool = False, **patch):

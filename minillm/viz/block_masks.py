@@ -16,12 +16,12 @@ from minillm.viz.base import (
     text_width,
 )
 from minillm.viz.grids import BORDER
-from minillm.viz.palette import BLACK, GREEN, GREY, MAY_LOOK, MAY_NOT, State
+from minillm.viz.palette import BLACK, GREEN, GREY, MAY_LOOK, MAY_NOT, PALE_GREEN, State
 from minillm.viz.strip import StepStrip
 
 MAX_MARKED = 40  # tokens a side up to which each cell has its mark; and 100 up to which the text has a grid
 MAX_WRITTEN = 100
-EARLIER = State("o", "looked earlier", "#B5DFD2", GREEN)
+EARLIER = State("o", "looked earlier", PALE_GREEN, BLACK)
 NOW = State(MAY_LOOK.letter, "looks now", GREEN, MAY_LOOK.ink)
 
 

@@ -19,7 +19,7 @@ from minillm.viz.base import (
     text_table,
     titled,
 )
-from minillm.viz.palette import BLACK, BLUE, SERIES_COLORS, SERIES_HATCHES, SERIES_MARKERS, SKY_BLUE, WHITE
+from minillm.viz.palette import BLACK, HELD, SERIES_COLORS, SERIES_HATCHES, SERIES_MARKERS, WHITE
 
 KINDS = ("predicted", "measured")
 
@@ -115,7 +115,12 @@ class Curves(Picture):
         return f"{self.y_label}\n{text_table(header, rows)}"
 
     def alt(self) -> str:
-        return f"{self.title or self.y_label}: {', '.join(self.series)} over {self.x_label}"
+        told = []
+        for name, values in self.series.items():
+            drawn = [number(value) for value in values if not math.isnan(value)]
+            told.append(f"{name} from {drawn[0]} to {drawn[-1]}" if drawn else name)
+        words = f"{', '.join(told)} over {self.x_label} from {number(self.x[0])} to {number(self.x[-1])}"
+        return f"{self.title}: {self.y_label}: {words}" if self.title else f"{self.y_label}: {words}"
 
     def _size(self) -> tuple[float, float]:
         return min(9.0, 5.6 + 0.08 * max(len(line) for name in self.series for line in _name_lines(name))), 3.6
@@ -244,9 +249,9 @@ class CacheGrowth(Picture):
         last = self.num_steps - 1 if step is None else step
         marked = self._peak() if step is None else step
         axes.stairs(
-            self.cached_tokens[: last + 1], range(last + 2), fill=True, facecolor=SKY_BLUE, edgecolor=BLUE, alpha=0.55
+            self.cached_tokens[: last + 1], range(last + 2), fill=True, facecolor=HELD.color, linewidth=0, alpha=0.3
         )
-        axes.stairs(self.cached_tokens[: last + 1], range(last + 2), color=BLUE, linewidth=1.5)
+        axes.stairs(self.cached_tokens[: last + 1], range(last + 2), color=HELD.color, linewidth=1.5)
         top = 1.25 * max(*self.cached_tokens, 1)
         axes.set(xlim=(0, self.num_steps), ylim=(0, top), xlabel="step", ylabel="cached tokens")
         axes.xaxis.get_major_locator().set_params(integer=True)

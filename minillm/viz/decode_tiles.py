@@ -19,7 +19,7 @@ from minillm.viz.base import (
     plural,
     text_table,
 )
-from minillm.viz.palette import BLACK, GREY, NOT_LOADED, OWNER_COLORS, State
+from minillm.viz.palette import BLACK, GREY, NOT_LOADED, PART_COLORS, State, ink_on
 
 TILE_KEYS = 64  # of the kernel
 
@@ -214,8 +214,9 @@ class DecodeTiles(Picture):
 
     def _states(self) -> list[State]:
         return [
-            State(SIGNS[split], f"split {split}", OWNER_COLORS[split % len(OWNER_COLORS)])
+            State(SIGNS[split], f"split {split}", color, ink_on(color))
             for split in range(self.num_splits)
+            for color in [PART_COLORS[split % len(PART_COLORS)]]
         ]
 
     def _draw_request(self, axes, request: int, top: float) -> None:

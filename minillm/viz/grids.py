@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, pad, plural, text_width, token_labels
-from minillm.viz.palette import BLACK, CHANGED, GREEN, GREY, MAY_LOOK, MAY_NOT, SAME, WHITE
+from minillm.viz.palette import BLACK, CHANGED, GREEN, GREY, MAY_LOOK, MAY_NOT, SAME, ink_on
 
 MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border
 BORDER = "#BBBBBB"
@@ -173,10 +173,14 @@ class MaskGrid(TokenGrid):
     def _colors(self, highlight: int | None):
         return _blend([[float(bool(value)) for value in row] for row in self.values], highlight)
 
+    def _is_pale(self, row: int, highlight: int | None) -> bool:
+        return highlight not in (None, row)
+
     def _mark_cells(self, axes, highlight: int | None) -> None:
         looks = [(column + 0.5, row + 0.5) for row in range(self.num_queries) for column in self._seen(row)]
         if looks:
-            axes.scatter(*zip(*looks, strict=True), s=(16 * self._cell_size()) ** 2, color=MAY_LOOK.ink, linewidth=0)
+            inks = [MAY_LOOK.color if self._is_pale(int(row), highlight) else MAY_LOOK.ink for _, row in looks]
+            axes.scatter(*zip(*looks, strict=True), s=(16 * self._cell_size()) ** 2, color=inks, linewidth=0)
 
 
 class InfluenceGrid(MaskGrid):
@@ -247,11 +251,13 @@ class AttentionWeights(TokenGrid):
         return _blend(self.values, None)  # a paler row would show smaller weights than it has: the frame must do
 
     def _mark_cells(self, axes, highlight: int | None) -> None:
+        from matplotlib.colors import to_hex
+
+        shades = self._colors(highlight)
         for row in range(self.num_queries if self._numbered() else 0):
             for column, value in enumerate(self.values[row]):
-                ink = WHITE if value > 0.6 else BLACK
-                place = {"x": column + 0.5, "y": row + 0.5, "ha": "center", "va": "center"}
-                axes.text(s=f"{value:.2f}", size=SMALL_SIZE, color=ink, in_layout=False, **place)
+                style = {"ha": "center", "va": "center", "size": SMALL_SIZE, "in_layout": False}
+                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", color=ink_on(to_hex(shades[row, column])), **style)
 
 
 def as_rows(values) -> list[list]:

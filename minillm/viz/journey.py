@@ -5,10 +5,10 @@ from itertools import pairwise
 from minillm.trace import Trace, find_request, stages_of
 from minillm.viz.base import SMALL_SIZE, Picture, add_box, add_letter, literal, noted, pad, plural, text_table, titled
 from minillm.viz.lanes import seconds_in_words
-from minillm.viz.palette import BLACK, GREEN, GREY, LIGHT_GREY, ORANGE, SKY_BLUE, State
+from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, PART_COLORS, WHITE, State
 
 LANES = {None: "user", 1: "1  interfaces", 2: "2  model authoring", 3: "3  runtime"}  # layer -> name, from the top
-COLORS = {None: LIGHT_GREY, 1: SKY_BLUE, 2: ORANGE, 3: GREEN}
+COLORS = dict(zip(LANES, (WHITE, *PART_COLORS[:3]), strict=True))
 COLUMN, LANE = 0.98, 0.72  # inches from step to step, from lane to lane
 WIDTH, HEIGHT = 0.5, 0.42  # of a box, in columns and lanes
 MIDDLE = 0.06 - HEIGHT / 2  # of a box, lanes from its lane's

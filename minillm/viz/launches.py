@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from minillm.viz.base import Panels, PictureError, number, plural
 from minillm.viz.lanes import DEVICE, HOST, LaneChart, Span, seconds_in_words
-from minillm.viz.palette import BLACK, LIGHT_GREY, OWNER_COLORS, State
+from minillm.viz.palette import BLACK, LIGHT_GREY, PART_COLORS, State, ink_on
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LAUNCHES = State("L", "launches", LIGHT_GREY, BLACK)
@@ -79,7 +79,7 @@ class LaunchOverhead(Panels):
 def kernel_states(names: Sequence[str]) -> dict[str, State]:
     """A letter and a colour for each name, in order of appearance; from the sixth on they share one."""
     distinct = list(dict.fromkeys(names))
-    own = distinct if len(distinct) <= MOST_NAMES else distinct[: MOST_NAMES - 1]
-    states = {name: State(LETTERS[i], name, OWNER_COLORS[i]) for i, name in enumerate(own)}
-    others = State(LETTERS[MOST_NAMES - 1], "others", OWNER_COLORS[MOST_NAMES - 1])
-    return {name: states.get(name, others) for name in distinct}
+    own = distinct if len(distinct) <= MOST_NAMES else [*distinct[: MOST_NAMES - 1], "others"]
+    looks = zip(own, LETTERS, PART_COLORS, strict=False)
+    states = {name: State(letter, name, color, ink_on(color)) for name, letter, color in looks}
+    return {name: states.get(name) or states["others"] for name in distinct}

@@ -13,7 +13,7 @@ from math import gcd
 
 from minillm.viz.base import MAX_WIDTH, SMALL_SIZE, Picture, PictureError, add_box, add_legend, pad, plural
 from minillm.viz.memory_traffic import percent
-from minillm.viz.palette import ASKED, BLACK, BLUE, GREY, UNASKED, WHITE, State
+from minillm.viz.palette import ASKED, BLACK, GREY, UNASKED, WHITE, State
 
 WARP = 32  # lanes
 SECTOR = 32  # bytes
@@ -205,7 +205,7 @@ class WarpAccess(Picture):
 
     def _draw_arrow(self, axes, x: float, address: int, size: int) -> None:
         middle = (self._x(address) + self._x(address + size - 1) + 1) / 2
-        (line,) = axes.plot([x, middle], [LANE, LANE + BETWEEN], color=BLUE, linewidth=0.7)
+        (line,) = axes.plot([x, middle], [LANE, LANE + BETWEEN], color=ASKED.color, linewidth=0.7)
         line.set_gid("reads")
 
     def _draw_sector(self, axes, sector: int) -> None:

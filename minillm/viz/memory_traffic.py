@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from minillm.viz.base import SMALL_SIZE, Picture, PictureError, decimal_bytes, literal, number, text_table
-from minillm.viz.palette import BLACK, BLUE, VERMILLION, WHITE
+from minillm.viz.palette import ASKED, BLACK, UNASKED, WHITE
 
 
 class MemoryTraffic(Picture):
@@ -40,8 +40,8 @@ class MemoryTraffic(Picture):
         most = max(max(each.bytes_moved, each.bytes_asked) for each in self.versions.values())
         for row, each in enumerate(self.versions.values()):
             first = "" if row == 0 else "_"
-            asked = {"color": BLUE, "label": f"{first}asked for by the threads"}
-            moved = {"facecolor": WHITE, "edgecolor": VERMILLION, "hatch": "///", "label": f"{first}moved"}
+            asked = {"color": ASKED.color, "label": f"{first}asked for by the threads"}
+            moved = {"facecolor": WHITE, "edgecolor": UNASKED.ink, "hatch": "///", "label": f"{first}moved"}
             axes.barh(row - 0.19, each.bytes_asked, 0.34, **asked)
             axes.barh(row + 0.19, each.bytes_moved, 0.34, linewidth=0.8, **moved)
             axes.plot(

@@ -1,9 +1,10 @@
 """The one widget: a play button and a slider over the steps of a picture. Needs ipywidgets and matplotlib."""
 
-import base64
 import html
 
 import ipywidgets
+
+from minillm.viz.base import image_tag
 
 
 class Stepper(ipywidgets.VBox):
@@ -30,14 +31,9 @@ class Stepper(ipywidgets.VBox):
     def _show(self, change=None) -> None:
         step = self.slider.value
         if step not in self._frames:
-            self._frames[step] = self._frame(step)
+            self._frames[step] = image_tag(self.picture.png(step), self.picture.caption(step))
         self.caption.value = f'<div role="status">{html.escape(self.picture.caption(step))}</div>'
         self.image.value = self._frames[step]
-
-    def _frame(self, step: int) -> str:
-        data = base64.b64encode(self.picture.png(step)).decode()
-        alt = html.escape(self.picture.caption(step), quote=True)
-        return f'<img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{data}">'
 
     def __repr__(self) -> str:
         return f"Stepper({self.picture.num_steps} steps)"

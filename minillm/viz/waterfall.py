@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from minillm.errors import check_number
 from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, pad, text_table
-from minillm.viz.palette import BLACK, BLUE, GREEN, LIGHT_GREY, VERMILLION
+from minillm.viz.palette import BLACK, LIGHT_GREY, RED, TEAL, VIOLET
 
 COLUMNS = 40  # of the text's axis
 
@@ -132,7 +132,7 @@ class Waterfall(Picture):
         axes.axvline(1, color=BLACK, linewidth=1, linestyle=":", zorder=0)
         begin = 1.0
         for row, (each, end) in enumerate(zip(self.steps, self.ends, strict=True), start=1):
-            color = GREEN if (each.factor >= 1) == self.good_above else VERMILLION
+            color = VIOLET if (each.factor >= 1) == self.good_above else RED
             axes.barh(row, end - begin, 0.56, begin, color=color)
             axes.plot([end, end], [row + 0.28, row + 0.72], color=BLACK, linewidth=0.8)
             reach = end
@@ -142,7 +142,7 @@ class Waterfall(Picture):
                 reach = max(end, high_end)
             self._label(axes, f"{each.factor:.2f}", max(reach, begin), row)
             begin = end
-        axes.barh(len(self.steps) + 1, self.total - 1, 0.56, 1, color=BLUE, hatch="///", edgecolor="white", linewidth=0)
+        axes.barh(len(self.steps) + 1, self.total - 1, 0.56, 1, color=TEAL, hatch="///", edgecolor="white", linewidth=0)
         self._label(axes, f"{self.total:.1f}", max(1, self.total), len(self.steps) + 1)
         names = [self.first, *(each.name for each in self.steps), self.last]
         axes.set_yticks(range(len(names)), [literal(name) for name in names])
