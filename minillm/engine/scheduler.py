@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from minillm.costs import blocks_needed
@@ -48,6 +49,8 @@ from minillm.trace import Preemption, Trace
 
 PREEMPTION_MODES = ("recompute", "swap")
 ADMISSIONS = ("continuous", "static")  # what `Scheduler.batching` may be
+
+_num_computed_tokens = attrgetter("num_computed_tokens")
 
 
 class StepOrderError(AssertionError):
@@ -543,8 +546,7 @@ class Scheduler:
         others, now = [], self.last_end
         sampled = map(output.token_ids.get, plan.decodes)  # None for who failed
         for request, start, token_id in zip(requests, plan.decodes.values(), sampled, strict=False):
-            goes_on = start + 2 < request.num_tokens_at_most and token_id not in request.ending_ids
-            if goes_on and start + 1 < request.milestone and token_id is not None:
+            if start + 1 < request.milestone and token_id not in request.ending_ids and token_id is not None:
                 request.output_token_ids.append(token_id)
                 request.last_token_time = now
             else:
@@ -563,9 +565,10 @@ class Scheduler:
             request.append(token_id)
 
     def _set_milestone(self, request: Request, num_computed_tokens: int) -> None:
-        """The next block filled, or the end of a prompt that other outputs wait for."""
+        """The next block filled, the end of a prompt that other outputs wait for, or all but the last token."""
         block_size = self.block_manager.block_size
-        request.milestone = (num_computed_tokens // block_size + 1) * block_size
+        next_full = (num_computed_tokens // block_size + 1) * block_size
+        request.milestone = min(next_full, request.num_tokens_at_most - 1)
         if request.children and num_computed_tokens < request.num_prompt_tokens:
             request.milestone = min(request.milestone, request.num_prompt_tokens)
 
@@ -641,7 +644,7 @@ class Scheduler:
             "end_time": self.last_end,
             "num_waiting": self.num_waiting(),
             "score_entries": output.score_entries,
-            "cached_tokens": sum([request.num_computed_tokens for request in self.running.values()]),
+            "cached_tokens": sum(map(_num_computed_tokens, self.running.values())),
             "planned": None if start == plan.start_time else plan.start_time,
             "launched": plan.launched,
             "device": None if output.device_times is None else tuple(moment - zero for moment in output.device_times),
