@@ -4,12 +4,14 @@ import gc
 import json
 import os
 import statistics
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig
 
-from minillm.bench import contenders, engine, ladder, ladder_predicted, ladder_report, ladder_rungs
+from minillm.bench import contenders, engine, ladder, ladder_predicted, ladder_report, ladder_rungs, measuring
 from minillm.bench.contenders import Job
 from minillm.bench.ladder_rungs import Budget, Rows, TransformersBatches
 from minillm.cli import main as cli
@@ -286,10 +288,14 @@ def test_a_request_alone_costs_what_its_lengths_say():
 
 
 def test_the_time_of_a_worker_process_counts():
-    own = ladder_rungs.seconds_of_processes([os.getpid()])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert {os.getpid(), child.pid} <= set(measuring.with_children(os.getpid()))
+        assert measuring.with_children(child.pid) == [child.pid]
+        child.communicate(b"\n")
+    own = measuring.seconds_of_processes([os.getpid()])
     assert 0 < own["user"] <= own["cpu"] and own["user"] == pytest.approx(os.times().user, abs=0.2)
     with pytest.raises(ConfigError, match="/proc"):
-        ladder_rungs.seconds_of_processes([2**22 + 1])
+        measuring.seconds_of_processes([2**22 + 1])
 
 
 def test_a_record_of_something_else_is_refused(tiny, folder, tmp_path, capsys):

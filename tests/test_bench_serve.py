@@ -1,7 +1,6 @@
 """`minillm bench serve`: a real server, its events counted, and figures that follow from what was seen."""
 
 import asyncio
-import os
 
 import pytest
 
@@ -71,6 +70,5 @@ def test_options_and_processor_time():
     settings = our_arguments([Job([1, 2], 3)], 4, 512)
     options = [each for name, value in settings.items() for each in serve.as_option(name, value)]
     assert "--no-enable-prefix-caching" in options and options[options.index("--max-num-seqs") + 1] == "4"
-    assert serve.cpu_seconds(os.getpid()) > 0
     with pytest.raises(ConfigError, match="--load"):
         serve.parse_arguments(["--load", "0"])

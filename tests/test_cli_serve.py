@@ -23,7 +23,7 @@ OTHER = {  # a value beside the default, for fields of which one cannot be made 
     "scheduling_policy": "sjf",
     "attention_backend": "reference",
     "preemption_mode": "swap",
-    "worker": "process",
+    "worker": "inline",
     "watermark": 0.5,
     "gpu_memory_utilization": 0.5,
     "num_blocks": 5000,
@@ -45,16 +45,19 @@ def served(monkeypatch):
     return calls
 
 
-def test_without_options_everything_is_as_the_dataclasses_have_it(served):
+def test_without_options_all_but_the_worker_is_as_the_dataclasses_have_it(served):
     assert cli.main(["serve"]) == 0
     assert served == [
-        (("storyteller", ServerOptions(), EngineConfig()), {"dtype": None, "device": "cpu", "revision": None})
+        (
+            ("storyteller", ServerOptions(), EngineConfig(worker="process")),
+            {"dtype": None, "device": "cpu", "revision": None},
+        )
     ]
 
 
 @pytest.mark.parametrize(("options", "field"), EVERY, ids=lambda each: getattr(each, "name", ""))
 def test_every_field_is_an_option(options, field, served):
-    default = field.default
+    default = serve.DEFAULTS.get(field.name, field.default)
     value = OTHER.get(field.name, not default if isinstance(default, bool) else default)
     if value is None or (value == default and field.name not in OTHER):
         value = True if serve.kind_of(field) is bool else (default or 0) + 1
@@ -62,7 +65,9 @@ def test_every_field_is_an_option(options, field, served):
     given = [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     assert cli.main(["serve", "org/model", *given]) == 0
     ((model, *found), _) = served[0]
-    assert model == "org/model" and found[options is EngineConfig] == options(**{field.name: value})
+    assert model == "org/model" and found[options is EngineConfig] == options(
+        **(serve.DEFAULTS if options is EngineConfig else {}) | {field.name: value}
+    )
     assert value != default
 
 
@@ -72,7 +77,7 @@ def test_every_field_has_a_word_of_help(options, field, capsys):
         cli.main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     _, _, behind = text.partition(f"--{field.name.replace('_', '-')}")
-    comment, found, _ = behind.partition(f"(default: {field.default})")
+    comment, found, _ = behind.partition(f"(default: {serve.DEFAULTS.get(field.name, field.default)})")
     assert found and len(comment.split()) > 3
 
 

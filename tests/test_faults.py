@@ -29,19 +29,29 @@ OPTIONS = [f"--max-model-len={CONTEXT}", f"--num-blocks={NUM_BLOCKS}", "--max-nu
 OPTIONS += ["--max-body-mib=1", "--body-timeout=1.5"]
 BAD = 1850  # the token whose rows have no numbers in this server
 SECONDS = 1.5  # of patience, which otherwise is 10 to 30
+WORKER = f"""
+import sys
+from minillm.runtime import worker_process
+load = worker_process.Worker.load
+def load_with_a_bad_token(*given, **named):
+    worker = load(*given, **named)
+    def spoil(module, given, rows):
+        return rows.masked_fill((given[0] == {BAD}).unsqueeze(-1), float("nan"))
+    worker.model.embed_tokens.register_forward_hook(spoil)
+    return worker
+worker_process.Worker.load = load_with_a_bad_token
+worker_process.main(*map(int, sys.argv[1:]))
+"""
 CHANGES = f"""
 from minillm.serving import connections, live, server
 connections.HEAD_SECONDS = connections.WRITE_SECONDS = live.BODY_SECONDS = {SECONDS}
 
-from minillm.engine import LLMEngine
-begin = LLMEngine.__init__
-def begin_with_a_bad_token(engine, *given, **named):
-    begin(engine, *given, **named)
-    def spoil(module, given, rows):
-        return rows.masked_fill((given[0] == {BAD}).unsqueeze(-1), float("nan"))
-    if engine.model is not None:
-        engine.model.embed_tokens.register_forward_hook(spoil)
-LLMEngine.__init__ = begin_with_a_bad_token
+import os, subprocess
+from minillm.runtime import worker_process
+def start_with_a_bad_token(fileno):
+    command = [sys.executable, "-c", {WORKER!r}, str(fileno), str(os.getpid())]
+    return subprocess.Popen(command, pass_fds=[fileno], stdin=subprocess.DEVNULL)
+worker_process._start = start_with_a_bad_token
 
 bound = server.bound
 def bound_with_small_buffers(host, port):

@@ -60,7 +60,7 @@ def test_whole_answers(client, expected):
 def test_streams(client, expected):
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *events, last = client.completions.create(prompt=STORY, **GIVEN, **options)
-    assert "".join(event.choices[0].text for event in events) == expected[0] and len(events) > 10
+    assert "".join(event.choices[0].text for event in events) == expected[0]
     assert last.choices == [] and last.usage.completion_tokens == 24
     *events, last = client.chat.completions.create(messages=CHAT, **GIVEN, **options)
     deltas = [event.choices[0].delta for event in events]

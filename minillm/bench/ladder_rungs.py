@@ -4,7 +4,6 @@ A rung has `jobs`, which may be the first few of all, and `run()`, which serves 
 of them live within one `Budget` of cache, and say how many bytes they set aside before anything is run.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from minillm.bench.contenders import BLOCK_SIZE, ContinuousBatches, Job, Ours, StaticBatches
-from minillm.bench.measuring import measure
+from minillm.bench.measuring import measure, seconds_of_processes
 from minillm.bench.peer_process import TIMERS
 from minillm.costs import kv_bytes_per_token
 from minillm.engine import Request, SchedulerConfig
@@ -372,17 +371,3 @@ def stop_watch() -> Callable[[], Seconds]:
     """Started now; called, it says the seconds since then on each timer."""
     began = {name: read() for name, read in TIMERS.items()}
     return lambda: {name: read() - began[name] for name, read in TIMERS.items()}
-
-
-def seconds_of_processes(pids: Sequence[int]) -> Seconds:
-    """CPU seconds that other processes have used so far, in hundredths. Raises ConfigError where there is no /proc."""
-    found = {"cpu": 0.0, "user": 0.0}
-    for pid in pids:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError as error:
-            raise ConfigError("the CPU time of a worker process is read from /proc, which is not here") from error
-        user, system = (int(fields[number]) / os.sysconf("SC_CLK_TCK") for number in (11, 12))
-        found["user"] += user
-        found["cpu"] += user + system
-    return found

@@ -13,6 +13,7 @@ import torch
 import minillm
 from minillm.bench.peer_process import TIMERS
 from minillm.engine import Request, SchedulerConfig
+from minillm.errors import ConfigError
 from minillm.kernels import cpu
 from minillm.ladder import ContiguousExecutor
 from minillm.model import Decoder
@@ -128,3 +129,32 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+# --- other processes -------------------------------------------------------------------------------------------------
+
+
+def seconds_of_processes(pids: Iterable[int]) -> dict[str, float]:
+    """CPU seconds that processes have used so far, in hundredths. Raises ConfigError where there is no /proc."""
+    found = {"cpu": 0.0, "user": 0.0}
+    for pid in pids:
+        user, system = (int(number) / os.sysconf("SC_CLK_TCK") for number in _statistics(pid)[11:13])
+        found["user"] += user
+        found["cpu"] += user + system
+    return found
+
+
+def with_children(pid: int) -> list[int]:
+    """A process and those that it has started. Raises ConfigError where there is no /proc."""
+    others = [int(each.name) for each in Path("/proc").glob("[0-9]*")]
+    return [pid, *(other for other in others if int((_statistics(other, gone="0 0"))[1]) == pid)]
+
+
+def _statistics(pid: int, gone: str | None = None) -> list[str]:
+    """What Linux counts of a process, from its state on; `gone`: what to take if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        if gone is not None:
+            return gone.split()
+        raise ConfigError("the CPU time of another process is read from /proc, which does not tell it") from error

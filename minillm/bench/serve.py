@@ -11,7 +11,6 @@ event: ITL is the time between events.
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 from minillm.bench.contenders import Job, make_jobs, our_arguments
-from minillm.bench.measuring import surroundings
+from minillm.bench.measuring import seconds_of_processes, surroundings, with_children
 from minillm.engine import LLM
 from minillm.errors import ConfigError, check_number, check_options
 from minillm.sampling import SamplingParams
@@ -103,14 +102,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(llm: LLM, where: tuple, pid: int, jobs: Sequence[Job], arguments: argparse.Namespace, slo: SLO) -> dict:
     """All runs: server and engine in turns, then arrivals at random."""
-    num_tokens, turns = sum(job.num_outputs for job in jobs), []
+    num_tokens, turns, pids = sum(job.num_outputs for job in jobs), [], with_children(pid)
     engine_run(llm, jobs)  # both have computed something before anything counts
     run(where, jobs, [0.0] * len(jobs), arguments.streams)
     for _ in range(arguments.repeats):
         engine = engine_run(llm, jobs)
-        before, began, client = cpu_seconds(pid), time.perf_counter(), time.process_time()
+        before, began, client = seconds_of_processes(pids)["cpu"], time.perf_counter(), time.process_time()
         answers = run(where, jobs, [0.0] * len(jobs), arguments.streams)
-        seconds, cpu = time.perf_counter() - began, cpu_seconds(pid) - before
+        seconds, cpu = time.perf_counter() - began, seconds_of_processes(pids)["cpu"] - before
         client = time.process_time() - client
         check_whole(answers)
         idle = {"engine": engine_ttft(llm, jobs[0]), "server": server_ttft(where, jobs[0])}
@@ -200,15 +199,6 @@ def as_option(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
     return [f"--{option}", str(value)]
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far (Linux; elsewhere nan)."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return float("nan")
-    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def server_ttft(where: tuple[str, int], job: Job) -> float:

@@ -14,6 +14,7 @@ from minillm.serving import ServerOptions
 
 COMMENT = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # of a field of a dataclass
 KEY_VARIABLE = "MINILLM_API_KEY"
+DEFAULTS = {"worker": "process"}  # beside it HTTP is spoken; in one process both would wait for Python's lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,8 @@ def add_fields(group: argparse._ArgumentGroup, options: type) -> None:
     for field in fields(options):
         kind = kind_of(field)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        text = f"{comments.get(field.name, '')} (default: {field.default})".strip().replace("%", "%%")
+        default = DEFAULTS.get(field.name, field.default)
+        text = f"{comments.get(field.name, '')} (default: {default})".strip().replace("%", "%%")
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
 
 
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     return serve(
         arguments.model,
         ServerOptions(**key | given(arguments, ServerOptions)),
-        EngineConfig(**given(arguments, EngineConfig)),
+        EngineConfig(**DEFAULTS | given(arguments, EngineConfig)),
         dtype=arguments.dtype,
         device=arguments.device,
         revision=arguments.revision,

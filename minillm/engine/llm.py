@@ -159,7 +159,7 @@ class LLM:
         """One vector a prompt, in their order: [hidden], the mean of its tokens' final hidden states, float32 at least.
 
         Computed on its own, beside the engine's requests, at most `max_num_batched_tokens` tokens at once. A prompt has
-        at most `max_model_len` tokens. Raises PromptError, and ConfigError if the model is in another process.
+        at most `max_model_len` tokens. Raises PromptError.
         """
         prepared = [self.engine.prepare_encode(prompt) for prompt in as_prompts(prompts)]
         return [self.engine.encode(prompt) for prompt in prepared]

@@ -37,7 +37,7 @@ from minillm.errors import (
     checked,
 )
 from minillm.model import Decoder, load_decoder, load_tokenizer, locate, read_config
-from minillm.runtime import PendingOutput, SchedulerOutput, mean_hidden_state
+from minillm.runtime import PendingOutput, SchedulerOutput
 from minillm.sampling import SamplingParams, TokenLogprobs
 from minillm.trace import Trace
 
@@ -239,13 +239,11 @@ class LLMEngine:
         most = self.config.max_model_len  # nothing is generated: a prompt may fill it
         if len(prompt.token_ids) > most:
             raise PromptError(f"the prompt has {len(prompt.token_ids)} tokens; encode takes max_model_len = {most}")
-        if self.model is None:
-            raise ConfigError("encode computes in this process; make an LLM with worker='inline' for it")
         return prompt
 
     def encode(self, prepared: EncodedPrompt) -> Tensor:
         """The vector of a prompt that `prepare_encode` has checked, [hidden]."""
-        return mean_hidden_state(self.model, prepared.token_ids, self.config.max_num_batched_tokens)
+        return self.executor.encode(prepared.token_ids)
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; returns how many blocks became free with it."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from minillm.costs import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
 from minillm.engine.engine_config import EngineConfig
 from minillm.errors import ConfigError
@@ -85,6 +87,10 @@ class ModelExecutor:
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """Carry out a plan on every worker and wait for what comes of it."""
         return self.launch(plan).result()
+
+    def encode(self, token_ids: Sequence[int]) -> Tensor:
+        """[hidden] a prompt's vector, see `Worker.encode`; a step in flight is waited for."""
+        return self.workers[0].encode(token_ids)
 
     def check_alive(self) -> None:
         """Raises WorkerDiedError if a worker has ended, also while nothing is computed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from minillm.costs import MemoryProfile, PeakMemory, available_memory, blocks_needed
 from minillm.errors import KernelError
@@ -23,6 +24,7 @@ from minillm.runtime.plan import (
     ScheduledRequest,
     SchedulerOutput,
 )
+from minillm.runtime.pooling import mean_hidden_state
 from minillm.runtime.runner import Runner
 from minillm.runtime.step_graph import bucket_sizes, free_bytes
 from minillm.sampling import MOST_LOGPROBS, PROMPT_ROWS, SamplingParams
@@ -149,6 +151,10 @@ class Worker:
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """Carry out the plan of one step and wait for what comes of it."""
         return self.launch(plan).result()
+
+    def encode(self, token_ids: Sequence[int]) -> Tensor:
+        """[hidden] a prompt's vector, see `mean_hidden_state`; the cache has no part in it."""
+        return mean_hidden_state(self.model, token_ids, self.options.max_num_batched_tokens)
 
     def check_alive(self) -> None:
         """It lives as long as this process."""

@@ -13,7 +13,7 @@ import sys
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minillm import errors
 from minillm.costs import MemoryProfile
@@ -102,6 +103,11 @@ class ProcessWorker:
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
         """See `Worker.execute_model`."""
         return self.launch(plan).result()
+
+    def encode(self, token_ids: Sequence[int]) -> Tensor:
+        """See `Worker.encode`."""
+        dtype, values = self._call("encode", token_ids)
+        return torch.tensor(values, dtype=getattr(torch, dtype))
 
     def shutdown(self) -> None:
         """End the process and wait until it is gone. No effect the second time."""
@@ -256,6 +262,10 @@ class _Server:
 
     def why(self) -> str:
         return self.worker.why
+
+    def encode(self, token_ids: list[int]) -> tuple[str, list[float]]:
+        vector = self.worker.encode(token_ids)
+        return str(vector.dtype).removeprefix("torch."), vector.tolist()
 
     def execute_model(self, plan: list) -> PendingOutput:
         return self.worker.launch(messages.plan_from(plan))

@@ -223,8 +223,7 @@ class AsyncEngine:
         self._check_open()
         inbox = Inbox(self.max_unread * len(requests), len(requests), merges=output_kind == "delta")
         inbox.on_slow = partial(self._wish_if_open, partial(self._abandon, inbox))
-        for request in requests:
-            self._wish(partial(self._add, inbox, request, output_kind, arrival_time), inbox)
+        self._wish(partial(self._add, inbox, requests, output_kind, arrival_time), inbox)
         try:
             while not inbox.has_ended:
                 yield await inbox.get()
@@ -236,7 +235,7 @@ class AsyncEngine:
     async def encode(self, prompt: Prompt) -> Tensor:
         """One vector for a prompt, see `LLM.encode`; between two steps, which wait for it, but never for two of them.
 
-        Raises PromptError, ConfigError if the model is in another process, DrainingError, WorkerDiedError.
+        Raises PromptError, DrainingError, WorkerDiedError.
         """
         self._check_open()
         prepared = await asyncio.to_thread(self._engine.prepare_encode, prompt)
@@ -450,13 +449,13 @@ class AsyncEngine:
                     raise
                 self._tell(reply, error)
 
-    def _add(self, inbox: "Inbox", request: tuple, output_kind: OutputKind, arrival_time: float) -> None:
-        if inbox.closed:
-            return
-        self._check_open()
-        prepared = self._engine.prepare(*request)
-        self._engine.add(prepared, output_kind, arrival_time, on_abort=self._take_aborted)
-        self._readers[request[0]] = inbox
+    def _add(self, inbox: "Inbox", requests: Sequence[tuple], output_kind: OutputKind, arrival_time: float) -> None:
+        """All before the next step: a static batch would begin with the first of them alone."""
+        for request in requests if not inbox.closed else ():
+            self._check_open()
+            prepared = self._engine.prepare(*request)
+            self._engine.add(prepared, output_kind, arrival_time, on_abort=self._take_aborted)
+            self._readers[request[0]] = inbox
 
     def _encode_next(self) -> None:
         """One vector, whatever their number is: requests go on meanwhile. None for whoever has gone."""
