@@ -145,11 +145,13 @@ def test_errors_come_with_the_first_output_and_leave_nothing(folder):
                 await anext(stream)
         with pytest.raises(PromptError, match="request_id"):
             await anext(engine.generate(7, PROMPT))
-        stream = engine.generate("same", PROMPT, LONG)
-        await anext(stream)
+        await engine.control(paused=True)
+        first = asyncio.create_task(read(engine, "same"))
+        await until(lambda: engine.num_waiting)
         with pytest.raises(PromptError, match="in use"):
             await anext(engine.generate("same", PROMPT))
-        await stream.aclose()
+        await engine.control(paused=False)
+        await first
 
     with serving(folder) as engine:
         run(main(engine))
