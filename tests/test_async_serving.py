@@ -235,15 +235,20 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(folder, expected):
 
 def test_a_reader_that_does_not_read_is_ended_and_the_others_go_on(folder, expected):
     async def main(engine):
+        await engine.control(paused=True)
         slow = engine.generate("slow", PROMPT, LONG)
-        await anext(slow)
+        first = asyncio.create_task(anext(slow))
+        await until(lambda: engine.num_waiting)
+        await engine.control(step=1)
+        await first
+        await engine.control(paused=False)
         tokens, _ = await read(engine, "quick", params=TEN)
         await until(lambda: not engine._engine.has_unfinished_requests())
-        with pytest.raises(SlowReaderError, match="8 outputs"):
+        with pytest.raises(SlowReaderError, match="12 outputs"):
             await anext(slow)
         return tokens
 
-    with serving(folder, max_unread=8) as engine:
+    with serving(folder, max_unread=12) as engine:  # more than the quick one can have
         assert run(main(engine))[0] == expected(PROMPT)
         assert len(engine._engine.trace.token_times("slow")) < 25
 
