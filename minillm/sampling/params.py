@@ -48,7 +48,7 @@ class SamplingParams:
     def __post_init__(self):
         for name, default, check in _FIELDS:
             value = getattr(self, name)
-            if value is not default:
+            if value is not default and (type(value) is not type(default) or value != default):
                 value = default if value is None else check(name, value)
                 # A frozen dataclass has no other place to put what it was given into a plain form.
                 object.__setattr__(self, name, value)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from functools import cache
 
 import pydantic_core
 from fastapi import Request
@@ -81,8 +82,9 @@ def parse_body(data: bytes, models: tuple[type[BaseModel], ...]) -> BaseModel:
         raise from_validation(error, model) from None
 
 
-def _required(model: type[BaseModel]) -> set[str]:
-    return {name for name, field in model.model_fields.items() if field.is_required()}
+@cache
+def _required(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset({name for name, field in model.model_fields.items() if field.is_required()})
 
 
 async def check_kind_of_body(request: Request) -> None:
