@@ -12,6 +12,7 @@ import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -24,6 +25,7 @@ from check_answers import message, passes
 from minillm import checks, costs
 from minillm.attention import masks
 from minillm.costs.kv_bytes import kv_bytes_per_token
+from minillm.simulation import Assumptions, ChatLengths
 
 RIGHT, WRONG = [], []
 
@@ -839,6 +841,68 @@ async def the_last_output_is_missing(engine, wishes, queues, request_id, prompt,
         async for output in all_of:
             if not output.finished:
                 yield output
+
+
+# chapter 11 ---------------------------------------------------------------------------------------
+
+
+def peeled(trace):
+    """Seconds of the run, and what is left of them without the host, without ended rows, without padding."""
+    seconds = [trace.makespan, 0.0, 0.0, 0.0]
+    while trace.steps:
+        step = trace.steps.pop()
+        useful, padding, ended, again = step.uses
+        for layer, tokens in enumerate((step.num_tokens, step.num_tokens - ended, useful + again), start=1):
+            seconds[layer] += step.computing * tokens / step.num_tokens
+    return np.array(seconds)
+
+
+@right(checks.explain)
+def peeled_by_an_array(trace_a, trace_b):
+    a, b = peeled(trace_a), peeled(trace_b)
+    factors = (a[:-1] / a[1:]) / (b[:-1] / b[1:])
+    return dict(
+        zip(("host", "waiting", "padding", "memory"), [*factors, Fraction(a[-1]) / Fraction(b[-1])], strict=True)
+    )
+
+
+@wrong(checks.explain)
+def ended_rows_count_as_padding(trace_a, trace_b):
+    factors = peeled_by_an_array(trace_a, trace_b)
+    return factors | {"padding": factors["waiting"], "waiting": factors["padding"]}
+
+
+@right(checks.setting_with)
+def by_numpys_numbers(factor):
+    prompt_sigma, output_sigma, rows = (1.3, 0.8, 1) if factor == 24 else (0.1, 0.1, 32)
+    return Assumptions(rows=np.int64(rows), lengths=ChatLengths(output_sigma=output_sigma, prompt_sigma=prompt_sigma))
+
+
+@wrong(checks.setting_with)
+def the_same_rows_for_both(factor):
+    return replace(by_numpys_numbers(factor), rows=1)
+
+
+@right(checks.better_within)
+def by_sorting(limit, a, b):
+    runs = [
+        (served, name)
+        for name, points in (("a", a), ("b", b))
+        for _, offered, served, late in points
+        if late <= limit and (offered is None or served / offered >= 0.9)
+    ]
+    loops = {a.pop().loop, b.pop().loop}
+    return np.str_(max(runs)[1]) if runs and len(loops) == 1 else None
+
+
+@wrong(checks.better_within)
+def by_what_is_offered(limit, a, b):
+    def most(points):
+        return max((p.offered or p.served for p in points if p.latency <= limit), default=0)
+
+    if a[0].loop != b[0].loop or not most(a) + most(b):
+        return None
+    return "a" if most(a) > most(b) else "b"
 
 
 # ---------------------------------------------------------------------------------------------------

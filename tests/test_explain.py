@@ -1,7 +1,7 @@
 """`explain` on runs whose answer is known: simulated with one cause, two, all or none; and on traces it must refuse."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +17,7 @@ from minillm.simulation import (
     Roofline,
     SimulatedExecutor,
     VirtualClock,
+    WithHost,
     explain,
     made_request,
     preset,
@@ -30,20 +31,6 @@ UNEVEN = [(5 + 37 * i % 60, 3 + 23 * i % 40) for i in range(48)]
 SAME_PROMPTS = [(16, output) for _, output in UNEVEN]
 SAME_OUTPUTS = [(prompt, 12) for prompt, _ in UNEVEN]
 TOLERANCE = 0.03
-
-
-@dataclass
-class WithHost:
-    """A cost model, and seconds in every step in which the device does nothing."""
-
-    costs: Calibrated
-    host_seconds: float
-
-    def work(self, plan):
-        return self.costs.work(plan)
-
-    def seconds(self, work):
-        return self.host_seconds + self.costs.seconds(work)
 
 
 def trace_of(pairs, batching="continuous", rows=4, costs=LINEAR, host=None, blocks=None, gap=0.0, every=0.0):

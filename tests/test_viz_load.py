@@ -4,7 +4,7 @@ import pytest
 
 from minillm.simulation.reporting import report
 from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
-from minillm.viz import Curves, LoadCurves, PictureError
+from minillm.viz import Curves, LoadCurves, LoadPoint, PictureError, ThroughputLatency
 
 LOADS = [1, 2, 4, 8]
 SERVED = {"static": [0.9, 1.7, 2, 2.1], "continuous": [0.9, 1.8, 3.6, 5]}
@@ -52,3 +52,47 @@ def test_load_curves_from_reports():
 def test_impossible_data_is_refused_with_the_reason(make, says):
     with pytest.raises(PictureError, match=says):
         make()
+
+
+# --- latency against throughput --------------------------------------------------------------------------------------
+
+OPEN = [LoadPoint("open", 1, 1, 0.5), LoadPoint("open", 4, 3.9, 2.0), LoadPoint("open", 8, 5, 1.0)]
+CLOSED = [("closed", None, 3, 0.2), ("closed", None, 9, 3.0)]
+
+
+def test_what_is_served_within_the_limit_leaves_saturated_points_out():
+    picture = ThroughputLatency({"a": OPEN, "b": CLOSED}, limit=2.0, latency_label="p99 TTFT", title="two")
+    assert [point.saturated for point in OPEN] == [False, False, True]
+    assert picture.best == {"a": 3.9, "b": 3}
+    lines = picture.text().splitlines()
+    assert lines[4].split() == ["a", "open", "8", "5", "1", "saturated"]
+    assert lines[5].split() == ["b", "closed", "–", "3", "0.200"]
+    assert lines[7:] == ["a: within 2 s 3.90 requests a second", "b (closed loop): within 2 s 3 requests a second"]
+    assert picture.alt().startswith("two: a, b. a: within 2 s")
+    assert ThroughputLatency({"a": OPEN}, limit=0.1).summary() == "a: within 0.1 s none"
+    assert ThroughputLatency({"a": OPEN}).alt() == "latency against requests served: a"
+
+
+def test_saturated_points_are_hollow_and_closed_loops_dashed():
+    (axes,) = ThroughputLatency({"a": OPEN, "b": CLOSED}, limit=2.0).figure().axes
+    assert axes.get_yscale() == "log"
+    lines = [(line.get_linestyle(), list(line.get_xdata()), line.get_markerfacecolor()) for line in axes.lines]
+    assert lines[0][:2] == ("-", [1, 3.9, 5]) and lines[2][:2] == ("--", [3, 9])
+    assert lines[1][1:] == ([5], "#FFFFFF") and lines[3][1] == []
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["a", "b (closed loop)", "saturated", "limit 2 s"]
+
+
+@pytest.mark.parametrize(
+    ("systems", "says"),
+    [
+        ({}, "at least one system"),
+        ({"a": []}, "at least one point"),
+        ({"a": [*OPEN, CLOSED[0]]}, "make two systems"),
+        ({"a": [("half", 1, 1, 1)]}, "loop of 'a'"),
+        ({"a": [("open", 1, 1, 0)]}, "latency of 'a'"),
+    ],
+)
+def test_points_that_cannot_be_drawn_are_refused(systems, says):
+    with pytest.raises(PictureError, match=says):
+        ThroughputLatency(systems)

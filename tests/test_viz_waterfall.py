@@ -33,6 +33,32 @@ def test_the_text_has_the_same_bars():
     assert picture.alt() == "a 2.00, b 4.00, c 0.50; theirs 4.00"
 
 
+def test_guesses_are_hollow_below_the_measured_bars_and_beside_them_in_the_text():
+    picture = Waterfall(STEPS, guesses={"a": 4.0, "c": 2.0, "b": None}, last="theirs")
+    assert picture.guessed_total == 8
+    (axes,) = picture.figure().axes
+    hollow = [bar for bar in axes.patches if bar.get_facecolor()[3] == 0]
+    assert [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in hollow] == [(1, 4), (8, 16), (1, 8)]
+    assert all(bar.get_y() > row + 0.28 for bar, row in zip(hollow, (1, 3, 4), strict=True))
+    assert [text.get_text() for text in axes.texts][0] == "2.00 (guessed 4.00)"
+    header, _, *lines = picture.text().splitlines()
+    cells = {line.split()[0]: line[header.index("guess") - 1 : header.index("guess") + 5].strip() for line in lines}
+    assert cells == {"start": "", "a": "4.00", "b": "", "c": "2.00", "theirs": "8.00"}
+    start = header.index("product") + len("product  ")
+    bar = {line.split()[0]: line[start:] for line in lines}
+    assert bar["a"][20] == "o"  # 4 on an axis from 1 to 16 in 40 columns
+    assert bar["c"][39] == "o" and bar["theirs"][29] == "o"
+    assert picture.alt() == "a 2.00, b 4.00, c 0.50; theirs 4.00; guessed a 4.00, c 2.00, together 8.00"
+
+
+@pytest.mark.parametrize(
+    ("guesses", "says"), [({"d": 2.0}, "guess"), ({"a": 0.0}, "guess of 'a'"), ({"a": "x"}, "'x'")]
+)
+def test_impossible_guesses_are_refused(guesses, says):
+    with pytest.raises(PictureError, match=says):
+        Waterfall(STEPS, guesses=guesses)
+
+
 def test_of_a_decomposition_the_largest_comes_first():
     worth = {"small": 2.0, "large": 3.0}
 

@@ -22,6 +22,7 @@ from minillm.checks.chapter_09 import compute_bound_batch, decode_step_seconds, 
 from minillm.checks.chapter_09_kernel import my_decode
 from minillm.checks.chapter_10 import admission, read_log, sse_events
 from minillm.checks.chapter_10_loop import run_engine, stream_request
+from minillm.checks.chapter_11 import better_within, explain, setting_with
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside, key_reads
 
@@ -33,6 +34,7 @@ __all__ = [
     "attention",
     "attention_share",
     "beside",
+    "better_within",
     "block_diagonal_mask",
     "blocks_needed",
     "cache_append",
@@ -44,6 +46,7 @@ __all__ = [
     "compute_bound_batch",
     "decode_step_seconds",
     "eviction_order",
+    "explain",
     "greedy_generate",
     "is_written",
     "joining_waste",
@@ -67,6 +70,7 @@ __all__ = [
     "restarting_positions",
     "run_engine",
     "schedule_step",
+    "setting_with",
     "sjf_order",
     "sse_events",
     "tokens_static",

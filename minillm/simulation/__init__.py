@@ -9,9 +9,9 @@ __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
         "clock": "RealClock VirtualClock",
-        "cost_model": "Calibrated CostModel KERNELS_A_LAYER LAUNCH_SECONDS Roofline StepWork preset",
+        "cost_model": "Calibrated CostModel KERNELS_A_LAYER LAUNCH_SECONDS Roofline StepWork WithHost preset",
         "executor": "SimulatedExecutor",
-        "explaining": "ExplainError Explanation TimeUse explain",
+        "explaining": "EXPLAINED ExplainError Explanation TimeUse explain",
         "factors": "Decomposition Factor",
         "published": (
             "Assumptions CAUSES CLAIMED PAGED_ATTENTION Published SETTINGS Setting observations sensitivity under_load "

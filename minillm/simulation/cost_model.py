@@ -154,6 +154,26 @@ class Roofline:
         return self.launch_overhead + least
 
 
+@dataclass(frozen=True)
+class WithHost:
+    """Another cost model, and seconds in every step in which the host works and the device does nothing."""
+
+    costs: CostModel
+    host_seconds: float
+
+    def __post_init__(self):
+        check_kind("costs", self.costs, CostModel)
+        check_seconds("host_seconds", self.host_seconds, 0)
+
+    def work(self, plan: SchedulerOutput) -> StepWork:
+        """What the other counts."""
+        return self.costs.work(plan)
+
+    def seconds(self, work: StepWork) -> float:
+        """First the host, then the device."""
+        return self.host_seconds + self.costs.seconds(work)
+
+
 def preset(shape: str, card: str, launch_overhead: float | None = None) -> Roofline:
     """The roofline of a published shape on a card, in 16 bits, both by name. Raises ConfigError for unknown names."""
     check_choice("shape", shape, tuple(MODELS))

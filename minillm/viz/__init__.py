@@ -26,7 +26,7 @@ from minillm.viz.grids import AttentionWeights, InfluenceGrid, MaskGrid
 from minillm.viz.journey import LayerPath
 from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
 from minillm.viz.launches import LaunchOverhead
-from minillm.viz.load import LoadCurves
+from minillm.viz.load import LoadCurves, LoadPoint, ThroughputLatency
 from minillm.viz.memory_access import WarpAccess
 from minillm.viz.memory_traffic import MemoryTraffic
 from minillm.viz.policies import PolicyTimelines
@@ -57,6 +57,7 @@ __all__ = [
     "LaunchOverhead",
     "LayerPath",
     "LoadCurves",
+    "LoadPoint",
     "MaskGrid",
     "MemoryTraffic",
     "PaddingRectangle",
@@ -73,6 +74,7 @@ __all__ = [
     "Score",
     "Scoreboard",
     "Span",
+    "ThroughputLatency",
     "Timeline",
     "WarpAccess",
     "Waterfall",

@@ -1,13 +1,120 @@
-"""Throughput and latency against the load offered: where a server stops keeping up, and where it breaks its promise."""
+"""Throughput and latency, against the load offered and against each other: where a server stops keeping up, and where
+it breaks its promise.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
-from minillm.viz.base import Panels, PictureError, number
+from minillm.errors import check_choice, check_number
+from minillm.viz.base import SMALL_SIZE, Panels, Picture, PictureError, literal, number, text_table
 from minillm.viz.curves import Curves, Look
-from minillm.viz.palette import BLACK, SERIES_COLORS
+from minillm.viz.palette import BLACK, SERIES_COLORS, WHITE
 
 KEEPS_UP = 0.9  # of the share of the load that is served at best is served up to the knee
+
+
+class LoadPoint(NamedTuple):
+    """One run of a load test."""
+
+    loop: str  # "open": requests come at a rate of their own; "closed": so many clients, each waits for its answer
+    offered: float | None  # requests per second; None in a closed loop
+    served: float  # requests per second
+    latency: float  # seconds
+
+    @property
+    def saturated(self) -> bool:
+        """Whether a queue grew during the run, so that its latency says how long the run was."""
+        return self.offered is not None and self.served < KEEPS_UP * self.offered
+
+
+class ThroughputLatency(Picture):
+    """Latency, on a logarithmic axis, against requests served per second: a line for each system, a point for each run.
+
+    `systems` maps a name to the `LoadPoint`s of it, in the order of the load. Points of a saturated system are hollow,
+    closed loops are dashed, `limit` (seconds) is a line across. `best` are the most requests each serves within it, by
+    points that are not saturated. Raises PictureError without points, for a loop that is neither open nor closed, or a
+    latency that is not above 0.
+    """
+
+    def __init__(
+        self,
+        systems: Mapping[str, Sequence[tuple]],
+        *,
+        limit: float | None = None,
+        latency_label: str = "latency",
+        title: str | None = None,
+    ):
+        self.systems = {name: [LoadPoint(*point) for point in points] for name, points in systems.items()}
+        if not self.systems or not all(self.systems.values()):
+            raise PictureError("nothing to draw: give at least one system, and each at least one point")
+        for name, points in self.systems.items():
+            if len({point.loop for point in points}) > 1:
+                raise PictureError(f"{name!r} has points of an open and of a closed loop; make two systems of it")
+            check_choice(f"loop of {name!r}", points[0].loop, ("open", "closed"), error=PictureError)
+            for point in points:
+                check_number(f"latency of {name!r}", point.latency, "above 0", lambda s: s > 0, error=PictureError)
+        self.limit, self.latency_label, self.title = limit, latency_label, title
+        self.best = {} if limit is None else {name: self._best(points) for name, points in self.systems.items()}
+
+    def _best(self, points: Sequence[LoadPoint]) -> float | None:
+        return max((each.served for each in points if not each.saturated and each.latency <= self.limit), default=None)
+
+    def text(self) -> str:
+        rows = [
+            [
+                name, point.loop, "–" if point.offered is None else number(point.offered), number(point.served),
+                number(point.latency), "saturated" * point.saturated,
+            ]
+            for name, points in self.systems.items() for point in points
+        ]  # fmt: skip
+        table = text_table(["", "loop", "offered", "served", f"{self.latency_label}, s", ""], rows)
+        return "\n".join([*(line.rstrip() for line in table.splitlines()), *self.summary().splitlines()])
+
+    def summary(self) -> str:
+        """The most that each serves within the limit, a line each; "" without a limit."""
+        names = {name: f"{name} (closed loop)" if self._is_closed(name) else name for name in self.systems}
+        return "\n".join(
+            f"{names[name]}: within {self.limit:g} s {_in_words(most)}" for name, most in self.best.items()
+        )
+
+    def _is_closed(self, name: str) -> bool:
+        return self.systems[name][0].loop == "closed"
+
+    def alt(self) -> str:
+        what = self.title or f"{self.latency_label} against requests served"
+        return f"{what}: {', '.join(self.systems)}. {self.summary()}".replace("\n", "; ").removesuffix(". ")
+
+    def _size(self) -> tuple[float, float]:
+        return 6.4, 3.8
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        for index, (name, points) in enumerate(self.systems.items()):
+            look, closed = Look(index), self._is_closed(name)
+            line = {"color": look.color, "linestyle": "--" if closed else "-", "zorder": 2}
+            marker = look.style()["marker"]
+            xs, ys = [point.served for point in points], [point.latency for point in points]
+            axes.plot(xs, ys, marker=marker, label=literal(f"{name} (closed loop)" if closed else name), **line)
+            hollow = [point for point in points if point.saturated]
+            axes.plot(
+                [point.served for point in hollow], [point.latency for point in hollow],
+                color=look.color, linestyle="", marker=marker, markerfacecolor=WHITE, zorder=3,
+            )  # fmt: skip
+        if any(point.saturated for points in self.systems.values() for point in points):
+            axes.plot([], [], color=BLACK, linestyle="", marker="o", markerfacecolor=WHITE, label="saturated")
+        if self.limit is not None:
+            axes.axhline(self.limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"limit {self.limit:g} s")
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="requests served per second", ylabel=literal(f"{self.latency_label}, seconds"))
+        axes.grid(color="#EEEEEE", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=SMALL_SIZE, borderaxespad=0)
 
 
 class LoadCurves(Panels):

@@ -1,10 +1,10 @@
 """From one speed to another in factors: a bar for each cause on a logarithmic axis, with its range over all orders."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from minillm.errors import check_number
+from minillm.errors import check_choice, check_number
 from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, pad, text_table
 from minillm.viz.palette import BLACK, LIGHT_GREY, RED, TEAL, VIOLET
 
@@ -26,7 +26,9 @@ class Waterfall(Picture):
     `steps`: (name, factor) or (name, factor, low, high), drawn from the first on; the thin line beside a bar is where
     it would end for `low` and `high`. `first` and `last` name both ends, `claim` is a stretch of the axis to compare
     with. `unit` is what a factor counts and `spread` what its range is over; factors above 1 are drawn as losses unless
-    `good_above`. Raises PictureError without a step, or for factors that are not above 0 or not within their range.
+    `good_above`. `guesses`, a factor by name, are hollow bars below the measured ones, and o in the text; a name that
+    has none is left out, or None. Raises PictureError without a step, for factors that are not above 0 or not within
+    their range, and for a guess of an unknown name.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Waterfall(Picture):
         unit: str = "times as long",
         spread: str = "over all orders",
         good_above: bool = False,
+        guesses: Mapping[str, float | None] | None = None,
     ):
         self.steps = [Step(*step) for step in steps]
         if not self.steps:
@@ -55,6 +58,10 @@ class Waterfall(Picture):
         self.first, self.last, self.claim = first, last, claim
         self.title = title
         self.unit, self.spread, self.good_above = unit, spread, good_above
+        self.guesses = {name: guess for name, guess in (guesses or {}).items() if guess is not None}
+        for name, guess in self.guesses.items():
+            check_choice("guess", name, [step.name for step in self.steps], error=PictureError)
+            check_number(f"guess of {name!r}", guess, "above 0", lambda f: f > 0, error=PictureError)
 
     @classmethod
     def of(cls, decomposition, **options) -> "Waterfall":
@@ -75,13 +82,18 @@ class Waterfall(Picture):
         """The product of all factors."""
         return self.ends[-1]
 
+    @property
+    def guessed_total(self) -> float:
+        """The product of all guesses; 1 without any."""
+        return math.prod(self.guesses.values())
+
     def text(self) -> str:
         low, high = self._limits()
 
         def column(value: float) -> int:
             return round((COLUMNS - 1) * math.log(value / low) / math.log(high / low))
 
-        rows, begin = [[self.first, "", "", "1.00", " " * column(1) + "|"]], 1.0
+        rows, begin = [[self.first, "", "", "", "1.00", " " * column(1) + "|"]], 1.0
         for step, end in zip(self.steps, self.ends, strict=True):
             bar = [" "] * COLUMNS
             if step.low is not None:
@@ -89,29 +101,41 @@ class Waterfall(Picture):
                     bar[place] = "-"
             left, right = sorted((column(begin), column(end)))
             bar[left : right + 1] = "#" * (right + 1 - left)
+            guess = self.guesses.get(step.name)
+            if guess is not None:
+                bar[column(begin * guess)] = "o"
             spread = "" if step.low is None else f"{step.low:.2f} to {step.high:.2f}"
-            rows.append([step.name, f"{step.factor:.2f}", spread, f"{end:.2f}", "".join(bar).rstrip()])
+            said = "" if guess is None else f"{guess:.2f}"
+            rows.append([step.name, f"{step.factor:.2f}", said, spread, f"{end:.2f}", "".join(bar).rstrip()])
             begin = end
         left, right = sorted((column(1), column(self.total)))
-        rows.append([self.last, f"{self.total:.2f}", "", f"{self.total:.2f}", " " * left + "#" * (right + 1 - left)])
+        bar, said = pad(" " * left + "#" * (right + 1 - left), COLUMNS), ""
+        if self.guesses:
+            said, place = f"{self.guessed_total:.2f}", column(self.guessed_total)
+            bar = bar[:place] + "o" + bar[place + 1 :]
+        rows.append([self.last, f"{self.total:.2f}", said, "", f"{self.total:.2f}", bar.rstrip()])
         if self.claim:
             begin, end = map(column, self.claim)
             stretch = " " * begin + "=" * (end + 1 - begin)
-            rows.append(["claimed", f"{self.claim[0]:g} to {self.claim[1]:g}", "", "", stretch])
+            rows.append(["claimed", f"{self.claim[0]:g} to {self.claim[1]:g}", "", "", "", stretch])
         rows = [[*cells, pad(picture, COLUMNS)] for *cells, picture in rows]  # the table moves cells to the right
-        return "\n".join(
-            line.rstrip() for line in text_table(["", "factor", self.spread, "product", ""], rows).splitlines()
-        )
+        rows.insert(0, ["", "factor", "guess", self.spread, "product", ""])
+        if not self.guesses:
+            rows = [[*cells[:2], *cells[3:]] for cells in rows]
+        return "\n".join(line.rstrip() for line in text_table(rows[0], rows[1:]).splitlines())
 
     def alt(self) -> str:
         factors = ", ".join(f"{step.name} {step.factor:.2f}" for step in self.steps)
-        return f"{self.title + ': ' if self.title else ''}{factors}; {self.last} {self.total:.2f}"
+        guessed = ", ".join(f"{name} {guess:.2f}" for name, guess in self.guesses.items())
+        guessed = f"; guessed {guessed}, together {self.guessed_total:.2f}" if guessed else ""
+        return f"{self.title + ': ' if self.title else ''}{factors}; {self.last} {self.total:.2f}{guessed}"
 
     def _limits(self) -> tuple[float, float]:
         begins = [1.0, *self.ends[:-1]]
         reached = [*begins, *self.ends, *(self.claim or ())]
         for begin, step in zip(begins, self.steps, strict=True):
-            reached += [begin * (step.low or 1), begin * (step.high or 1)]
+            reached += [begin * (step.low or 1), begin * (step.high or 1), begin * self.guesses.get(step.name, 1)]
+        reached.append(self.guessed_total)
         low, high = min(reached), max(reached)
         return low, high if high > low else 2 * low
 
@@ -131,6 +155,7 @@ class Waterfall(Picture):
             )  # fmt: skip
         axes.axvline(1, color=BLACK, linewidth=1, linestyle=":", zorder=0)
         begin = 1.0
+        self._draw_guesses(axes)
         for row, (each, end) in enumerate(zip(self.steps, self.ends, strict=True), start=1):
             color = VIOLET if (each.factor >= 1) == self.good_above else RED
             axes.barh(row, end - begin, 0.56, begin, color=color)
@@ -140,15 +165,29 @@ class Waterfall(Picture):
                 low_end, high_end = begin * each.low, begin * each.high
                 axes.plot([low_end, high_end], [row, row], color=BLACK, linewidth=1.4, marker="|", markersize=8)
                 reach = max(end, high_end)
-            self._label(axes, f"{each.factor:.2f}", max(reach, begin), row)
+            guess = self.guesses.get(each.name)
+            said = "" if guess is None else f" (guessed {guess:.2f})"
+            self._label(axes, f"{each.factor:.2f}{said}", max(reach, begin), row)
             begin = end
         axes.barh(len(self.steps) + 1, self.total - 1, 0.56, 1, color=TEAL, hatch="///", edgecolor="white", linewidth=0)
-        self._label(axes, f"{self.total:.1f}", max(1, self.total), len(self.steps) + 1)
+        said = f" (guessed {self.guessed_total:.1f})" if self.guesses else ""
+        self._label(axes, f"{self.total:.1f}{said}", max(1, self.total), len(self.steps) + 1)
         names = [self.first, *(each.name for each in self.steps), self.last]
         axes.set_yticks(range(len(names)), [literal(name) for name in names])
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{self.unit}; thin lines: {self.spread}")
+        hollow = "; hollow: guessed" if self.guesses else ""
+        axes.set_xlabel(f"{self.unit}; thin lines: {self.spread}{hollow}")
         self._ticks(axes, low, high)
+
+    def _draw_guesses(self, axes) -> None:
+        """Hollow, below the measured bar, from where that begins."""
+        hollow = {"facecolor": "none", "edgecolor": BLACK, "linewidth": 1, "zorder": 3}
+        begins = [1.0, *self.ends[:-1]]
+        for row, (step, begin) in enumerate(zip(self.steps, begins, strict=True), start=1):
+            if step.name in self.guesses:
+                axes.barh(row + 0.38, begin * (self.guesses[step.name] - 1), 0.16, begin, **hollow)
+        if self.guesses:
+            axes.barh(len(self.steps) + 1.38, self.guessed_total - 1, 0.16, 1, **hollow)
 
     def _label(self, axes, text: str, x: float, row: int) -> None:
         style = {"textcoords": "offset points", "va": "center", "size": SMALL_SIZE}
