@@ -10,7 +10,7 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.collections import PathCollection, QuadMesh
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 
 from minillm.attention.masks import causal, rectangular
 from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
@@ -19,6 +19,7 @@ from minillm.viz import (
     Bars,
     CacheGrowth,
     Curves,
+    CutMask,
     InfluenceGrid,
     MaskGrid,
     PictureError,
@@ -32,7 +33,7 @@ from minillm.viz import (
 )
 from minillm.viz import figures as readme_figures
 from minillm.viz.base import drawing_style, number, text_width, token_label
-from minillm.viz.palette import GREEN, STATES
+from minillm.viz.palette import GREEN, SERIES_COLORS, STATES, WHITE
 
 TOKENS = ["Once", " upon", " a", " time", ",", " there", " was"]
 
@@ -78,6 +79,7 @@ def boxes_of(figure, gid: str):
 
 PICTURES = {
     "influence": lambda: InfluenceGrid(causal(4), TOKENS[:4], title="Measured"),
+    "cut": lambda: CutMask(causal(4), TOKENS[:4], cut=3, title="Two chunks"),
     "mask": lambda: MaskGrid(causal(4), TOKENS[:4], title="Causal"),
     "weights": lambda: AttentionWeights(torch.eye(3), TOKENS[:3]),
     "seconds": lambda: Timeline(one_request()),
@@ -124,6 +126,20 @@ def test_captions_read_the_mask_row_by_row():
     assert picture.caption(3) == "token 3 ␣time sees: Once, ␣upon, ␣a, ␣time — 4 of 7"
     assert MaskGrid(rectangular(3, 7)).caption(0) == "token 4 sees: 0, 1, 2, 3, 4 — 5 of 7"
     assert MaskGrid([[False, False]]).caption(0).endswith("sees: nobody — 0 of 2")
+
+
+def test_a_mask_is_cut_into_two_chunks():
+    assert CutMask(causal(3), TOKENS[:3], cut=2).text() == (
+        "looks at →  Once  ␣upon  ␣a\n"
+        "      Once  #     .      x\n"
+        "     ␣upon  #     #      x\n"
+        "---------------------------\n"
+        "        ␣a  #     #      #\n"
+        "# may look   . may not   x cut off, was empty"
+    )
+    for cut in (0, 3, -1):
+        with pytest.raises(PictureError, match=f"cut is {cut}; .* the 3 rows"):
+            CutMask(causal(3), cut=cut)
 
 
 @pytest.mark.parametrize("mask", [causal(7), rectangular(3, 7), causal(7, window=2), causal(20), causal(1)])
@@ -392,6 +408,40 @@ def test_curves_in_words_and_in_the_figure():
     assert (predicted.get_linestyle(), measured.get_marker()) == ("--", "s")
     assert list(measured.get_ydata())[:2] == [1, 1.25] and math.isnan(measured.get_ydata()[2])
     assert {text.get_text() for text in picture.figure().axes[0].texts} == {"predicted", "measured"}
+
+
+def test_what_is_computed_is_dashed_and_what_is_marked_is_named_level_and_in_the_text():
+    sums = {"a": [1, 2, 4], "b": [2, 2, 2], "at least": [2, 2, 4]}
+    picture = Curves(
+        [1, 2, 4], sums, "tokens", "ms", kinds=dict.fromkeys(sums, "predicted"), thick="at least",
+        limits={"most": 3}, marks={"a": 2, "half": 3}, points={"here": (2, 2)}, sides=(2, "left", "right"),
+    )  # fmt: skip
+    assert picture.text().splitlines()[-5:] == [
+        "most: ms 3", "a: at tokens 2", "half: at tokens 3", "here: at 2, 2", "below 2: left; above: right"
+    ]  # fmt: skip
+    (axes,) = picture.figure().axes
+    lines = [line for line in axes.lines if line.get_label() in sums]
+    assert {(line.get_linestyle(), line.get_marker()) for line in lines} == {("--", "None")}
+    assert [line.get_linewidth() for line in lines] == [1.5, 1.5, 3]
+    assert {text.get_rotation() for text in axes.texts} == {0}
+    assert {"a: 2", "half: 3", "here", "← left  ", "  right →"} <= {text.get_text() for text in axes.texts}
+
+
+def test_waste_in_bars_is_grey_and_the_rest_keeps_its_colours():
+    values = {"one": {"pads": 1, "useful": 2, "empty": 3, "other": 4}}
+    looks = Bars(values, waste=("pads", "empty")).figure().axes[0].patches
+    assert [to_hex(bar.get_facecolor()).upper() for bar in looks] == [WHITE, SERIES_COLORS[0], WHITE, SERIES_COLORS[1]]
+    assert [bool(bar.get_hatch()) for bar in looks] == [True, False, True, True] and looks[0].get_hatch() != looks[
+        2
+    ].get_hatch()
+
+
+def test_ticks_of_bytes_are_whole():
+    axes = Bars({"a": 150e9}, form=decimal_bytes).figure().axes[0]
+    assert (
+        axes.xaxis.get_major_formatter()(50e9, 0) == "50 GB"
+        and axes.xaxis.get_major_formatter()(12.5e9, 0) == "12.50 GB"
+    )
 
 
 def test_names_at_the_ends_of_curves_do_not_touch():

@@ -31,6 +31,7 @@ from minillm.viz import (
 )
 from minillm.viz.activity import columns_of
 from minillm.viz.block_masks import Block, BlockMask, blocks_of
+from minillm.viz.timeline import MOST_PADDING
 
 BUDGET = 6
 
@@ -114,8 +115,16 @@ def test_the_share_of_padding_is_hatched_at_the_foot_of_the_box():
     axes = Timeline(padded_trace(), "steps").figure().axes[0]
     whole = boxes_of(axes, "b:prefill")[0]
     foot, row = boxes_of(axes, "b:padding")
-    assert foot.get_height() == pytest.approx(0.75 * whole.get_height()) and foot.get_x() == whole.get_x()
+    assert foot.get_height() == pytest.approx(MOST_PADDING * whole.get_height()) and foot.get_x() == whole.get_x()
     assert "x" in foot.get_hatch() and row.get_height() == whole.get_height()
+    letters = [text for text in axes.texts if text.get_text() == "P"]
+    (letter,) = [text for text in letters if whole.get_y() < text.get_position()[1] < foot.get_y() < row.get_y() + 1]
+    assert letter.get_bbox_patch() is None  # above the padding, and no hole in it
+
+
+def test_the_rectangles_of_a_run_have_one_legend():
+    text = PaddingSteps(batching_traces()["dynamic"]).text()
+    assert text.count("P prefill") == 1 and text.count("useful (") > 1
 
 
 def test_a_box_after_the_moment_shown_is_pale_even_if_it_is_waiting():

@@ -22,7 +22,7 @@ from minillm.viz.block_replay import PoolState, pool_states
 from minillm.viz.blocks import BlockTables, BlockTableSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
 from minillm.viz.decode_tiles import DecodeTiles
-from minillm.viz.grids import AttentionWeights, InfluenceGrid, MaskGrid
+from minillm.viz.grids import AttentionWeights, CutMask, InfluenceGrid, MaskGrid
 from minillm.viz.journey import LayerPath
 from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
 from minillm.viz.launches import LaunchOverhead
@@ -48,6 +48,7 @@ __all__ = [
     "BlockTables",
     "CacheGrowth",
     "Curves",
+    "CutMask",
     "DecodeRoofline",
     "DecodeTiles",
     "DeviceUse",

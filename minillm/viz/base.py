@@ -288,9 +288,9 @@ def add_box(axes, x: float, y: float, width: float, height: float, state: State,
     return box
 
 
-def add_letter(axes, x: float, y: float, state: State) -> None:
-    """The letter of `state` around a point, readable on its hatch."""
-    behind = {"facecolor": state.color, "edgecolor": "none", "pad": 1.2}
+def add_letter(axes, x: float, y: float, state: State, *, patch: bool = True) -> None:
+    """The letter of `state` around a point, readable on its hatch; without a `patch` where there is none beneath."""
+    behind = {"facecolor": state.color, "edgecolor": "none", "pad": 1.2} if patch else None
     letter = axes.text(x, y, state.letter, ha="center", va="center", size=SMALL_SIZE, color=state.ink, bbox=behind)
     letter.set_in_layout(False)
 

@@ -211,10 +211,12 @@ class PaddingRectangle(Picture):
         why: Sequence[str] | None = None,
         title: str | None = None,
         room: tuple[int, int] | None = None,
+        legend: Sequence[State] | None = None,
     ):
         """`why` says for each row whether its tokens are "prefill" (the default), "decode" or "recompute".
 
-        `room`: rows and tokens that the figure has space for, so that the steps of a run come out alike.
+        `room`: rows and tokens that the figure has space for, so that the steps of a run come out alike. `legend`: the
+        states to explain, by default those that occur.
         """
         labels = [request_label(str(index)) for index in range(len(lengths))] if labels is None else list(labels)
         why = ["prefill"] * len(lengths) if why is None else list(why)
@@ -227,12 +229,11 @@ class PaddingRectangle(Picture):
             )
         self.rows = [Row(*row) for row in zip(labels, lengths, why, strict=True)]
         self.room = room or (len(self.rows), self.padded_length)
+        self.legend = self._states() if legend is None else list(legend)
         self.title = title
 
     @classmethod
-    def of_step(
-        cls, step: StepEvent, *, title: str | None = None, room: tuple[int, int] | None = None
-    ) -> "PaddingRectangle":
+    def of_step(cls, step: StepEvent, **options) -> "PaddingRectangle":
         """The rectangle that a step of a trace computed. Raises PictureError if its rows have different lengths."""
         real, computed, why = Counter[str](), Counter[str](), {}
         for part in step.scheduled:
@@ -248,7 +249,7 @@ class PaddingRectangle(Picture):
         lengths = [real[request_id] for request_id in computed]
         labels = [request_label(request_id) for request_id in computed]
         reasons = [why.get(request_id, "padding") for request_id in computed]
-        return cls(lengths, next(iter(computed.values())), labels, why=reasons, title=title, room=room)
+        return cls(lengths, next(iter(computed.values())), labels, why=reasons, **options)
 
     @property
     def num_tokens(self) -> int:
@@ -275,9 +276,9 @@ class PaddingRectangle(Picture):
             pads = -(-self.padded_length // scale) - real
             letters = STATES["padding"].letter * pads + STATES[row.why].letter * real
             lines.append(f"{pad(row.label, width)} |{letters}| {row.num_tokens:,} of {self.padded_length:,} useful")
-        notes = [f"{state.letter} {state.name}" for state in self._states()]
+        notes = [f"{state.letter} {state.name}" for state in self.legend]
         notes += [f"a letter is {scale} tokens"] if scale > 1 else []
-        return "\n".join([*lines, "   ".join(notes), self.summary()])
+        return "\n".join([*lines, *(["   ".join(notes)] if notes else []), self.summary()])
 
     def alt(self) -> str:
         return f"{self.title + ': ' if self.title else ''}padded batch of {self.summary()}"
@@ -295,7 +296,7 @@ class PaddingRectangle(Picture):
     def _size(self) -> tuple[float, float]:
         (width, height), (rows, tokens) = self._cell(), self.room
         labels = 0.085 * max(text_width(row.label) for row in self.rows)
-        return max(4.2, width * tokens + labels + 1.6), height * rows + 1.05
+        return max(4.2, width * tokens + labels + 1.6), height * rows + (1.05 if self.legend else 0.7)
 
     def _draw(self, axes, step: int | None = None) -> None:
         width, height = self._cell()
@@ -306,8 +307,9 @@ class PaddingRectangle(Picture):
             self._draw_tokens(axes, index, pads, self.padded_length, STATES[row.why], lettered)
             if height > 0.14:
                 axes.annotate(
-                    f"{row.num_tokens:,} of {self.padded_length:,} useful", (self.padded_length, index + 0.5), (6, 0),
-                    textcoords="offset points", va="center", size=SMALL_SIZE, annotation_clip=False,
+                    f"{row.num_tokens:,} of {self.padded_length:,} useful", (1, index + 0.5), (6, 0),
+                    xycoords=("axes fraction", "data"), textcoords="offset points",
+                    va="center", size=SMALL_SIZE, annotation_clip=False,
                 )  # fmt: skip
         rows, tokens = self.room
         axes.set(xlim=(0, tokens), ylim=(rows, 0))
@@ -320,7 +322,8 @@ class PaddingRectangle(Picture):
             self.summary(), (0, 0), (0, -8), xycoords="axes fraction", textcoords="offset points", va="top",
             size=SMALL_SIZE, annotation_clip=False,
         )  # fmt: skip
-        add_legend(axes, self._states(), y=26)
+        if self.legend:
+            add_legend(axes, self.legend, y=26)
 
     def _draw_tokens(self, axes, row: int, start: int, end: int, state: State, lettered: bool) -> None:
         """Cells from `start` to `end`, or one box if they would be too small."""
@@ -351,4 +354,7 @@ class PaddingSteps(StepStrip):
         return f"step {step + 1} of {self.num_steps}: {self.rectangles[step].summary()}"
 
     def frame(self, step: int, *, alone: bool) -> Picture:
-        return PaddingRectangle.of_step(self.trace.steps[step], title=f"step {step}", room=self.room)
+        chosen = [self.rectangles[each] for each in self.chosen]
+        used = [state for state in STATES.values() if any(state in each.legend for each in chosen)]
+        legend = None if alone else used if step == self.chosen[-1] else []  # once, below the last
+        return PaddingRectangle.of_step(self.trace.steps[step], title=f"step {step}", room=self.room, legend=legend)

@@ -1,6 +1,7 @@
 """Measured numbers: curves of prediction and measurement, the growth of the cache, and bars against a limit."""
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,19 +20,21 @@ from minillm.viz.base import (
     text_table,
     titled,
 )
-from minillm.viz.palette import BLACK, HELD, SERIES_COLORS, SERIES_HATCHES, SERIES_MARKERS, WHITE
+from minillm.viz.palette import BLACK, GREY, HELD, SERIES_COLORS, SERIES_HATCHES, SERIES_MARKERS, WASTE_HATCHES, WHITE
 
 KINDS = ("predicted", "measured")
 
+ABOVE = {"textcoords": "offset points", "size": SMALL_SIZE, "annotation_clip": False}  # of words above the axes
 MOST_TICK_LETTERS = 48  # that fit below the x axis
 
 
 class Look(NamedTuple):
-    """How a series is drawn: its place in the palette; dashed without markers, or with them, dotted or not."""
+    """How a series is drawn: its place in the palette; dashed without markers, or with them, dotted or not; thick."""
 
     index: int
     dashed: bool = False
     dotted: bool = False
+    thick: bool = False
 
     @property
     def color(self) -> str:
@@ -40,7 +43,7 @@ class Look(NamedTuple):
     def style(self) -> dict:
         """For `axes.plot`."""
         if self.dashed:
-            return {"color": self.color, "linestyle": "--"}
+            return {"color": self.color, "linestyle": "--", "linewidth": 3 if self.thick else 1.5}
         return {
             "color": self.color,
             "linestyle": ":" if self.dotted else "-",
@@ -53,8 +56,10 @@ class Curves(Picture):
 
     `series` maps a name to as many values as `x` has; None or NaN leaves a gap. `kinds` says which series is
     "predicted" or "measured"; one that is not in it is measured unless its name contains "predict". `ratio` = (a, b)
-    adds a column a / b to the text. `limits` (name -> y) are lines across, `marks` (a series' name -> x) upright ones.
-    Raises PictureError for unequal lengths, unknown names, or a log axis with values ≤ 0.
+    adds a column a / b to the text. `limits` (name -> y) are lines across, `marks` (a series' name, or any other -> x)
+    upright ones, `points` (name -> (x, y)) dots. `sides` = (x, left, right) divides the picture at x and names both
+    halves. `thick` is the series that the others add up to. Raises PictureError for unequal lengths, unknown names, or
+    a log axis with values ≤ 0.
     """
 
     marks_say = ""  # before the name of a marked series
@@ -72,6 +77,9 @@ class Curves(Picture):
         ratio: tuple[str, str] | None = None,
         limits: Mapping[str, float] | None = None,
         marks: Mapping[str, float] | None = None,
+        points: Mapping[str, tuple[float, float]] | None = None,
+        sides: tuple[float, str, str] | None = None,
+        thick: str | None = None,
         title: str | None = None,
     ):
         self.x = [float(value) for value in x]
@@ -83,18 +91,23 @@ class Curves(Picture):
                 raise PictureError(f"series {name!r} has {len(values)} values for {len(self.x)} values of x")
         self.kinds = {name: "predicted" if "predict" in name.lower() else "measured" for name in self.series}
         self.kinds.update(kinds or {})
-        unknown = [name for name in [*self.kinds, *(ratio or ()), *(marks or ())] if name not in self.series]
+        named = [*self.kinds, *(ratio or ()), *([thick] if thick else [])]
+        unknown = [name for name in named if name not in self.series]
         if unknown or any(kind not in KINDS for kind in self.kinds.values()):
             raise PictureError(
-                f"kinds, ratio and marks name series {list(self.series)} and kinds {KINDS}; got {unknown or kinds}"
+                f"kinds, ratio and thick name series {list(self.series)} and kinds {KINDS}; got {unknown or kinds}"
             )
         self._check_positive("x", self.x, log_x)
         for name, values in self.series.items():
             self._check_positive(name, values, log_y)
         self.x_label, self.y_label, self.log_x, self.log_y = x_label, y_label, log_x, log_y
         self.ratio = ratio
-        self.limits, self.marks = dict(limits or {}), dict(marks or {})
-        self.looks = {name: Look(index, self.kinds[name] == "predicted") for index, name in enumerate(self.series)}
+        self.limits, self.marks, self.points = dict(limits or {}), dict(marks or {}), dict(points or {})
+        self.sides = sides
+        self.looks = {
+            name: Look(index, dashed=self.kinds[name] == "predicted", thick=name == thick)
+            for index, name in enumerate(self.series)
+        }
         self.title = title
 
     @staticmethod
@@ -104,6 +117,10 @@ class Curves(Picture):
             raise PictureError(f"{name!r} has the value {bad[0]}; a logarithmic axis needs values > 0")
 
     def text(self) -> str:
+        return "\n".join([self.table(), *self._notes()])
+
+    def table(self) -> str:
+        """The values in plain text, without what is marked."""
         header = [self.x_label, *self.series]
         rows = [
             [number(value), *(number(values[i]) for values in self.series.values())] for i, value in enumerate(self.x)
@@ -113,6 +130,16 @@ class Curves(Picture):
             for row, above, below in zip(rows, *(self.series[name] for name in self.ratio), strict=True):
                 row.append(number(above / below) if below else "–")
         return f"{self.y_label}\n{text_table(header, rows)}"
+
+    def _notes(self) -> list[str]:
+        """What is marked beside the series, in words."""
+        notes = [f"{name}: {self.y_label} {number(y)}" for name, y in self.limits.items()]
+        notes += [f"{name}: at {self.x_label} {number(x)}" for name, x in self.marks.items()]
+        notes += [f"{name}: at {number(x)}, {number(y)}" for name, (x, y) in self.points.items()]
+        if self.sides:
+            x, left, right = self.sides
+            notes.append(f"below {number(x)}: {left}; above: {right}")
+        return notes
 
     def alt(self) -> str:
         told = []
@@ -127,6 +154,10 @@ class Curves(Picture):
 
     def _title_width(self) -> float:
         return 5
+
+    @property
+    def _title_pad(self) -> float:
+        return 8 + 12 * (len(set(self.marks.values())) + bool(self.sides))
 
     def _draw(self, axes, step: int | None = None) -> None:
         axes.set(xlabel=literal(self.x_label), ylabel=literal(self.y_label))
@@ -151,6 +182,9 @@ class Curves(Picture):
         axes.set_axisbelow(True)
         self._label_ends(axes, ends)
         self._draw_marks(axes)
+        self._draw_points(axes)
+        if self.sides:
+            self._draw_sides(axes, *self.sides)
 
     def _draw_ticks(self, axes) -> None:
         """Plain numbers; on a logarithmic x, the values that were measured, as many as have room for their labels."""
@@ -187,16 +221,34 @@ class Curves(Picture):
             )  # fmt: skip
 
     def _draw_marks(self, axes) -> None:
-        """Upright lines with the names of the series they belong to."""
-        small = {"size": SMALL_SIZE, "textcoords": "offset points"}
-        behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.5, "alpha": 0.7}
-        for place in sorted(set(self.marks.values())):
+        """Upright lines, and above the axes the names of the series they belong to, a line each."""
+        places = sorted(set(self.marks.values()))
+        for index, place in enumerate(places):
             names = [name for name, x in self.marks.items() if x == place]
-            color = self.looks[names[0]].color if len(names) == 1 else BLACK
+            color = self.looks[names[0]].color if len(names) == 1 and names[0] in self.looks else BLACK
             axes.axvline(place, color=color, linewidth=1.2, linestyle=":")
+            words = literal(f"{self.marks_say}{', '.join(names)}: {place:,g}")
+            above = 3 + 12 * (len(places) - 1 - index)
             axes.annotate(
-                literal(f"{self.marks_say}{', '.join(names)}: {place:,g}"), (place, 1), (-3, -3), ha="right", va="top",
-                xycoords=("data", "axes fraction"), rotation=90, color=color, bbox=behind, **small,
+                words, (place, 1), (0, above), xycoords=("data", "axes fraction"), ha="center", color=color, **ABOVE
+            )  # fmt: skip
+
+    def _draw_points(self, axes) -> None:
+        """Dots, and their names to the upper left, or to the right of one at the left end."""
+        for name, place in self.points.items():
+            axes.plot(*place, "o", color=BLACK, markersize=6, zorder=4)
+            side = "left" if place[0] <= self.x[0] else "right"
+            axes.annotate(
+                literal(name), place, (4 if side == "left" else -4, 7), ha=side,
+                textcoords="offset points", size=SMALL_SIZE,
+            )  # fmt: skip
+
+    def _draw_sides(self, axes, x: float, left: str, right: str) -> None:
+        """A line between two halves, their names above it on either side."""
+        axes.axvline(x, color=GREY, linewidth=1.2, linestyle=":")
+        for side, words in (("right", f"← {left}  "), ("left", f"  {right} →")):
+            axes.annotate(
+                literal(words), (x, 1), (0, 4), xycoords=("data", "axes fraction"), ha=side, color=GREY, **ABOVE
             )  # fmt: skip
 
 
@@ -272,9 +324,10 @@ class Bars(Picture):
     """Horizontal bars of counts, in one part each or stacked from several, against limits.
 
     `values`: name -> a number, or name -> {part -> number}. `limits`: name -> number, drawn as lines across; the text
-    then says which bars fit. `form` writes a number (e.g. `decimal_bytes`). The axis ends at `x_end`, where given: the
-    whole of a share, or what panels side by side have in common. `width` is in inches, without the bars' names. Raises
-    PictureError if there is no value, one below 0, or one beyond `x_end`.
+    then says which bars fit. `form` writes a number (e.g. `decimal_bytes`). Parts named in `waste` are grey and
+    hatched. The axis ends at `x_end`, where given: the whole of a share, or what panels side by side have in common.
+    `width` is in inches, without the bars' names. Raises PictureError if there is no value, one below 0, or one beyond
+    `x_end`.
     """
 
     def __init__(
@@ -285,6 +338,7 @@ class Bars(Picture):
         form: Callable[[float], str] = number,
         x_label: str = "",
         x_end: float | None = None,
+        waste: Sequence[str] = (),
         width: float = 5.2,
         title: str | None = None,
     ):
@@ -298,7 +352,7 @@ class Bars(Picture):
         self.parts = list(dict.fromkeys(part for parts in self.values.values() for part in parts))
         self.form = form
         self.x_label = x_label
-        self.x_end, self.width = x_end, width
+        self.x_end, self.width, self.waste = x_end, width, tuple(waste)
         most = max([*map(self.total, self.values), *self.limits.values()])
         if x_end is not None and most > x_end * (1 + 1e-6):
             raise PictureError(f"a bar or limit of {most} does not fit on an axis that ends at {x_end}")
@@ -335,9 +389,7 @@ class Bars(Picture):
         for row, (name, parts) in enumerate(self.values.items()):
             left = 0.0
             for part, amount in parts.items():
-                index = self.parts.index(part)
-                hatch = {"hatch": _of(SERIES_HATCHES, index), "edgecolor": WHITE, "linewidth": 0}
-                bar = axes.barh(row, amount, 0.62, left, color=_of(SERIES_COLORS, index), **hatch)
+                bar = axes.barh(row, amount, 0.62, left, **self._look(part))
                 bar.set_label(part if part not in axes.get_legend_handles_labels()[1] else "_")
                 left += amount
             axes.annotate(
@@ -354,13 +406,22 @@ class Bars(Picture):
         axes.set_yticks(range(len(self.values)), [literal(name) for name in self.values])
         axes.tick_params(axis="y", length=0)
         plain = self.form is number
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if plain else self.form(value))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if plain else _whole(self.form(value)))
         axes.xaxis.get_major_locator().set_params(nbins=5)
         if any(self.parts):
             axes.legend(
                 loc="upper left", bbox_to_anchor=(0, -0.42 / len(self.values) - 0.12), ncols=4, frameon=False,
                 fontsize=SMALL_SIZE, borderaxespad=0, handlelength=1.6,
             )  # fmt: skip
+
+    def _look(self, part: str) -> dict:
+        """The colour and hatch of a part: a series', or of waste."""
+        if part in self.waste:
+            hatch = _of(WASTE_HATCHES, self.waste.index(part))
+            return {"facecolor": WHITE, "edgecolor": GREY, "hatch": hatch, "linewidth": 0.6}
+        index = [each for each in self.parts if each not in self.waste].index(part)
+        hatch = _of(SERIES_HATCHES, index)
+        return {"facecolor": _of(SERIES_COLORS, index), "edgecolor": WHITE, "hatch": hatch, "linewidth": 0}
 
 
 def _value(value: float | None) -> float:
@@ -379,6 +440,11 @@ def _decimal_unit(most: float) -> tuple[str, int]:
     """The largest decimal unit of bytes in which `most` is at least 1."""
     units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
     return next((unit for unit in units if most >= unit[1]), ("bytes", 1))
+
+
+def _whole(label: str) -> str:
+    """The label of a tick without decimals that say nothing: "50.00 GB" -> "50 GB"."""
+    return re.sub(r"\.0+(?!\d)", "", label)
 
 
 def _tick_label(value: float) -> str:

@@ -1,9 +1,21 @@
 """Grids of tokens by tokens: who may look at whom, and how much weight each look gets."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, pad, plural, text_width, token_labels
-from minillm.viz.palette import BLACK, CHANGED, GREEN, GREY, MAY_LOOK, MAY_NOT, SAME, ink_on
+from minillm.viz.base import (
+    SMALL_SIZE,
+    Picture,
+    PictureError,
+    add_box,
+    add_legend,
+    literal,
+    pad,
+    plural,
+    text_width,
+    token_labels,
+)
+from minillm.viz.palette import BLACK, CHANGED, DROPPED, GREEN, GREY, MAY_LOOK, MAY_NOT, RED, SAME, ink_on
 
 MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border
 BORDER = "#BBBBBB"
@@ -125,7 +137,8 @@ class MaskGrid(TokenGrid):
     `mask` is a tensor, an array or nested lists. Labels are tokens as the tokenizer cuts them (" upon"); where only one
     axis is labelled, the other takes its labels from it: a square mask all of them, fewer rows than columns the last.
     `highlight_row` and `highlight_column` frame one of each. Steps = rows. Raises PictureError if there are not as many
-    labels as rows or columns, for a row or column that is not there, or if the mask is empty or ragged.
+    labels as rows or columns, for a row or column that is not there, or if the mask is empty or ragged. `cell` is
+    the side of a cell in inches, by default as large as there is room for.
     """
 
     legend = f"{MAY_LOOK.letter} {MAY_LOOK.name}   {MAY_NOT.letter} {MAY_NOT.name}"
@@ -138,8 +151,10 @@ class MaskGrid(TokenGrid):
         title: str | None = None,
         highlight_row: int | None = None,
         highlight_column: int | None = None,
+        cell: float | None = None,
     ):
         super().__init__(mask, query_labels, key_labels, title, highlight_row)
+        self.cell = cell
         if highlight_column is not None and not 0 <= highlight_column < self.num_keys:
             raise PictureError(f"highlight_column is {highlight_column}; the mask has columns 0..{self.num_keys - 1}")
         self.highlight_column = highlight_column
@@ -151,6 +166,9 @@ class MaskGrid(TokenGrid):
         if self.highlight_column is not None:
             frame = {"fill": False, "edgecolor": BLACK, "linewidth": 2, "linestyle": "--", "clip_on": False}
             axes.add_patch(Rectangle((self.highlight_column, 0), 1, self.num_queries, **frame))
+
+    def _cell_size(self) -> float:
+        return self.cell or super()._cell_size()
 
     def caption(self, step: int) -> str:
         seen = self._seen(step)
@@ -181,6 +199,45 @@ class MaskGrid(TokenGrid):
         if looks:
             inks = [MAY_LOOK.color if self._is_pale(int(row), highlight) else MAY_LOOK.ink for _, row in looks]
             axes.scatter(*zip(*looks, strict=True), s=(16 * self._cell_size()) ** 2, color=inks, linewidth=0)
+
+
+class CutMask(MaskGrid):
+    """A square mask cut into two chunks above row `cut`, and the corner that the first chunk does not need in grey.
+
+    Arguments, steps and errors are otherwise those of `MaskGrid`; a cut that is not between two rows is refused.
+    """
+
+    legend = f"{MaskGrid.legend}   {DROPPED.letter} {DROPPED.name}"
+
+    def __init__(self, mask, labels: Sequence[str] | None = None, *, cut: int, title: str | None = None):
+        super().__init__(mask, labels, title=title)
+        if not 0 < cut < self.num_queries == self.num_keys:
+            raise PictureError(f"cut is {cut}; it must lie between two of the {self.num_queries} rows of a square mask")
+        self.cut = cut
+        for row in self.values[:cut]:
+            row[cut:] = [None] * (self.num_keys - cut)  # neither may look nor may not
+
+    def _cell_text(self, value) -> str:
+        return DROPPED.letter if value is None else super()._cell_text(value)
+
+    def text(self) -> str:
+        lines = super().text().splitlines()
+        rule = len(lines) - 1 - (self.num_queries - self.cut)  # the last line is the legend
+        return "\n".join([*lines[:rule], "-" * max(map(text_width, lines[:-1])), *lines[rule:]])
+
+    def alt(self) -> str:
+        pieces = f"{self.cut} × {self.cut} and {self.num_queries - self.cut} × {self.num_keys}"
+        return f"{super().alt()}; cut into {pieces}"
+
+    def _size(self) -> tuple[float, float]:
+        width, height = super()._size()
+        return width, height + 0.35
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        super()._draw(axes, step)
+        add_box(axes, self.cut, 0, self.num_keys - self.cut, self.cut, DROPPED, linewidth=0)
+        axes.plot([0, self.num_keys], [self.cut] * 2, color=RED, linewidth=3, clip_on=False)
+        add_legend(axes, [replace(DROPPED, letter="")], y=8, extra="red line: the cut")
 
 
 class InfluenceGrid(MaskGrid):

@@ -209,7 +209,7 @@ class LoadCurves(Panels):
         return max((load for load, _ in good), default=None)
 
     def text(self) -> str:
-        return "\n\n".join([*(picture.text() for picture in self.pictures), self.summary()])
+        return "\n\n".join([*(picture.table() for picture in self.pictures), self.summary()])
 
     def summary(self) -> str:
         """The loads up to the knees, and within the SLO."""

@@ -44,7 +44,7 @@ MEANINGS = {
     SLATE: "swapped out",
     PURPLE: "the host reads and updates",
     PALE_PURPLE: "the host schedules and launches",
-    LIGHT_GREY: "waiting (dotted); cached; gaps (striped)",
+    LIGHT_GREY: "waiting (dotted); cached; gaps, what is cut off (striped)",
     PALE_GREY: "read from the cache",
     WHITE: "nothing; padding and waste (crossed)",
     VIOLET: "useful: tokens held, bytes asked for",
@@ -108,6 +108,7 @@ KEPT = State("c", "from the cache", PALE_GREY, GREY)
 # Who may look at whom (mask grids).
 MAY_LOOK = State("#", "may look", GREEN, WHITE)
 MAY_NOT = State(".", "may not", WHITE, GREY)
+DROPPED = State("x", "cut off, was empty", LIGHT_GREY, GREY, "xx")
 CHANGED = State("#", "changed", GREEN, WHITE)  # influence, measured
 SAME = State(".", "stayed the same", WHITE, GREY)
 

@@ -13,13 +13,6 @@ WEIGHTS, ARITHMETIC, CACHE = "reading the weights", "arithmetic", "reading the c
 LEAST, MEASURED = "least time", "measured"
 
 
-class _Solid(Look):
-    """A thick line without markers: what the parts add up to."""
-
-    def style(self) -> dict:
-        return {"color": self.color, "linewidth": 2.4}
-
-
 class DecodeRoofline(Curves):
     """Least milliseconds of a decode step of B requests with `context` cached tokens each, both axes logarithmic.
 
@@ -80,7 +73,7 @@ class DecodeRoofline(Curves):
             kinds={name: MEASURED if name == MEASURED else "predicted" for name in series},
             log_x=True, log_y=True, title=title,
         )  # fmt: skip
-        self.looks[LEAST] = _Solid(SERIES_COLORS.index(BLACK))
+        self.looks[LEAST] = Look(SERIES_COLORS.index(BLACK), dashed=True, thick=True)
 
     def seconds(self, batch: int) -> float:
         """The least time of a step."""
@@ -176,12 +169,7 @@ class DecodeRoofline(Curves):
         """Where arithmetic overtakes the weights, if it does within the picture; and which is longer on either side."""
         if not self._turns():
             return
-        axes.axvline(self.compute_bound, color=GREY, linewidth=1.2, linestyle=":")
-        for side, words in (("right", "weights longer "), ("left", " arithmetic longer")):
-            axes.annotate(
-                literal(words), (self.compute_bound, 1), (0, 4), xycoords=("data", "axes fraction"), ha=side,
-                textcoords="offset points", color=GREY, size=SMALL_SIZE, annotation_clip=False,
-            )  # fmt: skip
+        self._draw_sides(axes, self.compute_bound, "weights longer", "arithmetic longer")
         axes.annotate(
             number(self.compute_bound), (self.compute_bound, 0), (3, 4), xycoords=("data", "axes fraction"),
             textcoords="offset points", color=GREY, size=SMALL_SIZE,

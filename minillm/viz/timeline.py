@@ -30,7 +30,8 @@ LOW = 0.1  # inches; lower rows have neither borders nor wide hatches
 WIDE = 0.17  # inches; a box as wide as this has room for its letter
 MAX_LISTED = 6  # requests up to which the text in milliseconds lists every stretch
 MAX_BRACKETED = 2  # requests up to which TTFT and ITL get brackets in the figure; beyond, a column of numbers
-MOST_PADDING = 0.8  # share of a box's height up to which padding is drawn to scale, so that the rest stays visible
+MOST_PADDING = 0.55  # share of a box's height up to which padding is drawn to scale, so that the rest has a letter
+HIGH = 0.09  # inches; what is left of a partly padded box has room for its letter
 AXES_WIDTH = 6.6  # inches
 
 
@@ -189,7 +190,7 @@ class Timeline(Activity, Picture):
                     style = {"linewidth": border, "alpha": 0.12 if faded else None}
                     self._draw_box(axes, row, part, height, style)
             if self._row_height() > 0.2:
-                self._draw_letters(axes, row, boxes, shown, scale)
+                self._draw_letters(axes, row, boxes, shown, scale, height)
         finish = self._finish.get(request_id, self.num_steps)
         if finish < shown and self._row_height() >= LOW:
             rest = [self._spans[finish][1], self._x_end()]
@@ -206,7 +207,7 @@ class Timeline(Activity, Picture):
         patch = add_box(axes, box.start, row - height / 2, box.width, height, states[box.state], **style)
         patch.set_gid(f"{box.request_id}:{box.state}")
         if box.partly_padding:
-            part = height * min(MOST_PADDING, box.padding_share)
+            part = height * _padded(box)
             foot = add_box(axes, box.start, row + height / 2 - part, box.width, part, states["padding"], **style)
             foot.set_gid(f"{box.request_id}:padding")
 
@@ -229,16 +230,18 @@ class Timeline(Activity, Picture):
             return [(box, box.start >= now)]
         return [(replace(box, end=now), False), (replace(box, start=now), True)]
 
-    def _draw_letters(self, axes, row: int, boxes: list[Box], shown: int, scale: float) -> None:
-        """A letter in each box, or if the boxes are too narrow, one in the middle of them."""
+    def _draw_letters(self, axes, row: int, boxes: list[Box], shown: int, scale: float, height: float) -> None:
+        """A letter in each box, or if the boxes are too narrow, one in the middle of them; above padding if it fits."""
         boxes = [parts[0][0] for parts in (self._split(box, shown) for box in boxes) if not parts[0][1]]
         if not boxes:
             return
         if min(box.width for box in boxes) * scale < WIDE:
             boxes = [joined(boxes[0], boxes[-1])]
         for box in boxes:
-            if box.width * scale >= WIDE:
-                add_letter(axes, (box.start + box.end) / 2, row, STATES[box.state])
+            padded = _padded(box) if box.partly_padding else 0
+            if box.width * scale >= WIDE and self._row_height() * height * (1 - padded) >= HIGH:
+                middle = (box.start + box.end) / 2, row - height * padded / 2
+                add_letter(axes, *middle, STATES[box.state], patch=not padded)
 
     def _draw_measures(self, axes, row: int, request_id: str, shown: int) -> None:
         """TTFT and mean ITL to the right of the row, once they are known."""
@@ -329,6 +332,11 @@ def _ruler(first: int, last: int, column: float, unit: str) -> str:
         if index % every == 0 and len(ruler) <= index - first:
             ruler = ruler.ljust(index - first) + f"{factor * index * column:g}{name if index else ''}"
     return ruler
+
+
+def _padded(box: Box) -> float:
+    """How much of a partly padded box is drawn as padding, as a share of its height."""
+    return min(MOST_PADDING, box.padding_share)
 
 
 def _bracket(axes, start: float, end: float, y: float) -> None:
