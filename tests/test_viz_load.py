@@ -46,7 +46,7 @@ def test_load_curves_from_reports():
         (lambda: LoadCurves([2, 1], SERVED, TTFT), "rise"),
         (lambda: LoadCurves(LOADS, SERVED, TTFT, judged=["p1"]), r"\['p1'\]"),
         (lambda: LoadCurves([1], SERVED, TTFT), "4 values for 1"),
-        (lambda: Curves([1], {"a": [1]}, "x", "y", marks={"b": 1}), r"\['b'\]"),
+        (lambda: Curves([1], {"a": [1]}, "x", "y", thick="b"), r"\['b'\]"),
     ],
 )
 def test_impossible_data_is_refused_with_the_reason(make, says):

@@ -231,7 +231,7 @@ class CutMask(MaskGrid):
 
     def _size(self) -> tuple[float, float]:
         width, height = super()._size()
-        return width, height + 0.35
+        return max(width, 3.8), height + 0.35  # room for the legend
 
     def _draw(self, axes, step: int | None = None) -> None:
         super()._draw(axes, step)
