@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.storyteller import CHECKPOINT_DIR, corpus, evaluate, forward, train
+from minillm.storyteller import CHECKPOINT_DIR, corpus, evaluate, forward, hand_written, train, typed
 from minillm.storyteller import vocabulary as words
 
 SHIPPED_LIMIT = 8_000_000  # bytes of package data
@@ -26,6 +26,11 @@ def documents():
 def storyteller():
     torch.set_num_threads(1)
     return evaluate.Storyteller.load(CHECKPOINT_DIR)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return evaluate.Known.of(corpus.document(0, i) for i in range(20 * SOME))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,51 @@ def test_stories_are_20_to_400_tokens_and_spread(storyteller, documents):
     )
     assert lengths[0] >= 20 and lengths[-1] <= 400
     assert lengths[len(lengths) * 9 // 10] >= 5 * lengths[len(lengths) // 10]
+
+
+def opened(count):
+    rng = random.Random("test opened stories")
+    return [corpus.opened_story(rng) for _ in range(count)]
+
+
+def test_an_opened_story_has_something_typed_and_one_cast():
+    for asked, rest in opened(500):
+        text = asked + rest
+        assert asked.strip() and rest.endswith((".", "!", '"')), text
+        assert not rest[0].isalnum() and "~" not in text and typed.CUT not in text, text
+        assert len({name for name in corpus.NAMES if corpus.mentions(text, name)}) <= 2, text
+        assert not (corpus.mentions(text.lower(), "he") and corpus.mentions(text.lower(), "she")), text
+
+
+def test_odd_words_are_read_and_never_learned():
+    odd = set(typed.ODD_WORDS) - set(re.findall(r"\w+", str(typed.GRAMMAR)))
+    plain = {word for story in stories(500) for word in re.findall(r"\w+", story.text)}
+    learned = {word for _, rest in opened(2000) for word in re.findall(r"\w+", rest)}
+    assert not learned & odd - plain
+    assert odd & {word for asked, _ in opened(2000) for word in re.findall(r"\w+", asked)}
+
+
+def test_openings_begin_in_many_ways():
+    first = {" ".join((asked + rest).split()[:2]) for asked, rest in opened(2000)}
+    assert len(first) > 500 and {"There was", "One day,", "The little", "It was", "In the", "Once upon"} <= first
+
+
+def test_what_is_unknown_is_answered_honestly():
+    rng = random.Random("test unknown")
+    answers = set()
+    for _ in range(500):
+        turn = corpus.chat_turn(rng, "unknown")
+        assert evaluate.is_honest(turn.answer) and not re.search(r"[\[\]{}~]", turn.question), turn
+        answers.add(re.sub(r"an? \w+\?$", "", turn.answer))
+    assert len(answers) >= 10
+
+
+def test_hand_written_prompts_are_in_no_training_text(documents):
+    texts = [document.text for document in documents]
+    assert len(hand_written.OPENINGS) == 60
+    assert not [o.text for o in hand_written.OPENINGS if any(text.startswith(o.text) for text in texts)]
+    asked = {question for text in texts for question in re.findall(r"<\|user\|>(.*?)<\|end\|>", text)}
+    assert not asked & set(hand_written.REQUESTS)
 
 
 def stories(count, **wanted):
@@ -124,15 +174,14 @@ def test_stories_are_about_the_topic_asked_for():
 
 
 def test_held_out_questions_and_stories_are_not_in_the_training_text(documents):
-    trained = {
-        question for document in documents for question in re.findall(r"<\|user\|>(.*?)<\|end\|>", document.text)
-    }
+    asked_and_answered = re.compile(r"<\|user\|>(.*?)<\|end\|><\|assistant\|>(.*?)<\|end\|>")
+    trained = {question for document in documents for question, _ in asked_and_answered.findall(document.text)}
     held_out = [corpus.document(7, i, held_out=True) for i in range(SOME)]
-    greetings, without_topic = set(words.GREETINGS), {"story.", "story?", "story, please."}
+    greetings = {*words.GREETINGS, *typed.TALK}
     for document in held_out:
-        for question in re.findall(r"<\|user\|>(.*?)<\|end\|>", document.text):
-            shared = question in greetings or any(question.endswith(end) for end in without_topic)
-            assert shared or question not in trained
+        for question, answer in asked_and_answered.findall(document.text):
+            not_split = question in greetings or evaluate.is_honest(answer) or document.kind == "opened_chat"
+            assert not_split or "about" not in question and "story" in question or question not in trained
     rng = random.Random("test split")
     assert all(
         corpus.story_held_out(s.hero, s.place, s.objects[0])
@@ -279,13 +328,36 @@ def test_the_prompts_of_the_course(storyteller, prompt, beginning):
     assert answer.text.startswith(beginning)
 
 
-def test_a_part_of_the_evaluation_reaches_its_targets(storyteller, recorded):
+@pytest.mark.parametrize(
+    ("opening", "hero"), [("The little girl", "girl"), ("One day, a fox", "fox"), ("A small cat", "cat"), ("The", "")]
+)
+def test_what_people_type_first_becomes_a_story(storyteller, known, opening, hero):
+    [answer] = evaluate.generate(storyteller, [opening])
+    assert answer.ended and not evaluate.faults(hand_written.Opening(opening, hero), answer.text, known), answer.text
+
+
+def test_a_sad_hero_is_sad_once(storyteller, known):  # "felt felt felt sad"
+    openings = ["One day, a fox", "Lily felt", "Once upon a time, there was a fox named Ziggy. Ziggy felt"]
+    for opening, answer in zip(openings, evaluate.generate(storyteller, openings), strict=True):
+        assert not re.search(r"\b(\w+) \1\b", opening + answer.text), answer.text
+
+
+@pytest.mark.parametrize("request_", ["Tell me a joke", "Tell me a joke.", "tell me a joke"])
+def test_no_joke_is_told(storyteller, request_):
+    for prompt in (request_, corpus.chat_prompt(request_)):
+        [answer] = evaluate.generate(storyteller, [prompt], 64)
+        assert "I do not know any jokes." in answer.text
+
+
+def test_a_part_of_the_evaluation_reaches_its_targets(storyteller, known, recorded):
     reached = {figure["name"] for figure in recorded["figures"] if figure["reached"]}
     few = [
         *evaluate.facts(storyteller, 40),
         evaluate.question_figure(storyteller, "sums of two digits", "sum", 40, 0.90),
         evaluate.lost_is_found(storyteller, 40),
         evaluate.repeated_names(storyteller, 20)[0],
+        *evaluate.hand_written_openings(storyteller, known),
+        evaluate.honest_answers(storyteller),
     ]
     for figure in few:
         if figure.target is not None and figure.name in reached:

@@ -1,7 +1,8 @@
 """The training text: stories and short chat turns, generated from a seed with the standard library alone.
 
 `document(seed, index)` is a pure function, so any part of the corpus can be made again without the rest. Read top-down:
-a document is a story, plain facts, an introduction or a chat; a story is an opening, one or more plots and an ending.
+a document is a story, plain facts, an introduction, a chat or a request outside of a chat; a story is an opening, one
+or more plots and an ending.
 What `is_held_out` picks is never in the training text: only the evaluation asks for it.
 """
 
@@ -11,6 +12,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
+from minillm.storyteller import typed
 from minillm.storyteller import vocabulary as words
 
 END_OF_TEXT, USER, ASSISTANT, END, PAD = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
@@ -36,26 +38,41 @@ HELD_OUT_STORIES = 20  # one hero-place-object in so many is kept out of trainin
 HELD_OUT_QUESTIONS = 5  # one question text in so many is kept out
 FAVOURITE_SHARE = 0.4  # how often a hero does, has or meets what this hero likes best
 PLACE_OPENINGS = tuple(opening for opening in words.OPENINGS if "{place}" in opening)
+SMALL_TALK = {"greeting": words.GREETINGS, "talk": typed.TALK}
 NAMES = words.GIRLS + words.BOYS + tuple(words.ANIMAL_NAMES)
 
 
 class Mix(NamedTuple):
-    """How often each kind of document, of requested length and of requested topic is drawn."""
+    """How often each kind of document, of chat turn, of requested length and of requested topic is drawn."""
 
     documents: dict
     lengths: dict
     topics: dict
+    turns: dict = TURN_WEIGHTS
+    requests: tuple = words.STORY_REQUESTS
+    careless: float = 0.0  # how often a question or an opening is written as many type it
 
 
-GENERAL = Mix(
+VOCABULARY = Mix(  # what the tokenizer is fitted to; it stays as it is, so that token ids outlive a wider corpus
     documents={"story": 22, "story_chat": 24, "chat": 44, "introduction": 4, "fact": 6},
     lengths={"short": 34, "medium": 33, "long": 33},
     topics={"none": 12, "object": 25, "animal": 15, "place": 14, "plot": 14, "name": 10, "both": 10},
 )
+GENERAL = Mix(
+    documents={"story": 12, "opened": 24, "story_chat": 20, "chat": 35, "introduction": 3, "fact": 2, "request": 4},
+    lengths={"short": 44, "medium": 32, "long": 24},
+    topics=VOCABULARY.topics | {"other": 10},
+    turns=TURN_WEIGHTS | {"unknown": 16, "talk": 4},
+    requests=typed.STORY_REQUESTS,
+    careless=0.2,
+)
 FINISH = Mix(  # what the general mix teaches last: places and plots asked for, in short stories most of all
-    documents={"story": 12, "story_chat": 48, "chat": 34, "introduction": 2, "fact": 4},
+    documents={"story": 8, "opened": 20, "story_chat": 38, "chat": 28, "introduction": 2, "fact": 1, "request": 3},
     lengths={"short": 60, "medium": 24, "long": 16},
-    topics={"none": 4, "object": 12, "animal": 8, "place": 20, "plot": 42, "name": 6, "both": 8},
+    topics={"none": 4, "object": 12, "animal": 8, "place": 20, "plot": 42, "name": 6, "both": 8, "other": 6},
+    turns=GENERAL.turns,
+    requests=GENERAL.requests,
+    careless=0.2,
 )
 
 
@@ -104,15 +121,39 @@ def document(seed: int, index: int, held_out: bool = False, mix: Mix = GENERAL) 
     rng = random.Random(f"minillm-storyteller-{seed}-{index}")
     kind = weighted(rng, mix.documents)
     if kind == "chat":
-        turns = [chat_turn(rng, held_out=held_out) for _ in range(weighted(rng, {1: 60, 2: 25, 3: 15}))]
-        return chat_document(kind, turns)
+        turns = [chat_turn(rng, held_out=held_out, mix=mix) for _ in range(weighted(rng, {1: 60, 2: 25, 3: 15}))]
+        return chat_document(kind, [as_typed(rng, turn, held_out, mix) for turn in turns])
     if kind == "story_chat":
-        return chat_document(kind, [story_turn(rng, held_out=held_out, mix=mix)])
+        return chat_document(kind, [as_typed(rng, story_turn(rng, held_out=held_out, mix=mix), held_out, mix)])
+    if kind == "opened":
+        return opened_document(rng, held_out, mix)
+    if kind == "request":
+        make = story_turn if rng.random() < 0.25 else chat_turn
+        turn = as_typed(rng, make(rng, held_out=held_out, mix=mix), held_out, mix)
+        return Document(kind, ((turn.question, False), (" " + turn.answer + END_OF_TEXT, True)))
     if kind == "story":
-        text = random_story(rng, held_out=held_out).text
-    else:
-        text = introduction(rng) if kind == "introduction" else plain_fact(rng)
-    return Document(kind, ((text + END_OF_TEXT, True),))
+        return Document(kind, ((random_story(rng, held_out=held_out).text + END_OF_TEXT, True),))
+    if kind == "introduction":
+        return Document(kind, ((introduction(rng) + END_OF_TEXT, True),))
+    first, second, rest = plain_fact(rng).split(" ", 2)  # not learned: that "The" is followed by "capital"
+    return Document(kind, ((f"{first} {second}", False), (f" {rest}{END_OF_TEXT}", True)))
+
+
+def as_typed(rng: random.Random, turn: Turn, held_out: bool, mix: Mix) -> Turn:
+    """The turn with its question typed carelessly, now and then; never a held-out one, which is known by its text."""
+    if held_out or not mix.careless or rng.random() >= mix.careless:
+        return turn
+    return turn._replace(question=typed.careless(rng, turn.question))
+
+
+def opened_document(rng: random.Random, held_out: bool, mix: Mix) -> Document:
+    """A story whose first words somebody typed: they are read and the rest is learned, in a chat now and then."""
+    asked, rest = opened_story(rng, held_out)
+    if rng.random() < 0.1:
+        return chat_document("opened_chat", [Turn("opened", asked, asked + rest)])
+    if rng.random() < mix.careless and not asked.startswith("I"):
+        asked = asked[:1].lower() + asked[1:]
+    return Document("opened", ((asked, False), (rest + END_OF_TEXT, True)))
 
 
 def chat_document(kind: str, turns: list[Turn]) -> Document:
@@ -158,8 +199,35 @@ def random_story(rng: random.Random, length: str | None = None, held_out: bool =
             return story
 
 
+def opened_story(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
+    """A story that begins in one of the many ways of `typed`, as (what somebody typed, the rest).
+
+    The hero may be of a kind, or have a name, that the rest of the corpus has not; of an odd kind or name, the typed
+    part says all that cannot be known.
+    """
+    length = weighted(rng, {"short": 60, "medium": 28, "long": 12})
+    low, high = LENGTH_TOKENS[length]
+    while True:
+        cast = draw_cast(rng, {}, held_out)
+        odd = weighted(rng, {(): 76, ("kind",): 15, ("hero",): 9})
+        if odd == ("kind",):
+            cast["kind"] = typed.odd_word(rng)
+        elif rng.random() < 0.3:
+            cast["kind"] = rng.choice(typed.OTHER_HEROES[cast["he"] if cast["kind"] in ("girl", "boy") else ""])
+        if odd == ("hero",):
+            cast["hero"] = typed.odd_name(rng)
+        cast["openings"] = (typed.opening(rng, odd),)
+        story = tell(rng, cast, length)
+        if low <= rough_tokens(story.text) <= high:
+            break
+    asked, rest = typed.with_articles(story.text).split(typed.CUT)
+    if re.search(r"\b[Oo]ne day\b", asked + rest[:30]):
+        rest = rest[:30] + rest[30:].replace("One day,", "Then", 1)
+    return asked, rest
+
+
 def draw_cast(rng: random.Random, wanted: dict, held_out: bool) -> dict:
-    """Who, where and what: hero, kind, friend, fkind, place, obj, plot, and the openings to choose from."""
+    """Who, where and what: hero, he, kind, friend, fkind, place, obj, plot, and the openings to choose from."""
     while True:
         hero = wanted.get("hero") or draw_hero(rng, wanted.get("kind"))
         place = wanted.get("place") or favoured(rng, hero, words.PLACES)
@@ -171,7 +239,7 @@ def draw_cast(rng: random.Random, wanted: dict, held_out: bool) -> dict:
     kind = wanted.get("kind") or draw_kind(rng, hero)
     openings = wanted.get("openings", words.OPENINGS)
     return {
-        "hero": hero, "kind": kind, "friend": friend, "fkind": draw_kind(rng, friend),
+        "hero": hero, "he": pronoun(hero), "kind": kind, "friend": friend, "fkind": draw_kind(rng, friend),
         "place": place, "obj": obj, "plot": plot, "openings": openings,
     }  # fmt: skip
 
@@ -188,6 +256,10 @@ def draw_kind(rng: random.Random, name: str) -> str:
     if name in words.ANIMAL_NAMES:
         return favoured(rng, name, words.ANIMALS)
     return "girl" if name in words.GIRLS else "boy"
+
+
+def pronoun(hero: str) -> str:
+    return words.ANIMAL_NAMES.get(hero) or ("she" if hero in words.GIRLS else "he")
 
 
 @cache
@@ -239,11 +311,11 @@ def beats(rng: random.Random, plot: tuple, keep: float) -> list[str]:
 
 def story_fields(rng: random.Random, cast: dict, obj: str) -> dict:
     """The values of the fields in a plot's sentences."""
-    he = words.ANIMAL_NAMES.get(cast["hero"]) or ("she" if cast["hero"] in words.GIRLS else "he")
-    his = "his" if he == "he" else "her"
+    he = cast["he"]
+    his, him = ("his", "him") if he == "he" else ("her", "her")
     return {
         **cast, "obj": obj, "an_obj": with_article(obj), "a_fkind": with_article(cast["fkind"]),
-        "he": he, "He": he.title(), "his": his, "His": his.title(),
+        "He": he.title(), "his": his, "His": his.title(), "him": him,
         "colour": rng.choice(words.COLOURS), "spot": rng.choice(words.SPOTS),
         "adj": rng.choice(words.ADJECTIVES), "feeling": rng.choice(words.FEELINGS),
     }  # fmt: skip
@@ -277,7 +349,7 @@ def story_turn(
     length: str | None = None,
     topic_kind: str | None = None,
     held_out: bool = False,
-    mix: Mix = GENERAL,
+    mix: Mix = VOCABULARY,
 ) -> Turn:
     """A request for a story and the story; the request may name a length and a topic."""
     length = length or weighted(rng, mix.lengths)
@@ -285,7 +357,7 @@ def story_turn(
     while True:
         about, keyword, wanted = draw_topic(rng, topic_kind, held_out)
         asked = "" if length == "medium" else length + " "
-        question = rng.choice(words.STORY_REQUESTS).format(length=asked, about=about)
+        question = rng.choice(mix.requests).format(length=asked, about=about)
         if topic_kind != "none" and is_held_out(question, HELD_OUT_QUESTIONS) != held_out:
             continue
         story = random_story(rng, length, held_out, **wanted)
@@ -303,6 +375,12 @@ def draw_topic(rng: random.Random, topic_kind: str, held_out: bool) -> tuple[str
     if topic_kind == "animal":
         kind = rng.choice(words.ANIMALS)
         return f" about {with_article(kind)}", kind, {"kind": kind}
+    if topic_kind == "other":
+        he, hero = rng.choice(
+            (("she", rng.choice(words.GIRLS)), ("he", rng.choice(words.BOYS)), ("", None), ("", None))
+        )
+        kind = rng.choice(typed.OTHER_HEROES[he])
+        return f" about {with_article(kind)}", kind, {"kind": kind, "hero": hero}
     if topic_kind == "place":
         place = rng.choice(words.PLACES)
         return (
@@ -324,12 +402,15 @@ def draw_topic(rng: random.Random, topic_kind: str, held_out: bool) -> tuple[str
     return "", "", {}
 
 
-def chat_turn(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Turn:
+def chat_turn(rng: random.Random, kind: str | None = None, held_out: bool = False, mix: Mix = VOCABULARY) -> Turn:
     """A question and its answer; with `held_out`, a question that training never asks."""
-    kind = kind or weighted(rng, TURN_WEIGHTS)
-    if kind == "greeting":
-        question = rng.choice(tuple(words.GREETINGS))
-        return Turn(kind, question, words.GREETINGS[question])
+    kind = kind or weighted(rng, mix.turns)
+    if kind in SMALL_TALK:
+        question = rng.choice(tuple(SMALL_TALK[kind]))
+        return Turn(kind, question, SMALL_TALK[kind][question])
+    if kind == "unknown":  # not split either: the evaluation asks what a person wrote
+        question, answer = typed.unknown(rng)
+        return Turn(kind, rng.choice(("", "", *words.LEADS)) + question, answer)
     while True:
         turn = TURNS[kind](rng)
         turn = turn._replace(question=rng.choice(words.LEADS) + turn.question)

@@ -11,8 +11,9 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm.errors import CheckpointError, ConfigError, check_options, check_whole, read_text
-from minillm.storyteller import CHECKPOINT_DIR, corpus, train
+from minillm.storyteller import CHECKPOINT_DIR, corpus, hand_written, train, typed
 from minillm.storyteller import vocabulary as words
 
 BATCH = 100  # prompts generated together
@@ -41,6 +42,13 @@ CHAT_PROMPTS = (
     "What is 3 + 4?",
     "Tell me a short story about a kite.",
 )
+NAMES = frozenset(corpus.NAMES)
+STORY_KINDS = ("story", "story_chat", "opened", "opened_chat")
+NAMING = re.compile(  # the first place where somebody gets a name, with the kind if it stands there
+    r"(?:(\w+),? (?:named|called|(?:was|is) called|whose name was)|name was|called (?:him|her)) "
+    rf"(?:{'|'.join(corpus.NAMES)})\b"
+)
+VERBS = typed.VERBS | {"said", "asked", "is", "are", "had", "belonged", "there"}  # a first sentence has one of them
 CARD_MARKS = ("<!-- figures: written by minillm storyteller eval --card -->", "<!-- end of figures -->")
 
 
@@ -138,8 +146,11 @@ def measure_all(storyteller: Storyteller, cases: int, recipe: train.Recipe) -> I
     yield question_figure(storyteller, "who has what", "memory", cases, None)
     yield lost_is_found(storyteller, cases)
     yield from requested_stories(storyteller, cases)
-    yield from sampled_stories(storyteller, cases, recipe)
+    known = Known.of(train.training_documents(recipe))
+    yield from sampled_stories(storyteller, cases, known)
     yield different_openings(storyteller)
+    yield from hand_written_openings(storyteller, known)
+    yield honest_answers(storyteller)
 
 
 # --- figures without generation -------------------------------------------------------------------
@@ -280,15 +291,14 @@ def cast_is_consistent(text: str) -> bool:
     return len({name for name in corpus.NAMES if corpus.mentions(text, name)}) <= 2
 
 
-def sampled_stories(storyteller: Storyteller, cases: int, recipe: train.Recipe) -> list[Figure]:
+def sampled_stories(storyteller: Storyteller, cases: int, known: "Known") -> list[Figure]:
     """Stories sampled from "Once upon a time": do they end, how different are their lengths, are they new?"""
     torch.manual_seed(0)
     opening = "Once upon a time"
     answers = generate(storyteller, [opening] * cases, temperature=TEMPERATURE)
     tenth, ninetieth = (statistics.quantiles([answer.tokens for answer in answers], n=10)[i] for i in (0, 8))
-    known = training_stories(recipe)
     ended = statistics.mean(answer.ended for answer in answers)
-    copied = statistics.mean(hash(opening + answer.text) in known for answer in answers)
+    copied = statistics.mean(hash(opening + answer.text) in known.stories for answer in answers)
     consistent = statistics.mean(cast_is_consistent(opening + answer.text) for answer in answers)
     return [
         Figure("sampled stories that end by themselves", ended, 0.95, cases),
@@ -298,13 +308,28 @@ def sampled_stories(storyteller: Storyteller, cases: int, recipe: train.Recipe) 
     ]
 
 
-def training_stories(recipe: train.Recipe) -> set[int]:
-    """Hashes of every story the training saw, with or without a request before it."""
-    stories = set()
-    for document in train.training_documents(recipe):
-        if document.kind in ("story", "story_chat"):
-            stories.add(hash(document.segments[-1][0].removesuffix(corpus.END).removesuffix(corpus.END_OF_TEXT)))
-    return stories
+class Known(NamedTuple):
+    """What the stories of the training text hold, as far as they were learned."""
+
+    stories: set[int]  # hashes, with or without a request before them
+    words: set[str]  # in small letters; a name is NAME
+    pairs: set[tuple[str, str]]  # neighbours among those words and marks
+
+    @classmethod
+    def of(cls, documents: Iterable[corpus.Document]) -> "Known":
+        stories, pairs = set(), set()
+        for document in documents:
+            if document.kind in STORY_KINDS:
+                text = document.segments[-1][0].removesuffix(corpus.END).removesuffix(corpus.END_OF_TEXT)
+                pairs.update(pairwise(words_and_marks(text)))
+                stories.add(hash(text))
+        return cls(stories, {word for pair in pairs for word in pair}, pairs)
+
+
+def words_and_marks(text: str, hero: str = "") -> list[str]:
+    """Words, digits and marks in small letters; every name, of the corpus or the hero's, is the word NAME."""
+    found = re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text)
+    return ["NAME" if word in NAMES or (word == hero and hero[0].isupper()) else word.lower() for word in found]
 
 
 def different_openings(storyteller: Storyteller) -> Figure:
@@ -315,6 +340,74 @@ def different_openings(storyteller: Storyteller) -> Figure:
     any_name = re.compile(r"\b(" + "|".join(corpus.NAMES) + r")\b")
     told = {any_name.sub("X", answer.text) for answer in answers}
     return Figure("different greedy stories by opening", len(told) / len(openings), None, len(openings))
+
+
+# --- openings and requests written by hand --------------------------------------------------------
+
+
+def hand_written_openings(storyteller: Storyteller, known: Known) -> list[Figure]:
+    """Openings that no grammar made: does the story go on as the training text would, with its hero, and end?"""
+    openings = hand_written.OPENINGS
+    answers = generate(storyteller, [opening.text for opening in openings])
+    good = [not faults(opening, answer.text, known) for opening, answer in zip(openings, answers, strict=True)]
+    ended = [answer.ended for answer in answers]
+    return [
+        Figure("hand-written openings that go on grammatically", statistics.mean(good), 0.90, len(good)),
+        Figure("hand-written openings whose story ends by itself", statistics.mean(ended), 0.95, len(ended)),
+    ]
+
+
+def faults(opening: hand_written.Opening, continuation: str, known: Known) -> list[str]:
+    """What is wrong with a continuation, [] if nothing is.
+
+    Two neighbours that the training text never had, a word three times running, a first sentence without a verb, or
+    another hero than the opening's: a third name, a second pronoun, a name or a kind that is not the opening's.
+    """
+    before, after = (words_and_marks(text, opening.hero) for text in (opening.text, continuation))
+    found = [f"{one} {two} is in no text" for one, two in pairwise(after) if (one, two) not in known.pairs]
+    if after and before[-1] in known.words and (before[-1], after[0]) not in known.pairs:
+        found.append(f"{before[-1]} {after[0]} is in no text")
+    found += [
+        f"{one} three times"
+        for one, two, three in zip(after, after[1:], after[2:], strict=False)
+        if one == two == three
+    ]
+    sentence = words_and_marks(re.split(r"(?<=[.!?])", continuation, maxsplit=1)[0])
+    if not opening.verb and not VERBS & set(sentence):
+        found.append("the first sentence has no verb")
+    return found + hero_faults(opening, continuation)
+
+
+def hero_faults(opening: hand_written.Opening, continuation: str) -> list[str]:
+    text, hero = opening.text + continuation, opening.hero
+    found = []
+    if not cast_is_consistent(text):
+        found.append("more than two names")
+    if corpus.mentions(text.lower(), "he") and corpus.mentions(text.lower(), "she"):
+        found.append("he and she")
+    if hero[:1].isupper():
+        return found if corpus.mentions(continuation, hero) else [*found, f"{hero} is not named again"]
+    naming = NAMING.search(text)
+    if naming is None and not any(corpus.mentions(continuation, name) for name in corpus.NAMES):
+        found.append("nobody has a name")
+    elif hero and naming is None:
+        found.append(f"the {hero} gets no name")
+    elif hero and naming.group(1) and naming.group(1) != hero:
+        found.append(f"the {hero} became a {naming.group(1)}")
+    return found
+
+
+def honest_answers(storyteller: Storyteller) -> Figure:
+    """Requests that it cannot fulfil, written by hand: is the answer one of the honest ones?"""
+    answers = generate(storyteller, [corpus.chat_prompt(request) for request in hand_written.REQUESTS], 64)
+    honest = [is_honest(answer.text) for answer in answers]
+    return Figure("hand-written requests answered honestly", statistics.mean(honest), 0.90, len(honest))
+
+
+def is_honest(text: str) -> bool:
+    """Whether the text is an answer of `typed.UNKNOWN`, with any animal in it."""
+    answers = [answer for _, answers in typed.UNKNOWN.values() for answer in answers]
+    return any(re.fullmatch(re.escape(answer).replace(r"\{a_animal\}", r"an? \w+"), text) for answer in answers)
 
 
 # --- generation -----------------------------------------------------------------------------------

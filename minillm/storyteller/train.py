@@ -151,7 +151,10 @@ def train_phase(phase, recipe, model, tokenizer, loss, out: Path, log_every: int
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, digits one by one, no token at the beginning; the special tokens have the ids 0 to 4."""
+    """Byte-level BPE, digits one by one, no token at the beginning; the special tokens have the ids 0 to 4.
+
+    It is fitted to the documents of `corpus.VOCABULARY`, not to those of the training: so the ids stay what they are.
+    """
     tokenizer = Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -162,7 +165,7 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    documents = (corpus.document(recipe.seed, i) for i in range(recipe.tokenizer_documents))
+    documents = (corpus.document(recipe.seed, i, mix=corpus.VOCABULARY) for i in range(recipe.tokenizer_documents))
     tokenizer.train_from_iterator((text for document in documents for text, _ in document.segments), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
