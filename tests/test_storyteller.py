@@ -289,6 +289,13 @@ def test_batches_keep_every_row_once_and_none_is_alone():
         assert all(len(batch) > 1 for batch in grouped)
 
 
+def test_the_tokenizer_is_that_of_the_recipe(tmp_path):
+    """Token ids outlive a wider training text: the shipped file is made again, byte for byte."""
+    train.build_tokenizer(train.Recipe()).save_pretrained(tmp_path)
+    name = "tokenizer.json"
+    assert (tmp_path / name).read_bytes() == (CHECKPOINT_DIR / name).read_bytes()
+
+
 def test_training_saves_a_loadable_checkpoint_and_a_log(tmp_path):
     recipe = train.Recipe(steps=2, finish_steps=1, documents=6, tokenizer_documents=300)
     train.train(recipe, tmp_path, "cpu", log_every=1, save_every=2, compiled=False)
