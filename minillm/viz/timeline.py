@@ -30,8 +30,8 @@ LOW = 0.1  # inches; lower rows have neither borders nor wide hatches
 WIDE = 0.17  # inches; a box as wide as this has room for its letter
 MAX_LISTED = 6  # requests up to which the text in milliseconds lists every stretch
 MAX_BRACKETED = 2  # requests up to which TTFT and ITL get brackets in the figure; beyond, a column of numbers
-MOST_PADDING = 0.55  # share of a box's height up to which padding is drawn to scale, so that the rest has a letter
-HIGH = 0.09  # inches; what is left of a partly padded box has room for its letter
+MOST_PADDING = 0.5  # share of a box's height up to which padding is drawn to scale, so that the rest has a letter
+HIGH = 0.1  # inches; what is left of a partly padded box has room for its letter
 AXES_WIDTH = 6.6  # inches
 
 
