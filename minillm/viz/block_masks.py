@@ -49,6 +49,8 @@ class BlockMask(Picture):
     `room`: tokens a side the figure has space for. Raises PictureError if there is no block.
     """
 
+    _legend_inches = 0.3
+
     def __init__(
         self,
         blocks: Sequence[Block],
@@ -56,7 +58,6 @@ class BlockMask(Picture):
         title: str | None = None,
         room: int | None = None,
         inches: float = 4.5,
-        with_legend: bool = True,
     ):
         if not blocks:
             raise PictureError("no request has a token in this step, so there is no mask to draw")
@@ -64,7 +65,6 @@ class BlockMask(Picture):
         self.num_tokens = sum(block.num_tokens for block in blocks)
         self.room = max(room or 0, self.num_tokens)
         self.inches = inches
-        self.with_legend = with_legend
         self.title = title
 
     def _large(self) -> bool:
@@ -111,8 +111,7 @@ class BlockMask(Picture):
         return f"{self.title + ': ' if self.title else ''}block-diagonal mask, tokens {blocks}; {self.summary()}"
 
     def _size(self) -> tuple[float, float]:
-        legend = 0.4 if self.with_legend else 0.0  # below the summary, which takes two lines in a small frame
-        return self.inches + 0.6, self.inches + 1.0 + legend
+        return self.inches + 0.6, self.inches + 1.0 + self._legend_inches
 
     def _title_width(self) -> float:
         return self.inches
@@ -178,8 +177,7 @@ class BlockMask(Picture):
             summary, (0, self.num_tokens), (0, -5), textcoords="offset points", va="top", size=SMALL_SIZE, color=GREY,
             annotation_clip=False,
         )  # fmt: skip
-        if self.with_legend:
-            add_legend(axes, [NOW, EARLIER], y=34 if self.inches < 4 else 24)
+        add_legend(axes, [NOW, EARLIER], y=24)
 
 
 class BlockMaskSteps(StepStrip):
@@ -207,8 +205,7 @@ class BlockMaskSteps(StepStrip):
     def frame(self, step: int, *, alone: bool) -> Picture:
         steps = range(self.num_steps) if alone else self.chosen
         room = max(sum(block.num_tokens for block in self.blocks[each]) for each in steps)
-        form = {"inches": 4.5 if alone else 2.3, "with_legend": alone or step == self.chosen[0]}
-        return BlockMask(self.blocks[step], title=f"step {step}", room=room, **form)
+        return BlockMask(self.blocks[step], title=f"step {step}", room=room, inches=4.5 if alone else 2.3)
 
 
 def blocks_of(trace: Trace) -> list[list[Block]]:

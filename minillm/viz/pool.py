@@ -47,6 +47,8 @@ class PoolUse(Picture):
     a trace without block tables, or with a step that does not say how the blocks are used.
     """
 
+    _legend_inches = 0.3
+
     def __init__(self, trace: Trace, block_size: int, *, title: str | None = None):
         replay = Replay(trace, block_size)
         without = [step.step for step in trace.steps if step.blocks is None]
