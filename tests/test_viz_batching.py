@@ -27,6 +27,7 @@ from minillm.viz import (
     Panels,
     PictureError,
     PolicyTimelines,
+    RunOverview,
     Timeline,
 )
 from minillm.viz.activity import columns_of
@@ -441,3 +442,31 @@ def test_the_texts_need_neither_matplotlib_nor_torch():
         "assert PolicyTimelines({'a': trace}).text() and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- an overview of runs ---
+
+
+def test_an_overview_has_a_panel_for_each_quantity_and_a_line_for_each_run():
+    panels = {
+        "requests at once": {"static": [2, 1, 1], "continuous": [2, 2]},
+        "held, %": {"static": 3 * [5.0], "continuous": [50, 7.5]},
+    }
+    picture = RunOverview(panels, title="Half the steps")
+    assert picture.text().splitlines()[2:] == [
+        "requests at once          1.33 (2)             2 (2)",
+        "held, %                      5 (5)         28.8 (50)",
+    ]
+    axes = picture.figure().axes
+    assert len(axes) == 2 and axes[0].get_xlim() == axes[1].get_xlim()
+    words = [text.get_text() for text in axes[0].texts]
+    assert words == ["static: 3 steps", "continuous: 2 steps"]
+    assert picture.alt() == "Half the steps: requests at once, held, % step by step; static 3 steps, continuous 2 steps"
+
+
+@pytest.mark.parametrize(
+    "panels", [{}, {"a": {}}, {"a": {"x": []}}, {"a": {"x": [1]}, "b": {"x": [1, 2]}}, {"a": {"x": [1]}, "b": {}}]
+)
+def test_an_overview_without_equal_runs_is_refused(panels):
+    with pytest.raises(PictureError, match="nothing to draw|must have the runs"):
+        RunOverview(panels)

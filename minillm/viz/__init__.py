@@ -29,6 +29,7 @@ from minillm.viz.launches import LaunchOverhead
 from minillm.viz.load import LoadCurves, LoadPoint, ThroughputLatency
 from minillm.viz.memory_access import WarpAccess
 from minillm.viz.memory_traffic import MemoryTraffic
+from minillm.viz.overview import RunOverview
 from minillm.viz.policies import PolicyTimelines
 from minillm.viz.pool import PoolUse, ReservedAgainstPaged
 from minillm.viz.prefill_tiles import PrefillTiles
@@ -72,8 +73,12 @@ __all__ = [
     "PrefillTiles",
     "RecomputeGrid",
     "ReservedAgainstPaged",
+<<<<<<< HEAD
     "Score",
     "Scoreboard",
+=======
+    "RunOverview",
+>>>>>>> d21eeb4 (Chapter 8: titles say what is found; pool figures say where all have ended; the chapter in one picture)
     "Span",
     "ThroughputLatency",
     "Timeline",
