@@ -20,7 +20,7 @@ from minillm.viz.palette import BLACK, State
 MAX_WIDTH = 9.0  # inches; a notebook's and a README's column
 DOTS_PER_INCH = 120
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11, 10, 9  # points; nothing is printed smaller than the last
-TEXT_SIGNS = "#.*-_/o"  # letters of states that stand in the text form alone; a figure shows the box
+TEXT_SIGNS = "#.*-_/o+"  # letters of states that stand in the text form alone; a figure shows the box
 LEGEND_LINE = 0.22  # inches, the height of a line of a legend
 SWATCH, SIGN = 0.55, 0.068  # inches that a legend's box and each sign of its name take
 
