@@ -73,12 +73,9 @@ __all__ = [
     "PrefillTiles",
     "RecomputeGrid",
     "ReservedAgainstPaged",
-<<<<<<< HEAD
+    "RunOverview",
     "Score",
     "Scoreboard",
-=======
-    "RunOverview",
->>>>>>> d21eeb4 (Chapter 8: titles say what is found; pool figures say where all have ended; the chapter in one picture)
     "Span",
     "ThroughputLatency",
     "Timeline",

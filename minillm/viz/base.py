@@ -355,10 +355,13 @@ class SharedLegend:
         self.extra = self.extra or extra
 
     def draw(self, figure, inches: float) -> None:
-        """At the foot of the figure, in a strip of that height which the panels leave free."""
-        strip = inches / figure.get_figheight()
+        """At the foot of the figure, in a strip of that height which the panels leave free, or a higher one."""
+        lines = legend_lines(list(self.states.values()), MAX_WIDTH - 1.2)
+        higher = max(0.0, LEGEND_LINE * len(lines) + 0.04 - inches)
+        figure.set_figheight(figure.get_figheight() + higher)
+        strip = (inches + higher) / figure.get_figheight()
         figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
-        box = _legend_box(legend_lines(list(self.states.values()), MAX_WIDTH - 1.2), self.extra)
+        box = _legend_box(lines, self.extra)
         box.set_bbox_to_anchor((0.01, strip), figure.transFigure)
         figure.add_artist(box).set_in_layout(False)
 

@@ -19,24 +19,15 @@ from minillm.viz.base import (
     text_width,
 )
 from minillm.viz.grids import BORDER
-<<<<<<< HEAD
-from minillm.viz.palette import BLACK, GREEN, GREY, MAY_LOOK, MAY_NOT, PALE_GREEN, State
-=======
 from minillm.viz.palette import BLACK, GREY, KEPT, MAY_LOOK, MAY_NOT, NEW
->>>>>>> 0e9d824 (wip)
 from minillm.viz.strip import StepStrip
 
 MAX_MARKED = 40  # tokens a side up to which each cell has its mark; and 100 up to which the text has a grid
 MAX_WRITTEN = 100
-<<<<<<< HEAD
-EARLIER = State("o", "looked earlier", PALE_GREEN, BLACK)
-NOW = State(MAY_LOOK.letter, "looks now", GREEN, MAY_LOOK.ink)
-=======
 LOOKS = replace(MAY_LOOK, name="looks")
 CACHED = replace(KEPT, letter="o", name="key from the cache")
 COMPUTED = replace(NEW, letter="+", name="key of this pass")
 HEADER = 2.2  # cells above the mask: whose keys they are, and where they come from
->>>>>>> 0e9d824 (wip)
 
 
 class Block(NamedTuple):

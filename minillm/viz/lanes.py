@@ -117,7 +117,7 @@ class LaneChart(Picture):
             for span in spans:
                 amounts[span.state] += span.seconds
             each = (f"{state.name} {seconds_in_words(amounts[state])}" for state in self._states() if amounts[state])
-            parts.append(f"{name}: {', '.join(each)}")
+            parts.append(f"{name}: {', '.join(each) or 'nothing'}")
         return "\n".join(parts)
 
     def alt(self) -> str:
@@ -171,7 +171,7 @@ class LaneChart(Picture):
             add_legend(axes, legend, y=50 + 16 * row)
 
     def _draw_span(self, axes, row: int, span: Span, scale: float) -> None:
-        border = {"linewidth": 0.6 if span.seconds * scale >= NARROW else 0}
+        border = {"linewidth": 0.6 if span.seconds * scale >= NARROW else 0, "clip_on": False}
         box = add_box(axes, span.start, row - HEIGHT / 2, span.seconds, HEIGHT, span.state, **border)
         box.set_gid(span.state.letter)
         if _has_room(span, scale):
