@@ -129,8 +129,6 @@ class TokenGrid(Picture):
         self._label_axes(axes, highlight)
 
     def _label_axes(self, axes, highlight: int | None) -> None:
-        from matplotlib.patches import Rectangle
-
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
         axes.set_xlabel(self.across, loc="left", color=GREY, size=SMALL_SIZE)
@@ -140,7 +138,8 @@ class TokenGrid(Picture):
         )  # fmt: skip
         axes.tick_params(length=0, pad=3)
         axes.spines[:].set_visible(False)
-        axes.add_patch(Rectangle((0, 0), self.num_keys, self.num_queries, fill=False, edgecolor=BORDER, linewidth=0.6))
+        corners = [0, self.num_keys, self.num_keys, 0, 0], [0, 0, self.num_queries, self.num_queries, 0]
+        axes.plot(*corners, color=BORDER, linewidth=0.6, clip_on=False, zorder=1)
         turned = {"rotation": 60, "ha": "left", "rotation_mode": "anchor"} if self._turned() else {}
         axes.set_xticks(*_ticks(self.num_keys, self.key_labels), **turned)
         axes.set_yticks(*_ticks(self.num_queries, self.query_labels))
