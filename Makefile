@@ -90,6 +90,7 @@ notebooks: $(READY)
 
 figures: $(READY)
 	$(BIN)/python -m minillm.viz.figures
+	$(BIN)/python -m minillm.bench.figures
 
 # Wants a Chromium. What the page measures is in the picture: on a machine that does nothing else.
 screenshots: $(READY)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.bench import chapter_scores, ladder, recorded, scoreboard
+from minillm.bench import chapter_scores, figures, ladder, ladder_report, recorded, scoreboard
 from minillm.bench.chapter_scores import CHAPTERS, SERVER
 from minillm.course import notebooks
 from minillm.errors import ConfigError
@@ -164,3 +164,40 @@ def test_a_single_row_is_drawn():
     picture = Scoreboard([Score(1, "generation", 58.5, 0.98, None, 1.0)], today=1, source="a machine")
     assert picture.png() and picture.text().endswith("a machine")
     assert "98%" in picture.text() and "–" in picture.text()
+
+
+# --- what the README shows -------------------------------------------------------------------------------------------
+
+README = " ".join((figures.FOLDER.parent / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_the_readme_shows_the_recorded_run(name):
+    committed = figures.FOLDER / name
+    assert committed.is_file() and figures.FIGURES[name]().svg() == committed.read_bytes(), "run: make figures"
+    assert f"(figures/{name})" in README
+
+
+def test_the_readme_quotes_the_recorded_ladder():
+    record = recorded.latest("ladder", part="storyteller")
+    part = record["parts"]["storyteller"]
+    rungs = part["rungs"]
+    assert record["date"] in README and f"{part['requests']} requests" in README
+    for name, rung in rungs.items():
+        if rung["over_first"] is not None and not name.startswith("transformers"):
+            over = f"{rung['over_before']['median']:.2f}" if rung["over_before"] else "–"
+            wasted = chapter_scores.memory_wasted(rung)
+            cells = [rung["label"], f"{rung['output_tokens_per_second']:,.0f}", over, f"{rung['over_first']:.1f}"]
+            cells += [f"{rung['steps']:,}", f"{rung['computed_tokens']:,}"]
+            assert f"| {' | '.join(cells)} | {'–' if wasted is None else f'{wasted:.0%}'} |" in README
+    for name in ("processes", "transformers_cb"):
+        assert f"{rungs[name]['over_transformers_static']['median']:.1f} times" in README
+    errors = part["predicted"]["median_error"], part["predicted"]["median_error_of_seconds"]
+    assert f"a median error of {errors[0]:.1%}, its seconds one of {errors[1]:.1%}" in README
+
+
+def test_guesses_stand_beside_their_rungs():
+    part = recorded.latest("ladder", part="storyteller")["parts"]["storyteller"]
+    picture = ladder_report.waterfall(part, guesses={"cache": 10.0, "paged": None})
+    assert picture.guesses == {"cache": 10.0}
+    assert ladder_report.waterfall(part).guesses == {}

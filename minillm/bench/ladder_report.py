@@ -252,8 +252,11 @@ def prediction_table(predicted: dict) -> str:
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
-def waterfall(result: dict) -> Waterfall:
-    """Of one shape's record: from the first rung to the last, with the range of each factor over the repeats."""
+def waterfall(result: dict, guesses: Mapping[str, float | None] | None = None) -> Waterfall:
+    """Of one shape's record: from the first rung to the last, with the range of each factor over the repeats.
+
+    `guesses`: by a rung's name, how many times as fast as the one before it somebody thought it to be.
+    """
     rungs = result["rungs"]
     steps, here = [], max((name for name in rungs if rungs[name]["over_first"]), key=lambda name: way(rungs, name))
     last = here
@@ -269,6 +272,7 @@ def waterfall(result: dict) -> Waterfall:
         unit="times as fast",
         spread="over the repeats",
         good_above=True,
+        guesses={rungs[name]["label"]: guess for name, guess in (guesses or {}).items()},
     )
 
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from minillm.errors import check_number
 from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, number, pad, text_table
-from minillm.viz.palette import BLACK, BLUE, GREEN, GREY, LIGHT_GREY, YELLOW
+from minillm.viz.palette import BLACK, GREY, TEAL, VIOLET, WHITE
 
 COLUMNS = 24  # of the text's bars
 BARS_END = 0.45  # of the drawn axes; the rest is columns of numbers, which end at
-COLUMN_ENDS = (0.55, 0.69, 0.85, 1.0)
+COLUMN_ENDS = (0.55, 0.69, 0.85, 0.99)
 HEADER = ("tokens/s", "slots wasted", "memory wasted", "factor so far")
 
 
@@ -109,7 +109,7 @@ class Scoreboard(Picture):
         axes.set(xlim=(least, least * (most / least) ** (1 / BARS_END)), ylim=(len(self.scores) - 0.4, -1.3))
         for row, score in enumerate(self.scores):
             if score.chapter == self.today:
-                axes.axhspan(row - 0.48, row + 0.48, color=YELLOW, alpha=0.35, zorder=0)
+                axes.axhspan(row - 0.48, row + 0.48, facecolor="none", edgecolor=BLACK, linewidth=1.4)
             if self.is_shown(score):
                 self._draw_row(axes, row, score)
         for place, name in zip(COLUMN_ENDS, HEADER, strict=True):
@@ -118,9 +118,9 @@ class Scoreboard(Picture):
 
     def _draw_row(self, axes, row: int, score: Score) -> None:
         if score.factor not in (None, 1.0):
-            style = {"color": GREEN} if score.is_own else {"color": LIGHT_GREY, "hatch": "///", "edgecolor": "white"}
-            if score.chapter == self.today and score.is_own:
-                style = {"color": BLUE}
+            style = {"color": TEAL if score.chapter == self.today else VIOLET}
+            if not score.is_own:
+                style = {"facecolor": WHITE, "edgecolor": GREY, "linewidth": 0.8}
             axes.barh(row, score.factor - 1, 0.6, 1, **style)
         for place, cell in zip(COLUMN_ENDS, score.cells(), strict=True):
             self._write(axes, place, row, cell, weight="bold" if score.chapter == self.today else "normal")
@@ -143,4 +143,4 @@ class Scoreboard(Picture):
             label.set_color(BLACK if self.is_shown(score) else GREY)
             label.set_fontweight("bold" if score.chapter == self.today else "normal")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("times as fast as the first rung", loc="left")
+        axes.set_xlabel("times as fast as the first rung; hollow: no rung of its own", loc="left")

@@ -83,6 +83,10 @@ class Waterfall(Picture):
         return self.ends[-1]
 
     @property
+    def _has_ranges(self) -> bool:
+        return any(step.low is not None for step in self.steps)
+
+    @property
     def guessed_total(self) -> float:
         """The product of all guesses; 1 without any."""
         return math.prod(self.guesses.values())
@@ -120,8 +124,8 @@ class Waterfall(Picture):
             rows.append(["claimed", f"{self.claim[0]:g} to {self.claim[1]:g}", "", "", "", stretch])
         rows = [[*cells, pad(picture, COLUMNS)] for *cells, picture in rows]  # the table moves cells to the right
         rows.insert(0, ["", "factor", "guess", self.spread, "product", ""])
-        if not self.guesses:
-            rows = [[*cells[:2], *cells[3:]] for cells in rows]
+        unused = [place for place, used in ((2, self.guesses), (3, self._has_ranges)) if not used]
+        rows = [[cell for place, cell in enumerate(cells) if place not in unused] for cells in rows]
         return "\n".join(line.rstrip() for line in text_table(rows[0], rows[1:]).splitlines())
 
     def alt(self) -> str:
@@ -175,8 +179,9 @@ class Waterfall(Picture):
         names = [self.first, *(each.name for each in self.steps), self.last]
         axes.set_yticks(range(len(names)), [literal(name) for name in names])
         axes.tick_params(axis="y", length=0)
+        thin = f"; thin lines: {self.spread}" if self._has_ranges else ""
         hollow = "; hollow: guessed" if self.guesses else ""
-        axes.set_xlabel(f"{self.unit}; thin lines: {self.spread}{hollow}")
+        axes.set_xlabel(f"{self.unit}{thin}{hollow}")
         self._ticks(axes, low, high)
 
     def _draw_guesses(self, axes) -> None:
