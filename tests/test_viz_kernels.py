@@ -619,7 +619,7 @@ def test_same_data_same_bytes_and_words_of_printable_width(name):
         (lambda: WarpAccess({1: (-4, 4)}), "-4"),
         (lambda: WarpAccess(reads(lambda lane: 4096 * lane, 96)), "96 sectors"),
         (lambda: MemoryTraffic({}), "nothing to draw"),
-        (lambda: MemoryTraffic({"v1": traffic([("keys", 0, 1, 0, 0)]).loads("tables")}), "nothing to draw"),
+        (lambda: MemoryTraffic({"v1": traffic([])}), "nothing to draw"),
         (lambda: DecodeRoofline(QWEN3_0_6B, H200, -1), "context -1"),
         (lambda: DecodeRoofline(QWEN3_0_6B, H200, 1, [0]), r"batches \[0\]"),
         (lambda: DecodeRoofline(QWEN3_0_6B, H200, 1, [2], marked=[0]), r"batches \[2, 0\]"),
