@@ -63,6 +63,7 @@ def test_memory_is_counted_as_it_is_sold():
         ("08", "factor-read", f"instead of {RESERVED}"),
         ("09", "roofline-read", f"twice as many, {2 * costs.compute_bound_batch(H200)}, take twice as long"),
         ("09", "gpu-limit-read", f"the card holds {H200.memory_bytes / 1e9:.1f} GB"),
+        ("11", "budgets-read", f"takes {2 * costs.LLAMA_13B.num_parameters / 1e9:.0f} of 40 GB"),
     ],
 )
 def test_a_number_in_a_sentence_is_the_computed_one(chapter, cell_id, words):
@@ -128,6 +129,22 @@ def test_the_factors_of_24_are_the_same_in_all_chapters():
     least = re.search(r"without any launches: (\S+)x", printed("09", "bill-run"))[1]
     assert f"| at most {least}x |" in said("09", "bill-read")
     assert f"| the rest, {float(left) / float(least):.1f}x or more |" in said("09", "bill-read")
+
+
+def test_the_parts_of_24_are_what_chapter_11_says():
+    waiting = re.search(
+        r"waiting +(\S+)x +host \S+, waiting (\S+), .* memory (\S+)", printed("11", "explain-known-run")
+    )
+    ratio, factor, memory = map(float, waiting.groups())
+    text = said("11", "explain-known-read")
+    assert ratio < 1.5 and "less than 1.5 times" in text and 3.5 < factor < 4 and "nearly 4" in text and memory < 1
+    low, high = map(
+        float, re.search(r"between (\S+) and (\S+), by the order", printed("11", "prediction-alone")).groups()
+    )
+    assert low < 2 < high and "far from all of it" in said("11", "published-read")
+    assert 14 <= float(re.search(r"all six causes: (\S+)x", printed("11", "verdict"))[1]) <= 24
+    share = int(re.search(r"is (\d+)% of it", printed("11", "verdict"))[1])
+    assert share < 50 and "The larger part of the 24 is not PagedAttention" in said("11", "verdict-read")
 
 
 def test_the_readme_counts_the_lines():
