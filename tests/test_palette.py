@@ -20,7 +20,7 @@ from minillm.viz.palette import MEANINGS, STATES, State, contrast, ink_on
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 4.5  # WCAG 2.2, success criterion 1.4.3
 NAMED = {name: value for name, value in vars(palette).items() if isinstance(value, State)}
-ALL_STATES = {**NAMED, **STATES, "earlier": block_masks.EARLIER, "now": block_masks.NOW}
+ALL_STATES = {**NAMED, **STATES, "looks": block_masks.LOOKS, "computed": block_masks.COMPUTED}
 PICTURES = {
     f"{module.__name__}: {name}": make
     for module in (test_viz, test_viz_batching, test_viz_blocks, test_viz_kernels)
@@ -38,10 +38,10 @@ def test_every_state_has_a_colour_with_a_meaning():
 @pytest.mark.parametrize(
     ("color", "states"),
     [
-        (palette.GREEN, {"MAY_LOOK", "CHANGED", "SEEN", "now"}),
+        (palette.GREEN, {"MAY_LOOK", "CHANGED", "SEEN", "looks"}),
         (palette.BLUE, {"prefill"}),
         (palette.ORANGE, {"decode", "COMPUTES"}),
-        (palette.SKY_BLUE, {"NEW"}),
+        (palette.SKY_BLUE, {"NEW", "computed"}),
         (palette.VERMILLION, {"recompute", "AGAIN"}),
         (palette.YELLOW, {"preempted"}),
         (palette.SLATE, {"swapped"}),

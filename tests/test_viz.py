@@ -597,6 +597,30 @@ def test_captions_cannot_break_out_of_the_page():
 # --- the README's figures ---
 
 
+def test_the_blocks_of_requests_are_framed_and_their_tokens_tinted():
+    mask = [[row // 2 == column // 2 and column <= row for column in range(4)] for row in range(4)]
+    picture = MaskGrid(mask, list("abcd"), requests={"A": 2, "B": 2})
+    axes = picture.figure().axes[0]
+    frames = [patch for patch in axes.patches if str(patch.get_gid()).startswith("block")]
+    assert [(frame.get_xy(), frame.get_width(), frame.get_height()) for frame in frames] == [
+        ((0, 0), 2, 2),
+        ((2, 2), 2, 2),
+    ]
+    tints = [label.get_bbox_patch().get_facecolor() for label in axes.get_xticklabels()]
+    assert tints[0] == tints[1] != tints[2] == tints[3]
+    assert picture.text().endswith("\nrows and columns of A 0–1, B 2–3")
+    with pytest.raises(PictureError, match="4 rows and 4"):
+        MaskGrid(mask, requests={"A": 2, "B": 3})
+
+
+def test_cells_of_grids_side_by_side_are_equally_large():
+    grids = [MaskGrid([[1] * count] * count, list("abcde"[:count]), cell=0.42) for count in (2, 5)]
+    figure = side_by_side(grids).figure()
+    figure.canvas.draw()
+    sides = [axes.transData.transform([[0, 0], [1, 0]])[:, 0] for axes in figure.axes]
+    assert sides[0][1] - sides[0][0] == pytest.approx(sides[1][1] - sides[1][0], rel=0.1)
+
+
 @pytest.mark.parametrize("name", readme_figures.FIGURES)
 def test_the_readme_shows_what_the_code_draws_now(name):
     committed = readme_figures.FOLDER / name

@@ -27,6 +27,7 @@ from minillm.viz import (
     Panels,
     PictureError,
     PolicyTimelines,
+    RunOverview,
     Timeline,
 )
 from minillm.viz.activity import columns_of
@@ -354,7 +355,9 @@ def test_the_drawn_stairs_have_as_many_cells_as_the_mask_has_entries():
     blocks = [Block("a", 3, 2), Block("b", 0, 4), Block("c", 60, 1)]
     axes = BlockMask(blocks).figure().axes[0]
     areas = {patch.get_gid(): _area(patch.get_xy()) for patch in axes.patches if isinstance(patch, Polygon)}
-    assert areas == {"a:o": 6, "a:#": 9, "b:#": 10, "c:o": 1830, "c:#": 61}
+    assert areas == {"a:#": 9, "b:#": 10, "c:#": 61}
+    boxes = [box for box in axes.patches if isinstance(box, Rectangle) and box.get_gid()]
+    assert {box.get_gid(): box.get_width() for box in boxes} == {"a:o": 3, "a:+": 2, "b:+": 4, "c:o": 60, "c:+": 1}
 
 
 def _area(corners) -> float:
@@ -441,3 +444,31 @@ def test_the_texts_need_neither_matplotlib_nor_torch():
         "assert PolicyTimelines({'a': trace}).text() and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- an overview of runs ---
+
+
+def test_an_overview_has_a_panel_for_each_quantity_and_a_line_for_each_run():
+    panels = {
+        "requests at once": {"static": [2, 1, 1], "continuous": [2, 2]},
+        "held, %": {"static": 3 * [5.0], "continuous": [50, 7.5]},
+    }
+    picture = RunOverview(panels, title="Half the steps")
+    assert [line.split("  ") for line in re.sub(" {2,}", "  ", picture.text()).splitlines()[2:]] == [
+        ["requests at once", "1.33 (2)", "2 (2)"],
+        ["held, %", "5 (5)", "28.8 (50)"],
+    ]
+    axes = picture.figure().axes
+    assert len(axes) == 2 and axes[0].get_xlim() == axes[1].get_xlim()
+    words = [text.get_text() for text in axes[0].texts]
+    assert words == ["static: 3 steps", "continuous: 2 steps"]
+    assert picture.alt() == "Half the steps: requests at once, held, % step by step; static 3 steps, continuous 2 steps"
+
+
+@pytest.mark.parametrize(
+    "panels", [{}, {"a": {}}, {"a": {"x": []}}, {"a": {"x": [1]}, "b": {"x": [1, 2]}}, {"a": {"x": [1]}, "b": {}}]
+)
+def test_an_overview_without_equal_runs_is_refused(panels):
+    with pytest.raises(PictureError, match="nothing to draw|must have the runs"):
+        RunOverview(panels)

@@ -28,7 +28,7 @@ from minillm.viz import (
     pool_states,
 )
 from minillm.viz.block_replay import Replay
-from minillm.viz.blocks import owner_letters
+from minillm.viz.blocks import BAND, HEIGHT, owner_letters, pool_rows
 
 BLOCK_SIZE = 4
 TEXTS = {
@@ -268,32 +268,64 @@ def test_slots_are_drawn_as_they_are():
     recorded = small_run()
     picture = BlockTables.of_step(recorded.trace, BLOCK_SIZE, 2)
     axes, layout, state = picture.figure().axes[0], picture._layout, picture.state
-    tables = sum(len(table) for table in state.tables.values())
-    empty = sum(box.get_width() for box in boxes_of(axes, "empty")) / layout.slot
+    slot = layout.block / BLOCK_SIZE  # without tokens, all are equally wide
+    empty = sum(box.get_width() for box in boxes_of(axes, "empty")) / slot
     partly = [block for block in state.used() if state.filled(block) < BLOCK_SIZE]
-    assert round(empty) == 2 * state.num_empty  # once in a table, once in the pool
-    assert len(boxes_of(axes, "empty")) == 2 * len(partly)
-    held = sum(box.get_width() * box.get_height() for box in boxes_of(axes, "held"))
-    each = layout.slot * boxes_of(axes, "empty")[0].get_height()
-    in_tables, in_pool = sum(state.num_tokens.values()), BLOCK_SIZE * len(state.used()) - state.num_empty
-    assert round(held / each, 3) == in_tables + in_pool
+    assert round(empty) == state.num_empty and len(boxes_of(axes, "empty")) == len(partly)
+    owned = [block for block in state.used() if len(state.owners(block)) == 1]
+    held = [box.get_width() / slot for box in boxes_of(axes, "held") if box.get_height() == pytest.approx(HEIGHT)]
+    assert sorted(map(round, held)) == sorted(state.filled(block) for block in owned)
     words = [text.get_text() for text in axes.texts]
-    assert tables == sum(bool(re.fullmatch(r"\d+→\d+", word)) for word in words) == 7
-    assert {"A B ×2", "free", "null", "0→1", "2→6"} <= set(words)
+    assert {"AB×2", "free", "null", "A", "9 tokens"} <= set(words)
+
+
+def test_every_entry_of_a_table_points_at_its_block():
+    picture = BlockTables.of_step(small_run().trace, BLOCK_SIZE, 2)
+    axes, state = picture.figure().axes[0], picture.state
+    listed = [block for table in state.tables.values() for block in table]
+    arrows = [patch for patch in axes.patches if patch.get_gid() == "points"]
+    entries = boxes_of(axes, "entry")
+    assert len(arrows) == len(entries) == len(listed) == 7
+    for block, arrow, entry in zip(listed, arrows, entries, strict=True):
+        (x, y), (_, end) = picture._layout.place(block), arrow._posA_posB[1]
+        assert end == pytest.approx(y + HEIGHT / 2, abs=0.02) and entry.get_x() + entry.get_width() < x
+
+
+def test_several_free_blocks_have_one_line():
+    assert pool_rows(9, {1, 2, 3, 5, 6, 8}) == [
+        range(1),
+        range(1, 4),
+        range(4, 5),
+        *(range(i, i + 1) for i in range(5, 9)),
+    ]
+    state = PoolState(4, 9, {"A": [1]}, {"A": 3})
+    assert "\n    1  A      ###.\n  2–8  free\n" in BlockTables(state).text()
+    words = [text.get_text() for text in BlockTables(state).figure().axes[0].texts]
+    assert "2–8: 7 blocks free" in words and "8" not in words
+
+
+def test_a_copied_block_has_an_arrow_to_its_copy():
+    state = PoolState(4, 4, {"A": [1, 3], "B": [1, 2]}, {"A": 7, "B": 6}, copies=((2, 3),))
+    for narrow in (False, True):
+        picture = BlockTables(state, narrow=narrow)
+        (arrow,) = [patch for patch in picture.figure().axes[0].patches if patch.get_gid() == "copy"]
+        heights = [picture._layout.place(block)[1] + HEIGHT / 2 for block in (2, 3)]
+        ends = [height for _, height in arrow._posA_posB]
+        assert list(ends) == pytest.approx(heights, abs=0.03)
 
 
 def test_the_tokens_stand_in_their_slots():
     axes = BlockTables.of_step(small_run().trace, BLOCK_SIZE, 2, tokens=TEXTS).figure().axes[0]
     words = [text.get_text() for text in axes.texts]
-    assert words.count("Once") == 3 and words.count("␣owl") == 2  # in the tables and, shared or not, once in the pool
-    assert words.count("␣litt…") == 2
+    assert words.count("Once") == words.count("␣owl") == words.count("␣little") == 1  # shared or not, once in the pool
 
 
 def test_a_shared_block_has_the_colours_of_all_its_owners():
     picture = BlockTables.of_step(small_run().trace, BLOCK_SIZE, 2)
     axes = picture.figure().axes[0]
     x, y = picture._layout.place(1)
-    stripes = [box for box in boxes_of(axes, "held") if box.get_x() == x and y <= box.get_y() < y + 0.25]
+    stripes = [box for box in boxes_of(axes, "held") if box.get_x() == x and y <= box.get_y() < y + HEIGHT]
+    assert sum(box.get_height() for box in stripes) == pytest.approx(BAND)  # so that words above it can be read
     assert [box.get_facecolor() for box in stripes] == [
         box.get_facecolor() for block in (2, 3) for box in boxes_of(axes, "held")
         if box.get_x() == x and box.get_y() == picture._layout.place(block)[1]

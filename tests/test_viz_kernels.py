@@ -286,17 +286,26 @@ def test_the_warps_of_a_kernel_move_what_its_traffic_counts():
 
 
 def test_traffic_of_versions():
-    apart = traffic([("keys", thread, 1, 0, 512 * thread) for thread in range(64)]).loads()
-    together = traffic([("keys", thread, 1, 0, 4 * (thread % 32)) for thread in range(64)]).loads()
+    apart = traffic([("keys", thread, 1, 0, 512 * thread) for thread in range(64)])
+    together = traffic([("keys", thread, 1, 0, 4 * (thread % 32)) for thread in range(64)])
     picture = MemoryTraffic({"v1": apart, "v2": together}, title="keys")
-    assert [line.split() for line in picture.text().splitlines()[2:]] == [
+    assert [line.split() for line in picture.text().splitlines()[2:4]] == [
         ["v1", "64", "2", "32", "256", "B", "2.05", "kB", "12.5%", "256", "B", "8×"],
         ["v2", "64", "2", "4", "256", "B", "256", "B", "100%", "128", "B", "2×"],
     ]
     assert picture.alt() == "keys: memory moved: v1 2.05 kB, v2 256 B"
     (axes,) = picture.figure().axes
     assert [bar.get_width() for bar in axes.patches] == [256, 2048, 256, 256]
-    assert "2.05 kB  (8× every byte once; efficiency 12.5%)" in [text.get_text() for text in axes.texts]
+    assert "moved: 2.05 kB  (8× every byte once; efficiency 12.5%)" in [text.get_text() for text in axes.texts]
+
+
+def test_traffic_says_which_array_is_read():
+    mixed = [("tables", 0, 1, 0, 0), *[("keys", thread, 2, 0, 32 * thread) for thread in range(32)]]
+    picture = MemoryTraffic({"v1": traffic(mixed), "v2": traffic(mixed[:1])})
+    assert [line.split("  ")[0] for line in picture.text().splitlines()[-2:]] == ["v1", "v2"]
+    assert picture.parts == {"tables": {"v1": (4, 32), "v2": (4, 32)}, "keys": {"v1": (128, 1024), "v2": (0, 0)}}
+    parts = [bar.get_width() for bar in picture.figure().axes[0].patches]
+    assert parts == [4, 128, 32, 1024, 4, 0, 32, 0]
 
 
 # --- roofline ---
@@ -529,7 +538,7 @@ KERNELS = [("norm", 2e-6), ("gemm", 12e-6), ("norm", 2e-6), ("rope", 1e-6)]
 
 def test_the_device_waits_for_launches_but_not_within_a_graph():
     picture = LaunchOverhead(KERNELS, launch_seconds=5e-6, graph_seconds=8e-6, gap_seconds=1e-6)
-    eager, graph = picture.pictures
+    eager, graph = picture.charts
 
     def device(chart):
         microseconds = [(round(1e6 * span.start, 3), round(1e6 * span.end, 3)) for span in chart.lanes["device"]]
@@ -564,6 +573,20 @@ def test_a_replayed_kernel_is_not_free():
     assert graph.end == pytest.approx(1e-5 + 261e-6 + 262e-9)
 
 
+def test_some_of_many_kernels_are_enlarged_and_all_are_two_bars():
+    many = KERNELS * 20
+    picture = LaunchOverhead(many, launch_seconds=5e-6, graph_seconds=8e-6, gap_seconds=1e-6, enlarged=range(4, 8))
+    totals, eager, graph = picture.pictures
+    for name, chart in zip(totals.totals, picture.charts, strict=True):
+        assert sum(totals.totals[name].values()) == pytest.approx(chart.end)
+    busy = [span for span in eager.lanes["device"] if span.state is not IDLE]
+    assert [span.state.letter for span in busy][-4:] == ["A", "B", "A", "C"] and len(eager.lanes["host"]) >= 4
+    assert eager.end == pytest.approx(graph.end) and graph.title.endswith("kernels")
+    assert len(picture.figure().axes) == 3 and picture.text().startswith("device")
+    with pytest.raises(PictureError, match="0 to 79"):
+        LaunchOverhead(many, launch_seconds=5e-6, graph_seconds=8e-6, enlarged=range(78, 81))
+
+
 def test_kernels_of_less_than_a_nanosecond_are_kernels_too():
     kernels = [("k", 4e-10)] * 3
     eager, graph = LaunchOverhead(kernels, launch_seconds=5e-6, graph_seconds=1e-5, gap_seconds=0).pictures
@@ -584,7 +607,7 @@ PICTURES = {
     "decode tiles, long": lambda: DecodeTiles([3000, 8000], 32, block_size=256, window=4000),
     "prefill tiles": lambda: PrefillTiles(230, 130, group=2, title="prefill"),
     "warp": lambda: WarpAccess(reads(lambda lane: 512 * lane), title="apart"),
-    "traffic": lambda: MemoryTraffic({"v1": traffic([("keys", 0, 1, 0, 0)]).loads()}),
+    "traffic": lambda: MemoryTraffic({"v1": traffic([("keys", 0, 1, 0, 0)])}),
     "roofline": lambda: DecodeRoofline(QWEN3_0_6B, H200, 512, measured={64: 2e-3}),
     "lanes": lambda: HostDeviceLanes(asynchronous(), title="run"),
     "launches": lambda: LaunchOverhead(KERNELS, launch_seconds=5e-6, graph_seconds=8e-6, title="launches"),

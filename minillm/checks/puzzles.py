@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from minillm.checks.chapter_09 import HEAD_SIZE, NUM_THREADS, NUMBER_BYTES, VECTOR, first_number, reads_of
-from minillm.viz import MaskGrid, Panels, PictureError, WarpAccess, side_by_side, stacked
+from minillm.checks.chapter_09 import HEAD_SIZE, NUM_LOADS, NUMBER_BYTES, VECTOR, first_number, reads_of
+from minillm.viz import MaskGrid, Panels, PictureError, WarpAccess, side_by_side
 
 
 def beside(target: Tensor, function: Callable, *args, labels: Sequence[str] | None = None) -> Panels:
@@ -32,19 +32,19 @@ def _empty(target: Tensor, labels: Sequence[str] | None, title: str) -> MaskGrid
 
 
 def key_reads(function: Callable | None = None, head: int = 1, num_heads: int = 2) -> Panels:
-    """The first load of the warp: a target that fetches no sector in vain, and below it what `function` reads.
+    """The first load of the warp: a first try that reads everything and fetches sectors twice, and `function` below it.
 
     Never raises for what the function does: then the title says why there is no second picture.
     """
-    target = _warp(_in_order, head, num_heads, "target, load 0")
+    wasteful = _warp(_in_a_row, head, num_heads, "a first try, load 0: half of what moves is not asked for")
     if function is None:
-        return Panels([target], columns=1)
+        return Panels([wasteful], columns=1)
     try:
-        return stacked([target, _warp(function, head, num_heads, "yours, load 0")])
+        return Panels([wasteful, _warp(function, head, num_heads, "yours, load 0")], columns=1)
     except NotImplementedError:
-        return Panels([target], columns=1, title="yours: not written yet")
+        return Panels([wasteful], columns=1, title="yours: not written yet")
     except Exception as error:
-        return Panels([target], columns=1, title=f"yours: {type(error).__name__}")
+        return Panels([wasteful], columns=1, title=f"yours: {type(error).__name__}")
 
 
 def _warp(function: Callable, head: int, num_heads: int, title: str) -> WarpAccess:
@@ -54,6 +54,7 @@ def _warp(function: Callable, head: int, num_heads: int, title: str) -> WarpAcce
     return WarpAccess(places, title=title)
 
 
-def _in_order(load: int, thread: int, head: int, num_heads: int) -> int:
-    key, eighth = divmod(NUM_THREADS * load + thread, HEAD_SIZE // VECTOR)
+def _in_a_row(load: int, thread: int, head: int, num_heads: int) -> int:
+    """Each thread reads pieces that follow each other, one in every load: so neighbours never share a sector."""
+    key, eighth = divmod(NUM_LOADS * thread + load, HEAD_SIZE // VECTOR)
     return first_number(key, head, num_heads) + eighth * VECTOR

@@ -29,6 +29,7 @@ from minillm.viz.launches import LaunchOverhead
 from minillm.viz.load import LoadCurves, LoadPoint, ThroughputLatency
 from minillm.viz.memory_access import WarpAccess
 from minillm.viz.memory_traffic import MemoryTraffic
+from minillm.viz.overview import RunOverview
 from minillm.viz.policies import PolicyTimelines
 from minillm.viz.pool import PoolUse, ReservedAgainstPaged
 from minillm.viz.prefill_tiles import PrefillTiles
@@ -72,6 +73,7 @@ __all__ = [
     "PrefillTiles",
     "RecomputeGrid",
     "ReservedAgainstPaged",
+    "RunOverview",
     "Score",
     "Scoreboard",
     "Span",

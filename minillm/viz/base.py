@@ -20,6 +20,9 @@ from minillm.viz.palette import BLACK, State
 MAX_WIDTH = 9.0  # inches; a notebook's and a README's column
 DOTS_PER_INCH = 120
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11, 10, 9  # points; nothing is printed smaller than the last
+TEXT_SIGNS = "#.*-_/o+"  # letters of states that stand in the text form alone; a figure shows the box
+LEGEND_LINE = 0.22  # inches, the height of a line of a legend
+SWATCH, SIGN = 0.55, 0.068  # inches that a legend's box and each sign of its name take
 
 STYLE = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so that every machine draws the same shapes
@@ -50,6 +53,7 @@ class Picture(ABC):
     title: str | None = None
     num_steps: int = 0
     _title_pad: float = 8  # points between title and axes
+    _legend_inches: float = 0.0  # of the height, what a legend takes that several panels may have in common
 
     @abstractmethod
     def text(self) -> str:
@@ -192,15 +196,17 @@ class Panels(Picture):
         return (f"{self.title}: " if self.title else "") + "; ".join(picture.alt() for picture in self.pictures)
 
     def _size(self) -> tuple[float, float]:
-        sizes = [[picture._panel_size() for picture in row] for row in self.rows]
+        sizes = self._panel_sizes()
         width = max(sum(width for width, _ in row) for row in sizes)
-        return width, sum(max(height for _, height in row) for row in sizes)
+        return width, sum(max(height for _, height in row) for row in sizes) + self._legend_height()
 
     def _draw(self, axes, step: int | None = None) -> None:
         raise NotImplementedError("panels are drawn by _fill, each into its own axes")
 
     def _fill(self, figure, step: int | None) -> None:
         self._set_title_of_all(figure)
+        if self._shares_legend():
+            figure.shared_legend = SharedLegend()
         ends = [picture._x_end() for picture in self.pictures if self.share_x]
         for place, picture in zip(self._places(figure), self.pictures, strict=True):
             axes = figure.add_subplot(place)
@@ -208,6 +214,26 @@ class Panels(Picture):
                 axes.set_xlim(0, max(ends))  # a picture keeps to a scale it finds
             picture._draw(axes, None if step is None else min(step, picture.num_steps - 1))
             picture._set_title(axes)
+        if self._shares_legend():
+            figure.shared_legend.draw(figure, self._legend_height())
+
+    def _shares_legend(self) -> bool:
+        """Whether several panels have a legend: then it is drawn once, below all of them."""
+        return sum(picture._legend_inches > 0 for picture in self.pictures) > 1
+
+    def _panel_sizes(self) -> list[list[tuple[float, float]]]:
+        """Row by row the width and height of every panel, without a legend that is drawn once."""
+        shared = self._shares_legend()
+
+        def size(picture: Picture) -> tuple[float, float]:
+            width, height = picture._panel_size()
+            return width, height - shared * picture._legend_inches
+
+        return [list(map(size, row)) for row in self.rows]
+
+    def _legend_height(self) -> float:
+        """Inches of the legend that is drawn once; 0 if none is."""
+        return max(picture._legend_inches for picture in self.pictures) if self._shares_legend() else 0.0
 
     def _set_title_of_all(self, figure) -> None:
         if self.title:
@@ -216,7 +242,7 @@ class Panels(Picture):
 
     def _places(self, figure) -> Iterator:
         """Where each picture goes: one column with common edges, or rows that keep each picture's own size."""
-        sizes = [[picture._panel_size() for picture in row] for row in self.rows]
+        sizes = self._panel_sizes()
         lines = figure.add_gridspec(len(self.rows), 1, height_ratios=[max(h for _, h in row) for row in sizes])
         for line, row in zip(lines, sizes, strict=True):
             if self.share_x and len(self.rows) == len(self.pictures):
@@ -298,33 +324,87 @@ def add_letter(axes, x: float, y: float, state: State, *, patch: bool = True) ->
 def add_legend(axes, states: Sequence[State], y: float, extra: str = ""):
     """The states' boxes with name and, if they have one, letter in a line below the axes, `y` points under it.
 
-    Returns the artist.
+    Signs of the text form (#, ., *) are left out. Returns the artist; None where several panels share one legend, which
+    `Panels` draws below the last of them.
     """
-    from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea
-    from matplotlib.patches import Rectangle
-
-    entries = []
-    for state in states:
-        swatch = DrawingArea(14, 11)
-        edge = state.ink if state.hatch or state.color == "#FFFFFF" else state.color
-        swatch.add_artist(
-            Rectangle((0, 0), 14, 11, facecolor=state.color, edgecolor=edge, hatch=state.hatch, linewidth=0.6)
-        )
-        label = f"{state.letter}  {state.name}" if state.letter else state.name
-        entries.append(HPacker(children=[swatch, _text_area(TextArea, label)], align="center", pad=0, sep=4))
-    if extra:
-        entries.append(_text_area(TextArea, extra))
-    row = HPacker(children=entries, align="center", pad=0, sep=14)
-    anchored = AnchoredOffsetbox("upper left", child=row, frameon=False, pad=0, borderpad=0)
+    shared = getattr(axes.get_figure(), "shared_legend", None)
+    if shared is not None:
+        shared.add(states, extra)
+        return None
     from matplotlib.transforms import ScaledTranslation
 
+    box = _legend_box([states], extra)
     shift = ScaledTranslation(0, -y / 72, axes.get_figure().dpi_scale_trans)
-    anchored.set_bbox_to_anchor((0, 0), axes.transAxes + shift)
-    return axes.add_artist(anchored)
+    box.set_bbox_to_anchor((0, 0), axes.transAxes + shift)
+    return axes.add_artist(box)
 
 
-def _text_area(text_area, label: str):
-    return text_area(label, textprops={"size": SMALL_SIZE, "color": BLACK})
+class SharedLegend:
+    """What the legends of several panels say, once: each state with its letter, if any panel shows that."""
+
+    def __init__(self) -> None:
+        self.states: dict[tuple[str, str, str], State] = {}
+        self.extra = ""
+
+    def add(self, states: Sequence[State], extra: str = "") -> None:
+        """The legend of one panel."""
+        for state in states:
+            known = self.states.setdefault((state.name, state.color, state.hatch), state)
+            if not known.letter:
+                self.states[state.name, state.color, state.hatch] = state
+        self.extra = self.extra or extra
+
+    def draw(self, figure, inches: float) -> None:
+        """At the foot of the figure, in a strip of that height which the panels leave free, or a higher one."""
+        lines = legend_lines(list(self.states.values()), MAX_WIDTH - 1.2)
+        higher = max(0.0, LEGEND_LINE * len(lines) + 0.04 - inches)
+        figure.set_figheight(figure.get_figheight() + higher)
+        strip = (inches + higher) / figure.get_figheight()
+        figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+        box = _legend_box(lines, self.extra)
+        box.set_bbox_to_anchor((0.01, strip), figure.transFigure)
+        figure.add_artist(box).set_in_layout(False)
+
+
+def legend_lines(states: Sequence[State], width: float) -> list[list[State]]:
+    """The states of a legend in as many lines as `width` inches need."""
+    lines: list[list[State]] = [[]]
+    for state in states:
+        if lines[-1] and sum(SWATCH + SIGN * len(other.name) for other in (*lines[-1], state)) > width:
+            lines.append([])
+        lines[-1].append(state)
+    return lines
+
+
+def _legend_box(lines: Sequence[Sequence[State]], extra: str):
+    """Lines of a legend, and `extra` behind the last state; its upper left corner is yet to be anchored."""
+    from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, VPacker
+
+    entries = [[_legend_entry(state) for state in states] for states in lines]
+    if extra:
+        entries[-1].append(_text_area(extra))
+    rows = [HPacker(children=row, align="center", pad=0, sep=14) for row in entries]
+    child = VPacker(children=rows, align="left", pad=0, sep=4)
+    return AnchoredOffsetbox("upper left", child=child, frameon=False, pad=0, borderpad=0)
+
+
+def _legend_entry(state: State):
+    from matplotlib.offsetbox import DrawingArea, HPacker
+    from matplotlib.patches import Rectangle
+
+    swatch = DrawingArea(14, 11)
+    edge = state.ink if state.hatch or state.color == "#FFFFFF" else state.color
+    swatch.add_artist(
+        Rectangle((0, 0), 14, 11, facecolor=state.color, edgecolor=edge, hatch=state.hatch, linewidth=0.6)
+    )
+    label = f"{state.letter}  {state.name}" if state.letter and state.letter not in TEXT_SIGNS else state.name
+    return HPacker(children=[swatch, _text_area(label)], align="center", pad=0, sep=4)
+
+
+def _text_area(label: str):
+    from matplotlib.offsetbox import TextArea
+
+    return TextArea(label, textprops={"size": SMALL_SIZE, "color": BLACK})
 
 
 def literal(label: str) -> str:

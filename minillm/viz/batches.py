@@ -51,6 +51,8 @@ class BatchComposition(Picture):
     several passes. Steps = forward passes. Raises PictureError for a trace without steps or a budget below 1.
     """
 
+    _legend_inches = 0.3
+
     def __init__(self, trace: Trace, budget: int | None = None, *, title: str | None = None):
         if not trace.steps:
             raise PictureError("the trace has no steps, so there are no batches to draw")
@@ -201,6 +203,8 @@ class PaddingRectangle(Picture):
     `labels` name the rows. `PaddingRectangle.of_step` takes a step of a trace. Raises PictureError if a row does not
     fit or labels are missing.
     """
+
+    _legend_inches = 0.25
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """The block-diagonal mask of ragged batching, step by step: who joins adds a block, who leaves takes it away."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from minillm.trace import StepEvent, Trace
@@ -8,6 +10,7 @@ from minillm.viz.base import (
     SMALL_SIZE,
     Picture,
     PictureError,
+    add_box,
     add_legend,
     literal,
     pad,
@@ -16,13 +19,15 @@ from minillm.viz.base import (
     text_width,
 )
 from minillm.viz.grids import BORDER
-from minillm.viz.palette import BLACK, GREEN, GREY, MAY_LOOK, MAY_NOT, PALE_GREEN, State
+from minillm.viz.palette import BLACK, GREY, KEPT, MAY_LOOK, MAY_NOT, NEW
 from minillm.viz.strip import StepStrip
 
 MAX_MARKED = 40  # tokens a side up to which each cell has its mark; and 100 up to which the text has a grid
 MAX_WRITTEN = 100
-EARLIER = State("o", "looked earlier", PALE_GREEN, BLACK)
-NOW = State(MAY_LOOK.letter, "looks now", GREEN, MAY_LOOK.ink)
+LOOKS = replace(MAY_LOOK, name="looks")
+CACHED = replace(KEPT, letter="o", name="key from the cache")
+COMPUTED = replace(NEW, letter="+", name="key of this pass")
+HEADER = 2.2  # cells above the mask: whose keys they are, and where they come from
 
 
 class Block(NamedTuple):
@@ -43,33 +48,40 @@ class Block(NamedTuple):
 
 
 class BlockMask(Picture):
-    """The tokens of all running requests laid one behind the other: who looks at whom in this step, who did before.
+    """A row per token computed in this step, a column per key: those computed now and those from the cache.
 
-    Rows computed in this step are dark and marked, rows of earlier steps, whose keys and values are only read, pale.
-    `room`: tokens a side the figure has space for. Raises PictureError if there is no block.
+    Above the columns stands whose keys they are, and which of them are cached. `room`: rows and columns that the figure
+    has space for. Raises PictureError if there is no block.
     """
+
+    _legend_inches = 0.3
 
     def __init__(
         self,
         blocks: Sequence[Block],
         *,
         title: str | None = None,
-        room: int | None = None,
+        room: tuple[int, int] = (0, 0),
         inches: float = 4.5,
-        with_legend: bool = True,
     ):
         if not blocks:
             raise PictureError("no request has a token in this step, so there is no mask to draw")
         self.blocks = list(blocks)
         self.num_tokens = sum(block.num_tokens for block in blocks)
-        self.room = max(room or 0, self.num_tokens)
+        self.num_new = sum(block.num_new for block in blocks)
+        self.room = max(room[0], self.num_new), max(room[1], self.num_tokens)
         self.inches = inches
-        self.with_legend = with_legend
         self.title = title
 
     def _large(self) -> bool:
         """Too many tokens for a cell each."""
-        return self.room > MAX_MARKED
+        return max(self.room) > MAX_MARKED
+
+    def _starts(self) -> list[tuple[int, int]]:
+        """For each block the row and the column at which it starts."""
+        rows = accumulate((block.num_new for block in self.blocks), initial=0)
+        columns = accumulate((block.num_tokens for block in self.blocks), initial=0)
+        return list(zip(rows, columns, strict=True))[:-1]
 
     def mask(self):
         """The bool mask [T_query, T_key] of the tokens computed in this step: rectangular blocks, True = may look."""
@@ -81,9 +93,8 @@ class BlockMask(Picture):
 
     def summary(self) -> str:
         """The mask's size, and what of it is needed."""
-        rows = sum(block.num_new for block in self.blocks)
-        needed = sum(block.num_scores for block in self.blocks)
-        return f"{rows} × {self.num_tokens} mask, {needed:,} of {rows * self.num_tokens:,} entries True"
+        needed, entries = sum(block.num_scores for block in self.blocks), self.num_new * self.num_tokens
+        return f"{self.num_new} × {self.num_tokens} mask, {needed:,} of {entries:,} entries True"
 
     def text(self) -> str:
         names = [request_label(block.request_id) for block in self.blocks]
@@ -94,25 +105,28 @@ class BlockMask(Picture):
                 for name, block in zip(names, self.blocks, strict=True)
             ]
             return "\n".join([*lines, self.summary()])
-        lines, start = [], 0
-        for name, block in zip(names, self.blocks, strict=True):
-            for row in range(block.num_tokens):
-                mark = (NOW if row >= block.num_cached else EARLIER).letter
-                letters = MAY_NOT.letter * start + mark * (row + 1)
+        lines, keys = [], ""
+        for name, block, (_, start) in zip(names, self.blocks, self._starts(), strict=True):
+            for row in range(block.num_new):
+                letters = MAY_NOT.letter * start + LOOKS.letter * (block.num_cached + row + 1)
                 lines.append(
                     f"{pad(name if row == 0 else '', width)}  {letters.ljust(self.num_tokens, MAY_NOT.letter)}"
                 )
-            start += block.num_tokens
-        legend = "   ".join(f"{state.letter} {state.name}" for state in (NOW, EARLIER, MAY_NOT))
-        return "\n".join([*lines, legend, self.summary()])
+            keys += CACHED.letter * block.num_cached + COMPUTED.letter * block.num_new
+        legend = "   ".join(f"{state.letter} {state.name}" for state in (LOOKS, MAY_NOT, CACHED, COMPUTED))
+        return "\n".join([*lines, f"{' ' * width}  {keys}", legend, self.summary()])
 
     def alt(self) -> str:
         blocks = ", ".join(f"{request_label(block.request_id)} {block.num_tokens}" for block in self.blocks)
         return f"{self.title + ': ' if self.title else ''}block-diagonal mask, tokens {blocks}; {self.summary()}"
 
+    def _cell(self) -> float:
+        """Inches of a side of a cell."""
+        return min(0.3, self.inches / self.room[1])
+
     def _size(self) -> tuple[float, float]:
-        legend = 0.4 if self.with_legend else 0.0  # below the summary, which takes two lines in a small frame
-        return self.inches + 0.6, self.inches + 1.0 + legend
+        rows, columns = self.room
+        return self._cell() * columns + 0.6, self._cell() * (rows + HEADER) + 0.8 + self._legend_inches
 
     def _title_width(self) -> float:
         return self.inches
@@ -120,66 +134,72 @@ class BlockMask(Picture):
     def _draw(self, axes, step: int | None = None) -> None:
         from matplotlib.patches import Rectangle
 
-        margin = 1.02 * self.room  # so that the last line is not cut
-        axes.set(xlim=(0, margin), ylim=(margin, 0), aspect="equal", anchor="NW")
-        axes.add_patch(Rectangle((0, 0), self.num_tokens, self.num_tokens, fill=False, edgecolor=BORDER, linewidth=0.8))
-        start = 0
-        for block in self.blocks:
-            self._draw_block(axes, block, start)
-            start += block.num_tokens
+        rows, columns = self.room
+        axes.set(xlim=(0, columns + 0.1), ylim=(rows + 0.1, -HEADER), aspect="equal", anchor="NW")
+        axes.add_patch(Rectangle((0, 0), self.num_tokens, self.num_new, fill=False, edgecolor=BORDER, linewidth=0.8))
+        for block, (row, column) in zip(self.blocks, self._starts(), strict=True):
+            self._draw_block(axes, block, row, column)
         if not self._large():
             self._draw_cells(axes)
         self._label_axes(axes)
 
-    def _draw_block(self, axes, block: Block, start: int) -> None:
-        """The staircase of a block, in two parts, and a frame around it."""
+    def _draw_block(self, axes, block: Block, top: int, left: int) -> None:
+        """The block's keys above, the staircase of what its rows look at, and a frame around it."""
         from matplotlib.patches import Polygon, Rectangle
 
-        for first, last, state in ((0, block.num_cached, EARLIER), (block.num_cached, block.num_tokens, NOW)):
-            if last > first:
-                stairs = [(start, start + last), (start, start + first)]
-                for row in range(first, last):
-                    stairs += [(start + row + 1, start + row), (start + row + 1, start + row + 1)]
-                edge = 2.0 if state is NOW and self._large() else 0.0  # a single row would be too thin to see
-                patch = axes.add_patch(Polygon(stairs, facecolor=state.color, edgecolor=state.color, linewidth=edge))
-                patch.set(gid=f"{block.request_id}:{state.letter}", zorder=4 if edge else 1)
-        size = block.num_tokens
-        frame = {"edgecolor": GREY, "linewidth": 0.6} if self._large() else {"edgecolor": BLACK, "linewidth": 0.9}
-        axes.add_patch(Rectangle((start, start), size, size, fill=False, zorder=3, **frame))
+        for first, count, state in ((0, block.num_cached, CACHED), (block.num_cached, block.num_new, COMPUTED)):
+            if count:
+                key = {"edgecolor": GREY, "linewidth": 0.6}
+                add_box(axes, left + first, -0.9, count, 0.7, state, **key).set_gid(
+                    f"{block.request_id}:{state.letter}"
+                )
+        if block.num_new:
+            stairs = [(left, top + block.num_new), (left, top)]
+            for row in range(block.num_new):
+                edge = left + block.num_cached + row + 1
+                stairs += [(edge, top + row), (edge, top + row + 1)]
+            width = 2.0 if self._large() else 0.0  # a single row would be too thin to see
+            patch = axes.add_patch(Polygon(stairs, facecolor=LOOKS.color, edgecolor=LOOKS.color, linewidth=width))
+            patch.set(gid=f"{block.request_id}:{LOOKS.letter}", zorder=4 if width else 1)
+            frame = {"edgecolor": GREY, "linewidth": 0.6} if self._large() else {"edgecolor": BLACK, "linewidth": 0.9}
+            axes.add_patch(Rectangle((left, top), block.num_tokens, block.num_new, fill=False, zorder=3, **frame))
 
     def _draw_cells(self, axes) -> None:
-        """Cell borders, and a dot where a token looks now."""
-        inner = range(1, self.num_tokens)
-        for draw in (axes.hlines, axes.vlines):
-            draw(inner, 0, self.num_tokens, color=BORDER, linewidth=0.4, zorder=2).set_in_layout(False)
-        dots, start = [], 0
-        for block in self.blocks:
-            for row in range(block.num_cached, block.num_tokens):
-                dots += [(start + column + 0.5, start + row + 0.5) for column in range(row + 1)]
-            start += block.num_tokens
+        """Cell borders, and a dot where a token looks."""
+        lines = {"color": BORDER, "linewidth": 0.4, "zorder": 2}
+        axes.hlines(range(1, self.num_new), 0, self.num_tokens, **lines).set_in_layout(False)
+        axes.vlines(range(1, self.num_tokens), 0, self.num_new, **lines).set_in_layout(False)
+        dots = [
+            (left + column + 0.5, top + row + 0.5)
+            for block, (top, left) in zip(self.blocks, self._starts(), strict=True)
+            for row in range(block.num_new)
+            for column in range(block.num_cached + row + 1)
+        ]
         if dots:
-            size = (0.25 * 72 * self.inches / self.room) ** 2  # a quarter of a cell, in points
-            axes.scatter(*zip(*dots, strict=True), s=size, color=NOW.ink, linewidth=0, zorder=3)
+            size = (0.25 * 72 * self._cell()) ** 2  # a quarter of a cell, in points
+            axes.scatter(*zip(*dots, strict=True), s=size, color=LOOKS.ink, linewidth=0, zorder=3)
 
     def _label_axes(self, axes) -> None:
-        """Each request's name beside its block, if the block is high enough; how many tokens, below."""
-        places, names, start = [], [], 0
-        for block in self.blocks:
-            if block.num_tokens * self.inches / self.room > 0.13:
-                places.append(start + block.num_tokens / 2)
-                names.append(literal(request_label(block.request_id)))
-            start += block.num_tokens
-        axes.set_yticks(places, names)
+        """Each request's name beside its rows and above its keys, where there is room; how many entries, below."""
+        names = [literal(request_label(block.request_id)) for block in self.blocks]
+        places = [
+            (row + block.num_new / 2, name)
+            for name, block, (row, _) in zip(names, self.blocks, self._starts(), strict=True)
+            if block.num_new * self._cell() > 0.1
+        ]
+        axes.set_yticks([place for place, _ in places], [name for _, name in places])
+        for name, block, (_, column) in zip(names, self.blocks, self._starts(), strict=True):
+            if block.num_tokens * self._cell() > 0.09 * len(name):
+                middle = column + block.num_tokens / 2
+                axes.text(middle, -1.05, name, ha="center", va="bottom", size=SMALL_SIZE).set_in_layout(False)
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        summary = self.summary().replace(", ", "\n", 1) if self.inches < 4 else self.summary()
         axes.annotate(
-            summary, (0, self.num_tokens), (0, -5), textcoords="offset points", va="top", size=SMALL_SIZE, color=GREY,
-            annotation_clip=False,
+            self.summary().replace(", ", "\n", 1), (0, self.num_new), (0, -5), textcoords="offset points", va="top",
+            size=SMALL_SIZE, color=GREY, annotation_clip=False,
         )  # fmt: skip
-        if self.with_legend:
-            add_legend(axes, [NOW, EARLIER], y=34 if self.inches < 4 else 24)
+        add_legend(axes, [LOOKS, COMPUTED, CACHED], y=38)
 
 
 class BlockMaskSteps(StepStrip):
@@ -206,9 +226,9 @@ class BlockMaskSteps(StepStrip):
 
     def frame(self, step: int, *, alone: bool) -> Picture:
         steps = range(self.num_steps) if alone else self.chosen
-        room = max(sum(block.num_tokens for block in self.blocks[each]) for each in steps)
-        form = {"inches": 4.5 if alone else 2.3, "with_legend": alone or step == self.chosen[0]}
-        return BlockMask(self.blocks[step], title=f"step {step}", room=room, **form)
+        rows = max(sum(block.num_new for block in self.blocks[each]) for each in steps)
+        columns = max(sum(block.num_tokens for block in self.blocks[each]) for each in steps)
+        return BlockMask(self.blocks[step], title=f"step {step}", room=(rows, columns), inches=4.5 if alone else 2.3)
 
 
 def blocks_of(trace: Trace) -> list[list[Block]]:

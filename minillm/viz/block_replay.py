@@ -60,6 +60,10 @@ class PoolState:
         """The blocks that are in a table."""
         return {block for table in self.tables.values() for block in table}
 
+    def idle(self) -> set[int]:
+        """The blocks that are free."""
+        return set(range(self.num_null, self.num_blocks)) - self.used() - set(self.cached)
+
     def filled(self, block: int) -> int:
         """Slots of a physical block that hold a token."""
         if block in self.cached:

@@ -3,8 +3,10 @@
 Everything is read from a Trace (`BlockTables.of_step`, `BlockTableSteps`), or given as a `PoolState`.
 """
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from minillm.trace import Trace
 from minillm.viz.base import (
@@ -29,26 +31,35 @@ MOST_BLOCKS = 256  # of a pool that can be drawn block by block
 MOST_LISTED = 32  # blocks up to which each has a line of its own in the text, and its slots in the figure
 MOST_REQUESTS = 10  # tables drawn
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LABELS = (7, 6, 5, 4)  # letters of a token in the figure, as many as there is room for; a longer one is cut
-LETTER = 0.072  # inches that one takes
-WIDTH, GAP = MAX_WIDTH - 0.3, 0.3  # inches: the drawing, and between tables and pool
+LABELS = (9, 8, 7, 6, 5, 4)  # letters of a token in the figure, as many as there is room for; a longer one is cut
+LETTER, BESIDE = 0.07, 0.09  # inches that a letter takes, and what is free beside a word
+MARGIN, LITTLE = 0.3, 0.12  # inches left and right of a drawing, together; and of a frame beside others
+WIDTH, LEAST = MAX_WIDTH - MARGIN, 5.6  # inches: the drawing at most, and so that its legend has room
+NARROW = MAX_WIDTH / 3 - LITTLE  # inches: a frame of which three stand side by side
 TOP = 0.3  # inches: what stands above tables and pool
-LINE, HEADING, BELOW = 0.36, 0.3, 0.06  # inches: a line of blocks, what stands above a table, what is free below it
-HEIGHT, MORE = 0.27, 0.22  # inches: a block; a line that says how many requests are left out
-NUMBERS, POOL_NUMBER, OWNER = 0.46, 0.3, 0.78  # inches: room for "0→12" and "12" before a block, for its owners behind
+LINE, HEADING, BELOW = 0.32, 0.27, 0.09  # inches: a line of blocks, what stands above a table, what is free below it
+HEIGHT, MORE = 0.25, 0.22  # inches: a block; a line that says how many requests are left out
+BAND = 0.08  # inches: of a shared block's height, in the colours of all its owners
+ENTRY, ENTRY_WIDTH, ENTRY_LEFT = 0.2, 0.34, 0.42  # inches: an entry of a table, and what stands left of it
+TABLES, ARROWS = 1.55, 0.55  # inches: tables, and from there to the pool
+POOL_NUMBER = 0.3  # inches: room for "12" before a block of the pool
 SMALL, COLUMNS = 0.36, 20  # inches: a small block; and how many stand in a line
 MOST_ROWS = 16  # of the pool beside the tables
 MOST_HEIGHT = 8.0  # inches of tables beside the pool; else blocks are drawn small
+FEW_FREE = 2  # free blocks in a row that have a line each; more have one together
 
 
 class BlockTables(Picture):
-    """Every request's block table beside the physical pool at one moment; `state` says what is where.
+    """Every request's block table, with arrows into the physical pool, at one moment; `state` says what is where.
 
-    A request has a letter and a colour; a block shared by several has the colours of all and its ref count. Slots that
-    the step writes are framed; empty slots of used blocks are hatched. `tokens` (request id -> its tokens) is written
-    into the slots where there is room. `BlockTables.of_step` takes a step of a trace. Raises PictureError for a pool
-    of more than 256 blocks.
+    A request has a letter and a colour; a block shared by several has a band in the colours of all and its ref count.
+    Slots that the step writes are framed; empty slots of used blocks are hatched; a block that was copied has an arrow
+    to its copy. `tokens` (request id -> its tokens) is written into the slots where there is room. Several free blocks
+    in a row have one line. `BlockTables.of_step` takes a step of a trace. Raises PictureError for a pool of more than
+    256 blocks.
     """
+
+    _legend_inches = 0.25
 
     def __init__(
         self,
@@ -57,9 +68,12 @@ class BlockTables(Picture):
         tokens: Mapping[str, Sequence[str]] | None = None,
         title: str | None = None,
         room: Mapping[str, int] | None = None,
+        idle: Collection[int] | None = None,
+        narrow: bool = False,
     ):
         """`room`: requests that get a place, and blocks that the figure has space for in the table of each, so that
-        the steps of a run come out alike; by default those of `state`.
+        the steps of a run come out alike; `idle`: the blocks that are free in all of them; by default those of `state`.
+        `narrow`: as a frame beside others, with the tables as lists of numbers above the pool.
         """
         if state.num_blocks > MOST_BLOCKS:
             raise PictureError(
@@ -78,9 +92,13 @@ class BlockTables(Picture):
                 raise PictureError(
                     f"{len(self.tokens[request_id])} labels were given for the {count} tokens that {request_id!r} holds"
                 )
-        longest = max((text_width(each) for texts in self.tokens.values() for each in texts), default=0)
         shown = self.room if room else {request_id: self.room[request_id] for request_id in self._shown()}
-        self._layout = _layout(state, shown, longest, more=len(self.room) > len(self._shown()))
+        self.narrow, self.is_frame = narrow, room is not None
+        self.rows = pool_rows(state.num_blocks, state.idle() if idle is None else idle)
+        more = len(self.room) > len(self._shown())
+        owners = max(text_width(self._short_owner(block)) for block in range(state.num_blocks))
+        owners = max(owners, len(CACHED.name)) if room else owners
+        self._layout = _layout(state, shown, self._widths(), owners, self.rows, more, narrow)
 
     @classmethod
     def of_step(
@@ -149,6 +167,15 @@ class BlockTables(Picture):
             parts.append("ends with this step")
         return ", ".join(parts)
 
+    def _widths(self) -> list[int]:
+        """For each place in a block the letters of the longest token that may stand there; 0 without tokens."""
+        size = self.state.block_size
+        widths = [0] * size
+        for texts in self.tokens.values():
+            for position, each in enumerate(texts):
+                widths[position % size] = max(widths[position % size], text_width(each))
+        return widths
+
     def _label(self, block: int, slot: int) -> str:
         """The token in a slot; "" if nobody said which."""
         content = self.state.content(block)
@@ -167,6 +194,14 @@ class BlockTables(Picture):
         if letters:
             return letters[0]
         return "null" if block < state.num_null else CACHED.name if block in state.cached else FREE.name
+
+    def _short_owner(self, block: int) -> str:
+        return self.owner(block).replace(" ", "")
+
+    def _short_heading(self, request_id: str) -> str:
+        """What of the heading fits above a table: what is written now has a frame."""
+        words = self.heading(request_id).split(", ")
+        return words[0] + (", ends" if request_id in self.state.ending else "")
 
     # --- text ---
 
@@ -201,10 +236,11 @@ class BlockTables(Picture):
         owners = [self.owner(block) for block in range(state.num_blocks)]
         width = max(map(text_width, [*owners, "owner"]))
         lines = [f"block  {pad('owner', width)}  slots"]
-        for block, owner in enumerate(owners):
+        for row in self.rows:
+            block, owner = row[0], owners[row[0]]
             held = block in state.cached or state.owners(block)
             slots = self._signs(block) if held else ""
-            lines.append(f"{block:5}  {pad(owner, width)}  {slots}".rstrip())
+            lines.append(f"{_span(row):>5}  {pad(owner, width)}  {slots}".rstrip())
         return [*lines, f"# held   + written now   {EMPTY.letter} empty"]
 
     def _signs(self, block: int) -> str:
@@ -228,87 +264,162 @@ class BlockTables(Picture):
     # --- figure ---
 
     def _size(self) -> tuple[float, float]:
-        return MAX_WIDTH, self._layout.height + 0.75
+        margin = LITTLE if self.narrow else MARGIN
+        notes = 3 if self.is_frame and not self.narrow else len(self._notes())  # as many in all steps of a run
+        return self._layout.width + margin, self._layout.height + 0.22 * notes + 0.1 + self._legend_inches
+
+    def _notes(self) -> list[str]:
+        """What stands below the pool."""
+        if self.narrow:
+            use = self.state.use
+            copies = ", ".join(f"{source} → {target}" for source, target in self.state.copies)
+            counts = f"{use.used} used, {use.cached} cached, {use.free} free"
+            return [f"{counts}; copied: {copies}" if copies else counts]
+        notes = filter(None, [self.copies(), self.summary()])
+        return [line for note in notes for line in textwrap.wrap(note, int(14.5 * self._layout.width))]
 
     def _draw(self, axes, step: int | None = None) -> None:
         layout, shown = self._layout, self._shown()
-        axes.set(xlim=(0, WIDTH), ylim=(layout.height, 0))
+        axes.set(xlim=(0, layout.width), ylim=(layout.height, 0))
         axes.axis("off")
-        self._write(axes, 0, 0.1, "block tables: logical → physical", color=GREY)
-        top = TOP
+        x, y = layout.pool
+        if not self.narrow:
+            self._write(axes, 0, 0.1, "block tables", color=GREY)
+            self._write(axes, 0 if layout.small else x - POOL_NUMBER, y - 0.2, "the pool: physical blocks", color=GREY)
+        top = 0.0 if self.narrow else TOP
         for request_id in shown:
-            top = self._draw_table(axes, request_id, top)
+            top = (self._draw_list if self.narrow else self._draw_table)(axes, request_id, top)
         if len(self.room) > len(shown):
             self._write(axes, 0, top + 0.08, f"and {plural(len(self.room) - len(shown), 'request')} more", color=GREY)
-        x, y = layout.pool
-        self._write(axes, 0 if layout.small else x - POOL_NUMBER, y - 0.2, "the pool: physical blocks", color=GREY)
-        for block in range(self.state.num_blocks):
-            self._draw_pool_block(axes, block)
-        notes = "\n".join(filter(None, [self.copies(), self.summary()]))
+        if layout.small:
+            for block in range(self.state.num_blocks):
+                self._draw_pool_block(axes, block)
+        else:
+            for row in self.rows:
+                self._draw_pool_row(axes, row)
+            for source, target in self.state.copies:
+                self._draw_copy(axes, source, target)
         axes.annotate(
-            notes, (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top", size=SMALL_SIZE,
-            annotation_clip=False,
+            "\n".join(self._notes()), (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top",
+            size=SMALL_SIZE, annotation_clip=False,
         )  # fmt: skip
         extra = "thick frame: written in this step" if self.state.written else ""
-        add_legend(axes, self._legend(), y=38 if self.copies() else 24, extra=extra)
+        add_legend(axes, self._legend(), y=10 + 14 * len(self._notes()), extra=extra)
 
     def _legend(self) -> list[State]:
         use = self.state.use
         kinds = [(EMPTY, self.state.num_empty), (CACHED, use.cached), (FREE, use.free)]
         return [state for state, count in kinds if count]
 
+    def _draw_name(self, axes, request_id: str, y: float) -> None:
+        """A request's letter in its colour, around the height `y`."""
+        state = State(self.letters[request_id], request_id, self._color(request_id))
+        add_box(axes, 0.02, y - 0.1, 0.2, 0.2, state, linewidth=0)
+        self._write(axes, 0.12, y, state.letter, ha="center", fontweight="bold")
+
+    def _draw_list(self, axes, request_id: str, top: float) -> float:
+        """A request's table as numbers in a line, from `top` on; returns where the next one begins."""
+        table = self.state.tables.get(request_id)
+        self._draw_name(axes, request_id, top + 0.12)
+        words = f"[{', '.join(map(str, table))}]" if table is not None else self._short_heading(request_id)
+        self._write(axes, 0.3, top + 0.12, words)
+        return top + HEADING
+
     def _draw_table(self, axes, request_id: str, top: float) -> float:
         """A request's heading and table, from `top` on; returns where the next one begins."""
-        layout, state = self._layout, State(self.letters[request_id], request_id, self._color(request_id))
-        add_box(axes, 0.02, top + 0.03, 0.21, 0.21, state, linewidth=0)
-        self._write(axes, 0.125, top + 0.135, state.letter, ha="center", fontweight="bold")
-        self._write(axes, 0.32, top + 0.135, self.heading(request_id))
+        layout = self._layout
+        self._draw_name(axes, request_id, top + 0.12)
         for index, block in enumerate(self.state.tables.get(request_id, ())):
-            line, place = divmod(index, layout.blocks_a_line)
-            x, y = place * layout.table_cell + layout.number, top + HEADING + line * LINE
-            self._draw_block(axes, block, x, y)
             if layout.small:
+                line, place = divmod(index, COLUMNS)
+                x, y = place * layout.pool_cell + POOL_NUMBER, top + HEADING + line * LINE
+                self._draw_block(axes, block, x, y)
                 self._write_onto(axes, x, y, str(block))
             else:
-                self._write(axes, x - 0.06, y + HEIGHT / 2, f"{index}→{block}", ha="right")
-        return top + HEADING + LINE * layout.lines(self.room[request_id]) + BELOW
+                self._draw_entry(axes, request_id, index, block, top + HEADING + index * ENTRY)
+        self._write(
+            axes, 0.3, top + 0.12, (self.heading if layout.small else self._short_heading)(request_id), zorder=5
+        )
+        return top + HEADING + layout.table_height(self.room[request_id]) + BELOW
+
+    def _draw_entry(self, axes, request_id: str, index: int, block: int, top: float) -> None:
+        """An entry of a table: the logical block, in a box the physical one, and an arrow to it."""
+        from matplotlib.colors import to_rgb
+        from matplotlib.patches import FancyArrowPatch
+
+        middle, right = top + ENTRY / 2, ENTRY_LEFT + ENTRY_WIDTH
+        self._write(axes, ENTRY_LEFT - 0.07, middle, str(index), ha="right", color=GREY)
+        entry = add_box(
+            axes, ENTRY_LEFT, top, ENTRY_WIDTH, ENTRY, State("", "", self._color(request_id)), edgecolor=BLACK
+        )
+        entry.set_gid("entry")
+        self._write(axes, ENTRY_LEFT + ENTRY_WIDTH / 2, middle, str(block), ha="center")
+        x, y = self._layout.place(block)
+        ends = (right + 0.03, middle), (x - POOL_NUMBER + 0.04, y + HEIGHT / 2)
+        form = {"arrowstyle": "-|>", "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0, "linewidth": 0.8, "zorder": 2}
+        color = [0.65 * part for part in to_rgb(self._color(request_id))]  # darker, so that yellow reads on white
+        arrow = axes.add_patch(FancyArrowPatch(*ends, color=color, clip_on=False, **form))
+        arrow.set(gid="points", in_layout=False)
+
+    def _draw_copy(self, axes, source: int, target: int) -> None:
+        """An arrow from a block to its copy, right of both."""
+        from matplotlib.patches import FancyArrowPatch
+
+        right = self._layout.pool[0] + self._layout.block + 0.22
+        places = [(right, self._layout.place(block)[1] + HEIGHT / 2) for block in (source, target)]
+        bend = -0.35 if target > source else 0.35
+        form = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2, "zorder": 5}
+        arrow = FancyArrowPatch(*places, connectionstyle=f"arc3,rad={bend}", color=BLACK, clip_on=False, **form)
+        axes.add_patch(arrow).set(gid="copy", in_layout=False)
+
+    def _draw_pool_row(self, axes, row: range) -> None:
+        """A block with its number and its owners, or several free ones in a line."""
+        x, y = self._layout.place(row[0])
+        if len(row) > 1:
+            words = f"{_span(row)}: {len(row)} blocks {FREE.name}"
+            self._write(axes, x, y + HEIGHT / 2, words, color=GREY)
+            return
+        style = {"fontweight": "bold"} if self.state.owners(row[0]) else {"color": GREY}
+        self._write(axes, x - 0.06, y + HEIGHT / 2, str(row[0]), ha="right")
+        self._draw_block(axes, row[0], x, y)
+        self._write(axes, x + 0.06 + self._layout.block, y + HEIGHT / 2, self._short_owner(row[0]), **style)
 
     def _draw_pool_block(self, axes, block: int) -> None:
-        layout, (x, y) = self._layout, self._layout.place(block)
-        if not layout.small or block % layout.columns == 0:
+        """A small block, with a sign for its owner."""
+        x, y = self._layout.place(block)
+        if block % COLUMNS == 0:
             self._write(axes, x - 0.06, y + HEIGHT / 2, str(block), ha="right")
         self._draw_block(axes, block, x, y)
-        owner = self.owner(block)
-        if layout.small:
-            self._write_onto(axes, x, y, self._sign(block))
-        else:
-            style = {"fontweight": "bold"} if self.state.owners(block) else {"color": GREY}
-            self._write(axes, x + 0.06 + layout.block, y + HEIGHT / 2, owner, **style)
+        self._write_onto(axes, x, y, self._sign(block))
 
     def _write_onto(self, axes, x: float, y: float, sign: str) -> None:
         behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.8}
         self._write(axes, x + self._layout.block / 2, y + HEIGHT / 2, sign, ha="center", bbox=behind, zorder=6)
 
     def _draw_block(self, axes, block: int, x: float, y: float) -> None:
-        """The slots of a block: stripes in the colours of its owners, hatched where empty, framed where written."""
-        state, slot, width = self.state, self._layout.slot, self._layout.block
+        """The slots of a block: in the colour of its owner, or a band of all of them; framed where written."""
+        state, edges, width = self.state, self._layout.edges, self._layout.block
         filled, owners = state.filled(block), state.owners(block)
         colors = [self._color(owner) for owner in owners[:3]] or [CACHED.color if filled else WHITE]
+        band = HEIGHT if len(colors) == 1 else BAND
         for stripe, color in enumerate(colors):
-            height = HEIGHT / len(colors)
-            self._fill_box(axes, x, y + stripe * height, filled * slot, height, color)
+            height = band / len(colors)
+            self._fill_box(axes, x, y + HEIGHT - band + stripe * height, edges[filled], height, color)
         if owners and filled < state.block_size:
-            empty = add_box(axes, x + filled * slot, y, width - filled * slot, HEIGHT, EMPTY, linewidth=0)
+            empty = add_box(axes, x + edges[filled], y, width - edges[filled], HEIGHT, EMPTY, linewidth=0)
             empty.set_gid("empty")
-        for index in range(1, state.block_size if slot >= 0.06 and (owners or filled) else 0):
-            inside = {"color": WHITE if index < filled else LIGHT_GREY, "linewidth": 0.7}
-            axes.plot([x + index * slot] * 2, [y, y + HEIGHT], **inside)
+        for index in range(1, state.block_size if edges[1] >= 0.06 and (owners or filled) else 0):
+            inside = {"color": WHITE if index < filled and len(colors) == 1 else LIGHT_GREY, "linewidth": 0.7}
+            axes.plot([x + edges[index]] * 2, [y, y + HEIGHT], **inside)
         self._frame(axes, x, y, width, 0.8, BLACK if owners else GREY, linestyle="-" if owners or filled else ":")
+        above = 0.0 if len(colors) == 1 else BAND / 2
         for index in range(filled):
-            self._draw_label(axes, self._label(block, index), x + (index + 0.5) * slot, y + HEIGHT / 2)
+            middle = x + (edges[index] + edges[index + 1]) / 2
+            self._draw_label(axes, self._label(block, index), middle, y + HEIGHT / 2 - above)
         written = state.slots_written(block)
         if written:
-            self._frame(axes, x + written[0] * slot, y, (written[1] - written[0]) * slot, 2.2, BLACK, zorder=4)
+            left, right = edges[written[0]], edges[written[1]]
+            self._frame(axes, x + left, y, right - left, 2.2, BLACK, zorder=4)
 
     def _fill_box(self, axes, x: float, y: float, width: float, height: float, color: str) -> None:
         if width:
@@ -350,7 +461,9 @@ class BlockTableSteps(StepStrip):
         title: str | None = None,
     ):
         self.states = pool_states(trace, block_size, tokens=tokens, num_blocks=num_blocks)
-        self.tokens, self.room = tokens, _room(self.states)
+        most = {each: max(state.num_tokens.get(each, 0) for state in self.states) for each in tokens or {}}
+        self.tokens = {each: texts[: most[each]] for each, texts in (tokens or {}).items()}  # the last is never held
+        self.room = _room(self.states)
         super().__init__(trace, [(state.tables, state.fates) for state in self.states], steps, title)
 
     def caption(self, step: int) -> str:
@@ -360,8 +473,10 @@ class BlockTableSteps(StepStrip):
 
     def frame(self, step: int, *, alone: bool) -> BlockTables:
         title = f"step {step}" if step < self.num_steps - 1 else "after the last step"
-        room = self.room if alone else None
-        return BlockTables(self.states[step], tokens=self.tokens, title=title, room=room)
+        others = range(self.num_steps) if alone else self.chosen
+        idle = set.intersection(*(self.states[each].idle() for each in others))
+        form = {"room": self.room, "idle": idle, "narrow": not alone}
+        return BlockTables(self.states[step], tokens=self.tokens, title=title, **form)
 
 
 def owner_letters(request_ids: Sequence[str]) -> dict[str, str]:
@@ -381,78 +496,106 @@ def _room(states: Sequence[PoolState]) -> dict[str, int]:
     return room
 
 
+def pool_rows(num_blocks: int, idle: Collection[int]) -> list[range]:
+    """The blocks of a pool one by one, and those of `idle` that are more than two in a row together."""
+    rows: list[range] = []
+    block = 0
+    while block < num_blocks:
+        end = block
+        while end < num_blocks and end in idle:
+            end += 1
+        if end - block <= FEW_FREE:
+            end = block + 1
+        rows.append(range(block, end))
+        block = end
+    return rows
+
+
+def _span(row: range) -> str:
+    return f"{row[0]}–{row[-1]}" if len(row) > 1 else str(row[0])
+
+
 # --- where everything stands in the figure, in inches ---
 
 
 @dataclass(frozen=True)
 class _Layout:
-    slot: float  # width of a slot
-    block: float  # width of a block
-    letters: int  # of a token that is written into its slot
+    width: float
+    height: float
+    edges: tuple[float, ...]  # where the slots of a block begin and end; block size + 1
+    letters: int  # of a token that is written into its slot, at most
     small: bool  # blocks so small that their number or owner is written onto them
-    number: float  # room for a block's numbers left of it
-    table_cell: float  # from one block of a table to the next
-    blocks_a_line: int
     pool: tuple[float, float]  # left and upper end of the pool
     pool_cell: float  # from one column of the pool to the next
-    rows: int
-    columns: int
-    height: float
+    lines: Mapping[int, tuple[int, int]]  # of a pool that is not small: block -> column and row
+
+    @property
+    def block(self) -> float:
+        """Width of a block."""
+        return self.edges[-1]
 
     def place(self, block: int) -> tuple[float, float]:
         """Left and upper end of a block of the pool: below each other, or like words if they are small."""
-        row, column = divmod(block, self.columns) if self.small else divmod(block, self.rows)[::-1]
+        column, row = divmod(block, COLUMNS)[::-1] if self.small else self.lines[block]
         return self.pool[0] + column * self.pool_cell, self.pool[1] + row * LINE
 
-    def lines(self, num_blocks: int) -> int:
-        """Lines that a table takes."""
-        return -(-num_blocks // self.blocks_a_line)
+    def table_height(self, num_blocks: int) -> float:
+        """Of a table without its heading."""
+        return LINE * -(-num_blocks // COLUMNS) if self.small else ENTRY * num_blocks
 
 
-def _layout(state: PoolState, room: Mapping[str, int], longest_label: int, more: bool) -> _Layout:
+def _layout(
+    state: PoolState,
+    room: Mapping[str, int],
+    widths: Sequence[int],
+    owners: int,
+    rows: Sequence[range],
+    more: bool,
+    narrow: bool,
+) -> _Layout:
     """The widest slots with which tables and pool fit next to each other; small blocks, the pool below, if none do.
 
-    `more`: a line below the tables says how many requests are left out.
+    `widths`: letters for which each slot has room, if possible; `owners`: letters behind a block. `more`: a line below
+    the tables says how many requests are left out. `narrow`: the tables are lines above the pool.
     """
     below_tables = MORE if more else 0.0
-    if state.num_blocks <= MOST_LISTED:
-        labels = [min(letters, longest_label) for letters in LABELS if longest_label]
-        widths = [(LETTER * letters + 0.06, letters) for letters in labels]
-        widths += [(min(0.3, block / state.block_size), 0) for block in (1.6, 1.2, 0.8, 0.5)]
-        for slot, letters in widths:
-            layout = _beside_each_other(state, room, slot, letters, below_tables)
-            if layout:
-                return layout
+    if state.num_blocks > MOST_LISTED:
+        return _above_each_other(state, room, below_tables)
+    forms = [([LETTER * min(letters, width) + BESIDE for width in widths], letters) for letters in LABELS]
+    forms = [form for form in forms if any(widths)]
+    forms += [([min(0.3, block / state.block_size)] * state.block_size, 0) for block in (1.6, 1.2, 0.8, 0.5)]
+    columns = 1 if narrow else -(-len(rows) // MOST_ROWS)
+    per_column = -(-len(rows) // columns)
+    lines = {row[0]: divmod(index, per_column) for index, row in enumerate(rows)}
+    tables = HEADING * len(room) if narrow else TOP + _tables_height(room) + below_tables
+    number = POOL_NUMBER - 0.07 * (state.num_blocks <= 10)
+    top, left = (tables + 0.08, number) if narrow else (TOP, TABLES + ARROWS + number)
+    height = top + per_column * LINE if narrow else max(tables, TOP + per_column * LINE)
+    for slots, letters in forms:
+        edges = tuple(accumulate(slots, initial=0.0))
+        cell = number + edges[-1] + 0.1 + 1.1 * LETTER * owners
+        width = left - number + columns * cell
+        if width <= (NARROW if narrow else WIDTH) and (narrow or height <= MOST_HEIGHT):
+            return _Layout(
+                width if narrow else max(width, LEAST), height, edges, letters, False, (left, top), cell, lines
+            )
+    if narrow:
+        return _Layout(width, height, edges, letters, False, (left, top), cell, lines)
     return _above_each_other(state, room, below_tables)
-
-
-def _beside_each_other(
-    state: PoolState, room: Mapping[str, int], slot: float, letters: int, below_tables: float
-) -> _Layout | None:
-    block = slot * state.block_size
-    columns = -(-state.num_blocks // MOST_ROWS)
-    rows = -(-state.num_blocks // columns)
-    pool_cell, table_cell = POOL_NUMBER + block + OWNER, NUMBERS + block + 0.06
-    left = WIDTH - columns * pool_cell
-    a_line = int((left - GAP) / table_cell)
-    if a_line < min(2, max(room.values(), default=1)):
-        return None
-    height = TOP + max(_tables_height(room, a_line) + below_tables, rows * LINE)
-    if height > MOST_HEIGHT:
-        return None
-    pool = (left + POOL_NUMBER, TOP)
-    return _Layout(slot, block, letters, False, NUMBERS, table_cell, a_line, pool, pool_cell, rows, columns, height)
 
 
 def _above_each_other(state: PoolState, room: Mapping[str, int], below_tables: float) -> _Layout:
     cell = (WIDTH - POOL_NUMBER) / COLUMNS
-    rows = -(-state.num_blocks // COLUMNS)
-    pool = (POOL_NUMBER, 2 * TOP + _tables_height(room, COLUMNS) + below_tables + 0.1)
-    height = pool[1] + rows * LINE
-    slot = SMALL / state.block_size
-    return _Layout(slot, SMALL, 0, True, POOL_NUMBER, cell, COLUMNS, pool, cell, rows, COLUMNS, height)
+    tables = sum(HEADING + LINE * -(-blocks // COLUMNS) + BELOW for blocks in _longest(room))
+    pool = (POOL_NUMBER, 2 * TOP + tables + below_tables + 0.1)
+    height = pool[1] + LINE * -(-state.num_blocks // COLUMNS)
+    edges = tuple(SMALL * slot / state.block_size for slot in range(state.block_size + 1))
+    return _Layout(WIDTH, height, edges, 0, True, pool, cell, {})
 
 
-def _tables_height(room: Mapping[str, int], blocks_a_line: int) -> float:
-    lines = sorted(-(-blocks // blocks_a_line) for blocks in room.values())
-    return sum(HEADING + LINE * each + BELOW for each in lines[-MOST_REQUESTS:])
+def _tables_height(room: Mapping[str, int]) -> float:
+    return sum(HEADING + ENTRY * blocks + BELOW for blocks in _longest(room))
+
+
+def _longest(room: Mapping[str, int]) -> list[int]:
+    return sorted(room.values())[-MOST_REQUESTS:]

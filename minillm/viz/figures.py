@@ -57,7 +57,7 @@ def memory_access() -> Picture:
     for version, what in ((1, "a thread takes a key"), (2, "a warp takes a key")):
         _, traffic = emulator.run("decode", *arguments, version=version)
         loads.append(WarpAccess.of_traffic(traffic, "keys", title=f"Version {version}: {what}"))
-    return stacked(loads)
+    return stacked(loads, share_x=False)
 
 
 FIGURES = {

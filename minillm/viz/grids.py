@@ -1,7 +1,8 @@
 """Grids of tokens by tokens: who may look at whom, and how much weight each look gets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from minillm.viz.base import (
     SMALL_SIZE,
@@ -15,7 +16,19 @@ from minillm.viz.base import (
     text_width,
     token_labels,
 )
-from minillm.viz.palette import BLACK, CHANGED, DROPPED, GREEN, GREY, MAY_LOOK, MAY_NOT, RED, SAME, ink_on
+from minillm.viz.palette import (
+    BLACK,
+    CHANGED,
+    DROPPED,
+    GREEN,
+    GREY,
+    MAY_LOOK,
+    MAY_NOT,
+    OWNER_COLORS,
+    RED,
+    SAME,
+    ink_on,
+)
 
 MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border
 BORDER = "#BBBBBB"
@@ -106,7 +119,8 @@ class TokenGrid(Picture):
         small = max(self.num_queries, self.num_keys) <= MAX_MARKED
         edges = {"edgecolors": BORDER, "linewidth": 0.6} if small else {"rasterized": True}
         axes.pcolormesh(self._colors(highlight), **edges)
-        axes.set(xlim=(0, self.num_keys), ylim=(self.num_queries, 0), aspect="equal", anchor="NW")
+        width = max(self.num_keys, (self._size()[0] - self._left()) / self._cell_size())  # no cell larger than said
+        axes.set(xlim=(0, width), ylim=(self.num_queries, 0), aspect="equal", anchor="NW")
         if small:
             self._mark_cells(axes, highlight)
         if highlight is not None:
@@ -123,7 +137,9 @@ class TokenGrid(Picture):
             ha="right", va="bottom", color=GREY, size=SMALL_SIZE,
         )  # fmt: skip
         axes.tick_params(length=0, pad=3)
-        axes.spines[:].set(visible=True, color=BORDER, linewidth=0.6)
+        axes.spines[:].set_visible(False)
+        corners = [0, self.num_keys, self.num_keys, 0, 0], [0, 0, self.num_queries, self.num_queries, 0]
+        axes.plot(*corners, color=BORDER, linewidth=0.6, clip_on=False, zorder=1)
         turned = {"rotation": 60, "ha": "left", "rotation_mode": "anchor"} if self._turned() else {}
         axes.set_xticks(*_ticks(self.num_keys, self.key_labels), **turned)
         axes.set_yticks(*_ticks(self.num_queries, self.query_labels))
@@ -136,9 +152,10 @@ class MaskGrid(TokenGrid):
 
     `mask` is a tensor, an array or nested lists. Labels are tokens as the tokenizer cuts them (" upon"); where only one
     axis is labelled, the other takes its labels from it: a square mask all of them, fewer rows than columns the last.
-    `highlight_row` and `highlight_column` frame one of each. Steps = rows. Raises PictureError if there are not as many
-    labels as rows or columns, for a row or column that is not there, or if the mask is empty or ragged. `cell` is
-    the side of a cell in inches, by default as large as there is room for.
+    `highlight_row` and `highlight_column` frame one of each. `requests` (name -> tokens, in the order of the row)
+    frames the block of each and tints its tokens. `cell` is the side of a cell in inches. Steps = rows. Raises
+    PictureError if there are not as many labels as rows or columns, for a row or column that is not there, if the mask
+    is empty or ragged, or the requests do not have its tokens.
     """
 
     legend = f"{MAY_LOOK.letter} {MAY_LOOK.name}   {MAY_NOT.letter} {MAY_NOT.name}"
@@ -151,10 +168,16 @@ class MaskGrid(TokenGrid):
         title: str | None = None,
         highlight_row: int | None = None,
         highlight_column: int | None = None,
+        requests: Mapping[str, int] | None = None,
         cell: float | None = None,
     ):
         super().__init__(mask, query_labels, key_labels, title, highlight_row)
-        self.cell = cell
+        self.requests, self.cell = dict(requests or {}), cell
+        if self.requests and not sum(self.requests.values()) == self.num_queries == self.num_keys:
+            raise PictureError(
+                f"the requests have {self.requests} tokens, the mask {self.num_queries} rows and {self.num_keys} "
+                "columns; a mask of whole requests has as many of each as they have tokens"
+            )
         if highlight_column is not None and not 0 <= highlight_column < self.num_keys:
             raise PictureError(f"highlight_column is {highlight_column}; the mask has columns 0..{self.num_keys - 1}")
         self.highlight_column = highlight_column
@@ -163,12 +186,40 @@ class MaskGrid(TokenGrid):
         from matplotlib.patches import Rectangle
 
         super()._draw(axes, step)
+        self._draw_requests(axes)
         if self.highlight_column is not None:
             frame = {"fill": False, "edgecolor": BLACK, "linewidth": 2, "linestyle": "--", "clip_on": False}
             axes.add_patch(Rectangle((self.highlight_column, 0), 1, self.num_queries, **frame))
 
     def _cell_size(self) -> float:
         return self.cell or super()._cell_size()
+
+    def text(self) -> str:
+        if not self.requests:
+            return super().text()
+        ends = accumulate(self.requests.values())
+        blocks = [
+            f"{name} {end - count}–{end - 1}" for (name, count), end in zip(self.requests.items(), ends, strict=True)
+        ]
+        return f"{super().text()}\nrows and columns of {', '.join(blocks)}"
+
+    def _draw_requests(self, axes) -> None:
+        """A frame around each request's block, its name in the empty corner, and its tokens on its tint."""
+        from matplotlib.patches import Rectangle
+
+        start = 0
+        for index, (name, count) in enumerate(self.requests.items()):
+            tint = {"facecolor": OWNER_COLORS[index % len(OWNER_COLORS)], "edgecolor": "none", "pad": 1.5}
+            frame = {"fill": False, "edgecolor": BLACK, "linewidth": 1.6, "clip_on": False}
+            axes.add_patch(Rectangle((start, start), count, count, **frame)).set_gid(f"block {name}")
+            for label in (axes.get_xticklabels() + axes.get_yticklabels()) if self.key_labels else []:
+                place = label.get_position()[0 if label in axes.get_xticklabels() else 1]
+                if start < place < start + count:
+                    label.set_bbox(tint)
+            if count > 1:
+                corner = {"ha": "center", "va": "center", "fontweight": "bold", "bbox": tint}
+                axes.text(start + count - 0.5, start + 0.5, literal(name), **corner).set_in_layout(False)
+            start += count
 
     def caption(self, step: int) -> str:
         seen = self._seen(step)

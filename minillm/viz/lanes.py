@@ -5,7 +5,7 @@ that were measured or assumed.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,12 +13,14 @@ from typing import NamedTuple
 from minillm.trace import StepEvent, Trace
 from minillm.viz.activity import columns_of
 from minillm.viz.base import (
+    LEGEND_LINE,
     SMALL_SIZE,
     Picture,
     PictureError,
     add_box,
     add_legend,
     add_letter,
+    legend_lines,
     literal,
     noted,
     number,
@@ -35,7 +37,6 @@ HEIGHT = 0.62  # of a lane, the share that a box takes
 WIDE = 0.17  # inches a box needs for its label
 BESIDE = 0.45  # lanes from the middle of a lane to a number above or below its boxes
 NARROW = 0.03  # inches below which a box has no border
-SWATCH, SIGN = 0.55, 0.068  # inches that a legend's box and each sign of its name take
 TOUCH = 1e-9  # seconds; what is no further apart touches
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
@@ -116,7 +117,7 @@ class LaneChart(Picture):
             for span in spans:
                 amounts[span.state] += span.seconds
             each = (f"{state.name} {seconds_in_words(amounts[state])}" for state in self._states() if amounts[state])
-            parts.append(f"{name}: {', '.join(each)}")
+            parts.append(f"{name}: {', '.join(each) or 'nothing'}")
         return "\n".join(parts)
 
     def alt(self) -> str:
@@ -139,7 +140,11 @@ class LaneChart(Picture):
     # --- figure ---
 
     def _size(self) -> tuple[float, float]:
-        return AXES_WIDTH + 0.8, LANE * len(self.lanes) + 1.1 + 0.22 * len(list(self._legend_rows()))
+        return AXES_WIDTH + 0.8, LANE * len(self.lanes) + 1.1 + self._legend_inches
+
+    @property
+    def _legend_inches(self) -> float:
+        return LEGEND_LINE * len(legend_lines(self._states(), AXES_WIDTH))
 
     def _x_end(self) -> float:
         return self.end
@@ -161,22 +166,12 @@ class LaneChart(Picture):
         words = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "annotation_clip": False}
         axes.annotate(literal(self.summary()), (0, 0), (0, -34), size=SMALL_SIZE, color=BLACK, **words)
         written = {span.state for spans in self.lanes.values() for span in spans if _says_letter(span, scale)}
-        for row, states in enumerate(self._legend_rows()):
+        for row, states in enumerate(legend_lines(self._states(), AXES_WIDTH)):
             legend = [state if state in written else replace(state, letter="") for state in states]
             add_legend(axes, legend, y=50 + 16 * row)
 
-    def _legend_rows(self) -> Iterator[list[State]]:
-        """The states in as many lines as the axes are wide enough for."""
-        row: list[State] = []
-        for state in self._states():
-            if sum(SWATCH + SIGN * len(other.name) for other in (*row, state)) > AXES_WIDTH:
-                yield row
-                row = []
-            row.append(state)
-        yield row
-
     def _draw_span(self, axes, row: int, span: Span, scale: float) -> None:
-        border = {"linewidth": 0.6 if span.seconds * scale >= NARROW else 0}
+        border = {"linewidth": 0.6 if span.seconds * scale >= NARROW else 0, "clip_on": False}
         box = add_box(axes, span.start, row - HEIGHT / 2, span.seconds, HEIGHT, span.state, **border)
         box.set_gid(span.state.letter)
         if _has_room(span, scale):

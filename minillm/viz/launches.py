@@ -1,10 +1,22 @@
 """Many small kernels: launched one by one, where the host may be too slow for the device, or all at once as a graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from minillm.viz.base import Panels, PictureError, number, plural
-from minillm.viz.lanes import DEVICE, HOST, LaneChart, Span, seconds_in_words
-from minillm.viz.palette import BLACK, LIGHT_GREY, PART_COLORS, State, ink_on
+from minillm.viz.base import (
+    LEGEND_LINE,
+    SMALL_SIZE,
+    Panels,
+    Picture,
+    PictureError,
+    add_box,
+    add_legend,
+    add_letter,
+    number,
+    plural,
+    text_table,
+)
+from minillm.viz.lanes import AXES_WIDTH, DEVICE, HOST, LaneChart, Span, seconds_in_words
+from minillm.viz.palette import BLACK, IDLE, LIGHT_GREY, PART_COLORS, State, ink_on
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LAUNCHES = State("L", "launches", LIGHT_GREY, BLACK)
@@ -17,8 +29,9 @@ class LaunchOverhead(Panels):
 
     `kernels`: (name, seconds on the device) in order, measured or assumed. `launch_seconds`: what the host needs for
     one launch; the device begins a kernel when it has been launched, and `gap_seconds` after the one before has ended.
-    `graph_seconds`: what the host needs to launch the graph. Raises PictureError without kernels, or for a time below
-    0.
+    `graph_seconds`: what the host needs to launch the graph. `enlarged`: of so many kernels that they could not be told
+    apart, those to show; both ways in all are then two bars. Raises PictureError without kernels, for a time below 0,
+    or for kernels to enlarge that are not there.
     """
 
     def __init__(
@@ -28,6 +41,7 @@ class LaunchOverhead(Panels):
         launch_seconds: float,
         graph_seconds: float,
         gap_seconds: float = GAP_SECONDS,
+        enlarged: range | None = None,
         title: str | None = None,
     ):
         times = [seconds for _, seconds in kernels]
@@ -40,7 +54,9 @@ class LaunchOverhead(Panels):
         self.states = kernel_states([name for name, _ in kernels])
         eager = self._one_by_one(launch_seconds, gap_seconds)
         graph = self._as_graph(graph_seconds, gap_seconds)
-        super().__init__([eager, graph], columns=1, share_x=True, title=title)
+        self.charts = eager, graph
+        pictures = self.charts if enlarged is None else self._enlarged(enlarged)
+        super().__init__(pictures, columns=1, share_x=True, title=title)
 
     def _one_by_one(self, launch_seconds: float, gap_seconds: float) -> LaneChart:
         host, device, free = [], [], 0.0
@@ -60,9 +76,31 @@ class LaunchOverhead(Panels):
         host = [Span(0.0, graph_seconds, LAUNCHES, "graph")]
         return LaneChart({HOST: host, DEVICE: device}, title="launched as a CUDA graph: 1 launch")
 
+    def _enlarged(self, kernels: range) -> Sequence[Picture]:
+        """Both ways in all, then as long as some kernels take that are launched one by one, of either."""
+        if not kernels or not 0 <= kernels[0] <= kernels[-1] < len(self.kernels):
+            raise PictureError(f"kernels {kernels} to enlarge: there are 0 to {len(self.kernels) - 1}")
+        spans = [[span for span in chart.lanes[DEVICE] if span.state is not IDLE] for chart in self.charts]
+        begin, end = self.charts[0].lanes[HOST][kernels[0]].start, spans[0][kernels[-1]].end
+        graph_begin = spans[1][kernels[0]].start
+        graph_end = min(graph_begin + end - begin, self.charts[1].end)
+        shown = sum(graph_begin <= span.start < graph_end for span in spans[1])
+        titles = (
+            f"{plural(len(kernels), 'kernel')}, enlarged: one by one",
+            f"as much time of the graph: {shown} kernels",
+        )
+        windows = (begin, end), (graph_begin, graph_end)
+        return [
+            _DeviceTotals({"one by one": self.charts[0], "as a graph": self.charts[1]}),
+            *(
+                LaneChart(chart.lanes, window=window, title=title)
+                for chart, window, title in zip(self.charts, windows, titles, strict=True)
+            ),
+        ]
+
     def summary(self) -> str:
         """Both times, and what the kernels take alone."""
-        eager, graph = (picture.end for picture in self.pictures)
+        eager, graph = (chart.end for chart in self.charts)
         alone = sum(seconds for _, seconds in self.kernels)
         return (
             f"{plural(len(self.kernels), 'kernel')}, {seconds_in_words(alone)} of work: one by one "
@@ -74,6 +112,63 @@ class LaunchOverhead(Panels):
 
     def alt(self) -> str:
         return f"{self.title + ': ' if self.title else ''}{self.summary()}"
+
+
+class _DeviceTotals(Picture):
+    """A bar per chart: how long its device is in each state, and in all."""
+
+    _legend_inches = LEGEND_LINE
+
+    def __init__(self, charts: Mapping[str, LaneChart]):
+        self.totals = {name: _seconds_by_state(chart.lanes[DEVICE]) for name, chart in charts.items()}
+        self.states = list(dict.fromkeys(state for totals in self.totals.values() for state in totals))
+
+    def text(self) -> str:
+        header = ["device", *(f"{state.letter} {state.name}" for state in self.states), "in all"]
+        rows = [
+            [name, *(seconds_in_words(totals.get(state, 0.0)) for state in self.states), self._in_all(name)]
+            for name, totals in self.totals.items()
+        ]
+        return text_table(header, rows)
+
+    def alt(self) -> str:
+        return "the device: " + ", ".join(f"{name} {self._in_all(name)}" for name in self.totals)
+
+    def _in_all(self, name: str) -> str:
+        return seconds_in_words(sum(self.totals[name].values()))
+
+    def _size(self) -> tuple[float, float]:
+        return AXES_WIDTH + 0.8, 0.42 * len(self.totals) + 0.55 + self._legend_inches
+
+    def _draw(self, axes, step: int | None = None) -> None:
+        most = max(sum(totals.values()) for totals in self.totals.values())
+        for row, (name, totals) in enumerate(self.totals.items()):
+            left = 0.0
+            for state in self.states:
+                seconds = totals.get(state, 0.0)
+                add_box(axes, left, row - 0.36, seconds, 0.72, state, linewidth=0.6).set_gid(f"{name}:{state.letter}")
+                if seconds / most * AXES_WIDTH > 0.2 and state is not IDLE:
+                    add_letter(axes, left + seconds / 2, row, state)
+                left += seconds
+            axes.annotate(
+                self._in_all(name), (left, row), (5, 0), textcoords="offset points", va="center", size=SMALL_SIZE,
+                annotation_clip=False,
+            )  # fmt: skip
+        axes.set(xlim=(0, 1.12 * most), ylim=(len(self.totals) - 0.5, -0.5))
+        axes.set_yticks(range(len(self.totals)), list(self.totals))
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{1e6 * value:g}")
+        axes.set_xlabel("µs of the device in all")
+        add_legend(axes, self.states, y=44)
+
+
+def _seconds_by_state(spans: Sequence[Span]) -> dict[State, float]:
+    """In order of appearance, idle last."""
+    totals: dict[State, float] = {}
+    for span in spans:
+        totals[span.state] = totals.get(span.state, 0.0) + span.seconds
+    return dict(sorted(totals.items(), key=lambda item: item[0] is IDLE))
 
 
 def kernel_states(names: Sequence[str]) -> dict[str, State]:

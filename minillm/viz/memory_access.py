@@ -23,6 +23,7 @@ MOST_LINES = 12  # of sectors in the text
 MOST_SECTORS = 64  # drawn; 32 lanes that each read up to 16 bytes touch no more
 WIDTH = MAX_WIDTH - 0.4  # inches
 LANE, BETWEEN, MEMORY = 0.24, 0.62, 0.3  # inches: height of the lanes, of the arrows below them, of the sectors
+ENLARGED = 0.5  # inches from the sectors to one that is drawn again, larger
 WIDE = 0.17  # inches a box needs for a lane's number
 NUMBER = 0.085  # inches that a digit takes
 READER = State("", "lane", "#FFFFFF", BLACK)
@@ -33,9 +34,13 @@ class WarpAccess(Picture):
     """One instruction of a warp: 32 lanes above, the sectors of memory it moves below, and who reads what.
 
     `places`: lane -> (address, size) of what it reads, bytes from the array's beginning; lanes that are not in it rest.
-    Sectors that are neighbours in memory touch. Several pictures `stacked` have one scale, so that a longer strip is
-    more traffic. Raises PictureError for a lane, address or size that cannot be, and for more than 64 sectors.
+    Sectors that are neighbours in memory touch. Where they are too narrow to show who reads which bytes, the first is
+    drawn again, larger. Several pictures `stacked` have one scale, so that a longer strip is more traffic; with
+    `share_x=False` each has the largest that fits. Raises PictureError for a lane, address or size that cannot be, and
+    for more than 64 sectors.
     """
+
+    _legend_inches = 0.25
 
     def __init__(self, places: Mapping[int, tuple[int, int]], *, title: str | None = None):
         self.lanes = {int(lane): (int(address), int(size)) for lane, (address, size) in sorted(places.items())}
@@ -166,7 +171,15 @@ class WarpAccess(Picture):
     # --- figure ---
 
     def _size(self) -> tuple[float, float]:
-        return MAX_WIDTH, LANE + BETWEEN + MEMORY + 0.75
+        return MAX_WIDTH, self._height() + 0.51
+
+    def _height(self) -> float:
+        """Inches of lanes, arrows and sectors."""
+        return LANE + BETWEEN + MEMORY + 0.24 + (ENLARGED + MEMORY) * self._enlarges()
+
+    def _enlarges(self) -> bool:
+        """Whether what is asked for would be too narrow to be read."""
+        return self.unit * WIDTH / self._x_end() < WIDE and self.unit < SECTOR
 
     def _x_end(self) -> float:
         return self._left(self.sectors[-1]) + SECTOR
@@ -184,7 +197,7 @@ class WarpAccess(Picture):
     def _draw(self, axes, step: int | None = None) -> None:
         if axes.get_autoscalex_on():
             axes.set_xlim(0, self._x_end())
-        axes.set_ylim(LANE + BETWEEN + MEMORY + 0.24, 0)
+        axes.set_ylim(self._height(), 0)
         axes.axis("off")
         lane_width = axes.get_xlim()[1] / WARP
         for lane in range(WARP):
@@ -195,6 +208,8 @@ class WarpAccess(Picture):
             self._draw_arrow(axes, (lane + 0.5) * lane_width, address, size)
         for sector in self.sectors:
             self._draw_sector(axes, sector)
+        if self._enlarges():
+            self._draw_enlarged(axes)
         words = f"{self.distance()}\n{self.summary()}"
         axes.annotate(
             words, (0, 0), (0, -2), xycoords="axes fraction", textcoords="offset points", va="top", size=SMALL_SIZE,
@@ -224,6 +239,22 @@ class WarpAccess(Picture):
         fits = (SECTOR + GAP) * scale > NUMBER * len(f"{SECTOR * sector:,}")
         if sector == self.sectors[0] or (sector - 1 not in self.sectors and fits):
             self._write(axes, left, top + MEMORY + 0.11, f"{SECTOR * sector:,}", color=GREY, ha="left")
+
+    def _draw_enlarged(self, axes) -> None:
+        """The first sector again, entry by entry, and whose each is."""
+        first, bottom = self.sectors[0], LANE + BETWEEN + MEMORY
+        top, entry = bottom + ENLARGED, 0.24 * axes.get_xlim()[1] / WIDTH
+        units = range(first * SECTOR // self.unit, (first + 1) * SECTOR // self.unit)
+        for corner, end in ((0, 0), (SECTOR, len(units) * entry)):
+            axes.plot([corner, end], [bottom, top], color=GREY, linewidth=0.7, linestyle=":")
+        for index, unit in enumerate(units):
+            state = ASKED if unit in self._readers else UNASKED
+            add_box(axes, index * entry, top, entry, MEMORY, state, linewidth=0.6, edgecolor=state.ink)
+            if unit in self._readers:
+                self._write(axes, (index + 0.5) * entry, top + MEMORY / 2, self._entry(unit), color=WHITE)
+        asked = self.unit * sum(unit in self._readers for unit in units)
+        words = f"the first sector, enlarged: {asked} of {SECTOR} bytes are asked for"
+        self._write(axes, (len(units) + 0.5) * entry, top + MEMORY / 2, words, ha="left")
 
     def _write(self, axes, x: float, y: float, label: str, **style) -> None:
         words = {"ha": "center", "va": "center", "size": SMALL_SIZE, **style}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 BLACK = "#000000"
 WHITE = "#FFFFFF"
-GREEN, PALE_GREEN = "#007A5A", "#B5DFD2"
+GREEN = "#007A5A"
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
 SKY_BLUE = "#56B4E9"
@@ -35,7 +35,6 @@ WASTE_HATCHES = ("xxx", "...", "///")  # of the parts of a bar that are waste, i
 
 MEANINGS = {
     GREEN: "may look; attended to; influence",
-    PALE_GREEN: "looked at in an earlier step",
     BLUE: "prefill",
     ORANGE: "decode; the device computes",
     SKY_BLUE: "computed for the first time",

@@ -82,6 +82,7 @@ class _CompactTimeline(Timeline):
 
     is_last = False
     _title_pad = 5
+    _legend_inches = 0.0  # PolicyTimelines draws one
 
     def __init__(self, name: str, trace: Trace, unit: str):
         super().__init__(trace, unit)

@@ -47,6 +47,8 @@ class PoolUse(Picture):
     a trace without block tables, or with a step that does not say how the blocks are used.
     """
 
+    _legend_inches = 0.3
+
     def __init__(self, trace: Trace, block_size: int, *, title: str | None = None):
         replay = Replay(trace, block_size)
         without = [step.step for step in trace.steps if step.blocks is None]
@@ -161,6 +163,7 @@ class PoolUse(Picture):
                 add_box(axes, index, 0, 1, self.num_blocks, FREE, **frame)
             if not faded:
                 self._draw_marks(axes, index, bar)
+                self._say_if_empty(axes, index, bar, len(bars))
         axes.set(xlim=(0, len(bars)), ylim=(0, 1.13 * self.num_blocks), ylabel="blocks")
         axes.axhline(self.num_blocks, color=BLACK, linewidth=1.3, linestyle="--")
         axes.annotate(
@@ -191,6 +194,12 @@ class PoolUse(Picture):
                 index + 0.5, 1.015 * self.num_blocks, "\n".join(letters), ha="center", va="bottom", size=SMALL_SIZE,
                 fontweight="bold", clip_on=False,
             ).set_in_layout(False)  # fmt: skip
+
+    def _say_if_empty(self, axes, index: int, bar: PoolMoment, num_bars: int) -> None:
+        """Into a column without used blocks: all that ran in this pass have ended with it, or given way before it."""
+        if bar.blocks["held"] + bar.blocks["empty"] == 0 and num_bars <= 60:
+            words = {"rotation": 90, "ha": "center", "va": "center", "size": SMALL_SIZE, "zorder": 5}
+            axes.text(index + 0.5, 0.4 * self.num_blocks, "all ended", **words).set_in_layout(False)
 
     def _label_steps(self, axes, bars: Sequence[PoolMoment]) -> None:
         every = next(every for every in (1, 2, 5, 10, 20) if len(bars) <= 25 * every or every == 20)
@@ -251,7 +260,6 @@ class ReservedAgainstPaged(Panels):
         left = _MemoryRows("reserved", tokens, reserved, capacity, external)
         right = _MemoryRows(f"blocks of {block_size}", tokens, slots, capacity, 0, block_size)
         left.scale = right.scale = max([1, *reserved.values(), *slots.values(), *tokens.values()])
-        left.legend = [state for state, *counts in zip(SHARES, left.share, right.share, strict=True) if any(counts)]
         self.reserved, self.paged = left.share, right.share
         super().__init__([left, right], title=title)
 
@@ -263,7 +271,7 @@ class ReservedAgainstPaged(Panels):
 class _MemoryRows(Picture):
     """A bar a request, held and empty, and one for the whole memory."""
 
-    legend: Sequence[State] = ()  # of this panel and the one beside it
+    _legend_inches = 0.25
 
     def __init__(
         self,
@@ -324,7 +332,7 @@ class _MemoryRows(Picture):
         return max(0.09, min(0.26, 5.0 / len(self.tokens)))
 
     def _size(self) -> tuple[float, float]:
-        return 4.45, self._row() * len(self.tokens) + 1.75
+        return 4.45, self._row() * len(self.tokens) + 1.5 + self._legend_inches
 
     def _draw(self, axes, step: int | None = None) -> None:
         rows, unit = len(self.tokens), self.scale
@@ -356,10 +364,7 @@ class _MemoryRows(Picture):
         places = list(range(0, rows, every))
         names = [literal(request_label(list(self.tokens)[place])) for place in places]
         axes.set_yticks([*(place + 0.5 for place in places), whole + below / 2], [*names, "all memory"])
-        room = {"xycoords": "axes fraction", "textcoords": "offset points", "size": SMALL_SIZE, "va": "top"}
-        axes.annotate(" ", (0, 0), (0, -8), **room)  # for the legend, which may be wider than the panel
-        if self.legend:
-            add_legend(axes, self.legend, y=8).set_in_layout(False)
+        add_legend(axes, [state for state, count in zip(SHARES, self.share, strict=True) if count], y=8)
 
     def _draw_row(self, axes, row: int, request_id: str) -> None:
         held, slots = self.tokens[request_id], self.slots[request_id]

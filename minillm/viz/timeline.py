@@ -46,6 +46,8 @@ class Timeline(Activity, Picture):
     requests.
     """
 
+    _legend_inches = 0.3
+
     def __init__(
         self,
         trace: Trace,
