@@ -144,9 +144,8 @@ class BlockManager:
         first, end = request.num_computed_tokens // self.block_size, blocks_needed(num_tokens, self.block_size)
         held = len(block_ids)
         if first == held == end - 1 and (self._free or self._cached):  # a decode, nearly always
-            block = self._take()
-            block_ids.append(block)
-            return Growth(held, [block], ())
+            block_ids.append(self._take())
+            return Growth(held, block_ids[held:], ())
         own, shared = [], []  # of the blocks it has and will write
         for i in range(first, min(held, end)):
             (shared if self._num_tables[block_ids[i]] > 1 else own).append(i)

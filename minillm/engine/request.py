@@ -87,7 +87,8 @@ class Request:
         self.children: list[Request] = []  # the other outputs of the same prompt, if params.n > 1
         self.prefix_keys: list = []  # of its full blocks, kept by the block manager
         self.plain_until = 0  # positions before this one are decoded one per step, and need no new block
-        self.milestone = FAR  # from so many computed tokens on the scheduler has something to do; 0 after the end
+        self.milestone = FAR  # from so many computed tokens on the scheduler has something to do
+        self.plain_below = FAR  # the same, or the last token there may be; 0 after the end
         eos_token_ids = () if params.ignore_eos else self.eos_token_ids
         self.ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))  # each may end it
 
@@ -138,7 +139,7 @@ class Request:
     def end(self, finish_reason: str, stop_reason: int | str | None = None) -> None:
         """The request has ended, and why."""
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
-        self.milestone = 0
+        self.plain_below = 0
 
     @property
     def num_known_tokens(self) -> int:

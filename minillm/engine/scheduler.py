@@ -50,8 +50,6 @@ from minillm.trace import Preemption, Trace
 PREEMPTION_MODES = ("recompute", "swap")
 ADMISSIONS = ("continuous", "static")  # what `Scheduler.batching` may be
 
-_num_computed_tokens = attrgetter("num_computed_tokens")
-
 
 class StepOrderError(AssertionError):
     """Plans were made, or their results taken in, out of order: a bug, never the user's to fix."""
@@ -546,7 +544,7 @@ class Scheduler:
         others, now = [], self.last_end
         sampled = map(output.token_ids.get, plan.decodes)  # None for who failed
         for request, start, token_id in zip(requests, plan.decodes.values(), sampled, strict=False):
-            if start + 1 < request.milestone and token_id not in request.ending_ids and token_id is not None:
+            if start + 1 < request.plain_below and token_id not in request.ending_ids and token_id is not None:
                 request.output_token_ids.append(token_id)
                 request.last_token_time = now
             else:
@@ -565,12 +563,12 @@ class Scheduler:
             request.append(token_id)
 
     def _set_milestone(self, request: Request, num_computed_tokens: int) -> None:
-        """The next block filled, the end of a prompt that other outputs wait for, or all but the last token."""
+        """The next block filled, or the end of a prompt that other outputs wait for."""
         block_size = self.block_manager.block_size
-        next_full = (num_computed_tokens // block_size + 1) * block_size
-        request.milestone = min(next_full, request.num_tokens_at_most - 1)
+        request.milestone = (num_computed_tokens // block_size + 1) * block_size
         if request.children and num_computed_tokens < request.num_prompt_tokens:
             request.milestone = min(request.milestone, request.num_prompt_tokens)
+        request.plain_below = min(request.milestone, request.num_tokens_at_most - 1)
 
     def _pass_milestone(self, request: Request, num_computed_tokens: int) -> None:
         """At least `request.milestone` tokens have been computed."""
@@ -644,7 +642,7 @@ class Scheduler:
             "end_time": self.last_end,
             "num_waiting": self.num_waiting(),
             "score_entries": output.score_entries,
-            "cached_tokens": sum(map(_num_computed_tokens, self.running.values())),
+            "cached_tokens": sum(map(attrgetter("num_computed_tokens"), self.running.values())),
             "planned": None if start == plan.start_time else plan.start_time,
             "launched": plan.launched,
             "device": None if output.device_times is None else tuple(moment - zero for moment in output.device_times),

@@ -59,7 +59,6 @@ class FreeCores:
 
     OpenMP's threads wait for each other after every product. If one of them has to wait for a core, all do: with other
     jobs on two cores, a step in two threads took 2 to 6 times as long as in one, whether they spin or sleep meanwhile.
-    Where the system does not tell what its cores do, all are free.
     """
 
     def __init__(self):
@@ -108,7 +107,7 @@ class Look(NamedTuple):
 
 
 def look() -> Look | None:
-    """None where the system does not tell."""
+    """None where the system does not tell: all cores are free then."""
     try:
         lines = STATISTICS.read_text().splitlines()
     except OSError:
