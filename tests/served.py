@@ -50,7 +50,7 @@ def soon(happened, within: float = PATIENCE) -> None:
 # The command itself. SIGUSR1 makes it say what lives in it; the event loop, whose thread hears it, is then between two
 # callbacks. The threads of pools stay once they have been made, so that they are no leak.
 CHILD = """
-import asyncio, json, signal, socket, sys, threading, time
+import asyncio, json, os, signal, socket, sys, threading, time
 from minillm.cli.main import main
 
 def tidy():
@@ -61,7 +61,8 @@ def tell(number, frame):
     threads = sorted(each.name for each in threading.enumerate())
     threads = [name for name in threads if not name.startswith(("asyncio_", "uvloop_", "AnyIO"))]
     tidy()
-    print("ALIVE " + json.dumps([tasks, threads, sys.getallocatedblocks()]), file=sys.stderr, flush=True)
+    line = "ALIVE " + json.dumps([tasks, threads, sys.getallocatedblocks()]) + "\\n"
+    os.write(2, line.encode())  # sys.stderr may be in the middle of a line of the log
 
 signal.signal(signal.SIGUSR1, tell)
 {changes}

@@ -291,7 +291,7 @@ class LLM:
 
     def generate(self, prompts, params, use_tqdm):
         if ORDERS["does"] == "die":
-            print("one thing", "another thing", "a last word", sep="\\n")
+            print("one thing", "another thing", "a last word", sep="\\n", flush=True)
             os._exit(3)
         if ORDERS["does"] == "hang":
             time.sleep(600)
