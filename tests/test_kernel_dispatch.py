@@ -46,7 +46,7 @@ def picked(wanted: str, model=MODEL, dtype=torch.bfloat16, device="cuda", block_
 def test_a_cpu_gets_kernels_in_c_plus_plus_and_else_the_reference(monkeypatch):
     backend = picked("auto", dtype=torch.float32, device="cpu", block_size=7)
     assert backend.name == "cpu" and backend.kernels.decode is cpu.decode
-    assert backend.why == "cpu: the fastest that will do"
+    assert backend.why.startswith("cpu: the fastest that will do")  # and perhaps that its compiler has no threads
     monkeypatch.setattr(cpu, "unusable", lambda *shape: "no C++ compiler")
     backend = picked("auto", dtype=torch.float32, device="cpu", block_size=7)
     assert backend.name == "reference" and backend.kernels.decode is reference.decode
