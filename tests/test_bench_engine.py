@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from minillm.bench.engine_report import Run, Turn
 from minillm.cli import main as cli
 from minillm.errors import ConfigError, PeerError
 from minillm.model.weights import load_model
+from minillm.simulation.workload import course_requests
 from minillm.trace.events import BlockUse, ScheduledTokens, StepEvent
 from tiny_models import BASE
 
@@ -90,10 +92,22 @@ def test_lengths_do_not_depend_on_the_vocabulary_nor_on_how_many_requests_follow
     assert lengths[0] == lengths[1] == [(len(j.prompt), j.num_outputs) for j in contenders.make_jobs(64, 9)[:16]]
 
 
-def test_lengths_are_clipped_at_both_ends():
-    rng = random.Random(0)
-    drawn = {contenders.draw_length(rng, 4.0, 5.0, 8, 256) for _ in range(500)}
-    assert (min(drawn), max(drawn)) == (8, 256)
+def test_the_workload_is_the_course_s():
+    jobs = contenders.make_jobs(64, 4096)
+    course = course_requests()
+    assert [(len(job.prompt), job.num_outputs) for job in jobs] == [
+        (request.num_prompt_tokens, request.params.max_tokens) for request in course
+    ]
+    assert [job.prompt for job in jobs] == [request.prompt_token_ids for request in course_requests(vocab_size=4096)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "digest"),  # of what was served when the recorded runs were made
+    [((64, 4096, 7), "440344b657b890ca"), ((64, 49_152, 7), "fc879eac711b42d8"), ((3, 1000, 11), "78ccadff6c7676a8")],
+)
+def test_the_workload_s_tokens_never_change(arguments, digest):
+    jobs = json.dumps([[job.prompt, job.num_outputs] for job in contenders.make_jobs(*arguments)])
+    assert hashlib.sha256(jobs.encode()).hexdigest()[:16] == digest
 
 
 def test_the_pool_holds_all_jobs_and_what_transformers_keeps_back():

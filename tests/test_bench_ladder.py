@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     return contenders.write_random_checkpoint(TINY, tmp_path_factory.mktemp("tiny"))
 
 
-def few_jobs(num_jobs: int, vocab_size: int, seed: int = contenders.SEED) -> list[Job]:
+def few_jobs(num_jobs: int, vocab_size: int, seed: int = contenders.COURSE_SEED) -> list[Job]:
     """The workload, but short: the tests have no time."""
     jobs = contenders.make_jobs(num_jobs, vocab_size, seed)
     return [Job(job.prompt[: 5 + 7 * number], 3 + 4 * (number % 3)) for number, job in enumerate(jobs)]

@@ -31,7 +31,7 @@ from minillm.simulation.cost_model import CARDS, Calibrated, Roofline, StepWork,
 from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.reporting import SLO, ReportBuilder, Spread, report, spread
 from minillm.simulation.running import BATCHING, compare_batching, run
-from minillm.simulation.workload import made_request, make_requests
+from minillm.simulation.workload import course_requests, made_request, make_requests
 from minillm.trace.events import RequestRecord, ScheduledTokens, StepEvent, Trace
 from minillm.trace.files import load_trace
 
@@ -121,6 +121,38 @@ def test_lengths_follow_their_distributions():
     assert draws["fixed"] == [7] * 5
     assert set(draws["uniform"]) == {3, 4, 5, 6}
     assert 37 <= draws["lognormal"][1000] <= 43 and draws["lognormal"][0] >= 1 and draws["lognormal"][-1] == 150
+    clipped = {workload.lognormal(40, 5.0, 150, shortest=8)(rng) for _ in range(500)}
+    assert (min(clipped), max(clipped)) == (8, 150)
+
+
+def test_the_course_s_requests_are_always_the_same():
+    requests = course_requests()
+    assert described(requests) == described(course_requests(vocab_size=9)) and len(requests) == 64
+    assert sum(request.num_prompt_tokens for request in requests) == 4_647
+    assert sum(request.params.max_tokens for request in requests) == 3_188
+    assert {request.arrival_time for request in requests} == {0.0}
+    assert described(course_requests(100))[:64] == described(requests)
+    assert described(course_requests(16)) == described(requests[:16])
+
+
+def test_the_course_s_requests_arrive_as_others_do():
+    made = make_requests(64, workload.fixed(1), workload.fixed(1), arrivals="poisson", rate=4.0, seed=7)
+    requests = course_requests(arrivals="poisson", rate=4.0)
+    assert [request.arrival_time for request in requests] == [request.arrival_time for request in made]
+    assert [request.params.max_tokens for request in requests] == [each.params.max_tokens for each in course_requests()]
+    with pytest.raises(ConfigError, match="raise the rate"):
+        course_requests(arrivals="poisson", rate=1e-12)
+
+
+def test_the_course_s_requests_run_to_their_end():
+    few = course_requests(3, vocab_size=SHAPE.vocab_size)
+    assert all(max(request.prompt_token_ids) < SHAPE.vocab_size for request in few)
+    limits = SchedulerConfig(max_num_seqs=3, max_model_len=512)
+    trace = one_second_a_step("continuous", few, limits)
+    sampled = Counter()
+    for step in trace.steps:
+        sampled.update({part.request_id: part.num_sampled for part in step.scheduled})
+    assert sampled == {request.request_id: request.params.max_tokens for request in few}
 
 
 def test_arrivals_follow_their_distributions():

@@ -348,8 +348,8 @@ CASES: dict[str, Case] = {
     "fixed": Case(lambda length: _drawn(workload.fixed(length)), lambda: {"length": 5}),
     "uniform": Case(lambda low, high: _drawn(workload.uniform(low, high)), lambda: {"low": 2, "high": 5}),
     "lognormal": Case(
-        lambda median, sigma, longest: _drawn(workload.lognormal(median, sigma, longest)),
-        lambda: {"median": 20.0, "sigma": 0.5, "longest": 100},
+        lambda **arguments: _drawn(workload.lognormal(**arguments)),
+        lambda: {"median": 20.0, "sigma": 0.5, "longest": 100, "shortest": 2},
     ),
     "poisson": Case(
         lambda rate, rng: first(workload.poisson(rate, rng)), lambda: {"rate": 1.0, "rng": random.Random(0)}
@@ -365,6 +365,17 @@ CASES: dict[str, Case] = {
             "num_requests": 3,
             "prompt_length": workload.fixed(5),
             "output_length": workload.fixed(4),
+            "arrivals": "poisson",
+            "rate": 1.0,
+            "burst_size": 2,
+            "seed": 0,
+        },
+    ),
+    "course_requests": Case(
+        workload.course_requests,
+        lambda: {
+            "num_requests": 3,
+            "vocab_size": 9,
             "arrivals": "poisson",
             "rate": 1.0,
             "burst_size": 2,

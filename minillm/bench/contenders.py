@@ -6,7 +6,6 @@ order, and `close()`. One that computes in another process (`live.py`) has `seco
 
 import dataclasses
 import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,12 +21,12 @@ from minillm.errors import ConfigError
 from minillm.model import Decoder
 from minillm.runtime import rows_computed
 from minillm.sampling import SamplingParams
+from minillm.simulation import COURSE_SEED, course_requests
 from minillm.trace import StepEvent, Trace
 
 BLOCK_SIZE = 16  # tokens, ours and transformers'
 STATIC_BATCH = 16  # requests in a left-padded batch
 SPARE_BLOCKS = 1.25  # of what all jobs need at once: transformers admits nobody into the last 15 % of its pool
-SEED = 7  # of the workload
 NO_EOS = -1
 PAD_TOKEN_ID = 0  # what pads are computed as; masked, so any id does
 
@@ -47,19 +46,10 @@ class Job(NamedTuple):
         return len(self.prompt) + self.num_outputs
 
 
-def make_jobs(num_jobs: int, vocab_size: int, seed: int = SEED) -> list[Job]:
-    """Prompts of random tokens. Lengths have long tails: prompts exp(N(4.0, 0.8)), outputs exp(N(3.8, 0.9)), clipped.
-
-    All lengths are drawn before the first token, so they are the same for every vocabulary.
-    """
-    rng = random.Random(seed)
-    lengths = [(draw_length(rng, 4.0, 0.8, 8, 256), draw_length(rng, 3.8, 0.9, 4, 256)) for _ in range(num_jobs)]
-    return [Job([rng.randrange(vocab_size) for _ in range(prompt)], outputs) for prompt, outputs in lengths]
-
-
-def draw_length(rng: random.Random, mean: float, deviation: float, shortest: int, longest: int) -> int:
-    """A length in tokens whose logarithm is normal, clipped to the given range."""
-    return min(longest, max(shortest, round(rng.lognormvariate(mean, deviation))))
+def make_jobs(num_jobs: int, vocab_size: int, seed: int = COURSE_SEED) -> list[Job]:
+    """The course's requests, as many as asked for, with prompts of random tokens: see `course_requests`."""
+    requests = course_requests(num_jobs, vocab_size=vocab_size, seed=seed)
+    return [Job(list(request.prompt_token_ids), request.params.max_tokens) for request in requests]
 
 
 def num_blocks_for(jobs: Sequence[Job]) -> int:

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from minillm.bench import ladder_predicted, ladder_report, recorded
-from minillm.bench.contenders import SEED, Job, load_peer, make_jobs
+from minillm.bench.contenders import Job, load_peer, make_jobs
 from minillm.bench.engine import SHAPES as MODELS
 from minillm.bench.engine import check_same_outputs, turn_order, write
 from minillm.bench.ladder_rungs import (
@@ -42,6 +42,7 @@ from minillm.bench.peer_process import TIMERS
 from minillm.errors import MOST, ConfigError, ModelNotFoundError, check_options, check_whole
 from minillm.ladder import generate_cached, generate_naive
 from minillm.model import load_decoder, read_config
+from minillm.simulation import COURSE_SEED
 
 SCHEMA = 1
 PREFIX_TOKENS = 128  # that the requests of the prefix rungs begin with, as with a system prompt
@@ -209,7 +210,7 @@ def transformers_rungs(folder: Path, jobs, naive, alone, budget: Budget, limits)
 
 def with_prefix(jobs: Sequence[Job], vocab_size: int) -> list[Job]:
     """The same requests, all beginning with the same tokens."""
-    rng = random.Random(SEED)
+    rng = random.Random(COURSE_SEED)
     prefix = [rng.randrange(vocab_size) for _ in range(PREFIX_TOKENS)]
     return [Job(prefix + job.prompt, job.num_outputs) for job in jobs]
 

@@ -19,6 +19,9 @@ __getattr__, __dir__, __all__ = hand_on(
         ),
         "reporting": "Report ReportBuilder SLO report Spread spread",
         "running": "BATCHING compare_batching fresh run",
-        "workload": "ChatLengths fixed load_requests lognormal made_request make_requests uniform poisson",
+        "workload": (
+            "COURSE_SEED ChatLengths course_requests fixed load_requests lognormal made_request make_requests uniform "
+            "poisson"
+        ),
     },
 )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
 
@@ -48,17 +49,18 @@ def uniform(low: Positive, high: Positive) -> Draw:
 
 
 @checked
-def lognormal(median: float, sigma: float, longest: Positive) -> Draw:
-    """Half below `median`, a long tail above: the logarithm is normal with deviation `sigma`. Cut off at `longest`.
+def lognormal(median: float, sigma: float, longest: Positive, shortest: Positive = 1) -> Draw:
+    """Half below `median`, a long tail above: the logarithm is normal with deviation `sigma`. Clipped at both ends.
 
-    Raises ConfigError unless 1 <= median <= longest and sigma >= 0.
+    Raises ConfigError unless 1 <= shortest <= median <= longest and sigma >= 0.
     """
+    _check_lengths(shortest, median)
     _check_lengths(median, longest)
     check_number("sigma", sigma, "0 or a positive number", lambda number: number >= 0)
 
     def draw(rng: random.Random) -> int:
         logarithm = min(math.log(longest), rng.normalvariate(math.log(median), sigma))  # else exp might overflow
-        return min(longest, max(1, round(math.exp(logarithm))))
+        return min(longest, max(shortest, round(math.exp(logarithm))))
 
     return draw
 
@@ -223,20 +225,60 @@ def make_requests(
     `arrivals`: "at once"; "poisson" with `rate` requests a second; "bursts" of `burst_size` requests, as far apart as
     makes `rate` a second. Raises ConfigError for bad values.
     """
+    rng = random.Random(f"lengths {seed}")
+    arriving = _arriving(num_requests, arrivals, rate, burst_size, seed)
+    return [made_request(f"req {i}", at, prompt_length(rng), output_length(rng)) for i, at in enumerate(arriving)]
+
+
+COURSE_SEED = 7  # of the workload that the course and its benchmarks serve
+
+
+@checked
+def course_requests(
+    num_requests: Positive = 64,
+    *,
+    vocab_size: Positive | None = None,
+    arrivals: str = "at once",
+    rate: float = 1.0,
+    burst_size: Positive = 16,
+    seed: int = COURSE_SEED,
+) -> list[Request]:
+    """The course's own workload, the hero of chapters 1 to 11: 64 requests, always the same.
+
+    `minillm bench ladder`, `bench engine` and `bench serve` serve them too, so what a chapter counts or simulates can
+    be compared with what was measured. The logarithms of the lengths are normal, so both have long tails: a prompt has
+    exp(N(4.0, 0.8)) tokens, clipped to 8 to 256, an output exp(N(3.8, 0.9)), clipped to 4 to 256. Together the 64 have
+    4,647 tokens of prompt and 3,188 of output. Fewer requests are the first of the 64, and more only append.
+
+    With `vocab_size` prompts are random token ids below it, for a model to compute; without, the ids 0, 1, 2, ... The
+    lengths are drawn before the first token, so they are the same for every vocabulary. `arrivals`, `rate` (requests a
+    second) and `burst_size` as in `make_requests`, whose errors it raises.
+    """
+    rng = random.Random(seed)
+    prompt_length = lognormal(math.exp(4.0), 0.8, 256, shortest=8)
+    output_length = lognormal(math.exp(3.8), 0.9, 256, shortest=4)
+    arriving = _arriving(num_requests, arrivals, rate, burst_size, seed)
+    lengths = [(prompt_length(rng), output_length(rng)) for _ in arriving]
+    requests = []
+    for i, (at, (prompt, output)) in enumerate(zip(arriving, lengths, strict=True)):
+        token_ids = range(prompt) if vocab_size is None else [rng.randrange(vocab_size) for _ in range(prompt)]
+        requests.append(Request(f"req {i}", token_ids, _exactly(output, 1), arrival_time=at))
+    return requests
+
+
+def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, seed: int) -> list[float]:
+    """When each of so many requests arrives. Raises ConfigError if they are too many, or the last is too late."""
     if num_requests > MOST_REQUESTS:
         raise ConfigError(f"num_requests is {num_requests}; memory has room for about {MOST_REQUESTS}")
-    rng = random.Random(f"lengths {seed}")
-    times = arrival_times(arrivals, rate, burst_size, seed)
-    requests = []
-    for i in range(num_requests):
-        arrival = next(times)
-        if arrival > MOST_SECONDS:
+    times: list[float] = []
+    for at in islice(arrival_times(arrivals, rate, burst_size, seed), num_requests):
+        if at > MOST_SECONDS:
             raise ConfigError(
-                f"at a rate of {rate} a second request {i} of {num_requests} arrives beyond {MOST_SECONDS:g} s, where "
-                "time is too coarse to measure a step; raise the rate"
+                f"at a rate of {rate} a second request {len(times)} of {num_requests} arrives beyond "
+                f"{MOST_SECONDS:g} s, where time is too coarse to measure a step; raise the rate"
             )
-        requests.append(made_request(f"req {i}", arrival, prompt_length(rng), output_length(rng)))
-    return requests
+        times.append(at)
+    return times
 
 
 @checked
