@@ -9,6 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+import test_diagrams
 import test_viz
 import test_viz_batching
 import test_viz_blocks
@@ -23,7 +24,7 @@ NAMED = {name: value for name, value in vars(palette).items() if isinstance(valu
 ALL_STATES = {**NAMED, **STATES, "looks": block_masks.LOOKS, "computed": block_masks.COMPUTED}
 PICTURES = {
     f"{module.__name__}: {name}": make
-    for module in (test_viz, test_viz_batching, test_viz_blocks, test_viz_kernels)
+    for module in (test_diagrams, test_viz, test_viz_batching, test_viz_blocks, test_viz_kernels)
     for name, make in module.PICTURES.items()
 }
 

@@ -22,6 +22,7 @@ from minillm.viz.block_replay import PoolState, pool_states
 from minillm.viz.blocks import BlockTables, BlockTableSteps
 from minillm.viz.curves import Bars, CacheGrowth, Curves
 from minillm.viz.decode_tiles import DecodeTiles
+from minillm.viz.diagrams import EngineDiagram, LayerDiagram
 from minillm.viz.grids import AttentionWeights, CutMask, InfluenceGrid, MaskGrid
 from minillm.viz.journey import LayerPath
 from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
@@ -53,10 +54,12 @@ __all__ = [
     "DecodeRoofline",
     "DecodeTiles",
     "DeviceUse",
+    "EngineDiagram",
     "HostDeviceLanes",
     "InfluenceGrid",
     "LaneChart",
     "LaunchOverhead",
+    "LayerDiagram",
     "LayerPath",
     "LoadCurves",
     "LoadPoint",
