@@ -1,15 +1,201 @@
 """Chapter 3's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
-from fractions import Fraction
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from check_answers import message, passes
-from minillm import checks
+from minillm import checks, masked_attention, masks, sdpa_attention
 
-MIB = 1024 * 1024
+# cached_attend ------------------------------------------------------------------------------------
+
+
+def attend(kept, layer, q, k, v):
+    """The right answer: joined tensors, the last rows of the causal mask."""
+    if layer in kept:
+        k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
+    kept[layer] = k, v
+    return masked_attention(q, k, v, masks.causal(len(k))[-len(q) :])
+
+
+def attend_with_lists(kept, layer, q, k, v):
+    """A list of rows per layer, a mask from positions, the other kernel."""
+    rows = kept.setdefault(layer, [])
+    rows += list(zip(k, v, strict=True))
+    keys, values = map(torch.stack, zip(*rows, strict=True))
+    places = torch.arange(len(rows))
+    return sdpa_attention(q, keys, values, places <= places[-len(q) :, None])
+
+
+def attend_in_one_dict(kept, layer, q, k, v):
+    """Two entries per layer, a row of output at a time."""
+    for name, new in (("k", k), ("v", v)):
+        kept[layer, name] = torch.cat([kept.get((layer, name), new[:0]), new])
+    keys, values = kept[layer, "k"], kept[layer, "v"]
+    ends = range(len(keys) - len(q) + 1, len(keys) + 1)
+    one = torch.ones(1, len(keys), dtype=torch.bool)
+    rows = [
+        masked_attention(row[None], keys[:end], values[:end], one[:, :end]) for row, end in zip(q, ends, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def attend_to_the_new_alone(kept, layer, q, k, v):
+    return masked_attention(q, k, v, masks.causal(len(k)))
+
+
+def attend_keeping_the_first_pass(kept, layer, q, k, v):
+    if layer in kept:
+        k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
+    kept.setdefault(layer, (k, v))
+    return masked_attention(q, k, v, masks.causal(len(k))[-len(q) :])
+
+
+def attend_keeping_the_last_pass(kept, layer, q, k, v):
+    old, kept[layer] = kept.get(layer), (k, v)
+    if old:
+        k, v = torch.cat([old[0], k]), torch.cat([old[1], v])
+    return masked_attention(q, k, v, masks.causal(len(k))[-len(q) :])
+
+
+def attend_with_one_layer(kept, layer, q, k, v):
+    return attend(kept, 0, q, k, v)
+
+
+def attend_to_everybody(kept, layer, q, k, v):
+    attend(kept, layer, q, k, v)
+    return masked_attention(q, *kept[layer], torch.ones(len(q), len(kept[layer][0]), dtype=torch.bool))
+
+
+def attend_with_the_first_rows(kept, layer, q, k, v):
+    attend(kept, layer, q, k, v)
+    return masked_attention(q, *kept[layer], masks.causal(len(kept[layer][0]))[: len(q)])
+
+
+def attend_new_before_old(kept, layer, q, k, v):
+    if layer in kept:
+        k, v = torch.cat([k, kept[layer][0]]), torch.cat([v, kept[layer][1]])
+    kept[layer] = k, v
+    return masked_attention(q, k, v, masks.causal(len(k))[-len(q) :])
+
+
+def attend_values_not_joined(kept, layer, q, k, v):
+    if layer in kept:
+        k = torch.cat([kept[layer], k])
+    kept[layer] = k
+    return masked_attention(q, k, k, masks.causal(len(k))[-len(q) :])
+
+
+def attend_elsewhere(everything, kept, layer, q, k, v):
+    return attend(everything, layer, q, k, v)
+
+
+def attend_without_a_result(kept, layer, q, k, v):
+    attend(kept, layer, q, k, v)
+
+
+@pytest.mark.parametrize("right", [attend, attend_with_lists, attend_in_one_dict])
+def test_cached_attend_accepts(right, capsys):
+    assert passes(checks.cached_attend, right, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (attend_to_the_new_alone, "attends to all four"),
+        (attend_keeping_the_first_pass, "not only those of the last pass"),
+        (attend_keeping_the_last_pass, "not only those of the last pass"),
+        (attend_with_one_layer, "keys and values of its own"),
+        (attend_to_everybody, "under the causal mask"),
+        (attend_with_the_first_rows, "attends to all four"),
+        (attend_new_before_old, "Take the last two rows"),
+        (attend_values_not_joined, "under the causal mask"),
+        (partial(attend_elsewhere, {}), "remember nothing outside"),
+        (attend_without_a_result, "does it end with `return`"),
+    ],
+)
+def test_cached_attend_refuses(wrong, told):
+    assert told in message(checks.cached_attend, wrong)
+
+
+def test_the_passes_of_a_failed_case_are_named():
+    assert "cached_attend(passes: 3 tokens in layer 0, 1 token in layer 0)" in message(
+        checks.cached_attend, attend_to_the_new_alone
+    )
+
+
+# generate_with_cache ------------------------------------------------------------------------------
+
+
+def generate(model, prompt_ids, num_outputs, attend, first=0, from_zero=False, whole=False, more=0, echo=False):
+    """The right answer, and with an argument one of the wrong ones."""
+    token_ids, computed = list(prompt_ids), first
+    for _ in range(num_outputs + more):
+        new = token_ids if whole else token_ids[computed:]
+        positions = torch.arange(len(new)) + (0 if from_zero or whole else len(token_ids) - len(new))
+        hidden = model(torch.tensor(new), positions, attend)
+        computed = len(token_ids)
+        token_ids.append(int(model.logits(hidden[-1]).argmax()))
+    return token_ids if echo else token_ids[len(prompt_ids) : len(prompt_ids) + num_outputs]
+
+
+def prefill_then_decode(model, prompt_ids, num_outputs, attend):
+    """Two parts and a generator; the logits of all rows; positions from a count."""
+    hidden = model(torch.tensor(prompt_ids), torch.arange(len(prompt_ids)), lambda *args: attend(*args))
+    for position in range(len(prompt_ids), len(prompt_ids) + num_outputs):
+        token = model.logits(hidden)[-1].argmax()
+        yield token
+        if position < len(prompt_ids) + num_outputs - 1:
+            hidden = model(token[None], torch.tensor([position]), attend)
+
+
+def token_by_token(model, prompt_ids, num_outputs, attend):
+    for place, token_id in enumerate(prompt_ids[:-1]):
+        model(torch.tensor([token_id]), torch.tensor([place]), attend)
+    return generate(model, prompt_ids, num_outputs, attend, first=len(prompt_ids) - 1)
+
+
+def without_the_attend(model, prompt_ids, num_outputs, attend):
+    return generate(model, prompt_ids, num_outputs, lambda layer, q, k, v: q)
+
+
+def of_the_first_row(model, prompt_ids, num_outputs, attend):
+    token_ids, new = [], list(prompt_ids)
+    for _ in range(num_outputs):
+        start = len(prompt_ids) + len(token_ids) - len(new)
+        hidden = model(torch.tensor(new), torch.arange(start, start + len(new)), attend)
+        new = [int(model.logits(hidden[0]).argmax())]
+        token_ids += new
+    return token_ids
+
+
+@pytest.mark.parametrize("right", [generate, prefill_then_decode])
+def test_generate_with_cache_accepts(right, capsys):
+    assert passes(checks.generate_with_cache, right, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (partial(generate, whole=True), "feed one token per pass"),
+        (partial(generate, from_zero=True), "Positions go on counting"),
+        (partial(generate, more=1), "never fed back"),
+        (partial(generate, echo=True), "without the prompt"),
+        (partial(generate, first=1), "The first pass computes the whole prompt"),
+        (token_by_token, "The first pass computes the whole prompt"),
+        (without_the_attend, "Hand `attend` to the model"),
+        (of_the_first_row, "of the last row"),
+    ],
+)
+def test_generate_with_cache_refuses(wrong, told):
+    assert told in message(checks.generate_with_cache, wrong)
+
+
+def test_what_passed_the_model_is_shown():
+    text = message(checks.generate_with_cache, partial(generate, from_zero=True))
+    assert "passes: [5, 1, 4] at [0, 1, 2], [4] at [0], [2] at [0]" in text
+    assert "passes: [5, 1, 4] at [0, 1, 2], [4] at [3]," in text
 
 
 # cache_append -------------------------------------------------------------------------------------
@@ -138,142 +324,115 @@ def append_until_it_breaks_later(keys, values, length, k, v):
     return append_until_it_breaks(keys, values, length, k, v)
 
 
-# naive_over_cached --------------------------------------------------------------------------------
+# cache_bytes --------------------------------------------------------------------------------------
+
+
+def bytes_of(config, num_tokens, dtype_bytes):
+    return 2 * num_tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype_bytes
+
+
+def bytes_by_allocating(config, num_tokens, dtype_bytes):
+    layer = torch.empty(num_tokens, 2, config.num_key_value_heads, config.head_dim, dtype=torch.uint8)
+    return sum(layer.nbytes for _ in range(config.num_hidden_layers)) * torch.tensor(dtype_bytes)
 
 
 @pytest.mark.parametrize(
-    "right",
-    [
-        lambda n: sum(i * i for i in range(1, n + 1)) / sum(range(1, n + 1)),
-        lambda n: (2 * n + 1) / 3,
-        lambda n: Fraction(2 * n + 1, 3),
-        lambda n: torch.arange(1.0, n + 1).square().sum() / torch.arange(1.0, n + 1).sum(),
-        lambda n: np.sum(np.arange(n + 1) ** 2) / np.sum(np.arange(n + 1)),
-    ],
-    ids=["sums", "formula", "fraction", "tensor", "numpy"],
+    "right", [bytes_of, lambda c, n, size: float(2 * c.num_hidden_layers * c.key_value_size) * n * size]
 )
-def test_naive_over_cached_accepts(right, capsys):
-    assert passes(checks.naive_over_cached, right, capsys)
+def test_cache_bytes_accepts(right, capsys):
+    assert passes(checks.cache_bytes, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda n: n**3 / (n**2 + (n - 1) * n), "1 + 4 entries"),  # every pass as dear as the last
-        (lambda n: (n + 1) / 2, "got       1.5"),  # token-wise work
-        (lambda n: (2 * n + 1) // 3, "No rounding"),
-        (lambda n: sum(range(1, n + 1)) / sum(i * i for i in range(1, n + 1)), "expected  1.66"),  # upside down
-        (lambda n: sum(i * i for i in range(n)) / sum(range(n)), "raised    ZeroDivisionError"),  # stops at n - 1
-        (lambda n: str((2 * n + 1) / 3), "got       '1.0'"),
-    ],
-    ids=["the chapter's", "tokens", "rounded", "upside down", "one short", "text"],
-)
-def test_naive_over_cached_refuses(wrong, told):
-    assert told in message(checks.naive_over_cached, wrong)
-
-
-# kv_bytes -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda layers, heads, dim, size: 2 * layers * heads * dim * size,
-        lambda layers, heads, dim, size: sum(heads * dim * size for _ in range(layers) for _ in ("key", "value")),
-        lambda layers, heads, dim, size: 2 * torch.empty(layers, heads, dim, dtype=torch.uint8).nbytes * size,
-        lambda layers, heads, dim, size: torch.tensor([2, layers, heads, dim, size]).prod(),
-    ],
-    ids=["product", "loop", "allocated", "tensor"],
-)
-def test_kv_bytes_accepts(right, capsys):
-    assert passes(checks.kv_bytes, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda layers, heads, dim, size: layers * heads * dim * size, "a key *and* a value"),
-        (lambda layers, heads, dim, size: 2 * layers * dim * size, "expected  524288"),  # one head
-        (lambda layers, heads, dim, size: 2 * layers * heads * dim * 2, "kv_bytes(32, 8, 128, 1)"),  # always fp16
-        (lambda layers, heads, dim, size: 2 * layers * 32 * dim * size, "kv_bytes(80, 8, 128, 2)"),  # always 32 heads
-        (lambda layers, heads, dim, size: 2 * layers * heads * dim * size / MIB, "got       0.5"),
-    ],
-    ids=["keys only", "one head", "always fp16", "always 32 heads", "MiB"],
-)
-def test_kv_bytes_refuses(wrong, told):
-    assert told in message(checks.kv_bytes, wrong)
-
-
-# cache_mebibytes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda requests, tokens, size: requests * tokens * size / MIB,
-        lambda requests, tokens, size: sum(tokens * size for _ in range(requests)) / 2**20,
-        lambda requests, tokens, size: Fraction(requests * tokens * size, MIB),
-    ],
-    ids=["product", "loop", "fraction"],
-)
-def test_cache_mebibytes_accepts(right, capsys):
-    assert passes(checks.cache_mebibytes, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda requests, tokens, size: requests * tokens * size / 10**6, "got       524.288"),
-        (lambda requests, tokens, size: tokens * size / MIB, "a cache of its own"),  # one request
-        (lambda requests, tokens, size: requests * tokens * size // MIB, "expected  0.5"),
-        (lambda requests, tokens, size: requests * tokens * size, "got       524288000"),
-        (lambda requests, tokens, size: requests * tokens * 0.5, "cache_mebibytes(4, 8192, 131072)"),  # Llama-2-7B only
-    ],
-    ids=["MB", "one request", "whole", "bytes", "one model"],
-)
-def test_cache_mebibytes_refuses(wrong, told):
-    assert told in message(checks.cache_mebibytes, wrong)
-
-
-# requests_that_fit --------------------------------------------------------------------------------
-
-
-def fit_by_adding(card, weights, per_token, tokens):
-    """One request after the other, while there is room."""
-    requests = 0
-    while weights + (requests + 1) * per_token * tokens <= card:
-        requests += 1
-    return requests
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda card, weights, per_token, tokens: max(0, card - weights) // (per_token * tokens),
-        lambda card, weights, per_token, tokens: max(0, (card - weights) // per_token // tokens),
-        lambda card, weights, per_token, tokens: np.int64(max(0, (card - weights) // per_token // tokens)),
-        fit_by_adding,
-    ],
-    ids=["bytes", "tokens", "numpy", "one by one"],
-)
-def test_requests_that_fit_accepts(right, capsys):
-    assert passes(checks.requests_that_fit, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda card, weights, per_token, tokens: card // (per_token * tokens), "Weights first"),
-        (lambda card, weights, per_token, tokens: (card - weights) // (per_token * tokens), "not for minus some"),
-        (lambda card, weights, per_token, tokens: max(0, card - weights) / (per_token * tokens), "expected  23"),
+        (lambda c, n, size: bytes_of(c, n, size) / 2, "a key *and* a value"),
+        (lambda c, n, size: bytes_of(c, n, size) // c.num_hidden_layers, "expected  524288"),
+        (lambda c, n, size: bytes_of(c, n, size) / 2**20, "got       0.5"),
+        (lambda c, n, size: bytes_of(c, 1, size), "A thousand tokens"),
+        (lambda c, n, size: 2 * n * c.num_hidden_layers * c.query_size * size, "Count KV heads"),
+        (lambda c, n, size: bytes_of(c, n, 2), "Use dtype_bytes"),
         (
-            lambda card, weights, per_token, tokens: -((weights - card) // (per_token * tokens)),
-            "whole requests",
+            lambda c, n, size: bytes_of(c, n, size) // c.head_dim * (c.hidden_size // c.num_attention_heads),
+            "Take config.head_dim",
         ),
-        (lambda card, weights, per_token, tokens: max(0, card - weights) // per_token, "expected  23"),  # tokens
-        (lambda card, weights, per_token, tokens: max(0, card - weights - 1) // (per_token * tokens), "exactly 3"),
     ],
-    ids=["no weights", "negative", "not whole", "rounded up", "tokens", "one byte short"],
+    ids=["keys only", "one layer", "MiB", "one token", "query heads", "always two bytes", "head_dim from the width"],
 )
-def test_requests_that_fit_refuses(wrong, told):
-    assert told in message(checks.requests_that_fit, wrong)
+def test_cache_bytes_refuses(wrong, told):
+    assert told in message(checks.cache_bytes, wrong)
+
+
+# score_endings ------------------------------------------------------------------------------------
+
+
+def score(model, prompt_ids, endings):
+    """The right answer: a walk over the tree of endings, with a copy of the cache at every branch."""
+    scores = [0.0] * len(endings)
+
+    def follow(kept, token_ids, start, rows, depth):
+        kept = dict(kept)
+        positions = torch.arange(start, start + len(token_ids))
+        hidden = model(torch.tensor(token_ids), positions, partial(attend, kept))
+        log_probs = model.logits(hidden[-1]).log_softmax(-1)
+        for token_id in {endings[row][depth] for row in rows}:
+            same = [row for row in rows if endings[row][depth] == token_id]
+            for row in same:
+                scores[row] += float(log_probs[token_id])
+            longer = [row for row in same if len(endings[row]) > depth + 1]
+            if longer:
+                follow(kept, [token_id], start + len(token_ids), longer, depth + 1)
+
+    follow({}, prompt_ids, 0, range(len(endings)), 0)
+    return scores
+
+
+def score_by_memory(model, prompt_ids, endings):
+    """Remembers the cache and the log-probabilities behind every beginning."""
+    seen = {}
+
+    def behind(beginning):
+        if beginning not in seen:
+            kept, new = ({}, prompt_ids) if not beginning else (dict(behind(beginning[:-1])[0]), [beginning[-1]])
+            end = len(prompt_ids) + len(beginning)
+            hidden = model(torch.tensor(new), torch.arange(end - len(new), end), partial(attend, kept))
+            seen[beginning] = kept, model.logits(hidden[-1]).log_softmax(-1)
+        return seen[beginning]
+
+    for ending in endings:
+        yield sum(behind(tuple(ending[:place]))[1][token_id] for place, token_id in enumerate(ending))
+
+
+def score_from_the_prompt(model, prompt_ids, endings, copy=dict, log=True):
+    """The prompt once, then each ending in a pass of its own: right scores over the budget."""
+    prompt, scores = {}, []
+    hidden = model(torch.tensor(prompt_ids), torch.arange(len(prompt_ids)), partial(attend, prompt))
+    for ending in endings:
+        rows, kept = [hidden[-1:]], copy(prompt)
+        if ending[1:]:
+            positions = torch.arange(len(prompt_ids), len(prompt_ids) + len(ending) - 1)
+            rows.append(model(torch.tensor(ending[:-1]), positions, partial(attend, kept)))
+        logits = model.logits(torch.cat(rows))
+        table = logits.log_softmax(-1) if log else logits
+        scores.append(float(table[torch.arange(len(ending)), ending].sum()))
+    return scores
+
+
+@pytest.mark.parametrize("right", [score, score_by_memory])
+def test_score_endings_accepts(right, capsys):
+    checks.score_endings(right)
+    assert capsys.readouterr().out == "✓ score_endings: 5 cases, and the puzzle: 15 tokens computed, 52 one by one\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (score_from_the_prompt, "expected  at most 15"),
+        (partial(score_from_the_prompt, copy=lambda kept: kept), "follows the prompt, not the first ending"),
+        (partial(score_from_the_prompt, log=False), "Add up the log-probabilities"),
+        (lambda *args: score(*args)[:1], "follows the prompt, not the first ending"),
+    ],
+    ids=["over the budget", "one cache for all", "logits", "one ending"],
+)
+def test_score_endings_refuses(wrong, told):
+    assert told in message(checks.score_endings, wrong)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from check_answers import message, passes
-from minillm import checks, costs
+from minillm import checks, costs, masked_attention, sdpa_attention
 from minillm.attention import masks
 from minillm.costs.kv_bytes import kv_bytes_per_token
 from minillm.simulation import Assumptions, ChatLengths
@@ -275,44 +275,80 @@ def append_behind_the_capacity(keys, values, length, k, v):
     return min(end + 1, len(keys))
 
 
-@right(checks.naive_over_cached)
-def ratio_as_decimal(n):
-    return Decimal(2 * n + 1) / 3
+@right(checks.cached_attend)
+def attend_and_clear_the_new(kept, layer, q, k, v):
+    rows = kept.setdefault(layer, ([], []))
+    for row, new in zip(rows, (k, v), strict=True):
+        row.append(new.clone())
+    keys, values = map(torch.cat, rows)
+    out = sdpa_attention(q, keys, values, masks.rectangular(len(q), len(keys)))
+    for each in (q, k, v):
+        each.zero_()
+    return out.numpy()
 
 
-@wrong(checks.naive_over_cached)
-def ratio_for_large_n(n):
-    return 2 * n / 3
+@wrong(checks.cached_attend)
+def attend_not_to_itself(kept, layer, q, k, v):
+    attend_and_clear_the_new(kept, layer, q.clone(), k.clone(), v.clone())
+    keys, values = map(torch.cat, kept[layer])
+    return masked_attention(q, keys, values, masks.causal(len(keys))[-len(q) :].roll(-1, 0))
 
 
-@right(checks.kv_bytes)
-def bytes_as_a_float(num_layers, num_kv_heads, head_dim, dtype_bytes):
-    return np.prod([2.0, num_layers, num_kv_heads, head_dim, dtype_bytes])
+@right(checks.generate_with_cache)
+def pops_the_prompt(model, prompt_ids, num_outputs, attend):
+    new, length = torch.tensor([prompt_ids.pop(0) for _ in range(len(prompt_ids))]), 0
+    for _ in range(num_outputs):
+        hidden = model(new, torch.arange(length, length + len(new)), attend)
+        length += len(new)
+        new = model.logits(hidden[-1:]).argmax(-1)
+        yield np.int64(new)
 
 
-@wrong(checks.kv_bytes)
-def of_one_layer(num_layers, num_kv_heads, head_dim, dtype_bytes):
-    return 2 * num_kv_heads * head_dim * dtype_bytes
+@wrong(checks.generate_with_cache)
+def feeds_the_last_two(model, prompt_ids, num_outputs, attend):
+    token_ids, start = list(prompt_ids), 0
+    for _ in range(num_outputs):
+        hidden = model(torch.tensor(token_ids[start:]), torch.arange(start, len(token_ids)), attend)
+        start = len(token_ids) - 1
+        token_ids.append(int(model.logits(hidden[-1]).argmax()))
+    return token_ids[len(prompt_ids) :]
 
 
-@right(checks.cache_mebibytes)
-def mebibytes_in_float32(num_requests, tokens_each, bytes_per_token):
-    return np.float32(num_requests) * tokens_each * bytes_per_token / 2**20
+@right(checks.cache_bytes)
+def bytes_as_a_float(config, num_tokens, dtype_bytes):
+    return np.prod([2.0, config.num_hidden_layers, config.key_value_size, num_tokens, dtype_bytes])
 
 
-@wrong(checks.cache_mebibytes)
-def in_gibibytes(num_requests, tokens_each, bytes_per_token):
-    return num_requests * tokens_each * bytes_per_token / 2**30
+@wrong(checks.cache_bytes)
+def bytes_of_the_hidden_size(config, num_tokens, dtype_bytes):
+    return 2 * config.num_hidden_layers * config.hidden_size * num_tokens * dtype_bytes
 
 
-@right(checks.requests_that_fit)
-def fit_as_a_whole_float(card_bytes, weight_bytes, bytes_per_token, tokens_each):
-    return max(0.0, math.floor((card_bytes - weight_bytes) / (bytes_per_token * tokens_each)) * 1.0)
+@right(checks.score_endings)
+def a_branch_for_each_token(model, prompt_ids, endings):
+    branches = [({}, list(prompt_ids), 0, {row: list(ending) for row, ending in enumerate(endings)})]
+    scores = np.zeros(len(endings))
+    while branches:
+        kept, new, start, left = branches.pop()
+        hidden = model(torch.tensor(new), torch.arange(start, start + len(new)), partial(attend_joined, kept))
+        log_probs = model.logits(hidden[-1]).log_softmax(-1)
+        following = {}
+        for row, (token_id, *rest) in left.items():
+            scores[row] += log_probs[token_id]
+            if rest:
+                following.setdefault(token_id, {})[row] = rest
+        branches += [(dict(kept), [token_id], start + len(new), rows) for token_id, rows in following.items()]
+    return scores
 
 
-@wrong(checks.requests_that_fit)
-def fit_without_room_for_one_more(card_bytes, weight_bytes, bytes_per_token, tokens_each):
-    return max(0, (card_bytes - weight_bytes - 1) // (bytes_per_token * tokens_each))
+def attend_joined(kept, layer, q, k, v):
+    kept[layer] = tuple(map(torch.cat, zip(kept.get(layer, (k[:0], v[:0])), (k, v), strict=True)))
+    return sdpa_attention(q, *kept[layer], masks.rectangular(len(q), len(kept[layer][0])))
+
+
+@wrong(checks.score_endings)
+def mean_over_the_tokens(model, prompt_ids, endings):
+    return a_branch_for_each_token(model, prompt_ids, endings) / np.array([len(ending) for ending in endings])
 
 
 # chapter 4 ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from minillm.checks.chapter_01 import (
     total_milliseconds,
 )
 from minillm.checks.chapter_02 import attention, attention_share, causal_mask, visible_tokens, window_mask
-from minillm.checks.chapter_03 import cache_append, cache_mebibytes, kv_bytes, naive_over_cached, requests_that_fit
+from minillm.checks.chapter_03 import cache_append, cache_bytes, cached_attend, generate_with_cache, score_endings
 from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges, num_chunks
 from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_batch_tokens
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
@@ -38,7 +38,8 @@ __all__ = [
     "block_diagonal_mask",
     "blocks_needed",
     "cache_append",
-    "cache_mebibytes",
+    "cache_bytes",
+    "cached_attend",
     "causal_mask",
     "chunk_for_memory",
     "chunk_mask",
@@ -47,17 +48,16 @@ __all__ = [
     "decode_step_seconds",
     "eviction_order",
     "explain",
+    "generate_with_cache",
     "greedy_generate",
     "is_written",
     "joining_waste",
     "key_number",
     "key_reads",
-    "kv_bytes",
     "last_rows",
     "left_pad",
     "load_at_slo",
     "my_decode",
-    "naive_over_cached",
     "needs",
     "num_chunks",
     "padding",
@@ -66,10 +66,10 @@ __all__ = [
     "prefix_hash",
     "read_log",
     "request_metrics",
-    "requests_that_fit",
     "restarting_positions",
     "run_engine",
     "schedule_step",
+    "score_endings",
     "setting_with",
     "sjf_order",
     "sse_events",
