@@ -47,8 +47,8 @@ def test_memory_is_counted_as_it_is_sold():
 @pytest.mark.parametrize(
     ("chapter", "cell_id", "words"),
     [
-        ("03", "gpu-flat", f"{CROSSING} tokens on the RTX 4090"),
-        ("03", "what-fits-text", f"of an A100 are 80 GiB, {A100_80GB.memory_bytes / 1e9:.1f} GB"),
+        ("03", "explained", f"Up to {costs.compute_bound_batch(A100_80GB) - 1} tokens on an A100"),
+        ("03", "gqa", f"of an A100 are 80 GiB, {A100_80GB.memory_bytes / 1e9:.1f} GB"),
         (
             "04",
             "fused-lesson",
@@ -73,7 +73,7 @@ def test_a_number_in_a_sentence_is_the_computed_one(chapter, cell_id, words):
 def test_the_roofline_of_a_card_has_one_crossing():
     """Chapter 1 looks for it, chapter 3 draws it, chapter 9 solves for it, and `costs` knows it."""
     assert f"computed {CROSSING} tokens" in printed("01", "answer-crossing")
-    assert f"{CROSSING} tokens (RTX 4090" in printed("03", "gpu-floor-figure")
+    assert f"below {costs.compute_bound_batch(A100_80GB) - 1}: bandwidth-bound" in printed("03", "gpu-floor-figure")
     for card in CARDS:
         assert f"{card.name:15} from {costs.compute_bound_batch(card)} requests on" in printed(
             "09", "check-compute-bound-batch"
