@@ -211,7 +211,7 @@ def test_nobody_is_told_the_secret_of_another(mode):
     done = tell_secrets(mode)
     assert leaks(done) == []
     own = [SECRETS[int(request_id[1:])] in output.outputs[0].text for request_id, output in done.outputs.items()]
-    assert len(done.aborted) >= 3 and len(own) >= 50 and sum(own) >= 0.9 * len(own), "they do say their own"
+    assert len(done.aborted) >= 3 and len(own) >= 50 and sum(own) >= 0.8 * len(own), "they do say their own"
     preemptions = [each for step in done.engine.trace.steps for each in step.preempted]
     assert len(preemptions) >= 10 and mode in {each.mode for each in preemptions}
     assert any(output.num_cached_tokens for output in done.outputs.values()), "a prefix was found"

@@ -335,28 +335,26 @@ def test_the_prompts_of_the_course(storyteller, prompt, beginning):
     assert answer.text.startswith(beginning)
 
 
-older_weights = pytest.mark.xfail(
-    strict=True, reason="the shipped weights were trained before the openings and the honest answers"
-)
-
-
-@older_weights
 @pytest.mark.parametrize(
-    ("opening", "hero"), [("The little girl", "girl"), ("One day, a fox", "fox"), ("A small cat", "cat"), ("The", "")]
+    ("opening", "hero"),
+    [
+        ("The little girl", "girl"),
+        ("One day, a fox", "fox"),
+        ("A small cat", "cat"),
+        pytest.param("The", "", marks=pytest.mark.xfail(strict=True, reason="a word of no sense")),
+    ],
 )
 def test_what_people_type_first_becomes_a_story(storyteller, known, opening, hero):
     [answer] = evaluate.generate(storyteller, [opening])
     assert answer.ended and not evaluate.faults(hand_written.Opening(opening, hero), answer.text, known), answer.text
 
 
-@older_weights
 def test_a_sad_hero_is_sad_once(storyteller, known):  # "felt felt felt sad"
     openings = ["One day, a fox", "Lily felt", "Once upon a time, there was a fox named Ziggy. Ziggy felt"]
     for opening, answer in zip(openings, evaluate.generate(storyteller, openings), strict=True):
         assert not re.search(r"\b(\w+) \1\b", opening + answer.text), answer.text
 
 
-@older_weights
 @pytest.mark.parametrize("request_", ["Tell me a joke", "Tell me a joke.", "tell me a joke"])
 def test_no_joke_is_told(storyteller, request_):
     for prompt in (request_, corpus.chat_prompt(request_)):
