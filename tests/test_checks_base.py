@@ -1,15 +1,20 @@
 """How checks compare, count and explain: right answers in any layout pass, wrong ones get four useful lines."""
 
+import inspect
 import itertools
 from decimal import Decimal
 from fractions import Fraction
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook
 
 from minillm import checks
 from minillm.checks.base import Case, CheckFailed, NotWrittenYet, describe, run_check, same_value
+from minillm.checks.unsolved import judged
+from minillm.course import student
 
 CASES = [Case((2,), 4, "multiply by itself"), Case((3,), 9, "multiply by itself")]
 
@@ -211,17 +216,122 @@ def test_how_a_value_is_shown(value, text):
     assert describe(value).strip() == text
 
 
-def test_a_cell_that_needs_answers_names_the_stubs():
+def test_a_cell_that_needs_a_stub_without_a_solution_is_stopped():
     def solved(x):
         return x
 
     checks.needs()
     checks.needs(solved, abs)
-    with pytest.raises(NotWrittenYet, match="this cell needs helper: not written yet"):
+    with pytest.raises(NotWrittenYet, match="this cell needs helper: not written yet") as told:
         checks.needs(solved, helper)
-    with pytest.raises(NotWrittenYet, match="this cell needs helper and lambda_of_a_generator") as told:
-        checks.needs(helper, lambda_of_a_generator)
     assert told.value._render_traceback_() == [str(told.value)]
+
+
+SOLVED = """\
+import math
+
+
+def root(x):
+    ### BEGIN SOLUTION
+    return math.sqrt(square(x))
+    ### END SOLUTION
+
+
+class Counter:
+    def add(self):
+        ### BEGIN SOLUTION
+        self.total = square(3)
+        ### END SOLUTION
+
+
+def square(x):
+    ### BEGIN SOLUTION
+    return x * x
+    ### END SOLUTION"""
+STUBS = student.without_solutions(SOLVED)
+
+
+class Reader:
+    """A reader's notebook: cells that are executed one after the other."""
+
+    def __init__(self, folder):
+        self.folder, self.space = folder, {"checks": checks, "check_square": judged(check_square)}
+
+    def run(self, source):
+        path = self.folder / f"cell_{len(list(self.folder.iterdir()))}.py"
+        path.write_text(source)  # for `inspect`
+        exec(compile(source, str(path), "exec"), self.space)
+
+
+def check_square(function):
+    run_check("square", function, CASES)
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    chapters = tmp_path / "chapters"
+    chapters.mkdir()
+    nbformat.write(new_notebook(cells=[new_code_cell(SOLVED, id="both")]), chapters / "01_roots.ipynb")
+    monkeypatch.setattr(student, "source_folder", lambda: chapters)
+    (tmp_path / "cells").mkdir()
+    return Reader(tmp_path / "cells")
+
+
+INSTEAD = "the course's version runs in its place\n"
+
+
+def test_where_an_exercise_is_unsolved_the_courses_version_runs(reader, capsys):
+    """With what it calls; classes too; and whoever is asked for its source, as Triton asks, finds it."""
+    reader.run(STUBS)
+    reader.run("checks.needs(root, Counter)\nassert root(-3) == 3")
+    told = capsys.readouterr().out
+    assert told == "".join(f"↷ {name} is not written yet: {INSTEAD}" for name in ("root", "Counter", "square"))
+    reader.run("checks.needs(Counter)\ncounter = Counter()\ncounter.add()\nassert counter.total == 9")
+    assert capsys.readouterr().out == f"↷ Counter is not written yet: {INSTEAD}↷ square is not written yet: {INSTEAD}"
+    assert inspect.getsource(reader.space["root"]).startswith("def root(x):\n    ### BEGIN SOLUTION\n")
+
+
+def test_a_check_never_takes_the_courses_version_for_the_readers(reader):
+    reader.run(STUBS)
+    reader.run("checks.needs(square)")
+    assert not checks.is_written(reader.space["square"])
+    with pytest.raises(NotWrittenYet, match="square: not written yet"):
+        reader.run("check_square(square)")
+    assert reader.space["square"](3) == 9
+
+
+def test_the_readers_own_definition_wins(reader, capsys):
+    reader.run(STUBS)
+    reader.run("checks.needs(square)")
+    reader.run("def square(x):\n    return x * x * 1.0")
+    capsys.readouterr()
+    reader.run("checks.needs(square)\nassert isinstance(square(3), float)\ncheck_square(square)")
+    assert capsys.readouterr().out == "✓ square: 2 cases\n"
+
+
+@pytest.mark.parametrize("wrong", ["square = 7", "square = lambda x: x", "def square(x):\n    raise ValueError"])
+def test_the_courses_version_runs_where_an_answer_has_failed_its_check(reader, capsys, wrong):
+    reader.run(wrong + "\nseven = 7")
+    with pytest.raises(CheckFailed):
+        reader.run("check_square(square)")
+    reader.run("checks.needs(square)\nassert (square(3), seven) == (9, 7)")
+    assert capsys.readouterr().out == f"↷ square has not passed its check: {INSTEAD}"
+    with pytest.raises(CheckFailed):
+        reader.run("check_square(square)")
+
+
+def test_an_answer_that_failed_for_want_of_another_comes_back_with_its_check(reader, capsys):
+    reader.run("def square(x):\n    return times(x, x)\ndef times(x, y):\n    raise NotImplementedError('write times')")
+    mine = reader.space["square"]
+    with pytest.raises(NotWrittenYet, match="it calls times"):
+        reader.run("check_square(square)")
+    reader.run("checks.needs(square)\nassert square(2) == 4")
+    assert reader.space["square"] is not mine
+    reader.run("def times(x, y):\n    return x * y\ncheck_square(square)")
+    assert reader.space["square"] is mine
+    capsys.readouterr()
+    reader.run("checks.needs(square)")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_function_is_written_once_its_stub_is_gone():

@@ -276,6 +276,35 @@ def test_a_student_copy_is_cleared_and_leaves_the_chapter_alone():
     assert (copy.cells[0], copy.metadata) == (notebook.cells[0], notebook.metadata)
 
 
+def test_a_cell_that_may_raise_has_the_tag_in_the_copy():
+    sources = ["checks.square(square)", "checks.needs(square)\nx = square(3)", "checks.prediction('x', guess, x)", "1"]
+    copy = student.student_copy(chapter(*sources))
+    assert [notebooks.tags(cell) for cell in copy.cells] == [[], ["raises-exception"], [], ["raises-exception"], []]
+    timing = student.student_copy(chapter(tagged("checks.prediction('x', guess, x)", "timing"))).cells[1]
+    assert notebooks.tags(timing) == ["raises-exception", "timing"]
+
+
+def test_run_all_goes_on_below_a_check_that_fails(tmp_path):
+    """Of the copy of a chapter; the reader sees one line."""
+    cells = ["from minillm import checks", "### BEGIN SOLUTION\nguess = 3\n### END SOLUTION"]
+    cells += ["checks.prediction('x', guess, 3)", "print('here')"]
+    notebook = notebooks.execute(student.student_copy(chapter(*cells)), tmp_path)
+    assert notebook.cells[3].outputs[0].traceback == ["✗ x: write your guess first, then run this cell."]
+    assert notebook.cells[4].outputs[0].text == "here\n"
+
+
+@pytest.mark.parametrize("head", ["def f():", "async def f():", "@cache\ndef f():", "class f:\n  def g(self):"])
+def test_a_solution_is_found_by_its_name(tmp_path, monkeypatch, head):
+    body = "    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION\n"
+    source = f"import json\nx = 1\n{head}\n{body}\n\ndef g():\n    pass"
+    save(chapter(source, "### BEGIN SOLUTION\nguess = 3\n### END SOLUTION"), tmp_path)
+    monkeypatch.setattr(student, "source_folder", lambda: tmp_path)
+    found = student.solution("f")
+    assert found.source.rstrip() == f"import json\n\n{head}\n{body}".split("    ### END")[0].rstrip()
+    assert found.place.startswith("01_chapter, cell ")
+    assert student.solution("g") is student.solution("guess") is None
+
+
 # minillm learn ------------------------------------------------------------------------------------
 
 

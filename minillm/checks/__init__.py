@@ -3,7 +3,7 @@
 Lives here: the cases, the comparison and the messages. May import all of minillm; nothing but the notebooks imports it.
 """
 
-from minillm.checks.base import CheckFailed, NotWrittenYet, is_written, needs
+from minillm.checks.base import CheckFailed, NotWrittenYet, is_written
 from minillm.checks.chapter_01 import (
     greedy_generate,
     request_metrics,
@@ -25,6 +25,7 @@ from minillm.checks.chapter_10_loop import run_engine, stream_request
 from minillm.checks.chapter_11 import better_within, explain, setting_with
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside, key_reads
+from minillm.checks.unsolved import judged, needs
 
 __all__ = [
     "CheckFailed",
@@ -85,3 +86,7 @@ __all__ = [
     "wasted_share",
     "window_mask",
 ]
+
+for _name in __all__:
+    if globals()[_name].__module__.startswith("minillm.checks.chapter_"):
+        globals()[_name] = judged(globals()[_name])

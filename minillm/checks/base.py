@@ -75,24 +75,34 @@ def run_check(
 # --- the reader's function -------------------------------------------------------------------------------------------
 
 
+STAND_INS: dict[int, tuple[Any, Any]] = {}  # id -> (the course's version, what the reader wrote)
+
+
+def own(answer: Any) -> Any:
+    """What the reader wrote, where the course's version stands in for it."""
+    return STAND_INS.get(id(answer), (answer, answer))[1]
+
+
+def plain(function: Any) -> Any:
+    """The Python function of a kernel; anything else as it is."""
+    return getattr(function, "fn", function)
+
+
 def is_written(*functions: Callable) -> bool:
-    """Whether all these functions and kernels are more than stubs, read from their sources.
+    """Whether all these functions, kernels and classes are more than stubs, read from their sources.
 
     For cells that use an answer further down, and for kernels: where Triton compiles, a `raise` never gets to raise.
     """
     return not any(map(is_stub, functions))
 
 
-def needs(*functions: Callable) -> None:
-    """Stop a cell that uses answers to exercises. Raises NotWrittenYet, naming those that are still stubs."""
-    stubs = [getattr(function, "fn", function).__name__ for function in functions if is_stub(function)]
-    if stubs:
-        raise NotWrittenYet(f"✗ this cell needs {' and '.join(stubs)}: not written yet. Solve that exercise first.")
-
-
 def is_stub(function: Callable) -> bool:
+    """A class is one if one of its methods is."""
+    function = plain(own(function))
+    if inspect.isclass(function):
+        return any(is_stub(method) for method in vars(function).values() if inspect.isfunction(method))
     try:
-        lines = inspect.getsource(getattr(function, "fn", function)).splitlines()
+        lines = inspect.getsource(function).splitlines()
     except (OSError, TypeError):
         return False
     return any(line.strip().startswith("raise NotImplementedError") for line in lines)

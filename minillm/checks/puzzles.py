@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from minillm.checks.base import own
 from minillm.checks.chapter_09 import HEAD_SIZE, NUM_LOADS, NUMBER_BYTES, VECTOR, first_number, reads_of
 from minillm.viz import MaskGrid, Panels, PictureError, WarpAccess, side_by_side
 
@@ -16,7 +17,7 @@ def beside(target: Tensor, function: Callable, *args, labels: Sequence[str] | No
     """
     wanted = MaskGrid(target, key_labels=labels, title="target")
     try:
-        answer = function(*args)
+        answer = own(function)(*args)
         yours = MaskGrid(answer, key_labels=labels, title="yours")
     except NotImplementedError:
         return side_by_side([wanted, _empty(target, labels, "yours: not written yet")])
@@ -40,7 +41,7 @@ def key_reads(function: Callable | None = None, head: int = 1, num_heads: int = 
     if function is None:
         return Panels([wasteful], columns=1)
     try:
-        return Panels([wasteful, _warp(function, head, num_heads, "yours, load 0")], columns=1)
+        return Panels([wasteful, _warp(own(function), head, num_heads, "yours, load 0")], columns=1)
     except NotImplementedError:
         return Panels([wasteful], columns=1, title="yours: not written yet")
     except Exception as error:

@@ -1,4 +1,8 @@
 """The chapters as files: executing them in canonical form, and copies for readers.
 
-May import `viz`, `checks` and the rooms below; only `cli` imports it.
+May import the rooms below; `cli` imports it, and `checks` for the solutions.
 """
+
+from minillm import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(__name__, {"student": "solution"})

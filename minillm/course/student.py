@@ -5,10 +5,12 @@ guess such as `my_guess = 3` outside any.
 `learn/.manifest.json` remembers the hash of each copy we wrote; a file with another hash is the reader's.
 """
 
+import ast
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 MANIFEST = ".manifest.json"
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 DEFINITION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
+CHECK = re.compile(r"\bchecks\.(?!(?:beside|key_reads|needs|is_written)\b)\w+\(")  # those draw, or ask
+RAISES = "raises-exception"  # JupyterLab and nbclient run on below a cell with this tag
 ASSIGNMENT = re.compile(r"(\w+) = [^#]*?(\s*#.*)?")
 
 
@@ -45,6 +49,8 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code":
             cell.source = without_solutions(cell.source)
             cell.outputs, cell.execution_count = [], None
+            if CHECK.search(cell.source):  # it may raise, and the cells below run all the same
+                cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), RAISES})
     return copy
 
 
@@ -93,6 +99,48 @@ def unset(line: str) -> str:
 
 def indentation(line: str) -> int:
     return len(line) - len(line.lstrip(" "))
+
+
+# The solutions ------------------------------------------------------------------------------------
+
+
+class Solution(NamedTuple):
+    """The definition of an exercise as the chapter has it, below the imports of its cell."""
+
+    source: str
+    place: str  # "03_kv_cache, cell cache-append"
+
+
+def solution(name: str) -> Solution | None:
+    """The course's version of an exercise; None if no chapter has one of this name."""
+    return _solutions(source_folder()).get(name)
+
+
+@functools.cache
+def _solutions(folder: Path) -> dict[str, Solution]:
+    """Names of functions and classes -> solutions, of all chapters."""
+    found: dict[str, Solution] = {}
+    for path in sorted(folder.glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "code" and has_solution(text):
+                place = f"{path.stem}, cell {cell['id']}"
+                found |= {name: Solution(source, place) for name, source in definitions(text)}
+    return found
+
+
+def definitions(source: str) -> Iterator[tuple[str, str]]:
+    """(name, source) of each function and class in which a solution is marked. Other lines are blank, imports apart."""
+    lines = source.split("\n")
+    tree = ast.parse(source).body
+    imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in tree:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if has_solution("\n".join(lines[first - 1 : node.end_lineno])):
+                kept = {n for each in imports for n in range(each.lineno, each.end_lineno + 1)}
+                kept |= set(range(first, node.end_lineno + 1))
+                yield node.name, "\n".join(line if n in kept else "" for n, line in enumerate(lines, 1))
 
 
 # The folder of copies -----------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""What a notebook does about an exercise that is not solved: the course's version runs in its place, and says so.
+
+The reader's definition always wins: it comes back when its cell runs again, or as soon as its check is passed.
+"""
+
+import functools
+import inspect
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+from minillm.checks.base import STAND_INS, CheckFailed, NotWrittenYet, is_stub, own, plain
+from minillm.course import solution
+
+FAILED: dict[int, Any] = {}  # id -> the function that its check refused when it last ran
+
+
+def judged(check: Callable) -> Callable:
+    """The check, made to remember what it said; it judges what the reader wrote, never what stands in for it."""
+
+    @functools.wraps(check)
+    def judge(*answers: Any, **options: Any) -> None:
+        mine = [own(answer) for answer in answers]
+        try:
+            check(*mine, **options)
+        except (CheckFailed, NotWrittenYet):
+            FAILED.update((id(answer), answer) for answer in mine)
+            raise
+        space = sys._getframe(1).f_globals
+        for answer, written in zip(answers, mine, strict=True):
+            FAILED.pop(id(written), None)
+            if answer is not written:
+                space.update(dict.fromkeys(names_of(answer, space), written))
+
+    return judge
+
+
+def needs(*functions: Callable) -> None:
+    """What a cell that uses answers to exercises begins with: those it cannot use give way to the course's versions.
+
+    That is a stub, an answer that its check refused when it last ran, and what either of them calls. Prints a line for
+    each. Raises NotWrittenYet for a stub that no chapter has a solution for.
+    """
+    space = sys._getframe(1).f_globals
+    waiting, told = list(functions), set()
+    while waiting:
+        function = waiting.pop(0)
+        if id(function) in told:
+            continue
+        told.add(id(function))
+        if is_stub(function) or id(function) in FAILED:
+            function = replace(function, space)
+            told.add(id(function))
+        waiting += [space[name] for name in global_names(function) if name in space and is_unsolved(space[name])]
+
+
+def is_unsolved(value: Any) -> bool:
+    return callable(value) and (id(value) in FAILED or is_stub(value))
+
+
+def replace(function: Callable, space: dict[str, Any]) -> Callable:
+    """Put the course's version in place of an answer in the reader's notebook, and return it."""
+    written, names = own(function), names_of(function, space)
+    name, found = next(((name, found) for name in names if (found := solution(name))), (None, None))
+    if found is None and is_stub(function):
+        name = getattr(plain(function), "__name__", "an exercise")
+        raise NotWrittenYet(f"✗ this cell needs {name}: not written yet. Solve that exercise first.")
+    if found is None:
+        return function
+    why = "is not written yet" if is_stub(written) else "has not passed its check"
+    print(f"↷ {name} {why}: the course's version runs in its place")
+    if function is not written:  # it stands there already
+        return function
+    run(found.source, f"<the course's {name}, in {found.place}>", space)
+    made = space[name]
+    STAND_INS[id(made)] = made, written
+    if callable(function):  # also under its other names
+        space.update(dict.fromkeys(names, made))
+    return made
+
+
+def run(source: str, file: str, space: dict[str, Any]) -> None:
+    """Execute a definition, so that `inspect` finds its source again, as Triton must."""
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), space)
+
+
+def names_of(value: Any, space: dict[str, Any]) -> list[str]:
+    return [name for name, held in space.items() if held is value]
+
+
+def global_names(function: Callable) -> Iterator[str]:
+    """Names that a function, or the methods of a class, may look up in their notebook."""
+    function = plain(function)
+    for each in vars(function).values() if inspect.isclass(function) else [function]:
+        yield from names_in(getattr(each, "__code__", None))
+
+
+def names_in(code: CodeType | None) -> Iterator[str]:
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from names_in(constant)
