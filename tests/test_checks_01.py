@@ -202,43 +202,6 @@ def test_request_metrics_refuses_what_is_no_triple(nothing):
     message(checks.request_metrics, lambda *arguments: nothing)
 
 
-# --- total_milliseconds ---
-
-
-def total_with_a_loop(ttft_ms, itl_ms, num_tokens):
-    total = ttft_ms
-    for _ in range(1, num_tokens):
-        total += itl_ms
-    return total
-
-
-@pytest.mark.parametrize(
-    "solution",
-    [
-        lambda ttft_ms, itl_ms, num_tokens: ttft_ms + (num_tokens - 1) * itl_ms,
-        total_with_a_loop,
-        lambda *arguments: torch.tensor(float(total_with_a_loop(*arguments))),
-    ],
-)
-def test_total_milliseconds_accepts(solution, capsys):
-    assert passes(checks.total_milliseconds, solution, capsys)
-
-
-@pytest.mark.parametrize(
-    ("solution", "came"),
-    [
-        (lambda ttft_ms, itl_ms, num_tokens: ttft_ms + num_tokens * itl_ms, "2200"),
-        (lambda ttft_ms, itl_ms, num_tokens: (num_tokens - 1) * itl_ms, "1980"),
-        (lambda ttft_ms, itl_ms, num_tokens: (ttft_ms + itl_ms) * num_tokens, "22000"),
-    ],
-    ids=["one-step-too-many", "no-prefill", "a-prefill-a-token"],
-)
-def test_total_milliseconds_refuses(solution, came):
-    told = message(checks.total_milliseconds, solution)
-    assert "call      total_milliseconds(200, 20, 100)" in told
-    assert f"got       {came}\n" in told and "expected  2180" in told
-
-
 # --- temperature_probabilities ---
 
 
@@ -346,3 +309,90 @@ def top_p_without_division(probabilities, top_p_):
 )
 def test_top_p_probabilities_refuses(solution):
     assert "call      top_p_probabilities(tensor (" in message(checks.top_p_probabilities, solution)
+
+
+# --- few_passes ---
+
+
+def few(all_logits, prompt, max_tokens, eos_token_ids, *, known=2, longest=8, drafted=None):
+    """The right answer: drafts what followed the last `known` ids, and checks the whole draft in one pass."""
+    ids = [int(id_) for id_ in prompt]
+    while len(ids) - len(prompt) < max_tokens:
+        draft = (drafted or follows)(ids, known)[:longest]
+        chosen = all_logits(ids + draft).argmax(-1).tolist()[len(ids) - 1 :]
+        for choice, guess in zip(chosen, [*draft, None], strict=True):
+            ids.append(choice)
+            if choice in eos_token_ids or len(ids) - len(prompt) == max_tokens:
+                return ids[len(prompt) :]
+            if choice != guess:
+                break
+    return ids[len(prompt) :]
+
+
+def follows(ids, known):
+    for start in range(len(ids) - known - 1, -1, -1):
+        if ids[start : start + known] == ids[-known:]:
+            return ids[start + known :]
+    return []
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        few,
+        lambda *arguments: few(*arguments, longest=1000),
+        lambda *arguments: torch.tensor(few(*arguments, known=1)),
+        lambda *arguments: tuple(few(*arguments, known=3)),
+    ],
+    ids=["eight", "all", "one-known", "three-known"],
+)
+def test_few_passes_accepts(solution, capsys):
+    assert passes(checks.few_passes, solution, capsys)
+
+
+def one_by_one(all_logits, prompt, max_tokens, eos_token_ids):
+    return generate(lambda ids: all_logits(ids)[-1], prompt, max_tokens, eos_token_ids)
+
+
+def takes_the_draft_on_trust(all_logits, prompt, max_tokens, eos_token_ids):
+    ids = list(prompt)
+    while len(ids) - len(prompt) < max_tokens:
+        ids.append(int(all_logits(ids)[-1].argmax()))
+        if ids[-1] in eos_token_ids:
+            break
+        ids += follows(ids, 2)[:4]
+    return ids[len(prompt) :][:max_tokens]
+
+
+def goes_on_after_the_end(all_logits, prompt, max_tokens, eos_token_ids):
+    return few(all_logits, prompt, max_tokens, ())
+
+
+def checks_a_row_too_early(all_logits, *arguments):
+    return few(lambda ids: all_logits(ids).roll(1, 0), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("solution", "told"),
+    [
+        (one_by_one, "expected  [40, 41"),
+        (lambda *arguments: few(*arguments, longest=1), "Check several drafted ids"),
+        (takes_the_draft_on_trust, "Check several drafted ids"),
+        (goes_on_after_the_end, "the end token belongs"),
+        (checks_a_row_too_early, "Nothing repeats here"),
+        (lambda *arguments: few(*arguments, drafted=lambda ids, known: [0]), "Check several drafted ids"),
+    ],
+    ids=["greedy", "drafts-of-one", "on-trust", "no-end", "row-too-early", "always-zero"],
+)
+def test_few_passes_refuses(solution, told):
+    text = message(checks.few_passes, solution)
+    assert told in text and "in at most" in text
+
+
+def test_few_passes_refuses_to_write_into_the_prompt():
+    def solution(all_logits, prompt, *arguments):
+        output = few(all_logits, list(prompt), *arguments)
+        prompt += output
+        return output
+
+    assert "so copy it" in message(checks.few_passes, solution)

@@ -104,21 +104,6 @@ def end_to_end_from_the_first_token(arrival_time, token_times):
     return token_times[0] - arrival_time, mean, token_times[-1] - token_times[0]
 
 
-@right(checks.total_milliseconds)
-def in_seconds_and_back(ttft_ms, itl_ms, num_tokens):
-    return np.float64(1000 * (ttft_ms / 1000 + (num_tokens - 1) * (itl_ms / 1000)))
-
-
-@right(checks.total_milliseconds)
-def as_decimal(ttft_ms, itl_ms, num_tokens):
-    return Decimal(ttft_ms) + (num_tokens - 1) * Decimal(itl_ms)
-
-
-@wrong(checks.total_milliseconds)
-def two_tokens_from_prefill(ttft_ms, itl_ms, num_tokens):
-    return ttft_ms + (num_tokens - 2) * itl_ms
-
-
 @right(checks.temperature_probabilities)
 def scaled_in_place(logits, temperature):
     if temperature == 0:
@@ -169,6 +154,35 @@ def at_least_two(probabilities, top_p):
     gone[:2] = False
     probabilities[places[gone]] = 0.0
     return probabilities / probabilities.sum()
+
+
+@right(checks.few_passes)
+def passes_as_a_generator(all_logits, prompt, max_tokens, eos_token_ids):
+    token_ids, left = np.array(prompt), max_tokens
+    while left:
+        places = [i for i in range(1, len(token_ids) - 1) if list(token_ids[i - 1 : i + 1]) == list(token_ids[-2:])]
+        draft = token_ids[places[-1] + 1 :][:left] if places else token_ids[:0]
+        chosen = all_logits(torch.tensor([*token_ids, *draft]))[len(token_ids) - 1 :].argmax(-1).numpy()
+        agreed = int(np.cumprod(chosen[:-1] == draft).sum())
+        for token_id in chosen[: agreed + 1][:left]:
+            yield token_id
+            left -= 1
+            if token_id in eos_token_ids:
+                return
+            token_ids = np.append(token_ids, token_id)
+
+
+@wrong(checks.few_passes)
+def asks_again_for_each(all_logits, prompt, max_tokens, eos_token_ids):
+    output = list(passes_as_a_generator(all_logits, prompt, max_tokens, eos_token_ids))
+    for written in range(len(output)):
+        all_logits([*prompt, *output[:written]])
+    return output
+
+
+@wrong(checks.few_passes)
+def one_more_than_the_limit(all_logits, prompt, max_tokens, eos_token_ids):
+    return list(passes_as_a_generator(all_logits, prompt, max_tokens + 1, eos_token_ids))
 
 
 # chapter 2 ----------------------------------------------------------------------------------------

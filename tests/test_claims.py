@@ -72,7 +72,7 @@ def test_a_number_in_a_sentence_is_the_computed_one(chapter, cell_id, words):
 
 def test_the_roofline_of_a_card_has_one_crossing():
     """Chapter 1 looks for it, chapter 3 draws it, chapter 9 solves for it, and `costs` knows it."""
-    assert f"computed {CROSSING} tokens" in printed("01", "answer-crossing")
+    assert f"up to {costs.compute_bound_batch(A100_80GB) - 1} tokens" in printed("01", "roofline-numbers")
     assert f"below {costs.compute_bound_batch(A100_80GB) - 1}: bandwidth-bound" in printed("03", "gpu-floor-figure")
     for card in CARDS:
         assert f"{card.name:15} from {costs.compute_bound_batch(card)} requests on" in printed(

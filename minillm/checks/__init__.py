@@ -5,11 +5,11 @@ Lives here: the cases, the comparison and the messages. May import all of minill
 
 from minillm.checks.base import CheckFailed, NotWrittenYet, is_written
 from minillm.checks.chapter_01 import (
+    few_passes,
     greedy_generate,
     request_metrics,
     temperature_probabilities,
     top_p_probabilities,
-    total_milliseconds,
 )
 from minillm.checks.chapter_02 import attention, attention_share, causal_mask, visible_tokens, window_mask
 from minillm.checks.chapter_03 import cache_append, cache_bytes, cached_attend, generate_with_cache, score_endings
@@ -49,6 +49,7 @@ __all__ = [
     "decode_step_seconds",
     "eviction_order",
     "explain",
+    "few_passes",
     "generate_with_cache",
     "greedy_generate",
     "is_written",
@@ -80,7 +81,6 @@ __all__ = [
     "stream_request",
     "temperature_probabilities",
     "top_p_probabilities",
-    "total_milliseconds",
     "utilisation",
     "visible_tokens",
     "wasted_share",

@@ -1,4 +1,4 @@
-"""The exercises of chapter 1: the loop, the times of a request, and how a token is chosen."""
+"""The exercises of chapter 1: the loop, the times of a request, how a token is chosen, and a loop with fewer passes."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ class Answer:
     token_ids: Any
     num_passes: int
     changed_prompt: list | None = None  # the prompt after the call, if that changed it
+    is_budget: bool = False  # fewer passes are right too
 
 
 def greedy_cases() -> Iterable[Case]:
@@ -83,13 +84,15 @@ def observed(function: Callable) -> Callable[..., Answer]:
 
 
 def same_answer(got: Answer, expected: Answer) -> bool:
-    """The same ids, from no more passes, and the prompt as it was."""
+    """The same ids, from as many passes or within the budget, and the prompt as it was."""
     same_ids = same_value(got.token_ids, expected.token_ids)
-    return same_ids and got.num_passes == expected.num_passes and got.changed_prompt is None
+    within = got.num_passes <= expected.num_passes if expected.is_budget else got.num_passes == expected.num_passes
+    return same_ids and within and got.changed_prompt is None
 
 
 def show_answer(answer: Answer) -> str:
     passes = f"{answer.num_passes} forward pass" + ("" if answer.num_passes == 1 else "es")
+    passes = f"at most {passes}" if answer.is_budget else passes
     prompt = "" if answer.changed_prompt is None else f"; it changed the prompt to {answer.changed_prompt}, so copy it"
     return f"{describe(answer.token_ids)} in {passes}{prompt}"
 
@@ -132,24 +135,6 @@ def metrics_case(arrival_time: float, token_times: list[float], hint: str) -> Ca
     gaps = trace.inter_token_latencies("req")
     mean_itl = sum(gaps) / len(gaps) if gaps else 0.0
     return Case((arrival_time, token_times), (trace.ttft("req"), mean_itl, trace.end_to_end("req")), hint)
-
-
-def total_milliseconds(function: Callable) -> None:
-    """Check `total_milliseconds(ttft_ms, itl_ms, num_tokens)` against the end of a trace with these times."""
-    hint_one = "The first token comes out of prefill: after it num_tokens - 1 are left."
-    hint_single = "One token needs the prefill and no decode step."
-    cases = [
-        (200, 20, 100, hint_one),
-        (200, 20, 1, hint_single),
-        (30, 7, 2, "Two tokens: the first from prefill, the second from one decode step."),
-        (0.5, 0.25, 9, hint_one),
-    ]
-    run_check("total_milliseconds", function, (total_case(*each) for each in cases))
-
-
-def total_case(ttft_ms: float, itl_ms: float, num_tokens: int, hint: str) -> Case:
-    trace = trace_of(0.0, [ttft_ms + step * itl_ms for step in range(num_tokens)])
-    return Case((ttft_ms, itl_ms, num_tokens), trace.end_to_end("req"), hint)
 
 
 def trace_of(arrival_time: float, token_times: Sequence[float]) -> Trace:
@@ -209,3 +194,56 @@ def top_p_case(probabilities: list[float], top_p: float, hint: str) -> Case:
             together += probabilities[place]
     expected = [share / together if place in kept else 0.0 for place, share in enumerate(probabilities)]
     return Case((torch.tensor(probabilities), top_p), torch.tensor(expected), hint)
+
+
+# --- fewer passes than tokens ---
+
+
+def few_passes(function: Callable) -> None:
+    """Check `few_passes(all_logits, prompt, max_tokens, eos_token_ids)`: greedy's ids within a budget of passes."""
+    run_check("few_passes", observed(function), few_passes_cases(), same=same_answer, show=show_answer)
+
+
+class Reciter(FakeModel):
+    """Continues a text that it knows by heart, with scores after every id; anything else it continues with nonsense."""
+
+    def __init__(self, text: Sequence[int]):
+        super().__init__("reciter", self.next_id)
+        self.text = list(text)
+        self.size = max(text) + 1  # of the vocabulary
+
+    def next_id(self, token_ids: list[int]) -> int:
+        known = token_ids == self.text[: len(token_ids)] and len(token_ids) < len(self.text)
+        return self.text[len(token_ids)] if known else (7 * sum(token_ids) + 3 * len(token_ids)) % self.size
+
+    def __call__(self, token_ids: Sequence[int]) -> Tensor:
+        """[T] -> [T, vocabulary]: row i depends on the ids up to i alone, as under a causal mask."""
+        self.num_passes += 1
+        ids = [int(token_id) for token_id in token_ids]
+        best = torch.tensor([self.next_id(ids[: end + 1]) for end in range(len(ids))])
+        return -1.0 - (torch.arange(self.size) - best[:, None]).abs().float()
+
+
+def few_passes_cases() -> Iterable[Case]:
+    """A song of five verses with a refrain: 3 new ids, then the same 20, five times. The end is id 79."""
+    refrain = [*range(10, 30)]
+    song = [id_ for verse in range(5) for id_ in (*range(40 + 3 * verse, 43 + 3 * verse), *refrain)]
+    end, verse = (79,), [*refrain[:10], 79, *refrain[10:]]  # an end token in the prompt ends nothing
+
+    def case(prompt: list[int], text: list[int], limit: int, eos: tuple, budget: int, hint: str) -> Case:
+        output = text[len(prompt) :][:limit]
+        output = output[: output.index(eos[0]) + 1] if eos and eos[0] in output else output
+        return Case((Reciter(text), prompt, limit, eos), Answer(output, budget, is_budget=True), hint)
+
+    none = "Nothing repeats here: a pass with an empty draft gives one token."
+    several = "Check several drafted ids in one pass."
+    begin = "Begin with a single id; the end token belongs to the output."
+    stop = "Stop at an end token inside a draft too."
+    return [
+        case([1, 2], [1, 2, *range(40, 79)], 20, end, 20, none),
+        case([1, 2], [1, 2, *song, 79], 115, (), 60, several),
+        case([1], [1, *song[:46], 79], 60, end, 47, begin),
+        case([1, *verse, 2], [1, *verse, 2, *verse], 20, end, 6, stop),
+        case([1, 2], [1, 2, *song], 57, (), 57, "Stop at max_tokens, also inside a draft that the model agrees with."),
+        case([*song[:23], 1], [*song[:23], 1, *refrain[4:], 2, 3], 18, (), 6, "Draft from the prompt too."),
+    ]
