@@ -1,5 +1,6 @@
 """Pictures: what they say in words, what they draw, that they follow their data, and that they leave no trace."""
 
+import io
 import math
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
+import matplotlib.image
 import pytest
 import torch
 from matplotlib.collections import PathCollection, QuadMesh
@@ -32,7 +34,7 @@ from minillm.viz import (
     stacked,
 )
 from minillm.viz import figures as readme_figures
-from minillm.viz.base import drawing_style, number, text_width, token_label
+from minillm.viz.base import PLATE, drawing_style, number, text_width, token_label
 from minillm.viz.palette import GREEN, SERIES_COLORS, STATES, WHITE
 
 TOKENS = ["Once", " upon", " a", " time", ",", " there", " was"]
@@ -491,6 +493,13 @@ def test_saving_twice_gives_the_same_bytes(name, tmp_path):
         assert PICTURES[name]().save(tmp_path / f"second.{kind}").read_bytes() == first
     svg = (tmp_path / "first.svg").read_text()
     assert "<dc:date>" not in svg and str(tmp_path) not in svg
+    assert svg.index(PLATE) < svg.index("<path")  # the first that is drawn
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_opaque_so_that_a_dark_page_does_not_swallow_its_words(name):
+    image = matplotlib.image.imread(io.BytesIO(PICTURES[name]().png()))  # [height, width, RGBA]
+    assert (image[:, :, 3] == 1).all()
 
 
 class Image(HTMLParser):

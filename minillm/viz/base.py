@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import math
+import re
 import textwrap
 import unicodedata
 from abc import ABC, abstractmethod
@@ -23,6 +24,9 @@ TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11, 10, 9  # points; nothing is printed smal
 TEXT_SIGNS = "#.*-_/o+"  # letters of states that stand in the text form alone; a figure shows the box
 LEGEND_LINE = 0.22  # inches, the height of a line of a legend
 SWATCH, SIGN = 0.55, 0.068  # inches that a legend's box and each sign of its name take
+
+# Behind an SVG, instead of the white rectangle that matplotlib draws first: words stay readable on a dark page.
+PLATE = '<rect width="100%" height="100%" rx="6" style="fill: #ffffff"/>'
 
 STYLE = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so that every machine draws the same shapes
@@ -95,8 +99,9 @@ class Picture(ABC):
         return self._bytes("png", step, metadata={"Software": None})
 
     def svg(self, step: int | None = None) -> bytes:
-        """The figure as SVG, the same bytes for the same data."""
-        return self._bytes("svg", step, metadata={"Date": None, "Creator": None})
+        """The figure as SVG on a plate with round corners, the same bytes for the same data."""
+        drawn = self._bytes("svg", step, metadata={"Date": None, "Creator": None}).decode()
+        return re.sub(r'<path d="[^"]*" style="fill: #ffffff"/>', PLATE, drawn, count=1).encode()
 
     def save(self, path: str | Path, step: int | None = None) -> Path:
         """Write the figure (.svg or .png) or the text (.txt) to `path`. Raises PictureError for another ending."""
