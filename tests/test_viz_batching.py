@@ -26,6 +26,7 @@ from minillm.viz import (
     PaddingSteps,
     Panels,
     PictureError,
+    Places,
     PolicyTimelines,
     RunOverview,
     Timeline,
@@ -69,6 +70,7 @@ def boxes_of(axes, gid: str) -> list[Rectangle]:
 
 PICTURES = {
     "policies": lambda: PolicyTimelines(batching_traces(), title="Three ways"),
+    "places": lambda: Places(batching_traces(), title="Three ways"),
     "timeline": lambda: Timeline(padded_trace(), "tokens"),
     "composition": lambda: BatchComposition(batching_traces()["continuous"], BUDGET, title="Steps"),
     "rectangle": lambda: PaddingRectangle([2, 5, 10], title="Static"),
@@ -76,6 +78,43 @@ PICTURES = {
     "blocks": lambda: BlockMaskSteps(batching_traces()["continuous"], title="Blocks"),
     "load": lambda: LoadCurves([1, 2, 4], {"all": [1, 2, 2.5]}, {"p50": [0.1, 0.2, 3], "p99": [0.2, 0.6, 9]}, slo=0.5),
 }
+
+
+# --- places ---
+
+
+def test_a_place_is_held_to_the_last_step_and_then_given_to_the_next():
+    picture = Places({"padded": padded_trace()})
+    assert picture.text() == (
+        "padded: 4 steps, 75% of the places in use\n"
+        "  0 |PDDP\n"
+        "  1 |PDx\n"
+        "\n"
+        "a column is 1 step; P prefill   D decode   x padding"
+    )
+    assert {(stay.place, stay.request_id) for stay in picture.stays["padded"]} == {(0, "a"), (1, "b"), (0, "c")}
+
+
+def test_places_are_those_of_the_trace():
+    traces = batching_traces()
+    picture = Places(traces)
+    for name, trace in traces.items():
+        found = picture.stays[name]
+        assert picture.num_places[name] <= 3
+        taken = Counter((stay.place, step) for stay in found for step in range(stay.start, stay.end))
+        assert set(taken.values()) == {1}  # nobody shares a place
+        useful = sum(stay.end - stay.start for stay in found if stay.state != "padding")
+        real = sum(len({p.request_id for p in step.scheduled if p.why != "padding"}) for step in trace.steps)
+        assert useful == real
+    (axes,) = picture.figure().axes
+    assert len(boxes_of(axes, "static:padding")) == sum(stay.state == "padding" for stay in picture.stays["static"])
+    assert "padding" not in {stay.state for stay in picture.stays["continuous"]}
+
+
+def test_places_want_a_step():
+    for traces in ({}, {"a": Trace()}):
+        with pytest.raises(PictureError, match="each with a step"):
+            Places(traces)
 
 
 # --- timelines of batches ---

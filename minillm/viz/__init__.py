@@ -31,6 +31,7 @@ from minillm.viz.load import LoadCurves, LoadPoint, ThroughputLatency
 from minillm.viz.memory_access import WarpAccess
 from minillm.viz.memory_traffic import MemoryTraffic
 from minillm.viz.overview import RunOverview
+from minillm.viz.places import Places
 from minillm.viz.policies import PolicyTimelines
 from minillm.viz.pool import PoolUse, ReservedAgainstPaged
 from minillm.viz.prefill_tiles import PrefillTiles
@@ -70,6 +71,7 @@ __all__ = [
     "Panels",
     "Picture",
     "PictureError",
+    "Places",
     "PolicyTimelines",
     "PoolState",
     "PoolUse",

@@ -20,6 +20,28 @@ def causal_mask() -> Picture:
     return MaskGrid(causal(len(TOKENS)), TOKENS, title="A token sees itself and what came before")
 
 
+def batching() -> Picture:
+    """The course's 64 requests under static and continuous batching: the same model, cache and places, for real."""
+    from minillm import load_model
+    from minillm.engine import SchedulerConfig
+    from minillm.ladder import ContiguousExecutor
+    from minillm.simulation import compare_batching, course_requests
+    from minillm.viz.places import Places
+
+    model, _ = load_model("storyteller")
+    requests = course_requests(vocab_size=model.config.num_sampled_ids)
+    config = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=512)
+    runs = compare_batching(
+        requests, config, lambda: ContiguousExecutor(model, 16, 512), batching=["static", "continuous"]
+    )
+    static, continuous = (run.trace for run in runs.values())
+    title = (
+        f"The same {len(requests)} requests in 16 places: {len(static.steps)} forward passes in static batches, "
+        f"{len(continuous.steps)} in a continuous one"
+    )
+    return Places({"static": static, "continuous": continuous}, title=title)
+
+
 def timeline() -> Picture:
     """The storyteller goes on from the running example; drawn in steps, so that no clock is in the picture."""
     from minillm import SamplingParams, encode, generate_cached, load_model, token_texts
@@ -61,6 +83,7 @@ def memory_access() -> Picture:
 
 
 FIGURES = {
+    "batching.svg": batching,
     "block_tables.svg": block_tables,
     "causal_mask.svg": causal_mask,
     "memory_access.svg": memory_access,
