@@ -1,7 +1,5 @@
 """Chapter 7's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
-import heapq
-
 import numpy as np
 import pytest
 
@@ -108,7 +106,7 @@ def schedule_only_decodes_while_any_run(running, waiting, budget, max_num_seqs):
         (schedule_prompts_first, "Decodes come before the rest of a prompt"),
         (schedule_in_order_of_admission, "Decodes come before the rest of a prompt"),
         (schedule_without_a_budget, "expected  [('c', 10)]"),
-        (schedule_without_a_limit_of_requests, "Admit nobody beyond max_num_seqs"),
+        (schedule_without_a_limit_of_requests, "Admit no request beyond max_num_seqs"),
         (schedule_overtaking, "D gets the 190 that are left"),
         (schedule_only_decodes_while_any_run, "D gets the 190 that are left"),
         (lambda *args: None, "got       None"),
@@ -120,8 +118,8 @@ def test_schedule_step_refuses(wrong, told):
     assert told in message(checks.schedule_step, wrong)
 
 
-def except_in_the_puzzle(change):
-    """Right in the single steps of the check (budgets of 2, 6, 10 and 1000), `change` in the puzzle (256)."""
+def except_in_the_run(change):
+    """Right in the single steps of the check (budgets of 2, 6, 10 and 1000), `change` in the whole run (256)."""
 
     def function(running, waiting, budget, max_num_seqs):
         plan = schedule(running, waiting, budget, max_num_seqs)
@@ -148,7 +146,7 @@ def prompts_first(plan, running, waiting):
         (stingy, "cut prompts into chunks"),
         (without_chunks, "got       makespan"),
         (prompts_first, "got       longest gap"),
-        (lambda plan, *_: [], "somebody computes something"),
+        (lambda plan, *_: [], "at least one token"),
         (lambda plan, *_: [(name, num + 300) for name, num in plan], "at most what remains"),
         (lambda plan, *_: [*plan, ("nobody", 1)], "Use the ids you were given"),
         (lambda plan, *_: plan + plan, "each of them once"),
@@ -157,164 +155,160 @@ def prompts_first(plan, running, waiting):
     ],
     ids=["stingy", "one at a time", "prompts first", "idle", "too many", "unknown", "twice", "no budget", "no limit"],
 )
-def test_the_puzzle_refuses(change, told):
-    assert told in message(checks.schedule_step, except_in_the_puzzle(change))
+def test_the_whole_run_refuses(change, told):
+    assert told in message(checks.schedule_step, except_in_the_run(change))
 
 
-# tokens_static, steps_continuous -------------------------------------------------------------------
+# serve_continuously -------------------------------------------------------------------------------
 
 
-def tokens_by_counting(lengths, batch_size):
-    """Step by step, row by row."""
-    lengths, computed = list(lengths), 0
-    while lengths:
-        batch, lengths = lengths[:batch_size], lengths[batch_size:]
-        while any(left > 0 for left in batch):
-            computed += len(batch)
-            batch = [left - 1 for left in batch]
-    return computed
-
-
-def tokens_in_one_line(lengths, size):
-    return np.sum([len(lengths[i : i + size]) * max(lengths[i : i + size]) for i in range(0, len(lengths), size)])
-
-
-@pytest.mark.parametrize("right", [tokens_by_counting, tokens_in_one_line])
-def test_tokens_static_accepts(right, capsys):
-    assert passes(checks.tokens_static, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda lengths, size: sum(lengths), "until the longest has ended"),
-        (lambda lengths, size: tokens_by_counting(sorted(lengths), size), "Sorting is not allowed"),
-        (lambda lengths, size: tokens_by_counting(lengths, size) // size, "got       3"),  # steps
-        (lambda lengths, size: size * sum(max(lengths[i : i + size]) for i in range(0, len(lengths), size)), "one row"),
-        (lambda lengths, size: len(lengths) * max(lengths), "2 * 9 + 2 * 3"),
-    ],
-    ids=["useful", "sorted", "steps", "full last batch", "one batch"],
-)
-def test_tokens_static_refuses(wrong, told):
-    assert told in message(checks.tokens_static, wrong)
-
-
-def steps_by_simulation(lengths, batch_size):
-    """Step by step."""
-    waiting, running, steps = list(lengths), [], 0
+def serve(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    """With a record for each request."""
+    state = {name: {"ids": [*ids], "done": 0, "new": []} for name, ids in prompts.items()}
+    waiting, running = list(prompts), []
     while waiting or running:
-        while waiting and len(running) < batch_size:
-            running.append(waiting.pop(0))
-        running = [left - 1 for left in running if left > 1]
-        steps += 1
-    return steps
+        left = {name: len(each["ids"]) - each["done"] for name, each in state.items()}
+        plan = schedule([(n, left[n]) for n in running], [(n, left[n]) for n in waiting], budget, max_num_seqs)
+        plan = dict(plan)
+        tokens = machine.compute({n: state[n]["ids"][state[n]["done"] :][:num] for n, num in plan.items()})
+        for name, num in plan.items():
+            each = state[name]
+            each["done"] += num
+            if name in waiting:
+                waiting.remove(name)
+                running.append(name)
+            if each["done"] < len(each["ids"]):
+                continue
+            each["ids"].append(tokens[name])
+            each["new"].append(tokens[name])
+            if tokens[name] in machine.eos_token_ids or len(each["new"]) >= max_tokens[name]:
+                running.remove(name)
+                machine.forget(name)
+    return {name: tuple(each["new"]) for name, each in state.items()}
 
 
-def steps_with_a_heap(lengths, batch_size):
-    free = [0] * batch_size
-    for length in lengths:
-        heapq.heappush(free, heapq.heappop(free) + length)
-    return float(max(free))
+def serve_from_the_other_end(*args):
+    """The order of the dict does not matter, and numpy's numbers are numbers."""
+    return {name: np.array(ids) for name, ids in reversed(serve(*args).items())}
 
 
-@pytest.mark.parametrize("right", [steps_by_simulation, steps_with_a_heap])
-def test_steps_continuous_accepts(right, capsys):
-    assert passes(checks.steps_continuous, right, capsys)
+@pytest.mark.parametrize("right", [serve, serve_from_the_other_end])
+def test_serve_continuously_accepts(right, capsys):
+    assert passes(checks.serve_continuously, right, capsys)
 
 
-def steps_in_turn(lengths, batch_size):
-    """Places by turns instead of the one that is free."""
-    return max((sum(lengths[place::batch_size]) for place in range(batch_size)), default=0)
+class Changed:
+    """A machine between the loop and the real one, to make a right loop wrong."""
+
+    def __init__(self, machine, **changes):
+        self.machine, self.changes = machine, changes
+
+    def __getattr__(self, name):
+        return self.changes.get(name) or getattr(self.machine, name)
+
+
+def serve_on(change):
+    """The right loop, on a machine that is changed."""
+    return lambda *args: serve(*args[:-1], change(args[-1]))
+
+
+def one_at_a_time(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    return {name: serve({name: ids}, max_tokens, budget, 1, schedule, machine)[name] for name, ids in prompts.items()}
+
+
+def first_batch_first(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    """Static: the next batch when all of this one have ended."""
+    names, outputs = list(prompts), {}
+    while names:
+        batch, names = names[:max_num_seqs], names[max_num_seqs:]
+        chosen = {name: prompts[name] for name in batch}
+        outputs |= serve(chosen, max_tokens, budget, max_num_seqs, schedule, machine)
+    return outputs
+
+
+def one_too_many(prompts, max_tokens, *others):
+    return serve(prompts, {name: num + 1 for name, num in max_tokens.items()}, *others)
+
+
+def without_the_prompt(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    return machine.compute({name: [ids[-1]] for name, ids in prompts.items()})
+
+
+def counts_every_row(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    """Takes the row of a chunk for a new token."""
+    tokens = {name: list(ids) for name, ids in prompts.items()}
+    computed, running, waiting = dict.fromkeys(prompts, 0), [], list(prompts)
+    while running or waiting:
+        lists = [[(name, len(tokens[name]) - computed[name]) for name in names] for names in (running, waiting)]
+        plan = dict(schedule(*lists, budget, max_num_seqs))
+        new = {name: tokens[name][computed[name] : computed[name] + num] for name, num in plan.items()}
+        for name, token in machine.compute(new).items():
+            computed[name] += plan[name]
+            if name in waiting:
+                waiting.remove(name)
+                running.append(name)
+            tokens[name].append(token)
+            if len(tokens[name]) == len(prompts[name]) + max_tokens[name]:
+                running.remove(name)
+                machine.forget(name)
+    return {name: tokens[name][len(prompts[name]) :] for name in prompts}
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda lengths, size: sum(max(lengths[i : i + size]) for i in range(0, len(lengths), size)), "9 is busy"),
-        (lambda lengths, size: -(-sum(lengths) // size), "nothing is gained on the longest"),
-        (lambda lengths, size: max([*lengths, -(-sum(lengths) // size)], default=0), "begins when the second has"),
-        (steps_in_turn, "9 is busy"),
-        (lambda lengths, size: steps_by_simulation(sorted(lengths, reverse=True), size), "The third begins when"),
+        (one_at_a_time, "All three share each pass"),
+        (first_batch_first, "another one may run in the next pass"),
+        (one_too_many, "the pass over the prompt already gives it"),
+        (without_the_prompt, "compute each token once"),
+        (counts_every_row, "row of an earlier chunk"),
+        (serve_on(lambda machine: Changed(machine, forget=lambda name: None)), "1 caches left"),
+        (serve_on(lambda machine: Changed(machine, eos_token_ids=[-1])), "eos_token_ids"),
+        (lambda *args: list(serve(*args).values()), "got       {}"),
+        (lambda *args: None, "got       None"),
     ],
-    ids=["static", "perfect", "bound", "by turns", "sorted"],
+    ids=["alone", "static", "one more", "last token", "chunks", "keeps caches", "no eos", "a list", "nothing"],
 )
-def test_steps_continuous_refuses(wrong, told):
-    assert told in message(checks.steps_continuous, wrong)
+def test_serve_continuously_refuses(wrong, told):
+    assert told in message(checks.serve_continuously, wrong)
 
 
-# sjf_order ----------------------------------------------------------------------------------------
+# queue_order --------------------------------------------------------------------------------------
 
 
-def order_by_repeated_minimum(requests, now, ageing):
-    left, ids = list(requests), []
+def shortest_first(lengths, places):
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def until_too_late(lengths, places):
+    """Shortest first, but a long answer starts when it could not end in time any more."""
+    end, left, free, order = max(max(lengths), sum(lengths) / places), shortest_first(lengths, places), [0] * places, []
     while left:
-        best = min(left, key=lambda request: request[2] - ageing * (now - request[1]))
-        left.remove(best)
-        ids.append(best[0])
-    return tuple(ids)
+        free.sort()
+        late = free[0] + lengths[left[0]] + lengths[left[-1]] > end
+        order.append(left.pop(-1 if late else 0))
+        free[0] += lengths[order[-1]]
+    return order
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        order_by_repeated_minimum,
-        lambda requests, now, ageing: [r[0] for r in sorted(requests, key=lambda r: r[2] + ageing * r[1])],
-    ],
-    ids=["minimum", "without now"],
-)
-def test_sjf_order_accepts(right, capsys):
-    assert passes(checks.sjf_order, right, capsys)
-
-
-def by(score):
-    return lambda requests, now, ageing: [r[0] for r in sorted(requests, key=lambda r: score(r, now, ageing))]
+@pytest.mark.parametrize("right", [until_too_late, lambda *args: np.array(until_too_late(*args))])
+def test_queue_order_accepts(right, capsys):
+    assert passes(checks.queue_order, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (by(lambda r, now, ageing: r[2]), "strong ageing"),
-        (by(lambda r, now, ageing: r[1]), "Hardly any ageing"),
-        (by(lambda r, now, ageing: r[2] + ageing * (now - r[1])), "strong ageing"),
-        (by(lambda r, now, ageing: r[2] - ageing * r[1]), "strong ageing"),
-        (by(lambda r, now, ageing: (r[2] - ageing * (now - r[1]), [-ord(r[0])])), "stay in the order given"),
-        (lambda requests, now, ageing: requests, "got       [('a'"),
+        (lambda lengths, places: list(range(len(lengths))), "beside empty places"),
+        (shortest_first, "got       534 steps"),
+        (lambda *args: shortest_first(*args)[::-1], "got       mean end in step 313.5"),
+        (lambda *args: shortest_first(*args)[-6:] + shortest_first(*args)[:-6], "beside empty places"),
+        (lambda *args: shortest_first(*args)[1:], "from 0 to 63 exactly once"),
+        (lambda *args: [*shortest_first(*args), 0], "from 0 to 63 exactly once"),
+        (lambda lengths, places: sorted(lengths), "from 0 to 63 exactly once"),
+        (lambda lengths, places: None, "got       None"),
     ],
-    ids=["no ageing", "fcfs", "wrong sign", "arrival only", "unstable", "not the ids"],
+    ids=["fcfs", "sjf", "longest", "six long first", "one missing", "one twice", "lengths", "nothing"],
 )
-def test_sjf_order_refuses(wrong, told):
-    assert told in message(checks.sjf_order, wrong)
-
-
-# load_at_slo --------------------------------------------------------------------------------------
-
-
-def load_by_first_break(rates, p99_ttft, slo):
-    broken = [place for place, ttft in enumerate(p99_ttft) if ttft > slo]
-    kept = rates[: broken[0]] if broken else rates
-    return kept[-1] if kept else 0.0
-
-
-def load_with_numpy(rates, p99_ttft, slo):
-    good = np.cumprod(np.array(p99_ttft) <= slo)
-    return np.max(np.array(rates) * good)
-
-
-@pytest.mark.parametrize("right", [load_by_first_break, load_with_numpy])
-def test_load_at_slo_accepts(right, capsys):
-    assert passes(checks.load_at_slo, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda rates, ttft, slo: max([r for r, t in zip(rates, ttft, strict=True) if t <= slo], default=0), "lucky"),
-        (lambda rates, ttft, slo: max([r for r, t in zip(rates, ttft, strict=True) if t < slo], default=0), "use <="),
-        (lambda rates, ttft, slo: max([r for r, t in zip(rates, ttft, strict=True) if t <= slo]), "raised"),
-        (lambda rates, ttft, slo: sum(t <= slo for t in ttft), "expected  4.0"),
-        (lambda rates, ttft, slo: next((r for r, t in zip(rates, ttft, strict=True) if t > slo), 0), "got       8.0"),
-    ],
-    ids=["any", "strictly", "none", "place", "first break"],
-)
-def test_load_at_slo_refuses(wrong, told):
-    assert told in message(checks.load_at_slo, wrong)
+def test_queue_order_refuses(wrong, told):
+    assert told in message(checks.queue_order, wrong)

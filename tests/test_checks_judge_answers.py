@@ -586,61 +586,61 @@ def schedule_with_nothings(running, waiting, budget, max_num_seqs):
     return [(request_id, plan.get(request_id, 0)) for request_id, _ in running + waiting]
 
 
-@right(checks.tokens_static)
-def tokens_batch_by_batch(lengths, batch_size):
-    computed = np.int64(0)
-    while lengths:
-        batch = [lengths.pop(0) for _ in range(min(batch_size, len(lengths)))]
-        computed += len(batch) * max(batch)
-    return computed
+@right(checks.serve_continuously)
+def tokens_as_they_come(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    left, waiting, running, new = {n: [*ids] for n, ids in prompts.items()}, [*prompts], [], {n: [] for n in prompts}
+    while running or waiting:
+        lists = [[(name, len(left[name])) for name in names] for names in (running, waiting)]
+        plan = dict(schedule(*lists, budget, max_num_seqs))
+        running += [name for name in waiting if name in plan]
+        waiting = waiting[sum(name in plan for name in waiting) :]
+        passed = machine.compute({name: tuple(left[name].pop(0) for _ in range(num)) for name, num in plan.items()})
+        for name in [name for name in passed if not left[name]]:
+            left[name].append(passed[name])
+            new[name].append(np.int64(passed[name]))
+            if passed[name] in machine.eos_token_ids or len(new[name]) == max_tokens[name]:
+                running.remove(name)
+                machine.forget(name)
+    return new
 
 
-@wrong(checks.tokens_static)
-def tokens_of_full_batches(lengths, batch_size):
-    return sum(batch_size * max(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size))
+@wrong(checks.serve_continuously)
+def all_prompts_again(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    """No cache: computes prompt and answer anew for each token."""
+    new = {name: [] for name in prompts}
+    for name, ids in prompts.items():
+        while len(new[name]) < max_tokens[name]:
+            new[name].append(machine.compute({name: [*ids, *new[name]]})[name])
+        machine.forget(name)
+    return new
 
 
-@right(checks.steps_continuous)
-def steps_while_there_are_lengths(lengths, batch_size):
-    places = [Fraction()] * batch_size
-    while lengths:
-        places.sort()
-        places[0] += lengths.pop(0)
-    return max(places)
+@wrong(checks.serve_continuously)
+def a_pass_for_each_request(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+    new = {}
+    for name in prompts:
+        own = {name: prompts[name]}
+        new |= tokens_as_they_come(own, max_tokens, budget, max_num_seqs, schedule, machine)
+    return new
 
 
-@wrong(checks.steps_continuous)
-def steps_of_the_sum(lengths, batch_size):
-    return math.ceil(sum(lengths) / batch_size)
+@right(checks.queue_order)
+def queue_from_behind(lengths, places):
+    """Longest first from the end of time backwards, the short ones before them."""
+    numbers = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    end, free = max(max(lengths), sum(lengths) / places), [Fraction()] * places
+    while numbers:
+        first = free.index(min(free))
+        late = free[first] + lengths[numbers[0]] + lengths[numbers[-1]] > end
+        number = numbers.pop(-late)
+        free[first] += lengths[number]
+        yield np.int64(number)
 
 
-@right(checks.sjf_order)
-def sorted_where_they_lie(requests, now, ageing):
-    requests.sort(key=lambda request: request[2] + ageing * request[1])
-    return {request[0]: None for request in requests}.keys()
-
-
-@right(checks.sjf_order)
-def names_as_they_come(requests, now, ageing):
-    return (request[0] for request in sorted(requests, key=lambda request: request[2] - ageing * (now - request[1])))
-
-
-@wrong(checks.sjf_order)
-def longest_first(requests, now, ageing):
-    return [name for name, *_ in sorted(requests, key=lambda r: ageing * (now - r[1]) - r[2])][::-1]
-
-
-@right(checks.load_at_slo)
-def load_while_popping(rates, p99_ttft, slo):
-    best = Fraction(0)
-    while rates and p99_ttft.pop(0) <= slo:
-        best = Fraction(rates.pop(0))
-    return best
-
-
-@wrong(checks.load_at_slo)
-def load_that_breaks(rates, p99_ttft, slo):
-    return next((rate for rate, ttft in zip(rates, p99_ttft, strict=True) if ttft > slo), rates[-1])
+@wrong(checks.queue_order)
+def short_and_long_in_turns(lengths, places):
+    numbers = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    return [numbers.pop(-(len(numbers) % 2)) for _ in range(len(numbers))]
 
 
 # chapter 8 ----------------------------------------------------------------------------------------

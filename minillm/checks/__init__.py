@@ -16,7 +16,7 @@ from minillm.checks.chapter_03 import cache_append, cache_bytes, cached_attend, 
 from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges, num_chunks
 from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_batch_tokens
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
-from minillm.checks.chapter_07 import load_at_slo, schedule_step, sjf_order, steps_continuous, tokens_static
+from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuously
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
 from minillm.checks.chapter_09 import compute_bound_batch, decode_step_seconds, key_number
 from minillm.checks.chapter_09_kernel import my_decode
@@ -58,7 +58,6 @@ __all__ = [
     "key_reads",
     "last_rows",
     "left_pad",
-    "load_at_slo",
     "my_decode",
     "needs",
     "num_chunks",
@@ -66,18 +65,17 @@ __all__ = [
     "padding_mask",
     "prediction",
     "prefix_hash",
+    "queue_order",
     "read_log",
     "request_metrics",
     "restarting_positions",
     "run_engine",
     "schedule_step",
     "score_endings",
+    "serve_continuously",
     "setting_with",
-    "sjf_order",
     "sse_events",
-    "tokens_static",
     "static_batch_tokens",
-    "steps_continuous",
     "stream_request",
     "temperature_probabilities",
     "top_p_probabilities",

@@ -1,15 +1,15 @@
-"""Chapter 7, continuous batching: who computes what in a step, what it gains, whose turn it is, under how much load."""
+"""Chapter 7, continuous batching: who computes what in a step, the loop around it, and an order that wastes little."""
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from minillm.checks.base import Case, CheckFailed, as_list, call, describe, failure, number_of, run_check
+from minillm.checks.base import Case, CheckFailed, as_list, call, describe, failure, number_of, run_check, same_value
 from minillm.costs import A100_80GB, LLAMA_2_7B
 from minillm.engine import Request, Scheduler, SchedulerConfig
 from minillm.runtime import SchedulerOutput
-from minillm.simulation import Roofline, SimulatedExecutor, VirtualClock, lognormal, make_requests, report, run, uniform
+from minillm.simulation import Roofline, SimulatedExecutor, VirtualClock, course_requests, report, run
 
 Plan = dict[str, int]  # request id -> tokens to compute; a request that gets none is not in it
 
@@ -18,7 +18,7 @@ Plan = dict[str, int]  # request id -> tokens to compute; a request that gets no
 
 
 class Score(NamedTuple):
-    """What a scheduler made of the workload that is the puzzle."""
+    """How a scheduler served the course's 64 requests."""
 
     num_steps: int
     makespan: float  # seconds
@@ -27,15 +27,15 @@ class Score(NamedTuple):
     most_running: int
 
 
-PUZZLE_CONFIG = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=4096)
+WORKLOAD_CONFIG = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=4096)
 MARGIN = 1.01  # times the reference's makespan and longest gap
 
 
 def schedule_step(function: Callable) -> None:
-    """`schedule_step(running, waiting, budget, max_num_seqs)` -> (id, num_tokens) pairs; then a puzzle to beat.
+    """`schedule_step(running, waiting, budget, max_num_seqs)` -> (id, num_tokens) pairs; then a whole run.
 
-    The puzzle: the function schedules a whole workload on a virtual clock. It may break no limit, and must need no
-    longer than the reference scheduler.
+    In the run the function schedules the course's 64 requests on a virtual clock. It may break no limit, and must need
+    no longer than the reference scheduler.
     """
     cases = list(_schedule_cases())
     for case in cases:
@@ -44,16 +44,16 @@ def schedule_step(function: Callable) -> None:
             raise CheckFailed(failure("schedule_step", case, f"got       {describe(got)}", describe(case.expected)))
     yours, reference = _score(_ReadersScheduler(function)), _score(_reference())
     for name, hint in (
-        ("makespan", "No token of the budget may stay free while somebody waits for it: cut prompts into chunks."),
-        ("longest_gap", "Whoever is decoding gets its token in every step, before any prompt gets one."),
+        ("makespan", "No token of the budget may stay free while a prompt waits for it: cut prompts into chunks."),
+        ("longest_gap", "Every decoding request gets its token in each step, before any prompt gets one."),
     ):
         mine, best = getattr(yours, name), getattr(reference, name)
         if mine > MARGIN * best:
             raise CheckFailed(
-                "✗ schedule_step\n  call      the workload of the puzzle\n"
+                "✗ schedule_step\n  call      the course's 64 requests, on a simulated A100\n"
                 f"  got       {name.replace('_', ' ')} {mine:.3f} s\n  expected  {best:.3f} s\n  hint      {hint}"
             )
-    print(f"✓ schedule_step: {len(cases)} cases, and the puzzle:")
+    print(f"✓ schedule_step: {len(cases)} cases, and the course's 64 requests:")
     print("             steps  makespan  longest gap  most tokens a step  most requests")
     for name, score in (("yours", yours), ("reference", reference)):
         times = f"{score.makespan:7.2f} s {score.longest_gap * 1000:9.1f} ms"
@@ -61,11 +61,11 @@ def schedule_step(function: Callable) -> None:
 
 
 def _schedule_cases() -> Iterator[Case]:
-    decodes_first = "First everybody who runs, one after the other: min(remaining, what is left of the budget)."
+    decodes_first = "Running requests come first: each gets min(remaining, what is left of the budget)."
     cut = "A prompt that is longer than what is left of the budget gets what is left: a chunk."
-    full = "Admit nobody beyond max_num_seqs, however much of the budget is left."
+    full = "Admit no request beyond max_num_seqs, however much of the budget is left."
     yield Case(([("a", 1), ("b", 1)], [], 10, 4), [("a", 1), ("b", 1)], decodes_first)
-    yield Case(([], [("c", 5)], 10, 4), [("c", 5)], "With nobody running, the first who waits is admitted.")
+    yield Case(([], [("c", 5)], 10, 4), [("c", 5)], "With nothing running, the first waiting request is admitted.")
     yield Case(([], [("c", 25)], 10, 4), [("c", 10)], cut)
     yield Case(([("c", 15), ("a", 1)], [], 10, 4), [("a", 1), ("c", 9)], "Decodes come before the rest of a prompt.")
     yield Case(
@@ -80,7 +80,7 @@ def _schedule_cases() -> Iterator[Case]:
         [("a", 1), ("b", 5)],
         "First come, first served: c does not overtake b, even if it would fit.",
     )
-    in_order = "Whoever runs goes before whoever waits, and each group keeps the order given."
+    in_order = "Running requests go before waiting ones, and each group keeps the order given."
     yield Case(([("a", 9)], [("b", 5)], 10, 4), [("a", 9), ("b", 1)], in_order)
     yield Case(([("a", 9), ("b", 5)], [], 10, 4), [("a", 9), ("b", 1)], in_order)
     nothing = "The budget is used up: c gets nothing, and is not in the plan."
@@ -108,7 +108,7 @@ class _ReadersScheduler(Scheduler):
     """Continuous batching in which the reader's function decides."""
 
     def __init__(self, function: Callable):
-        super().__init__(PUZZLE_CONFIG, VirtualClock())
+        super().__init__(WORKLOAD_CONFIG, VirtualClock())
         self.function = function
 
     def _fill(self, plan: SchedulerOutput) -> None:
@@ -125,7 +125,7 @@ class _ReadersScheduler(Scheduler):
             self._add(plan, request, tokens[request.request_id])
 
     def _answer(self, running: list, waiting: list) -> Plan:
-        """The reader's plan; refused if it breaks a limit, overtakes, or leaves everybody idle."""
+        """The reader's plan; refused if it breaks a limit, overtakes, or schedules nothing."""
         budget, seats = self.config.max_num_batched_tokens, self.config.max_num_seqs
         case = Case((list(running), list(waiting), budget, seats), None, "")
         answer = call("schedule_step", self.function, case, describe)
@@ -138,11 +138,17 @@ class _ReadersScheduler(Scheduler):
         elif sum(tokens.values()) > budget:
             broken = f"at most {budget} tokens together", "Subtract each request's tokens from the budget."
         elif len(running) + sum(request_id in tokens for request_id, _ in waiting) > seats:
-            broken = f"at most {seats} requests that run", "Those who run and do not compute count too."
+            broken = (
+                f"at most {seats} requests that run",
+                "Running requests that compute nothing in this step count too.",
+            )
         elif any(request_id in tokens for request_id, _ in list(waiting)[_admitted(tokens, waiting) :]):
-            broken = "nobody overtakes in the queue", "Stop admitting at the first request that gets nothing."
+            broken = (
+                "no request overtakes another in the queue",
+                "Stop admitting at the first request that gets nothing.",
+            )
         elif not tokens:
-            broken = "somebody computes something", "While anybody runs or waits, an empty step would go on for ever."
+            broken = "at least one token", "While any request runs or waits, an empty step would repeat for ever."
         if broken is not None:
             rule, hint = broken
             told = failure("schedule_step", Case(case.args, rule, hint), f"got       {describe(answer)}", rule)
@@ -160,12 +166,12 @@ def _remaining(request: Request) -> int:
 
 
 def _reference() -> Scheduler:
-    return Scheduler(PUZZLE_CONFIG, VirtualClock())
+    return Scheduler(WORKLOAD_CONFIG, VirtualClock())
 
 
 def _score(scheduler: Scheduler) -> Score:
-    """Sixty requests, long prompts among them, on a card that need not be there."""
-    requests = make_requests(60, lognormal(60, 1.2, 1500), uniform(4, 60), arrivals="poisson", rate=40.0, seed=7)
+    """The course's 64 requests, 40 a second, on a card that need not be there."""
+    requests = course_requests(arrivals="poisson", rate=40.0)
     clock = scheduler.clock
     trace = run(scheduler, SimulatedExecutor(Roofline(LLAMA_2_7B, A100_80GB), clock), requests, clock)
     most_tokens = max(step.num_tokens for step in trace.steps)
@@ -174,95 +180,200 @@ def _score(scheduler: Scheduler) -> Score:
     return Score(figures.num_steps, figures.makespan, figures.itl.max, most_tokens, most_running)
 
 
-# --- static against continuous ---------------------------------------------------------------------------------------
+# --- serve_continuously ----------------------------------------------------------------------------------------------
+
+END = 0  # the counting machine's end-of-sequence token
+MANY_PASSES = 1000
 
 
-def tokens_static(function: Callable) -> None:
-    """`tokens_static(lengths, batch_size)` -> computed tokens of static batches: everybody waits for the longest."""
-    hints = {
-        ((3, 3, 3), 3): "Three rows for three steps.",
-        ((1, 2, 9), 3): "All rows are computed until the longest has ended: 3 rows for 9 steps.",
-        ((1, 9, 2, 3), 2): "Two batches, in the order given: 2 * 9 + 2 * 3. Sorting is not allowed.",
-        ((5, 4, 7), 2): "The last batch has only one row: 2 * 5 + 1 * 7.",
-        ((4,), 8): "One request makes a batch of one row.",
-        ((8, 1, 1, 1, 8, 1, 1, 1), 4): "One long request in each batch keeps three rows of padding.",
-        ((), 4): "No requests, no tokens.",
-    }
+class Served(NamedTuple):
+    """What a serving loop returned, and what the machine counted meanwhile."""
+
+    outputs: dict[str, list[int]] | None
+    num_passes: int
+    num_tokens: int  # computed, over all passes
+    num_caches: int  # still held at the end
+
+
+class CountingMachine:
+    """Stands in for the model: a request's next token depends on all its tokens so far, and every token is counted.
+
+    It has what the machine of the notebook has: `compute`, `forget` and `eos_token_ids`.
+    """
+
+    eos_token_ids = (END,)
+
+    def __init__(self, prompts: Mapping[str, Sequence[int]], max_num_seqs: int):
+        self.prompts, self.max_num_seqs = prompts, max_num_seqs
+        self.caches: dict[str, list[int]] = {}  # request id -> the tokens computed so far
+        self.num_passes = self.num_tokens = 0
+
+    def compute(self, new_tokens: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """One pass. Raises ValueError if the tokens are not the next ones of their requests."""
+        if not new_tokens or not all(new_tokens.values()):
+            raise ValueError("a pass needs at least one token for each request in it")
+        if self.num_passes == MANY_PASSES:
+            raise ValueError(f"{MANY_PASSES} passes, and the loop does not end")
+        for request_id, token_ids in new_tokens.items():
+            cache = self.caches.setdefault(request_id, [])
+            for token_id in token_ids:
+                if token_id != (expected := self._next(request_id, cache)):
+                    told = f"the token behind {len(cache)} computed ones of {request_id!r} is {expected}"
+                    raise ValueError(f"{told}, not {describe(token_id)}; compute each token once")
+                cache.append(int(token_id))
+                self.num_tokens += 1
+        if len(self.caches) > self.max_num_seqs:
+            raise ValueError(f"{len(self.caches)} requests hold a cache, the limit is {self.max_num_seqs}: forget")
+        self.num_passes += 1
+        return {request_id: self._next(request_id, self.caches[request_id], predict=True) for request_id in new_tokens}
+
+    def forget(self, request_id: str) -> None:
+        """Drop the cache of a request that has ended. Raises KeyError if there is none."""
+        del self.caches[request_id]
+
+    def _next(self, request_id: str, cache: Sequence[int], predict: bool = False) -> int:
+        """The token behind those in the cache: the prompt's, or the one that the machine predicts."""
+        prompt = self.prompts[request_id]
+        if len(cache) < len(prompt) and not predict:
+            return prompt[len(cache)]
+        return (sum(place * token_id for place, token_id in enumerate(cache, start=3)) + len(cache)) % 61
+
+
+def serve_continuously(function: Callable) -> None:
+    """`serve_continuously(prompts, max_tokens, budget, max_num_seqs, schedule, machine)` -> new tokens of each request.
+
+    `schedule` is the course's own `schedule_step`; `machine` counts. A loop must compute each token once, in as few
+    passes as the schedule allows, and leave no cache behind.
+    """
+    seven = [11, 4, 9, 2, 17, 5, 8]
+    three = {"once": seven, "capital": [7, 3, 12, 6, 1], "name": [3, 14, 2, 6, 9]}
+    many = {f"req {i}": [1 + (7 * i + j) % 22 for j in range(3 + 5 * i % 11)] for i in range(9)}
+    last_row = "The last row of a prompt gives the first new token; the row of an earlier chunk gives none that counts."
+    leave = "A request leaves with its last token, and another one may run in the next pass."
     cases = [
-        Case((list(lengths), size), _tokens_static(lengths, size), hint) for (lengths, size), hint in hints.items()
+        (({"once": seven}, {"once": 1}, 16, 4), "One token wanted: the pass over the prompt already gives it."),
+        (({"once": seven}, {"once": 4}, 16, 4), "After the prompt, each pass computes the newest token alone."),
+        (({"once": seven}, {"once": 4}, 4, 4), last_row),
+        ((three, dict.fromkeys(three, 5), 64, 3), "All three share each pass."),
+        ((three, {"once": 2, "capital": 9, "name": 4}, 64, 2), leave),
+        ((many, {name: 3 + 7 * i % 10 for i, name in enumerate(many)}, 8, 3), leave),
+        ((many, dict.fromkeys(many, 200), 16, 4), f"A request ends with a token of machine.eos_token_ids, here {END}."),
     ]
-    run_check("tokens_static", function, cases)
+    run_check(
+        "serve_continuously",
+        _served_by(function),
+        [Case(args, _served_by(_serve)(*args), hint) for args, hint in cases],
+        same=lambda got, expected: same_value(list(got), list(expected)) and got.outputs == expected.outputs,
+        show=_show_served,
+    )
 
 
-def _tokens_static(lengths: Sequence[int], batch_size: int) -> int:
-    batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
-    return sum(len(batch) * max(batch) for batch in batches)
+def _served_by(function: Callable) -> Callable:
+    """The loop with a machine of its own."""
+
+    def served(prompts: dict, max_tokens: dict, budget: int, max_num_seqs: int) -> Served | None:
+        machine = CountingMachine({name: list(ids) for name, ids in prompts.items()}, max_num_seqs)
+        answer = function(prompts, max_tokens, budget, max_num_seqs, _schedule, machine)
+        if answer is None:
+            return None
+        pairs = answer.items() if isinstance(answer, Mapping) else []
+        outputs = {name: list(map(number_of, ids)) for name, ids in ((name, as_list(ids)) for name, ids in pairs)}
+        return Served(outputs, machine.num_passes, machine.num_tokens, len(machine.caches))
+
+    return served
 
 
-def steps_continuous(function: Callable) -> None:
-    """`steps_continuous(lengths, batch_size)` -> steps if whoever waits takes a free place at once."""
-    hints = {
-        ((3, 3, 3), 3): "All fit: as many steps as the longest has tokens.",
-        ((1, 2, 9), 3): "Nobody waits, so nothing is gained on the longest: 9 steps.",
-        ((1, 9, 2, 3), 2): "9 is busy in one place; 1, 2 and 3 follow each other in the other: 6 steps. Then 9 ends.",
-        ((5, 4, 7), 2): "The third begins when the second has ended: 4 + 7.",
-        ((2, 2, 2), 1): "One place: one after the other.",
-        ((8, 1, 1, 1, 8, 1, 1, 1), 4): "The second 8 begins after 1 step, and ends after 9.",
-        ((6, 5, 4, 3, 2, 1, 9), 3): "Give the next request to the place that is free first.",
-        ((), 4): "No requests, no steps.",
-    }
-    cases = [
-        Case((list(lengths), size), _steps_continuous(lengths, size), hint) for (lengths, size), hint in hints.items()
-    ]
-    run_check("steps_continuous", function, cases)
+def _show_served(served: Served | None) -> str:
+    if served is None:
+        return "None"
+    counted = f"{served.num_passes} passes, {served.num_tokens} tokens computed, {served.num_caches} caches left"
+    return f"{describe(served.outputs)}; {counted}"
 
 
-def _steps_continuous(lengths: Sequence[int], batch_size: int) -> int:
-    """Each request goes to the place that becomes free first."""
-    free_at = [0] * batch_size
-    for length in lengths:
-        heapq.heapreplace(free_at, free_at[0] + length)
-    return max(free_at)
+def _schedule(running: list, waiting: list, budget: int, max_num_seqs: int) -> Plan:
+    plan = {}
+    for request_id, remaining in sorted(running, key=lambda pair: pair[1] > 1) + waiting[: max_num_seqs - len(running)]:
+        if budget:
+            plan[request_id] = min(remaining, budget)
+            budget -= plan[request_id]
+    return plan
 
 
-# --- whose turn, and how much load -----------------------------------------------------------------------------------
+def _serve(prompts: dict, max_tokens: dict, budget: int, max_num_seqs: int, schedule: Callable, machine: Any) -> dict:
+    tokens, computed = {name: list(ids) for name, ids in prompts.items()}, dict.fromkeys(prompts, 0)
+    running, waiting = [], list(prompts)
+    while running or waiting:
+        lists = [[(name, len(tokens[name]) - computed[name]) for name in names] for names in (running, waiting)]
+        plan = dict(schedule(*lists, budget, max_num_seqs))
+        running += [name for name in waiting if name in plan]
+        waiting = [name for name in waiting if name not in plan]
+        new = {name: tokens[name][computed[name] : computed[name] + num] for name, num in plan.items()}
+        for name, token in machine.compute(new).items():
+            computed[name] += plan[name]
+            if computed[name] == len(tokens[name]):
+                tokens[name].append(token)
+                if token in machine.eos_token_ids or len(tokens[name]) == len(prompts[name]) + max_tokens[name]:
+                    running.remove(name)
+                    machine.forget(name)
+    return {name: tokens[name][len(prompts[name]) :] for name in prompts}
 
 
-def sjf_order(function: Callable) -> None:
-    """`sjf_order(requests, now, ageing)` -> ids of (id, arrival_time, predicted_tokens) in the order of their turns."""
-    arrived = [("a", 0.0, 300), ("b", 4.0, 20), ("c", 5.0, 100)]
-    cases = [
-        Case((arrived, 10.0, 1e-6), ["b", "c", "a"], "Hardly any ageing: the shortest predicted output goes first."),
-        Case((arrived, 10.0, 1000.0), ["a", "b", "c"], "With strong ageing whoever has waited longest goes first."),
-        Case(
-            (arrived, 10.0, 60.0),
-            ["b", "a", "c"],
-            "Scores at 10 s: a 300 - 60 * 10 = -300, b 20 - 60 * 6 = -340, c 100 - 60 * 5 = -200: smallest first.",
-        ),
-        Case(([("x", 2.0, 50), ("y", 1.0, 50), ("z", 3.0, 50)], 9.0, 2.0), ["y", "x", "z"], "Equal jobs: by arrival."),
-        Case(
-            ([("x", 1.0, 50), ("y", 1.0, 50), ("z", 1.0, 49)], 9.0, 2.0),
-            ["z", "x", "y"],
-            "Equal scores stay in the order given: sort with a stable sort, such as sorted().",
-        ),
-        Case(([], 3.0, 1.0), [], "Nobody waits."),
-    ]
-    run_check("sjf_order", function, cases)
+# --- queue_order, the puzzle -----------------------------------------------------------------------------------------
+
+MORE = 1.1  # how much longer than the best of each: the budget of the puzzle
 
 
-def load_at_slo(function: Callable) -> None:
-    """`load_at_slo(rates, p99_ttft, slo)` -> the last rate up to which every p99 TTFT is within the SLO; 0 if none."""
-    rates = [1.0, 2.0, 4.0, 8.0]
-    cases = [
-        Case((rates, [0.1, 0.2, 0.5, 3.0], 1.0), 4.0, "0.5 s at a load of 4 keeps the promise, 3.0 s at 8 does not."),
-        Case((rates, [0.1, 0.2, 1.0, 3.0], 1.0), 4.0, "Exactly the SLO is within it: use <=."),
-        Case((rates, [0.1, 0.2, 0.3, 0.4], 1.0), 8.0, "If every load keeps the promise, it is the last one measured."),
-        Case((rates, [2.0, 3.0, 4.0, 5.0], 1.0), 0, "If not even the smallest load keeps it, the answer is 0."),
-        Case(
-            (rates, [0.1, 1.4, 0.8, 3.0], 1.0),
-            1.0,
-            "Beyond the first load that breaks the SLO nothing counts: a lucky run at 4 does not mend that at 2.",
-        ),
-        Case(([5.0], [0.2], 0.5), 5.0, "The answer is one of the rates, not its place in the list."),
-    ]
-    run_check("load_at_slo", function, cases)
+class Queue(NamedTuple):
+    """How an order of admission serves requests: each decodes one token per step, in the place that is free first."""
+
+    num_steps: int
+    mean_end: float  # the mean of the steps in which the requests end
+
+
+def queue_order(function: Callable) -> None:
+    """`queue_order(lengths, places)` -> the numbers 0, 1, ... of the requests in the order of their admission.
+
+    The puzzle: `steps` until all have ended may be at most 1.1 times the fewest that are possible, and the mean step in
+    which a request ends at most 1.1 times that of shortest first, on three workloads.
+    """
+    lines = []
+    for seed in (7, 1, 2):
+        lengths = [request.params.max_tokens for request in course_requests(seed=seed)]
+        case = Case((lengths, 8), "an order of all 64 requests", "Return each number from 0 to 63 exactly once.")
+        order = as_list(call("queue_order", function, case, describe))
+        if not isinstance(order, list) or sorted(filter(lambda each: each is not None, map(number_of, order))) != list(
+            range(len(lengths))
+        ):
+            raise CheckFailed(failure("queue_order", case, f"got       {describe(order)}", case.expected))
+        got, best = served_in(lengths, [int(each) for each in order], 8), _budget(lengths, 8)
+        lines.append(
+            f"  {got.num_steps:5} of at most {best.num_steps}  {got.mean_end:9.1f} of at most {best.mean_end:.1f}"
+        )
+        if got.num_steps > best.num_steps:
+            hint = "The last long answers run on beside empty places: start a long answer before it is too late."
+            _over(case, f"{got.num_steps} steps", f"at most {best.num_steps} steps", hint)
+        if got.mean_end > best.mean_end:
+            hint = "Short answers wait behind long ones: start a long answer only when it cannot wait any longer."
+            _over(case, f"mean end in step {got.mean_end:.1f}", f"at most {best.mean_end:.1f}", hint)
+    print("✓ queue_order: 3 workloads within both budgets\n  steps               mean end", *lines, sep="\n")
+
+
+def served_in(lengths: Sequence[int], order: Sequence[int], places: int) -> Queue:
+    """Count the steps of an order of admission."""
+    free_at, ends = [0] * places, []
+    for number in order:
+        first = free_at.index(min(free_at))
+        free_at[first] += lengths[number]
+        ends.append(free_at[first])
+    return Queue(max(free_at), sum(ends) / len(ends))
+
+
+def _budget(lengths: Sequence[int], places: int) -> Queue:
+    """1.1 times the fewest steps that are possible, and 1.1 times the mean end of shortest first."""
+    fewest = max(max(lengths), math.ceil(sum(lengths) / places))
+    shortest_first = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return Queue(int(MORE * fewest), MORE * served_in(lengths, shortest_first, places).mean_end)
+
+
+def _over(case: Case, got: str, expected: str, hint: str) -> None:
+    raise CheckFailed(failure("queue_order", Case(case.args, expected, hint), f"got       {got}", expected))
