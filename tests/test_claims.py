@@ -134,6 +134,23 @@ def test_the_readme_counts_the_lines():
     assert "is about 1,300 lines" in readme and abs(sum(lines.values()) - 1300) < 150
 
 
+@pytest.mark.parametrize("chapter", [chapter for chapter in CHAPTERS if chapter.isdigit()])
+def test_the_readme_gives_a_chapter_its_hours(chapter):
+    """Within half an hour of what the chapter says of itself."""
+    row = re.search(rf"^\| \[{int(chapter)} .* \| (\d)([¼½¾]?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    hours = int(row[1]) + {"": 0, "¼": 0.25, "½": 0.5, "¾": 0.75}[row[2]]
+    words = CHAPTERS[chapter].cells[0].source.replace("two hours", "120 minutes")
+    said_hours = sum(map(int, re.findall(r"About (\d+) minutes|and (\d+) for the", words)[0][:1])) / 60
+    said_hours += sum(map(int, re.findall(r"to read, and (\d+) for the", words))) / 60
+    assert abs(hours - said_hours) <= 0.5
+
+
+def test_the_readme_begins_with_the_question_of_the_course():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines[0] == "# Why can one engine be 24 times faster than another on the same card?"
+    assert "(figures/batching.svg)" in lines[4] and "(figures/scoreboard.svg)" in lines[6]
+
+
 def test_a_token_of_cache_is_what_chapter_9_says():
     assert "half a megabyte for each token" in said("09", "one-read")
     assert kv_bytes_per_token(LLAMA_2_7B) == pytest.approx(0.5e6, rel=0.05)

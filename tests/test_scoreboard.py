@@ -1,5 +1,7 @@
 """The scoreboard: a row for each chapter, numbers from records alone, nothing told before its chapter."""
 
+import re
+
 import pytest
 
 from minillm.bench import chapter_scores, figures, ladder, ladder_report, recorded, scoreboard
@@ -168,14 +170,33 @@ def test_a_single_row_is_drawn():
 
 # --- what the README shows -------------------------------------------------------------------------------------------
 
-README = " ".join((figures.FOLDER.parent / "README.md").read_text().split())
+ROOT = figures.FOLDER.parent
+READMES = {
+    path: " ".join((ROOT / path).read_text().split())
+    for path in ("README.md", "minillm/bench/README.md", "minillm/serving/README.md")
+}
+README = READMES["minillm/bench/README.md"]
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_the_readme_shows_the_recorded_run(name):
     committed = figures.FOLDER / name
     assert committed.is_file() and figures.FIGURES[name]().svg() == committed.read_bytes(), "run: make figures"
-    assert f"(figures/{name})" in README
+    assert any(f"figures/{name})" in readme for readme in READMES.values())
+
+
+def test_the_server_s_readme_quotes_the_recorded_run():
+    record = recorded.latest("serve", part="storyteller")
+    part, readme = record["parts"]["storyteller"], READMES["minillm/serving/README.md"]
+    assert f"With {part['streams']} streams the server reaches {part['throughput_ratio']:.0%}" in readme
+    assert record["date"] in readme
+
+
+def test_the_readme_s_links_lead_to_files():
+    for path in READMES | {"minillm/README.md": ""}:
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / path).read_text())
+        here = [link for link in links if not link.startswith("http")]
+        assert here and [link for link in here if not (ROOT / path).parent.joinpath(link).exists()] == []
 
 
 def test_the_readme_quotes_the_recorded_ladder():
