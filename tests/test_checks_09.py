@@ -1,5 +1,6 @@
 """Chapter 9's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
+import math
 import os
 import subprocess
 import sys
@@ -105,39 +106,157 @@ def test_decode_step_seconds_prints_many_equal_contexts_in_short():
     )
 
 
-# compute_bound_batch ------------------------------------------------------------------------------
+# slot_of ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda card, weight_bytes: -(-card.flops * weight_bytes // (2 * card.bandwidth)),
-        lambda card, weight_bytes: np.int64(np.ceil(card.flops / card.bandwidth * weight_bytes / 2)),
-        lambda card, weight_bytes: next(
-            batch for batch in range(1, 10_000) if 2 * batch / card.flops >= weight_bytes / card.bandwidth
-        ),
-    ],
-    ids=["floor of the negative", "numpy", "search"],
-)
-def test_compute_bound_batch_accepts(right, capsys):
-    assert passes(checks.compute_bound_batch, right, capsys)
+def slot(table, position, block_size):
+    return table[position // block_size] * block_size + position % block_size
+
+
+def slot_in_a_list_of_all(table, position, block_size):
+    return torch.tensor([block * block_size + place for block in table for place in range(block_size)])[position]
+
+
+@pytest.mark.parametrize("right", [slot, slot_in_a_list_of_all])
+def test_slot_of_accepts(right, capsys):
+    assert passes(checks.slot_of, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda card, weight_bytes: weight_bytes * card.flops / card.bandwidth / 2, "round up"),
-        (lambda card, weight_bytes: int(weight_bytes * card.flops / card.bandwidth / 2), "round up"),
-        (lambda card, weight_bytes: int(weight_bytes * card.flops / card.bandwidth / 2) + 1, "without a rest"),
-        (lambda card, weight_bytes: int(card.flops / card.bandwidth) + 1, "the crossing comes at half the batch"),
-        (lambda card, weight_bytes: int(card.flops / card.bandwidth) * weight_bytes, "P is on both sides"),
-        (lambda card, weight_bytes: int(card.bandwidth / card.flops), "got       0"),
-        (lambda card, weight_bytes: None, "got       None"),
+        (lambda table, position, block_size: position, "the table has not been asked"),
+        (lambda table, position, block_size: table[position // block_size], "That is the block"),
+        (lambda table, position, block_size: table[position // block_size] * block_size, "add the place"),
+        (lambda table, position, block_size: table[position // 4] * 4 + position % 4, "Use `block_size`"),
+        (lambda table, position, size: table[position % size] * size + position // size, "raised    IndexError"),
+        (lambda *args: slot(*args) + 1, "place 0 of the first block"),
+        (lambda *args: None, "does it end with `return`"),
     ],
-    ids=["fraction", "floor", "one more", "two bytes always", "no 2", "upside down", "nothing"],
+    ids=["position", "block", "begin", "always 4", "exchanged", "one more", "nothing"],
 )
-def test_compute_bound_batch_refuses(wrong, told):
-    assert told in message(checks.compute_bound_batch, wrong)
+def test_slot_of_refuses(wrong, told):
+    assert told in message(checks.slot_of, wrong)
+
+
+# paged_decode -------------------------------------------------------------------------------------
+
+
+def decoded(q, keys, values, table, length, scale=None, of=lambda head, group, num: head // group, end=0):
+    """Attention by rows of the pool; the options are what readers get wrong."""
+    block_size, num_kv_heads = keys.shape[1:3]
+    slots = [slot(table, t, block_size) for t in range(length + end)]
+    k, v = (pool.flatten(0, 1)[slots] for pool in (keys, values))
+    heads = [of(head, len(q) // num_kv_heads, num_kv_heads) for head in range(len(q))]
+    scores = (q[None] * k[:, heads]).sum(-1) * (scale or q.shape[1] ** -0.5)  # [n, Hq]
+    return (scores.softmax(0)[..., None] * v[:, heads]).sum(0)
+
+
+def decoded_as_lists(q, keys, values, table, length):
+    return decoded(q.double(), keys.double(), values.double(), table, length).tolist()
+
+
+def decoded_online(q, keys, values, table, length):
+    best, total, acc = torch.full((len(q),), -torch.inf), torch.zeros(len(q)), torch.zeros_like(q)
+    for t in range(length):
+        place = table[t // keys.shape[1]], t % keys.shape[1]
+        k, v = (pool[place].repeat_interleave(len(q) // keys.shape[2], dim=0) for pool in (keys, values))
+        score = (q * k).sum(-1) / q.shape[1] ** 0.5
+        new = torch.maximum(best, score)
+        total, acc = (x * (best - new).exp().view(-1, *[1] * (x.dim() - 1)) for x in (total, acc))
+        total, acc, best = total + (score - new).exp(), acc + (score - new).exp()[:, None] * v, new
+    return acc / total[:, None]
+
+
+@pytest.mark.parametrize("right", [decoded, decoded_as_lists, decoded_online])
+def test_paged_decode_accepts(right, capsys):
+    assert passes(checks.paged_decode, right, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda q, k, v, table, n: decoded(q, k, v, table, n, scale=1.0), "not divided by √D"),
+        (lambda q, k, v, table, n: decoded(q, k, v, sorted(table), n), "Token t lies in block"),
+        (lambda q, k, v, table, n: decoded(q, k, v, table, len(table) * 4), "NaN"),
+        (lambda q, k, v, table, n: decoded(q, k, v, range(8), n), "NaN"),
+        (lambda q, k, v, table, n: decoded(q, k, v, table, n, end=-1 if n > 1 else 0), "Blocks 1 and 2"),
+        (lambda q, k, v, table, n: decoded(q, k, v, table, n, of=lambda h, g, num: h % num), "head // group"),
+        (lambda q, k, v, table, n: decoded(q, k, v, table, n, of=lambda h, g, num: 0), "reads key head h // 2"),
+        (lambda q, k, v, table, n: decoded(q, k, k, table, n), "its value"),
+        (lambda q, k, v, table, n: decoded(q, k, v, table, n)[0], "the shape of `q`"),
+        (lambda *args: None, "does it end with `return`"),
+    ],
+    ids=[
+        "scale",
+        "sorted",
+        "whole blocks",
+        "no table",
+        "not itself",
+        "modulo",
+        "head 0",
+        "keys",
+        "one head",
+        "nothing",
+    ],
+)
+def test_paged_decode_refuses(wrong, told):
+    assert told in message(checks.paged_decode, wrong)
+
+
+# merge_softmax ------------------------------------------------------------------------------------
+
+
+def merged(one, other, base=None, total_too=True, acc_too=True):
+    best = torch.maximum(one[0], other[0])
+    base = torch.where(best == -torch.inf, 0.0, best) if base is None else base(best)
+    weights = [(part[0] - base).exp() for part in (one, other)]
+    total = sum(part[1] * (weight if total_too else 1) for part, weight in zip((one, other), weights, strict=True))
+    acc = sum(part[2] * (weight if acc_too else 1) for part, weight in zip((one, other), weights, strict=True))
+    return best, total, acc
+
+
+def merged_in_numbers(one, other):
+    parts = [(float(best), float(total), acc.tolist()) for best, total, acc in (one, other) if total > 0]
+    best = max((part[0] for part in parts), default=-math.inf)
+    weights = [math.exp(part[0] - best) for part in parts]
+    total = sum(weight * part[1] for weight, part in zip(weights, parts, strict=True))
+    acc = [sum(w * part[2][d] for w, part in zip(weights, parts, strict=True)) for d in range(3)]
+    return [best, total, acc]
+
+
+@pytest.mark.parametrize("right", [merged, merged_in_numbers])
+def test_merge_softmax_accepts(right, capsys):
+    assert passes(checks.merge_softmax, right, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda one, other: merged(one, other, base=lambda best: one[0]), "changes nothing"),
+        (lambda one, other: merged(one, other, base=lambda best: best), "NaN"),
+        (lambda one, other: merged(one, other, base=lambda best: 0.0), "same largest score"),
+        (lambda one, other: merged(one, other, total_too=False), "The other part has the larger score"),
+        (lambda one, other: merged(one, other, acc_too=False), "The other part has the larger score"),
+        (lambda one, other: one, "same largest score"),
+        (lambda one, other: merged(one, other)[2], "got       "),
+        (lambda one, other: (0, *merged(one, other)[1:]), "same largest score"),
+        (lambda *args: None, "does it end with `return`"),
+    ],
+    ids=[
+        "first's base",
+        "no base for nothing",
+        "no base",
+        "total",
+        "acc",
+        "first only",
+        "acc alone",
+        "best",
+        "nothing",
+    ],
+)
+def test_merge_softmax_refuses(wrong, told):
+    assert told in message(checks.merge_softmax, wrong)
 
 
 # key_number ---------------------------------------------------------------------------------------
@@ -148,17 +267,23 @@ def in_order(load, thread, head, num_heads):
     return (vector // 8 * num_heads + head) * 64 + vector % 8 * 8
 
 
-def backwards(load, thread, head, num_heads):
-    return torch.tensor(in_order(3 - load, 31 - thread, head, num_heads))
-
-
 def pairs_of_threads(load, thread, head, num_heads):
     """Two neighbours share a sector; the pairs of a load are spread over all keys."""
     key, sector = thread // 2, load
     return np.int64((key * num_heads + head) * 64 + sector * 16 + thread % 2 * 8)
 
 
-@pytest.mark.parametrize("right", [in_order, backwards, pairs_of_threads])
+def backwards(load, thread, head, num_heads):
+    return torch.tensor(pairs_of_threads(3 - load, 31 - thread, head, num_heads))
+
+
+def pairs_far_apart(load, thread, head, num_heads):
+    """Threads t and t + 16 share a key, and begin at different sectors of it."""
+    key, sector = thread % 16, (load + thread) % 4
+    return (key * num_heads + head) * 64 + sector * 16 + thread // 16 * 8
+
+
+@pytest.mark.parametrize("right", [pairs_of_threads, backwards, pairs_far_apart])
 def test_key_number_accepts(right, capsys):
     assert passes(checks.key_number, right, capsys)
 
@@ -171,6 +296,7 @@ def half_a_key_each(load, thread, head, num_heads):
     ("wrong", "told"),
     [
         (half_a_key_each, "128 sectors fetched: [32, 32, 32, 32]"),
+        (in_order, "128 partial sums, with 64 sectors"),
         (lambda load, thread, head, num_heads: head * 64 + (32 * load + thread) * 8, "belongs to head 1"),
         (lambda load, thread, head, num_heads: in_order(load, thread, 0, num_heads), "belongs to head 0"),
         (lambda load, thread, head, num_heads: in_order(load, 0, head, num_heads), "read by nobody"),
@@ -181,15 +307,31 @@ def half_a_key_each(load, thread, head, num_heads):
         (lambda *args: True, "got       True"),
         (lambda *args: None, "does it end with `return`"),
     ],
-    ids=["half a key", "one head", "head 0", "one thread", "one load", "vectors", "bytes", "float", "bool", "nothing"],
+    ids=[
+        "half a key",
+        "in order",
+        "one head",
+        "head 0",
+        "one thread",
+        "one load",
+        "vectors",
+        "bytes",
+        "float",
+        "bool",
+        "nothing",
+    ],
 )
 def test_key_number_refuses(wrong, told):
     assert told in message(checks.key_number, wrong)
 
 
-@pytest.mark.parametrize(("mapping", "sectors"), [(in_order, 64), (pairs_of_threads, 64), (half_a_key_each, 128)])
-def test_sectors_are_counted_once_a_load(mapping, sectors):
-    assert reads_of(mapping, head=1, num_heads=2).num_sectors == sectors
+@pytest.mark.parametrize(
+    ("mapping", "sectors", "sums"),
+    [(in_order, 64, 128), (pairs_of_threads, 64, 32), (pairs_far_apart, 64, 32), (half_a_key_each, 128, 32)],
+)
+def test_sectors_are_counted_once_a_load_and_partial_sums_once_a_thread_and_key(mapping, sectors, sums):
+    reads = reads_of(mapping, head=1, num_heads=2)
+    assert (reads.num_sectors, reads.num_partial_sums) == (sectors, sums)
 
 
 def test_key_reads_draws_a_wasteful_way_and_what_the_reader_wrote():

@@ -752,20 +752,52 @@ def seconds_for_a_mean_context(shape, card, contexts):
     return seconds_by_popping(shape, card, [sum(contexts) // len(contexts)] * len(contexts))
 
 
-@right(checks.compute_bound_batch)
-def batch_as_a_float(card, weight_bytes):
-    return np.ceil(weight_bytes * card.flops / (2 * card.bandwidth))
+@right(checks.slot_of)
+def slot_by_popping(table, position, block_size):
+    while position >= block_size:
+        table.pop(0)
+        position -= block_size
+    return np.float64(table[0] * block_size + position)
 
 
-@wrong(checks.compute_bound_batch)
-def batch_rounded(card, weight_bytes):
-    return round(weight_bytes * card.flops / (2 * card.bandwidth))
+@wrong(checks.slot_of)
+def slot_behind_a_whole_table(table, position, block_size):
+    return table[position // block_size] * block_size + position
+
+
+@right(checks.paged_decode)
+def decoded_in_place(q, keys, values, table, length):
+    keys.mul_(q.shape[1] ** -0.5)
+    k, v = (pool[table].flatten(0, 1)[:length] for pool in (keys, values))
+    out = []
+    for head in range(len(q)):
+        own = head * k.shape[1] // len(q)
+        out.append(((k[:, own] @ q[head]).softmax(0) @ v[:, own]).numpy())
+    return np.stack(out)
+
+
+@wrong(checks.paged_decode)
+def whole_blocks_with_zeros(q, keys, values, table, length):
+    return decoded_in_place(q, keys.nan_to_num(), values.nan_to_num(), table, len(table) * keys.shape[1])
+
+
+@right(checks.merge_softmax)
+def merged_as_a_generator(one, other):
+    best = max(one[0], other[0])
+    weights = [math.exp(part[0] - best) if part[1] else 0.0 for part in (one, other)]
+    yield best
+    yield weights[0] * one[1] + weights[1] * other[1]
+    yield weights[0] * one[2] + weights[1] * other[2]
+
+
+@wrong(checks.merge_softmax)
+def merged_as_if_equal(one, other):
+    return max(one[0], other[0]), one[1] + other[1], one[2] + other[2]
 
 
 @right(checks.key_number)
 def number_as_a_float(load, thread, head, num_heads):
-    piece = np.float64(32 * load + thread)
-    return (piece // 8 * num_heads + head) * 64 + piece % 8 * 8
+    return (np.float64(thread // 2) * num_heads + head) * 64 + load * 16 + thread % 2 * 8
 
 
 @wrong(checks.key_number)

@@ -18,7 +18,7 @@ from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
 from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuously
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
-from minillm.checks.chapter_09 import compute_bound_batch, decode_step_seconds, key_number
+from minillm.checks.chapter_09 import decode_step_seconds, key_number, merge_softmax, paged_decode, slot_of
 from minillm.checks.chapter_09_kernel import my_decode
 from minillm.checks.chapter_10 import admission, read_log, sse_events
 from minillm.checks.chapter_10_loop import run_engine, stream_request
@@ -45,7 +45,6 @@ __all__ = [
     "chunk_for_memory",
     "chunk_mask",
     "chunk_ranges",
-    "compute_bound_batch",
     "decode_step_seconds",
     "eviction_order",
     "explain",
@@ -58,11 +57,13 @@ __all__ = [
     "key_reads",
     "last_rows",
     "left_pad",
+    "merge_softmax",
     "my_decode",
     "needs",
     "num_chunks",
     "padding",
     "padding_mask",
+    "paged_decode",
     "prediction",
     "prefix_hash",
     "queue_order",
@@ -74,6 +75,7 @@ __all__ = [
     "score_endings",
     "serve_continuously",
     "setting_with",
+    "slot_of",
     "sse_events",
     "static_batch_tokens",
     "stream_request",
