@@ -177,7 +177,7 @@ def test_paged_decode_accepts(right, capsys):
     ("wrong", "told"),
     [
         (lambda q, k, v, table, n: decoded(q, k, v, table, n, scale=1.0), "not divided by √D"),
-        (lambda q, k, v, table, n: decoded(q, k, v, sorted(table), n), "Token t lies in block"),
+        (lambda q, k, v, table, n: decoded(q, k, v, sorted(table), n), "NaN"),
         (lambda q, k, v, table, n: decoded(q, k, v, table, len(table) * 4), "NaN"),
         (lambda q, k, v, table, n: decoded(q, k, v, range(8), n), "NaN"),
         (lambda q, k, v, table, n: decoded(q, k, v, table, n, end=-1 if n > 1 else 0), "Blocks 1 and 2"),
@@ -233,7 +233,7 @@ def test_merge_softmax_accepts(right, capsys):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda one, other: merged(one, other, base=lambda best: one[0]), "changes nothing"),
+        (lambda one, other: merged(one, other, base=lambda best: one[0]), "The other part has the larger score"),
         (lambda one, other: merged(one, other, base=lambda best: best), "NaN"),
         (lambda one, other: merged(one, other, base=lambda best: 0.0), "same largest score"),
         (lambda one, other: merged(one, other, total_too=False), "The other part has the larger score"),
@@ -297,8 +297,8 @@ def half_a_key_each(load, thread, head, num_heads):
     [
         (half_a_key_each, "128 sectors fetched: [32, 32, 32, 32]"),
         (in_order, "128 partial sums, with 64 sectors"),
-        (lambda load, thread, head, num_heads: head * 64 + (32 * load + thread) * 8, "belongs to head 1"),
-        (lambda load, thread, head, num_heads: in_order(load, thread, 0, num_heads), "belongs to head 0"),
+        (lambda load, thread, head, num_heads: head * 64 + pairs_of_threads(load, thread, 0, 1), "belongs to head 1"),
+        (lambda load, thread, head, num_heads: pairs_of_threads(load, thread, 0, num_heads), "belongs to head 0"),
         (lambda load, thread, head, num_heads: in_order(load, 0, head, num_heads), "read by nobody"),
         (lambda load, thread, head, num_heads: in_order(0, thread, head, num_heads), "768 numbers read by nobody"),
         (lambda *args: in_order(*args) // 8, "must begin at a multiple"),
