@@ -107,9 +107,9 @@ def test_a_chapter_without_a_rung_stands_where_the_one_before_has_ended():
 
 def test_the_server_is_measured_beside_the_engine_that_it_serves():
     server = board().scores[9]
-    assert (server.tokens_per_second, server.factor) == (300.0, 0.5 * 40.0)
-    assert server.slots_wasted is server.memory_wasted is None
-    assert "7 other requests" in server.note and "50%" in server.note
+    assert server.factor == 0.5 * 40.0 and server.is_own
+    assert server.tokens_per_second is server.slots_wasted is server.memory_wasted is None
+    assert "7 other requests" in server.note and "300 tokens/s, 50%" in server.note
 
 
 def test_what_is_not_recorded_is_said_and_not_made_up(monkeypatch):

@@ -100,14 +100,17 @@ def notes(chapter: Chapter, rungs: dict) -> Iterator[str]:
 
 
 def of_server(chapter: Chapter, served: dict, engine: dict) -> Score:
-    """The server's row: its run had other requests, so its factor is that of the engine times what is left of it."""
+    """The server's row. Its run had other requests, so it has no tokens/s to compare.
+
+    Its factor is that of the engine, times what is left of the engine's throughput behind the server.
+    """
     speed = statistics.median(served["tokens"] / turn["server"]["seconds"] for turn in served["turns"])
     ratio = served["throughput_ratio"]
     note = (
-        f"{served['requests']} other requests through HTTP, at {ratio:.0%} of the engine's speed without a server; the "
-        f"factor is that share of {engine['label']}'s; slots and memory were not noted"
+        f"{served['requests']} other requests through HTTP, {speed:,.0f} tokens/s, {ratio:.0%} of the engine's "
+        f"throughput without a server; the factor is that share of {engine['label']}'s; slots and memory were not noted"
     )
-    return Score(chapter.number, chapter.name, speed, factor=engine["over_first"] * ratio, note=note)
+    return Score(chapter.number, chapter.name, factor=engine["over_first"] * ratio, note=note)
 
 
 def slots_wasted(rung: dict) -> float:
