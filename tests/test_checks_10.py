@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import re
 import threading
 from contextlib import suppress
 
@@ -12,62 +11,6 @@ from check_answers import message, passes
 from minillm import checks
 from minillm.checks.base import NotWrittenYet
 from minillm.errors import PromptError
-
-# read_log -----------------------------------------------------------------------------------------
-
-
-def read_log(lines, request_id):
-    layers, seconds = [], None
-    for line in lines:
-        said = line.split(" ", 3)[3]
-        tag = re.match(r"\[layer (\d), ", said)
-        layers.append(int(tag[1]) if tag else 1)
-        if said.startswith(f'{request_id} "'):
-            seconds = float(said.split()[-2])
-    return layers, seconds
-
-
-def read_log_by_regex(lines, request_id):
-    layers = [int((re.match(r"\S+ \S+ \S+ \[layer (.)", line) or [0, 1])[1]) for line in lines]
-    found = re.findall(rf'INFO {re.escape(request_id)} "\S+ \S+" \S+ ([\d.]+) s$', "\n".join(lines), re.MULTILINE)
-    return tuple(layers), float(found[0]) if found else None
-
-
-@pytest.mark.parametrize("right", [read_log, read_log_by_regex])
-def test_read_log_accepts(right, capsys):
-    assert passes(checks.read_log, right, capsys)
-
-
-def seconds_of_any_line(lines, request_id):
-    found = [float(line.split()[-2]) for line in lines if request_id in line.split() and line.endswith(" s")]
-    return read_log(lines, request_id)[0], found[0] if found else None
-
-
-def seconds_of_a_prefix(lines, request_id):
-    found = [float(line.split()[-2]) for line in lines if line.split(" ", 3)[3].startswith(request_id)]
-    return read_log(lines, request_id)[0], found[0] if found else None
-
-
-def last_tag(lines, request_id):
-    layers = [int((re.findall(r"\[layer (\d),", line) or [1])[-1]) for line in lines]
-    return layers, read_log(lines, request_id)[1]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (seconds_of_any_line, "mind where it is"),
-        (seconds_of_a_prefix, "may begin like this one's"),
-        (last_tag, "Of layer 1 is the line: [layer 1, LLMEngine] loading models/[layer 3, old]"),
-        (lambda lines, request_id: (read_log(lines, request_id)[0], 0.0), "seconds are None"),
-        (lambda lines, request_id: (read_log(lines, request_id)[0][:1], None), "There are 5 lines"),
-        (lambda lines, request_id: read_log(lines, request_id)[0], "Return two things"),
-        (lambda lines, request_id: None, "got       None"),
-    ],
-)
-def test_read_log_refuses(wrong, told):
-    assert told in message(checks.read_log, wrong)
-
 
 # sse_events ---------------------------------------------------------------------------------------
 

@@ -808,24 +808,6 @@ def heads_exchanged(load, thread, head, num_heads):
 # chapter 10 ---------------------------------------------------------------------------------------
 
 
-@right(checks.read_log)
-def a_log_word_by_word(lines, request_id):
-    layers = np.ones(len(lines))
-    seconds = None
-    while lines:
-        words = lines.pop().split()
-        layers[len(lines)] = float(words[4][0]) if words[3] == "[layer" else 1
-        if words[3] == request_id and words[4].startswith('"'):
-            seconds = Decimal(words[-2])
-    return layers, seconds
-
-
-@wrong(checks.read_log)
-def layers_of_tagged_lines(lines, request_id):
-    layers, seconds = a_log_word_by_word([*lines], request_id)
-    return [layer for layer, line in zip(layers, lines, strict=True) if "[layer" in line], seconds
-
-
 @right(checks.sse_events)
 def events_of_one_buffer(chunks):
     buffer = bytearray()

@@ -20,7 +20,7 @@ from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuo
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
 from minillm.checks.chapter_09 import decode_step_seconds, key_number, merge_softmax, paged_decode, slot_of
 from minillm.checks.chapter_09_kernel import my_decode
-from minillm.checks.chapter_10 import admission, read_log, sse_events
+from minillm.checks.chapter_10 import admission, sse_events
 from minillm.checks.chapter_10_loop import run_engine, stream_request
 from minillm.checks.chapter_11 import better_within, explain, setting_with
 from minillm.checks.predictions import prediction
@@ -67,7 +67,6 @@ __all__ = [
     "prediction",
     "prefix_hash",
     "queue_order",
-    "read_log",
     "request_metrics",
     "restarting_positions",
     "run_engine",

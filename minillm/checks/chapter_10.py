@@ -1,90 +1,11 @@
-"""Chapter 10, the layer above the engine: a log is read, a stream of events taken apart, a full queue refused."""
+"""Chapter 10, the layer above the engine: a stream of events is taken apart, a full queue refused."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from minillm.checks.base import Case, as_list, is_number, run_check, same_value
+from minillm.checks.base import Case, is_number, run_check, same_value
 from minillm.checks.chapter_09 import Name
 from minillm.serving import retry_after
-
-# --- read_log --------------------------------------------------------------------------------------------------------
-
-
-class Lines(list):
-    """Lines of a log, too long for a message."""
-
-    def __repr__(self) -> str:
-        return f"[{len(self)} lines of a log]"
-
-
-STARTED = [
-    "[layer 1, LLMEngine] loading storyteller",
-    "[layer 3, Worker] weights: 1,031,040 parameters, in this process",
-    "[layer 3, kernels] cpu: the fastest that will do",
-    "[layer 2, Scheduler] fcfs, a step has at most 8 requests and 512 tokens; 8 more requests may wait",
-    "[layer 1, OpenAI server] ready on http://127.0.0.1:42955 after 0.4 s",
-]
-
-
-def read_log(function: Callable) -> None:
-    """`read_log(lines, request_id)` -> (the layer of each line, seconds from the request's arrival to its answer).
-
-    Lines without a tag are the HTTP server's, layer 1. Seconds are None if no line tells of the request.
-    """
-    cases = [
-        _log(STARTED, [1, 3, 3, 2, 1], "seven", None, "No request has been answered yet: its seconds are None."),
-        _log(['seven "POST /v1/completions" 200 0.015 s'], [1], "seven", 0.015, "The last number of its line."),
-        _log(
-            ['seven-tokens "POST /v1/completions" 200 0.015 s', 'seven "POST /v1/completions" 200 1.250 s'],
-            [1, 1],
-            "seven",
-            1.25,
-            "The id of another request may begin like this one's.",
-        ),
-        _log(
-            ['a "GET /v1/models/seven" 404 0.001 s', 'seven "POST /v1/completions" 429 0.002 s'],
-            [1, 1],
-            "seven",
-            0.002,
-            "The id may also be a part of somebody's path: it counts where ids stand.",
-        ),
-        _log(STARTED[-1:], [1], "ready", None, "A client may choose any id, even a word of the log: mind where it is."),
-        _log(
-            ["[layer 1, LLMEngine] loading models/[layer 3, old]", "Invalid HTTP request received."],
-            [1, 1],
-            "seven",
-            None,
-            "The tag stands at the beginning of what is said. What has none is the HTTP server's.",
-        ),
-        _log(
-            ["[layer 2, Scheduler] running 1, waiting 0", 'seven "POST /v1/completions" - 12.500 s'],
-            [2, 1],
-            "seven",
-            12.5,
-            "A client that goes before its answer leaves a - for the status.",
-        ),
-    ]
-    run_check("read_log", function, cases, advise=_on_layers)
-
-
-def _log(said: Sequence[str], layers: list[int], request_id: str, seconds: float | None, hint: str) -> Case:
-    lines = Lines(f"2026-11-30 19:51:4{second},249 INFO {text}" for second, text in enumerate(said))
-    return Case((lines, request_id), (layers, seconds), hint)
-
-
-def _on_layers(got: Any, case: Case) -> str | None:
-    """Which line it is about."""
-    parts = as_list(got)
-    if not isinstance(parts, list) or len(parts) != 2:
-        return "Return two things: a list with the layer of each line, and the seconds."
-    layers, wanted = as_list(parts[0]), case.expected[0]
-    if not isinstance(layers, list) or len(layers) != len(wanted):
-        return f"There are {len(wanted)} lines: give each its layer, 1, 2 or 3."
-    for line, layer, right in zip(case.args[0], layers, wanted, strict=True):
-        if not same_value(layer, right):
-            return f"Of layer {right} is the line: {line.split(' ', 3)[3]}"
-    return None
-
 
 # --- sse_events ------------------------------------------------------------------------------------------------------
 

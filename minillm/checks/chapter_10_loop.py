@@ -187,9 +187,9 @@ def run_engine(function: Callable) -> None:
             "An abort is a wish like others: after the step, before the next.",
         ),
         _runs(
-            Script("a and b have 3 tokens; in step 2 a's reader goes", (("a", 3), ("b", 3)), ((2, "leave", "a", 0),)),
+            Script("a and b have 3 tokens; in step 2 a's reader leaves", (("a", 3), ("b", 3)), ((2, "leave", "a", 0),)),
             Ran((("a", "b"), ("a", "b"), ("b",)), {"a": [1], "b": [1, 2, 3]}, aborted=("a",)),
-            "A reader who goes takes its queue along; what the step still brings for it is dropped.",
+            "A reader who leaves takes its queue along; what the step still brings for it is dropped.",
         ),
         _runs(
             Script("bad is refused, a has 2 tokens", (("bad", 1), ("a", 2)), refused=("bad",)),
