@@ -1,7 +1,6 @@
 """Chapter 2's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -42,38 +41,6 @@ def test_causal_mask_accepts(right, capsys):
 )
 def test_causal_mask_refuses(wrong, told):
     assert told in message(checks.causal_mask, wrong)
-
-
-# visible_tokens -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda mask, row: mask[row].nonzero().flatten().tolist(),
-        lambda mask, row: torch.where(mask[row])[0],
-        lambda mask, row: tuple(column for column in range(mask.shape[1]) if mask[row, column]),
-    ],
-    ids=["nonzero", "tensor", "loop"],
-)
-def test_visible_tokens_accepts(right, capsys):
-    assert passes(checks.visible_tokens, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda mask, row: mask[:, row].nonzero().flatten().tolist(), "got       [3, 4, 5, 6]"),  # the column
-        (lambda mask, row: mask[row].sum().item(), "expected  [0, 1, 2, 3]"),  # how many, not which
-        (lambda mask, row: list(range(row + 1)), "Not every row begins at 0"),  # causal only
-        (lambda mask, row: [i for i in range(len(mask)) if mask[row, i]], "need not be square"),
-        (lambda mask, row: mask[row].nonzero().flatten().tolist() or None, "returned nothing"),
-        (lambda mask, row: mask[row].tolist(), "mask[row]"),
-    ],
-    ids=["column", "count", "always causal", "rows for columns", "none when empty", "bools"],
-)
-def test_visible_tokens_refuses(wrong, told):
-    assert told in message(checks.visible_tokens, wrong)
 
 
 # attention ----------------------------------------------------------------------------------------
@@ -181,48 +148,130 @@ def test_window_mask_refuses(wrong, told):
     assert told in message(checks.window_mask, wrong)
 
 
-# attention_share ----------------------------------------------------------------------------------
+# all_heads ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda n, d: 4 * n**2 * d / (24 * n * d**2),
-        lambda n, d: n / (6 * d),
-        lambda n, d: torch.tensor(n / (6 * d)),
-        lambda n, d: float(Fraction(n, 6 * d)),
-    ],
-    ids=["counted", "short", "tensor", "fraction"],
-)
-def test_attention_share_accepts(right, capsys):
-    assert passes(checks.attention_share, right, capsys)
+def one_head_after_the_other(q, k, v, mask, *, key_head=None, dim=1):
+    group = q.shape[1] // k.shape[1]
+    places = [(key_head or (lambda h, group: h // group))(h, group) for h in range(q.shape[1])]
+    return torch.stack([attend(q[:, h], k[:, i], v[:, i], mask) for h, i in enumerate(places)], dim=dim)
+
+
+def repeated(q, k, v, mask):
+    """The key heads copied for their query heads, then all heads at once."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[2])
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+@pytest.mark.parametrize("right", [one_head_after_the_other, repeated, lambda *args: repeated(*args).tolist()])
+def test_all_heads_accepts(right, capsys):
+    assert passes(checks.all_heads, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda n, d: n / (12 * d), "two products"),  # one product only
-        (lambda n, d: n / (24 * d), "two products"),  # and a multiply-add as one
-        (lambda n, d: 6 * d / n, "attention_share(1000, 4096)"),  # upside down
-        (lambda n, d: n / (n + 6 * d), "expected  0.04069"),  # of the whole
-        (lambda n, d: n // (6 * d), "got       0"),
-        (lambda n, d: f"{n / (6 * d):.2f}", "got       '0.04'"),
+        (lambda *args: one_head_after_the_other(*args, key_head=lambda h, group: 0), "each has its own"),
+        (
+            lambda q, k, v, mask: one_head_after_the_other(q, k, v, mask, key_head=lambda h, group: h % k.shape[1]),
+            "Query heads 0 and 1 share key head 0",
+        ),
+        (lambda *args: one_head_after_the_other(*args, dim=0), "One head"),
+        (lambda q, k, v, mask: repeated(q, k, v, masks.causal(len(q))), "fewer queries than keys"),
+        (lambda q, k, v, mask: repeated(q, k, v, mask | ~mask.any(-1, keepdim=True)), "gives zeros in every head"),
+        (lambda q, k, v, mask: one_head_after_the_other(q, k, v, mask, key_head=lambda h, group: h), "IndexError"),
     ],
-    ids=["one product", "multiply-adds", "inverted", "of the whole", "whole number", "text"],
+    ids=["first key head", "modulo", "heads first", "own mask", "empty rows see all", "no groups"],
 )
-def test_attention_share_refuses(wrong, told):
-    assert told in message(checks.attention_share, wrong)
+def test_all_heads_refuses(wrong, told):
+    assert told in message(checks.all_heads, wrong)
 
 
-def test_the_rule_of_thumb_is_what_costs_counts_for_a_layer_of_24_d_squared(capsys):
-    """ff = 8/3 d and as many key as query heads make a layer of 12 d² weights: 24 d² FLOP a token."""
+# layer_flops --------------------------------------------------------------------------------------
 
-    def counted(n, d):
-        scaled = ModelConfig(1, 3 * d, 8 * d, 1, 1, 1, 3 * d, 1)  # 3d is divisible by three, whatever d is
-        attention = costs.attention_flops(scaled, n * n)
-        return 3 * attention / costs.tokenwise_flops(scaled, n, num_logit_rows=0)
 
-    assert passes(checks.attention_share, counted, capsys)
+def flops(config, n, *, keys=None, mlp=3, add=2, products=2, width=None):
+    keys = config.key_value_size if keys is None else keys
+    query = config.query_size if width is None else width(config)
+    weights = config.hidden_size * (2 * query + 2 * keys + mlp * config.intermediate_size)
+    return add * n * weights, 2 * products * n * n * query
+
+
+@pytest.mark.parametrize(
+    "right",
+    [flops, lambda *args: list(map(float, flops(*args))), lambda *args: torch.tensor(flops(*args))],
+    ids=["counted", "floats", "tensor"],
+)
+def test_layer_flops_accepts(right, capsys):
+    assert passes(checks.layer_flops, right, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda config, n: flops(config, n, add=1), "The second number is right. Token-wise"),
+        (lambda config, n: flops(config, n, mlp=2), "three matrices of the MLP"),
+        (lambda config, n: flops(config, n, products=1), "The first number is right"),
+        (lambda config, n: flops(config, n, keys=config.query_size), "Fewer key heads"),
+        (lambda config, n: flops(config, n, width=lambda config: config.hidden_size), "wider than hidden_size"),
+        (lambda config, n: flops(config, n)[::-1], "multiply-add is 2 FLOP"),
+        (lambda config, n: sum(flops(config, n)), "Return two numbers"),
+        (lambda config, n: [config.num_hidden_layers * each for each in flops(config, n)], "got       12,"),
+    ],
+    ids=["multiply-adds", "two in the MLP", "one product", "all key heads", "hidden size", "turned", "sum", "model"],
+)
+def test_layer_flops_refuses(wrong, told):
+    assert told in message(checks.layer_flops, wrong)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1000, 4096), (24_576, 4096), (1, 128)])
+def test_the_chapters_rule_is_what_costs_counts_for_a_layer_of_12_d_squared_weights(n, d):
+    """ff = 8/3 d and as many key as query heads make a layer of 12 d² weights: 24 d² FLOP per token."""
+    scaled = ModelConfig(1, 3 * d, 8 * d, 1, 1, 1, 3 * d, 1)  # 3d is divisible by three, whatever d is
+    tokenwise = costs.tokenwise_flops(scaled, n, num_logit_rows=0)
+    assert tokenwise == 24 * n * (3 * d) ** 2 and costs.attention_flops(scaled, n * n) == 4 * n * n * 3 * d
+
+
+# find_mask ----------------------------------------------------------------------------------------
+
+
+def three_looks(look, n, *, shifts=(0, 1), window=None):
+    window = window or int(look([0]).sum())
+    ends = set()
+    for shift in shifts:
+        changed = [*look(range(shift, n, window)).tolist(), True]
+        ends |= {row for row in range(shift, n) if changed[row] and not changed[row + 1]}
+    prompt = torch.tensor([sum(end < row for end in ends) for row in range(n)])
+    return (prompt[:, None] == prompt) & masks.causal(n, window=window)
+
+
+def one_look_per_token(look, n):
+    return torch.stack([look([place]) for place in range(n)], dim=1)
+
+
+def test_find_mask_accepts(capsys):
+    assert passes(checks.find_mask, three_looks, capsys)
+    assert passes(checks.find_mask, lambda look, n: three_looks(look, n).tolist(), capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (one_look_per_token, "in 8 looks"),
+        (lambda look, n: three_looks(look, n, shifts=(0,)), "A border right before a replaced token"),
+        (lambda look, n: three_looks(look, n, shifts=()), "a prompt has ended before it"),
+        (lambda look, n: three_looks(look, n, window=4), "A single prompt"),
+        (lambda look, n: masks.causal(n), "A single prompt"),
+        (lambda look, n: three_looks(look, n).T, "A single prompt"),
+    ],
+    ids=["a look per token", "one shift", "no borders", "always 4", "causal", "transposed"],
+)
+def test_find_mask_refuses(wrong, told):
+    text = message(checks.find_mask, wrong)
+    assert told in text and "in at most 3 looks" in text
 
 
 # beside -------------------------------------------------------------------------------------------

@@ -203,27 +203,6 @@ def of_bytes(n):
     return torch.ones(n, n, dtype=torch.uint8).tril()
 
 
-@right(checks.visible_tokens)
-def one_after_the_other(mask, row):
-    yield from (column for column, may_look in enumerate(mask[row]) if may_look)
-
-
-@right(checks.visible_tokens)
-def flat_nonzero(mask, row):
-    mask[:row] = False
-    return np.flatnonzero(mask[row].numpy())
-
-
-@wrong(checks.visible_tokens)
-def from_the_right(mask, row):
-    return mask[row].nonzero().flatten().tolist()[::-1]
-
-
-@wrong(checks.visible_tokens)
-def in_a_set(mask, row):
-    return set(mask[row].nonzero().flatten().tolist())
-
-
 @right(checks.attention)
 def attention_in_place(q, k, v, mask):
     q /= math.sqrt(q.shape[1])
@@ -260,14 +239,52 @@ def window_beside_itself(n, window):
     return masks.causal(n) & ~masks.causal(n).tril(-window - 1)
 
 
-@right(checks.attention_share)
-def share_as_a_fraction(n, d):
-    return Fraction(n, 6 * d)
+@right(checks.all_heads)
+def heads_as_a_batch(q, k, v, mask):
+    group = q.shape[1] // k.shape[1]
+    q /= math.sqrt(q.shape[2])
+    scores = q.transpose(0, 1) @ k.repeat_interleave(group, 1).permute(1, 2, 0)
+    weights = scores.masked_fill_(~mask, -math.inf).softmax(-1).nan_to_num_(0.0)
+    return (weights @ v.repeat_interleave(group, 1).transpose(0, 1)).transpose(0, 1)
 
 
-@wrong(checks.attention_share)
-def share_in_percent(n, d):
-    return 100 * n / (6 * d)
+@wrong(checks.all_heads)
+def key_heads_in_turn(q, k, v, mask):
+    times = q.shape[1] // k.shape[1]
+    return heads_as_a_batch(q, k.repeat(1, times, 1), v.repeat(1, times, 1), mask)
+
+
+@right(checks.layer_flops)
+def flops_of_the_model_divided(config, n):
+    yield Fraction(costs.tokenwise_flops(config, n, num_logit_rows=0), config.num_hidden_layers)
+    yield np.float64(costs.attention_flops(config, n * n)) / config.num_hidden_layers
+
+
+@wrong(checks.layer_flops)
+def flops_without_the_upper_triangle(config, n):
+    tokenwise, attention = flops_of_the_model_divided(config, n)
+    return tokenwise, attention * (n + 1) / (2 * n)
+
+
+@right(checks.find_mask)
+def mask_in_numpy(look, n):
+    window = look(np.array([0])).sum().item()
+    changed = np.array([look(torch.arange(shift, n, window)).tolist() for shift in (0, 1)])
+    changed[1, 0] = True  # no token at or before it was replaced
+    begins = (changed[:, :-1] & ~changed[:, 1:]).any(0)
+    prompt = np.concatenate([[0], begins.cumsum()])
+    return (prompt[:, None] == prompt) & np.tri(n, dtype=bool) & ~np.tri(n, k=-window, dtype=bool)
+
+
+@wrong(checks.find_mask)
+def mask_without_the_shifted_look(look, n):
+    return mask_in_numpy(lambda places: look(places - places[0]), n)
+
+
+@wrong(checks.find_mask)
+def mask_with_a_look_too_many(look, n):
+    look([n - 1])
+    return mask_in_numpy(look, n)
 
 
 # chapter 3 ----------------------------------------------------------------------------------------

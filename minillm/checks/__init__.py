@@ -11,7 +11,7 @@ from minillm.checks.chapter_01 import (
     temperature_probabilities,
     top_p_probabilities,
 )
-from minillm.checks.chapter_02 import attention, attention_share, causal_mask, visible_tokens, window_mask
+from minillm.checks.chapter_02 import all_heads, attention, causal_mask, find_mask, layer_flops, window_mask
 from minillm.checks.chapter_03 import cache_append, cache_bytes, cached_attend, generate_with_cache, score_endings
 from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges, num_chunks
 from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_batch_tokens
@@ -31,9 +31,9 @@ __all__ = [
     "CheckFailed",
     "NotWrittenYet",
     "admission",
+    "all_heads",
     "allocate",
     "attention",
-    "attention_share",
     "beside",
     "better_within",
     "block_diagonal_mask",
@@ -49,6 +49,7 @@ __all__ = [
     "eviction_order",
     "explain",
     "few_passes",
+    "find_mask",
     "generate_with_cache",
     "greedy_generate",
     "is_written",
@@ -56,6 +57,7 @@ __all__ = [
     "key_number",
     "key_reads",
     "last_rows",
+    "layer_flops",
     "left_pad",
     "merge_softmax",
     "my_decode",
@@ -81,7 +83,6 @@ __all__ = [
     "temperature_probabilities",
     "top_p_probabilities",
     "utilisation",
-    "visible_tokens",
     "wasted_share",
     "window_mask",
 ]
