@@ -128,6 +128,7 @@ OPTIONS = {  # command -> option -> values that are refused; "" is the argument 
         "--seed": [HUGE],
         "--stop": [""],
         "--device": ["mps:7", "cuda:99", "meta", "xpu", "nonsense", ""],
+        "--tensor-parallel-size": ["0", "-1", HUGE, "3"],
         "--model": ["no-such-model", "", "a-folder", "an-empty-file", "a\nb", "missing/folder/of/names"],
     },
     "24x": {

@@ -19,7 +19,7 @@ from minillm.cli import simulate
 from minillm.cli.doctor import add_doctor_arguments, run_doctor
 from minillm.cli.published import add_published_arguments, run_published
 from minillm.cli.trace import add_trace_arguments, run_trace
-from minillm.errors import MiniLLMError, PromptError
+from minillm.errors import ConfigError, MiniLLMError, PromptError, check_whole
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -107,6 +107,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = ["auto", "float64", "float32", "bfloat16", "float16", "half"]
     parser.add_argument("--dtype", choices=dtypes, help="by default float32, on a GPU auto: the checkpoint's own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="so many processes hold the model together")
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
@@ -117,6 +118,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     if not arguments.chat:
         check_can_be_printed(arguments.prompt)
+    num_ranks = check_whole("--tensor-parallel-size", arguments.tensor_parallel_size, 1)
+    if num_ranks > 1 and arguments.naive:
+        raise ConfigError(f"--tensor-parallel-size is {num_ranks}, with which only the engine computes; omit --naive")
     params = minillm.SamplingParams(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -130,24 +134,30 @@ def run_generate(arguments: argparse.Namespace) -> int:
         stop=tuple(arguments.stop),
         seed=arguments.seed,
     )
-    model, tokenizer = minillm.load_model(
-        arguments.model, dtype=arguments.dtype, device=arguments.device, revision=arguments.revision
-    )
-    if model.config.num_parameters < SMALL_MODEL:
-        torch.set_num_threads(1)
-    prompt_ids = encode_prompt(tokenizer, arguments.prompt, arguments.chat)
-    generate = minillm.generate_naive if arguments.naive else minillm.generate_cached
-
+    source = {"dtype": arguments.dtype, "device": arguments.device, "revision": arguments.revision}
     token_times = []
 
-    def show(token) -> None:
+    def show(text: str, now: float) -> None:
         if not token_times and not arguments.chat:  # a story is read from its first word
             print(arguments.prompt, end="")
-        token_times.append(token.time)
-        print(token.text, end="", flush=True)
+        token_times.append(now)
+        print(text, end="", flush=True)
 
-    start = time.perf_counter()
-    generate(model, prompt_ids, params, tokenizer=tokenizer, on_token=show)
+    if num_ranks > 1:
+        with minillm.LLM(arguments.model, **source, tensor_parallel_size=num_ranks, verbose=False) as llm:
+            prompt_ids = encode_prompt(llm.tokenizer, arguments.prompt, arguments.chat)
+            start = time.perf_counter()
+            for output in llm.stream(prompt_ids, params):
+                show(output.outputs[0].text, time.perf_counter())
+    else:
+        model, tokenizer = minillm.load_model(arguments.model, **source)
+        if model.config.num_parameters < SMALL_MODEL:
+            torch.set_num_threads(1)
+        prompt_ids = encode_prompt(tokenizer, arguments.prompt, arguments.chat)
+        generate = minillm.generate_naive if arguments.naive else minillm.generate_cached
+        start = time.perf_counter()
+        told = {"tokenizer": tokenizer, "on_token": lambda token: show(token.text, token.time)}
+        generate(model, prompt_ids, params, **told)
     print()
     print(summary(len(prompt_ids), start, token_times), file=sys.stderr)
     return 0

@@ -35,14 +35,14 @@ class MemoryProfile(NamedTuple):
     available: int  # what can still be allocated where the model runs
     host_available: int  # the same of the machine's own memory; on the CPU the same number
     card_bytes: int | None = None  # the whole card; None on the CPU
+    num_ranks: int = 1  # that hold the model together; the sizes are of each
 
     @classmethod
     def worst(cls, profiles: Sequence["MemoryProfile"]) -> "MemoryProfile":
         """One profile that is safe for every worker: the largest needs beside the least memory."""
-        weights, activations, masks, block, available, host_available, _ = zip(*profiles, strict=True)
-        return cls(
-            *map(max, (weights, activations, masks, block)), min(available), min(host_available), profiles[0].card_bytes
-        )
+        weights, activations, masks, block, available, host_available, *_ = zip(*profiles, strict=True)
+        needed = map(max, (weights, activations, masks, block))
+        return cls(*needed, min(available), min(host_available), profiles[0].card_bytes, profiles[0].num_ranks)
 
     @property
     def on_cpu(self) -> bool:
@@ -77,6 +77,7 @@ class MemoryLedger:
     block_size: int  # tokens a block
     num_host_blocks: int = 0  # for requests that are swapped out
     host_is_budget: bool = True  # the host blocks are paid from this budget: the model runs on the CPU
+    num_ranks: int = 1  # that hold the model together; budget and sizes are of each
 
     @property
     def cache(self) -> int:
@@ -125,7 +126,9 @@ class MemoryLedger:
             notes["swapped blocks"] = f"{self.num_host_blocks:,} blocks{where}"
         posts = [(name, size) for name, size in self.spent.items() if size or name in notes]
         lines = [_line(f"  {name}", size, self.total, notes.get(name, "")) for name, size in posts]
-        return "\n".join([_line("memory", self.total, self.total), *lines, _line("  free", self.free, self.total)])
+        ranks = f"of each of {self.num_ranks} ranks" if self.num_ranks > 1 else ""
+        lines.insert(0, _line("memory", self.total, self.total, ranks))
+        return "\n".join([*lines, _line("  free", self.free, self.total)])
 
 
 def _line(name: str, size: int, total: int, note: str = "") -> str:
@@ -212,6 +215,7 @@ def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
         block_size=limits.block_size,
         num_host_blocks=_host_blocks(profile, num_blocks) if limits.num_host_blocks is None else limits.num_host_blocks,
         host_is_budget=profile.on_cpu,
+        num_ranks=profile.num_ranks,
     )
     ledger.check()
     _check_host(profile, ledger)

@@ -27,6 +27,7 @@ class EngineConfig(SchedulerConfig, CacheLimits, RunnerOptions):
     watermark: float = 0.01  # share of the pool that must be left over when another request is admitted
     preemption_mode: str = "recompute"  # when blocks run out: "recompute" their tokens later, or "swap" them out
     worker: str = "inline"  # the model runs in this process, or in a "process" of its own
+    tensor_parallel_size: Positive = 1  # so many processes hold the model together, on GPUs each on its own
     async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None = where that helps
     trace: bool = True  # record what happens in each step
     max_trace_steps: Positive | None = 10_000  # the last so many are kept; None = all, for a run that ends soon
@@ -64,6 +65,7 @@ class EngineConfig(SchedulerConfig, CacheLimits, RunnerOptions):
         decided contradicts what was given.
         """
         kind = "cuda" if str(device).startswith("cuda") else "cpu"
+        worker = "process" if self.tensor_parallel_size > 1 else self.worker
         if self.max_model_len is not None and self.max_model_len > context:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}, the model's context only {context}; lower it or leave it out"
@@ -72,6 +74,7 @@ class EngineConfig(SchedulerConfig, CacheLimits, RunnerOptions):
             "max_num_batched_tokens": BATCHED_TOKENS[kind],
             "max_model_len": context,
             "num_host_blocks": None if self.preemption_mode == "swap" else 0,
-            "async_scheduling": self.worker == "process" or kind == "cuda",
+            "async_scheduling": worker == "process" or kind == "cuda",
         }
-        return replace(self, **{name: value for name, value in decided.items() if getattr(self, name) is None})
+        decided = {name: value for name, value in decided.items() if getattr(self, name) is None}
+        return replace(self, worker=worker, **decided)

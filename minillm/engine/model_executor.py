@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from minillm.costs import CacheLimits, MemoryLedger, MemoryProfile, plan_cache
 from minillm.engine.engine_config import EngineConfig
 from minillm.errors import ConfigError
 from minillm.model import Decoder
-from minillm.runtime import ModelOutput, PendingOutput, ProcessWorker, SchedulerOutput, Worker
+from minillm.runtime import ModelOutput, PendingOutput, ProcessWorker, SchedulerOutput, Worker, start_ranks
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class ModelExecutor:
 
     @classmethod
     def start(cls, model: Decoder | str | Path, config: EngineConfig, **loading) -> "ModelExecutor":
-        """An executor with one worker, in this process or, as `config.worker` says, in one of its own.
+        """An executor with one worker, in this process or, as `config.worker` says, in one of its own, or in several.
 
         `model` is a loaded Decoder (in this process only), or its name or folder: then `loading` is what `Worker.load`
         takes. `config` has been resolved. Raises ConfigError and what `load_model` raises.
         """
         if not isinstance(model, Decoder):
             make = Worker.load if config.worker == "inline" else ProcessWorker
+            if config.tensor_parallel_size > 1:
+                make = partial(start_ranks, size=config.tensor_parallel_size)
             return cls([make(model, config, **loading)])
         if config.worker == "process":
             raise ConfigError("a worker process loads the model itself; give its name or folder, not a Decoder")

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = hand_on(
         "config": "ModelConfig RopeConfig",
         "decoder": "Decoder Heads Operations add_rms_norm rope_rotation rotate silu_mul",
         "hf_config": "load_tokenizer read_config",
+        "shards": "Shard WHOLE",
         "text": "Detokenizer TokenDecoder Tokenizer encode encode_chat token_texts",
         "weights": "load_decoder load_model locate",
     },

@@ -12,6 +12,7 @@ requests; masks, caches and block tables live behind `attend`. Sources: Touvron 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig, RopeConfig
 from minillm.model.linear import Embedding, Linear, pack, pack_linears, packed_linear, plain, worth_packing
+from minillm.model.shards import WHOLE, Shard
 
 ALIGNED_IDS = 64  # on a GPU so many columns of the logits or a multiple are computed, if the weight has so many rows
 
@@ -27,15 +29,19 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Decoder(nn.Module):
-    """Token ids in, last hidden states out; `logits` turns chosen rows of those into scores over the vocabulary."""
+    """Token ids in, last hidden states out; `logits` turns chosen rows of those into scores over the vocabulary.
 
-    def __init__(self, config: ModelConfig):
+    With a `shard` it is a rank's part of a model, and `config` the shape of this part, but for the vocabulary.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard = WHOLE):
         super().__init__()
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.config, self.shard = config, shard
+        vocab_rows = shard.vocab_rows(config.vocab_size)
+        self.embed_tokens = Embedding(vocab_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, vocab_rows, bias=False)
         self.register_buffer("packed_head", None, persistent=False)  # the output projection, after `pack`
         self.register_buffer("inv_freq", rope_frequencies(config.rope, config.head_dim), persistent=False)
 
@@ -47,7 +53,8 @@ class Decoder(nn.Module):
         `layers` are those of `bound`, for who calls often or has faster small operations.
         """
         layers = self.bound() if layers is None else layers
-        hidden = self.embed_tokens(token_ids)  # [T, hidden]: the stream, to which every layer adds twice
+        embed = self.embed_tokens if self.shard is WHOLE else partial(self.shard.embed, self.embed_tokens)
+        hidden = embed(token_ids)  # [T, hidden]: the stream, to which every layer adds twice
         rotation = rope_rotation(self.inv_freq, positions, hidden.dtype)
         x = self.layers[0].input_layernorm(hidden)
         for layer in layers:  # one name for all that passes: what is not needed any more is freed
@@ -66,7 +73,7 @@ class Decoder(nn.Module):
         first = first or PLAIN
         following = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
         return [
-            bind(layer, norm, number, (others or first) if number else first)
+            bind(layer, norm, number, (others or first) if number else first, self.shard)
             for number, (layer, norm) in enumerate(zip(self.layers, following, strict=True))
         ]
 
@@ -76,10 +83,16 @@ class Decoder(nn.Module):
         On a GPU they may be a view of wider rows: it multiplies slowly where rows begin at odd addresses, and a
         vocabulary is rarely a round number (Qwen3's tokenizer knows 151,669 ids, its matrix has 151,936).
         """
+        if self.shard is not WHOLE:
+            ours = self._logits(hidden, self.embed_tokens.num_embeddings)
+            return self.shard.gather(ours)[..., : self.config.num_sampled_ids].contiguous()
+        return self._logits(hidden, self.config.num_sampled_ids)
+
+    def _logits(self, hidden: Tensor, num_ids: int) -> Tensor:
+        """The product with the first so many rows of the head."""
         if self.packed_head is not None:
             return packed_linear(hidden, self.packed_head)
-        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
-        num_ids = num_rows = self.config.num_sampled_ids
+        weight, num_rows = (self.embed_tokens if self.lm_head is None else self.lm_head).weight, num_ids
         if hidden.device.type != "cpu" and (aligned := -(-num_ids // ALIGNED_IDS) * ALIGNED_IDS) <= len(weight):
             num_rows = aligned
         return F.linear(hidden, weight[:num_rows])[..., :num_ids]
@@ -95,7 +108,8 @@ class Decoder(nn.Module):
 
     def pack_head(self) -> None:
         """`pack` for the output projection alone, of which only the rows that are read are kept."""
-        head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[: self.config.num_sampled_ids]
+        head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        head = head[: self.config.num_sampled_ids] if self.shard is WHOLE else head
         if worth_packing(head):
             self.packed_head, self.lm_head = pack(head), None
 
@@ -238,17 +252,18 @@ class BoundLayer(NamedTuple):
     silu_mul: Callable
 
 
-def bind(layer: DecoderLayer, following: RMSNorm, number: int, operations: Operations) -> BoundLayer:
+def bind(layer: DecoderLayer, following: RMSNorm, number: int, operations: Operations, shard: Shard) -> BoundLayer:
     """A layer whose weights are in place; `following` is the norm that comes after it."""
+    by_rows = plain if shard is WHOLE else lambda linear: shard.summed(plain(linear))
     attention, mlp, norm, q_norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm, layer.self_attn.q_norm
     head_norms = (None, None, 0.0) if q_norm is None else (q_norm.weight, attention.k_norm.weight, q_norm.eps)
     return BoundLayer(
         qkv_proj=plain(attention.qkv_proj),
         heads=Heads(number, *attention.num_heads, *head_norms),
-        o_proj=plain(attention.o_proj),
+        o_proj=by_rows(attention.o_proj),
         attention_norm=Norm(norm.weight, norm.eps),
         gate_up_proj=plain(mlp.gate_up_proj),
-        down_proj=plain(mlp.down_proj),
+        down_proj=by_rows(mlp.down_proj),
         next_norm=Norm(following.weight, following.eps),
         **operations._asdict(),
     )

@@ -20,6 +20,7 @@ from minillm.model.config import ModelConfig
 from minillm.model.decoder import Decoder
 from minillm.model.hf_config import load_tokenizer, read_config, read_json
 from minillm.model.linear import pack_linears
+from minillm.model.shards import WHOLE, Cut, Shard
 from minillm.model.text import Tokenizer
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,11 +101,23 @@ def as_device(device: torch.device | str) -> torch.device:
 
 
 class Placement(NamedTuple):
-    """Where a checkpoint's tensor goes: rows first_row.. of one of our (perhaps fused) parameters."""
+    """Where a checkpoint's tensor goes, or a part of it: rows first_row.. of one of our (perhaps fused) parameters."""
 
     parameter: str
     first_row: int
     shape: tuple[int, ...]
+    part: tuple[slice, ...]  # of each dimension
+
+    @classmethod
+    def of(cls, parameter: str, first_row: int, *cuts: Cut) -> "Placement":
+        """A tensor whose dimensions are cut like this."""
+        return cls(parameter, first_row, *zip(*cuts, strict=True))
+
+    def read(self, tensors: safe_open, name: str) -> Tensor:
+        """What we keep of a tensor; of a part no more is read than that, a whole tensor is a view of the file."""
+        if self.part == tuple(slice(0, size) for size in self.shape):
+            return tensors.get_tensor(name)
+        return tensors.get_slice(name)[self.part]
 
 
 class Stored(NamedTuple):
@@ -121,20 +134,28 @@ class Stored(NamedTuple):
 
 
 def load_decoder(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, *, pack: bool = False
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    pack: bool = False,
+    shard: Shard = WHOLE,
 ) -> Decoder:
     """Check every name and shape in the checkpoint's headers, then allocate the decoder and copy the tensors in.
 
     With `pack`, as `Decoder.pack` has it, each layer is packed before the next one is read. The decoder's `config` says
-    whether the output head is tied; the one given only says what config.json claims.
+    whether the output head is tied; the one given only says what config.json claims. With a `shard`, of the files no
+    more than its part is read, and the decoder is that part. Raises ConfigError if the model cannot be cut like this.
     """
     found = read_headers(safetensors_files(folder))
     config = settle_tying(found, config, dtype)
-    placements = expected_tensors(config)
+    placements = expected_tensors(config, shard)
     check_tensors(found, placements)
     with torch.device("meta"):
-        model = Decoder(config).to(dtype)
-    model._apply(lambda each: torch.empty(each.shape, dtype=each.dtype, device=device))  # `to_empty` would load sympy
+        model = Decoder(shard.config_of(config), shard).to(dtype)
+    make = torch.empty if shard is WHOLE else torch.zeros  # a part has biases and ids that another rank holds
+    model._apply(lambda each: make(each.shape, dtype=each.dtype, device=device))  # `to_empty` would load sympy
     model.eval().requires_grad_(False)
     for layer, names in parts(placements):
         copy_tensors(model, {found[name]: placements[name] for name in names})
@@ -205,9 +226,9 @@ def copy_tensors(model: Decoder, places: dict[Stored, Placement]) -> None:
     for file in sorted({stored.file for stored in places}):
         with safe_open(file, framework="pt") as tensors:
             for stored, place in places.items():
-                if stored.file == file:
-                    rows = model.get_parameter(place.parameter)[place.first_row : place.first_row + place.shape[0]]
-                    rows.copy_(tensors.get_tensor(stored.name))
+                if stored.file == file and place.part[0].start < place.part[0].stop:
+                    part = place.read(tensors, stored.name)
+                    model.get_parameter(place.parameter)[place.first_row : place.first_row + len(part)].copy_(part)
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -216,34 +237,41 @@ def _some(names: list[str], most: int = 4) -> str:
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, Placement]:
-    """Every tensor a checkpoint of this shape must hold, by its name there, and its place in `Decoder`."""
-    hidden, ff, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+def expected_tensors(config: ModelConfig, shard: Shard = WHOLE) -> dict[str, Placement]:
+    """Every tensor a checkpoint of this shape must hold, by its name there, and its place in `Decoder`.
+
+    Of a shard: which part of each goes to which place in its own. Raises ConfigError if it cannot be cut like this.
+    """
+    own = shard.config_of(config)
+    vocab, hidden = shard.vocab(config.vocab_size), WHOLE.evenly(config.hidden_size)
+    q, kv, ff = shard.evenly(config.query_size), shard.key_values(config), shard.evenly(config.intermediate_size)
     places = {
-        "model.embed_tokens.weight": Placement("embed_tokens.weight", 0, (vocab, hidden)),
-        "model.norm.weight": Placement("norm.weight", 0, (hidden,)),
+        "model.embed_tokens.weight": Placement.of("embed_tokens.weight", 0, vocab, hidden),
+        "model.norm.weight": Placement.of("norm.weight", 0, hidden),
     }
     if not config.tie_word_embeddings:
-        places["lm_head.weight"] = Placement("lm_head.weight", 0, (vocab, hidden))
-    q, kv = config.query_size, config.key_value_size
+        places["lm_head.weight"] = Placement.of("lm_head.weight", 0, vocab, hidden)
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
 
         def linear(name, fused, first_row, rows, columns, bias, ours=ours, theirs=theirs):
-            places[f"{theirs}{name}.weight"] = Placement(f"{ours}{fused}.weight", first_row, (rows, columns))
+            places[f"{theirs}{name}.weight"] = Placement.of(f"{ours}{fused}.weight", first_row, rows, columns)
             if bias:
-                places[f"{theirs}{name}.bias"] = Placement(f"{ours}{fused}.bias", first_row, (rows,))
+                rows = shard.once(hidden.whole) if rows is hidden else rows
+                places[f"{theirs}{name}.bias"] = Placement.of(f"{ours}{fused}.bias", first_row, rows)
 
         linear("self_attn.q_proj", "self_attn.qkv_proj", 0, q, hidden, config.qkv_bias)
-        linear("self_attn.k_proj", "self_attn.qkv_proj", q, kv, hidden, config.qkv_bias)
-        linear("self_attn.v_proj", "self_attn.qkv_proj", q + kv, kv, hidden, config.qkv_bias)
+        linear("self_attn.k_proj", "self_attn.qkv_proj", own.query_size, kv, hidden, config.qkv_bias)
+        values = own.query_size + own.key_value_size
+        linear("self_attn.v_proj", "self_attn.qkv_proj", values, kv, hidden, config.qkv_bias)
         linear("self_attn.o_proj", "self_attn.o_proj", 0, hidden, q, config.attention_out_bias)
         linear("mlp.gate_proj", "mlp.gate_up_proj", 0, ff, hidden, config.mlp_bias)
-        linear("mlp.up_proj", "mlp.gate_up_proj", ff, ff, hidden, config.mlp_bias)
+        linear("mlp.up_proj", "mlp.gate_up_proj", own.intermediate_size, ff, hidden, config.mlp_bias)
         linear("mlp.down_proj", "mlp.down_proj", 0, hidden, ff, config.mlp_bias)
         norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
         if config.qk_norm:
-            norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+            each_head = WHOLE.evenly(config.head_dim)
+            norms |= {"self_attn.q_norm": each_head, "self_attn.k_norm": each_head}
         for name, size in norms.items():
-            places[f"{theirs}{name}.weight"] = Placement(f"{ours}{name}.weight", 0, (size,))
+            places[f"{theirs}{name}.weight"] = Placement.of(f"{ours}{name}.weight", 0, size)
     return places

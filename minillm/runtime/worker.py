@@ -13,7 +13,7 @@ from torch import Tensor
 from minillm.costs import MemoryProfile, PeakMemory, available_memory, blocks_needed
 from minillm.errors import KernelError
 from minillm.kernels import Backend, choose, ops
-from minillm.model import Decoder, load_decoder, locate, read_config
+from minillm.model import WHOLE, Decoder, Shard, load_decoder, locate, read_config
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.plan import (
     DEFAULT_OPTIONS,
@@ -58,14 +58,16 @@ class Worker:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         num_tokens: int | None = None,
+        shard: Shard = WHOLE,
     ) -> "Worker":
         """A worker for a model by name, folder or hub id, which samples among the first `num_tokens` ids.
 
-        The tokenizer, which tells how many ids there are, stays with the engine. Raises what `load_model` raises.
+        The tokenizer, which tells how many ids there are, stays with the engine. With a `shard` it is a rank, and the
+        other ranks must be called as it is. Raises what `load_model` raises.
         """
         folder, dtype, device = locate(model, dtype, device)
         config = replace(read_config(folder), num_tokens=num_tokens)
-        return cls(load_decoder(folder, config, dtype, device, pack=True), options)
+        return cls(load_decoder(folder, config, dtype, device, pack=True, shard=shard), options)
 
     def profile(self) -> MemoryProfile:
         """Run a step that needs as much as any within the options' limits; what it needed beside weights and cache.

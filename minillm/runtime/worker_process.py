@@ -6,21 +6,25 @@ The two talk over a socket, in JSON (see `messages`): a call is [method, argumen
 
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +35,9 @@ from minillm.errors import MiniLLMError, WorkerDiedError
 from minillm.runtime import messages
 from minillm.runtime.plan import DEFAULT_OPTIONS, ModelOutput, PendingOutput, RunnerOptions, SchedulerOutput
 from minillm.runtime.worker import Worker
+
+if TYPE_CHECKING:
+    from minillm.runtime.ranks import RankGroup
 
 LOOK_EVERY = 0.5  # seconds between looks whether the other process still lives, in case its end of the socket does
 MOST_IN_FLIGHT = 2  # steps: one that is computed, and the next one
@@ -47,6 +54,7 @@ class ProcessWorker:
     """A `Worker` in another process, with the same methods and the same errors.
 
     Raises WorkerDiedError, in the call that waits and in all later ones, once that process has ended. Linux and macOS.
+    With several ranks (see `ranks`) it is the first of them, and ends with any that was started here.
     """
 
     def __init__(
@@ -57,31 +65,58 @@ class ProcessWorker:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         num_tokens: int | None = None,
+        num_ranks: int = 1,
     ):
         """Start the process and load the model there; same arguments and errors as `Worker.load`.
 
-        It computes with as many threads as this process.
+        It computes with as many threads as this process; ranks on a CPU share them.
         """
         ours, theirs = socket.socketpair()
         self._room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 8  # bytes that surely fit, unread
         self._connection = Connection(ours.detach())
         self._poller = poller_of(self._connection)
-        with theirs:
-            self._process = _start(theirs.fileno())
-        self._end = weakref.finalize(self, _end, self._connection, self._process)
+        self._processes: list[subprocess.Popen] = []  # the first one is talked to
+        self._folder = None if num_ranks == 1 else tempfile.mkdtemp(prefix="minillm-ranks-")
+        self._end = weakref.finalize(self, _end, self._connection, self._processes, self._folder)
+        self._ended: subprocess.Popen | None = None  # the one with which all ended
         self._unanswered: deque[_Answer] = deque()  # answers come in the order of the calls, waited for or not
         try:
-            read_there = [getattr(options, field.name) for field in fields(RunnerOptions)]  # no more of a whole config
-            dtype = None if dtype is None else str(dtype)
-            self._call("load", str(model), read_there, dtype, str(device), num_tokens, torch.get_num_threads())
+            with theirs:
+                self._start(theirs.fileno(), num_ranks, str(device))
+            self.load(model, options, dtype=dtype, device=device, num_tokens=num_tokens)
         except BaseException:
             self.shutdown()
             raise
 
+    def _start(self, fileno: int, num_ranks: int, device: str) -> None:
+        """All processes, and let them find each other."""
+        if num_ranks == 1:
+            self._processes.append(_start(fileno))
+            return
+        from minillm.runtime import ranks
+
+        place = Path(self._folder, "ranks")
+        by_others = ranks.is_started_by_others()
+        self._processes.append(_start(fileno, {} if by_others else ranks.environment_of(0, num_ranks, place)))
+        for rank in () if by_others else range(1, num_ranks):
+            self._processes.append(ranks.start_follower(rank, num_ranks, place, device))
+        self._call("join", device)
+
+    def load(self, model: str | Path, options: RunnerOptions, *, dtype=None, device="cpu", num_tokens=None) -> None:
+        """Load a model there, in the place of the one before; see `Worker.load`."""
+        read_there = [getattr(options, field.name) for field in fields(RunnerOptions)]  # no more of a whole config
+        dtype = None if dtype is None else str(dtype)
+        self._call("load", str(model), read_there, dtype, str(device), num_tokens, torch.get_num_threads())
+
     @property
     def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
+        """The process's id; of several, that of rank 0."""
+        return self.pids[0]
+
+    @property
+    def pids(self) -> list[int]:
+        """The ids of all processes that were started here, by rank."""
+        return [process.pid for process in self._processes]
 
     def profile(self) -> MemoryProfile:
         """See `Worker.profile`."""
@@ -145,7 +180,7 @@ class ProcessWorker:
     def _receive(self) -> None:
         """Take in the next answer. Raises EOFError if the process has ended and left none."""
         while not self._poller.poll(LOOK_EVERY * 1e3):
-            if self._process.poll() is not None and not self._poller.poll(0):
+            if self._find_ended() and not self._poller.poll(LOOK_EVERY * 1e3):  # its last words, or rank 0's
                 raise EOFError
         with self._all_or_nothing():
             content = self._connection.recv_bytes()
@@ -153,12 +188,22 @@ class ProcessWorker:
 
     def check_alive(self) -> None:
         """Raises WorkerDiedError if the process has ended, though no call has noticed. From any thread."""
-        if self._process.poll() is not None:
-            raise WorkerDiedError(f"the worker process {self.pid} {self._how_it_ended()}; start a new engine")
+        if self._find_ended():
+            raise self._death()
 
     def _check_alive(self) -> None:
         if not self._end.alive:
-            raise WorkerDiedError(f"the worker process {self.pid} {self._how_it_ended()}; start a new engine")
+            raise self._death()
+
+    def _death(self) -> WorkerDiedError:
+        return WorkerDiedError(f"the worker process {self._how_it_ended()}; start a new engine")
+
+    def _find_ended(self) -> bool:
+        """Whether a process has ended; notes which, of several one that was killed: the others end with it."""
+        if self._ended is None:
+            ended = [process for process in self._processes if process.poll() is not None]
+            self._ended = min(ended, key=lambda process: process.returncode, default=None)
+        return self._ended is not None
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -175,17 +220,20 @@ class ProcessWorker:
         try:
             yield
         except (EOFError, OSError):
+            self._find_ended()
             self._end()
             raise WorkerDiedError(
-                f"the worker process {self.pid} {self._how_it_ended()} during {method}; all its requests have failed: "
+                f"the worker process {self._how_it_ended()} during {method}; all its requests have failed: "
                 "start a new engine, with a smaller pool if the machine ran out of memory"
             ) from None
 
     def _how_it_ended(self) -> str:
-        code = self._process.returncode
+        process = self._ended or self._processes[0]
+        code, rank = process.returncode, self._processes.index(process)
+        name = f"{process.pid} (rank {rank})" if self._folder else f"{process.pid}"
         if code is not None and code < 0:
-            return f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        return f"ended with exit code {code}"
+            return f"{name} was killed by signal {-code} ({signal.strsignal(-code)})"
+        return f"{name} ended with exit code {code}"
 
 
 class _Answer:
@@ -208,25 +256,37 @@ def poller_of(connection: Connection) -> select.poll:
     return poller
 
 
-def _start(fileno: int) -> subprocess.Popen:
-    """A fresh interpreter that serves the socket `fileno`, and finds modules where this one does."""
-    search = os.pathsep.join(path or os.getcwd() for path in sys.path)
+def search_path() -> dict[str, str]:
+    """The environment in which a process finds modules where this one does."""
+    return {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def _start(fileno: int, environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen:
+    """A process that serves the socket `fileno`, and finds modules where this one does."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "minillm.runtime.worker_process", str(fileno), str(os.getpid())],
         pass_fds=[fileno],
         stdin=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": search},
+        env=os.environ | search_path() | environment,
     )
 
 
-def _end(connection: Connection, process: subprocess.Popen) -> None:
-    """Close the socket, on which the process ends by itself, and make sure that it did."""
+def _end(connection: Connection, processes: Sequence[subprocess.Popen], folder: str | None) -> None:
+    """Close the socket, on which the processes end by themselves, and make sure that they did.
+
+    If one of several has come to a bad end, the others may wait for it.
+    """
     connection.close()
-    try:
-        process.wait(GIVEN_TO_END)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    is_late = any(process.poll() for process in processes)
+    deadline = time.monotonic() + (0 if is_late else GIVEN_TO_END)
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _result(status: str, *content: Any) -> Any:
@@ -246,22 +306,33 @@ class _Server:
     """Holds the worker; its public methods are what can be called."""
 
     _on_gpu = False  # where a step is computed after it has been launched
+    _group = None  # the ranks that this process is one of
+
+    def join(self, device: str) -> None:
+        from minillm.runtime.ranks import RankGroup  # which imports this module
+
+        self._group = RankGroup(device)
 
     def load(
         self, model: str, options: list, dtype: str | None, device: str, num_tokens: int | None, num_threads: int
     ) -> None:
+        named = {"dtype": dtype, "device": device, "num_tokens": num_tokens}
+        if self._group is not None:
+            num_threads = max(1, num_threads // self._group.local_size) if device == "cpu" else num_threads
+            named |= {"device": self._group.device, "shard": self._group.shard}
         torch.set_num_threads(num_threads)
-        self.worker = Worker.load(model, RunnerOptions(*options), dtype=dtype, device=device, num_tokens=num_tokens)
+        self.worker = Worker.load(model, RunnerOptions(*options), **named)
         self._on_gpu = self.worker.model.device.type == "cuda"
 
     def profile(self) -> MemoryProfile:
-        return self.worker.profile()
+        profile = self.worker.profile()
+        return profile if self._group is None else self._group.worst(profile)
 
     def init_cache(self, num_blocks: int, num_host_blocks: int) -> int:
         return self.worker.init_cache(num_blocks, num_host_blocks=num_host_blocks)
 
     def why(self) -> str:
-        return self.worker.why
+        return self.worker.why if self._group is None else f"{self.worker.why}; {self._group.why}"
 
     def encode(self, token_ids: list[int]) -> tuple[str, list[float]]:
         vector = self.worker.encode(token_ids)
@@ -286,16 +357,21 @@ def serve(connection: Connection, parent: int) -> None:
             while not poller.poll(LOOK_EVERY * 1e3):
                 if os.getppid() != parent:  # killed, while a process it forked keeps the socket open
                     return
-            method, arguments = messages.decode(connection.recv_bytes())
+            message = connection.recv_bytes()
+            if server._group is not None:
+                server._group.tell(message)
+            method, arguments = messages.decode(message)
             is_step = method == "execute_model"
             while len(unanswered) > (MOST_IN_FLIGHT - 1 if is_step else 0):
                 unanswered.popleft().result()
             result = _carry_out(server, method, arguments)
             if is_step and server._on_gpu:
-                unanswered.append(waiter.submit(_answer, connection, result))
+                unanswered.append(waiter.submit(_answer, connection, result, server._group))
             else:  # it is there already
-                _answer(connection, result)
+                _answer(connection, result, server._group)
         except (EOFError, OSError):
+            if server._group is not None:
+                server._group.dismiss()
             return
 
 
@@ -312,11 +388,17 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _answer(connection: Connection, result: Callable[[], Any]) -> None:
-    """Send the result of a call, when it is there, or its error: the engine decides."""
+def _answer(connection: Connection, result: Callable[[], Any], group: "RankGroup | None") -> None:
+    """Send the result of a call, when it is there, or its error: the engine decides.
+
+    Of several ranks, the others do not wait for one that has failed: with an error that is nobody's to fix, all end.
+    """
     try:
         message = messages.encode(("ok", result()))
     except Exception as error:
+        if group is not None and not isinstance(error, MiniLLMError):
+            traceback.print_exception(error)
+            os._exit(1)
         message = messages.encode(("error", type(error).__name__, str(error), traceback.format_exc()))
     connection.send_bytes(message)
 

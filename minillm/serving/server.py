@@ -128,6 +128,8 @@ def start_up_lines(engine: AsyncEngine) -> Iterator[tuple[int, str, str]]:
     settings = ", ".join(f"{field.name}={getattr(config, field.name)}" for field in fields(config))
     yield 1, "LLMEngine", f"engine config: {settings}"
     where = "in this process" if config.worker == "inline" else "in a process of its own"
+    if config.tensor_parallel_size > 1:
+        where = f"in {config.tensor_parallel_size} processes, each with its part"
     yield 3, "Worker", f"weights: {model.num_parameters:,} parameters, {where}"
     for line in str(ledger).splitlines():
         yield 3, "CacheEngine", line
