@@ -43,7 +43,7 @@ def test_the_path_of_a_token_on_a_cpu():
     files = files_of_generate()
     print("\n" + told("LLM.generate on a CPU", files))
     assert "runtime/runner.py" in files and "engine/block_manager.py" in files
-    assert len(files) <= 26 and sum(files.values()) <= 6_110
+    assert len(files) <= 26 and sum(files.values()) <= 6_120
     readme = " ".join((PACKAGE.parent / "README.md").read_text(encoding="utf-8").split())
     found = re.search(r"is (\d+) files of ([\d,]+) lines, which a", readme)
     assert int(found[1]) == len(files) and abs(int(found[2].replace(",", "")) - sum(files.values())) < 100
@@ -54,7 +54,7 @@ def test_the_path_of_a_token_on_both():
     files = files_of_generate() | files_of_generate(attention_backend="triton", max_num_seqs=2)
     print("\n" + told("LLM.generate on a CPU and with Triton's kernels and graphs", files))
     assert "runtime/step_graph.py" in files or torch.cuda.is_available()
-    assert len(files) <= 32 and sum(files.values()) <= 7_410
+    assert len(files) <= 32 and sum(files.values()) <= 7_420
 
 
 def test_the_tour_tells_the_files_of_the_path_and_how_long_they_are():

@@ -12,7 +12,6 @@ requests; masks, caches and block tables live behind `attend`. Sources: Touvron 
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,14 +28,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Decoder(nn.Module):
-    """Token ids in, last hidden states out; `logits` turns chosen rows of those into scores over the vocabulary.
-
-    With a `shard` it is a rank's part of a model, and `config` the shape of this part, but for the vocabulary.
-    """
+    """Token ids in, last hidden states out; `logits` turns chosen rows of those into scores over the vocabulary."""
 
     def __init__(self, config: ModelConfig, shard: Shard = WHOLE):
         super().__init__()
-        self.config, self.shard = config, shard
+        self.config, self.shard = config, shard  # of a rank, its part's shape, but for the vocabulary: that is whole
         vocab_rows = shard.vocab_rows(config.vocab_size)
         self.embed_tokens = Embedding(vocab_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -53,8 +49,8 @@ class Decoder(nn.Module):
         `layers` are those of `bound`, for who calls often or has faster small operations.
         """
         layers = self.bound() if layers is None else layers
-        embed = self.embed_tokens if self.shard is WHOLE else partial(self.shard.embed, self.embed_tokens)
-        hidden = embed(token_ids)  # [T, hidden]: the stream, to which every layer adds twice
+        # [T, hidden]: the stream, to which every layer adds twice
+        hidden = self.embed_tokens(token_ids) if self.shard is WHOLE else self.shard.embed(self.embed_tokens, token_ids)
         rotation = rope_rotation(self.inv_freq, positions, hidden.dtype)
         x = self.layers[0].input_layernorm(hidden)
         for layer in layers:  # one name for all that passes: what is not needed any more is freed
@@ -83,10 +79,9 @@ class Decoder(nn.Module):
         On a GPU they may be a view of wider rows: it multiplies slowly where rows begin at odd addresses, and a
         vocabulary is rarely a round number (Qwen3's tokenizer knows 151,669 ids, its matrix has 151,936).
         """
-        if self.shard is not WHOLE:
-            ours = self._logits(hidden, self.embed_tokens.num_embeddings)
-            return self.shard.gather(ours)[..., : self.config.num_sampled_ids].contiguous()
-        return self._logits(hidden, self.config.num_sampled_ids)
+        num_ids, is_part = self.config.num_sampled_ids, self.shard is not WHOLE
+        ours = self._logits(hidden, self.embed_tokens.num_embeddings if is_part else num_ids)
+        return self.shard.gather(ours)[..., :num_ids].contiguous() if is_part else ours
 
     def _logits(self, hidden: Tensor, num_ids: int) -> Tensor:
         """The product with the first so many rows of the head."""
