@@ -1,125 +1,14 @@
 """Chapter 4's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
-import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from check_answers import message, passes
-from minillm import checks
+from minillm import KVCache, checks, masked_attention
 from minillm.attention import masks
-
-# num_chunks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda n, m: -(-n // m),
-        lambda n, m: (n + m - 1) // m,
-        lambda n, m: math.ceil(n / m),
-        lambda n, m: n // m + (n % m > 0),
-        lambda n, m: len(range(0, n, m)),
-        lambda n, m: np.ceil(n / m),
-        lambda n, m: torch.tensor(n / m, dtype=torch.float64).ceil().int(),
-    ],
-    ids=["negated", "added", "ceil", "remainder", "range", "numpy", "tensor"],
-)
-def test_num_chunks_accepts(right, capsys):
-    assert passes(checks.num_chunks, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda n, m: n // m, "a pass that is not full is a pass too"),
-        (lambda n, m: n / m, "got       1.75"),
-        (lambda n, m: n // m + 1, "exactly two full passes"),
-        (lambda n, m: round(n / m), "needs a pass of its own"),  # 9 / 4 is rounded down
-        (lambda n, m: str(-(-n // m)), "got       '2'"),
-        (lambda n, m: n % m, "got       3"),
-        (lambda n, m: len(range(0, n + 1, m)), "exactly two full passes"),
-    ],
-    ids=["rounded down", "not rounded", "one more", "rounded", "text", "remainder", "one token more"],
-)
-def test_num_chunks_refuses(wrong, told):
-    assert told in message(checks.num_chunks, wrong)
-
-
-# chunk_ranges -------------------------------------------------------------------------------------
-
-
-def in_a_loop(n, m):
-    ranges, start = [], 0
-    while start < n:
-        ranges.append([start, min(n, start + m)])
-        start += m
-    return ranges
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        in_a_loop,
-        lambda n, m: [(start, min(start + m, n)) for start in range(0, n, m)],
-        lambda n, m: tuple((start, min(start + m, n)) for start in range(0, n, m)),
-        lambda n, m: torch.tensor(in_a_loop(n, m)),
-        lambda n, m: np.array(in_a_loop(n, m)),
-        lambda n, m: [(int(chunk[0]), int(chunk[-1]) + 1) for chunk in torch.arange(n).split(m)],
-    ],
-    ids=["loop", "list", "tuple", "tensor", "numpy", "split"],
-)
-def test_chunk_ranges_accepts(right, capsys):
-    assert passes(checks.chunk_ranges, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda n, m: [(start, start + m) for start in range(0, n, m)], "got       [(0, 4), (4, 8)]"),
-        (lambda n, m: [(start, min(start + m, n) - 1) for start in range(0, n, m)], "got       [(0, 3), (4, 6)]"),
-        (
-            lambda n, m: [(start, min(m, n - start)) for start in range(0, n, m)],
-            "expected  [(0, 4), (4, 7)]",
-        ),  # lengths
-        (lambda n, m: [(i * m, min(i * m + m, n)) for i in range(n // m)], "got       [(0, 4)]"),  # the rest is lost
-        (lambda n, m: [(i * m, min(i * m + m, n)) for i in range(n // m + 1)], "none of them may be empty"),
-        (lambda n, m: list(range(0, n, m)), "got       [0, 4]"),
-        (lambda n, m: (start for start in range(0, n, m)), "got       [0, 4]"),
-        (lambda n, m: -(-n // m), "got       2"),
-        (lambda n, m: None, "got       None"),
-    ],
-    ids=[
-        "beyond the end",
-        "inclusive",
-        "lengths",
-        "rest lost",
-        "empty one",
-        "starts",
-        "generator",
-        "a number",
-        "nothing",
-    ],
-)
-def test_chunk_ranges_refuses(wrong, told):
-    assert told in message(checks.chunk_ranges, wrong)
-
-
-@pytest.mark.parametrize(
-    ("slip", "told"),
-    [
-        (lambda start, end, m: (start, start + m), "must not reach beyond the prompt"),
-        (lambda start, end, m: (start, end - 1), "as in a slice; this is the last one"),
-        (lambda start, end, m: (start, end - start), "This is start and length"),
-        (lambda start, end, m: (start + 1, end), "start at 0, m, 2 m"),
-        (lambda start, end, m: start, "Return pairs"),
-    ],
-)
-def test_chunk_ranges_hints_at_what_is_wrong(slip, told):
-    hint = message(checks.chunk_ranges, lambda n, m: [slip(*pair, m) for pair in in_a_loop(n, m)]).splitlines()[-1]
-    assert told in hint
-
 
 # chunk_mask ---------------------------------------------------------------------------------------
 
@@ -173,52 +62,168 @@ def test_chunk_mask_refuses(wrong, told):
     assert told in message(checks.chunk_mask, wrong)
 
 
-# chunk_for_memory ---------------------------------------------------------------------------------
+# read_in_chunks -----------------------------------------------------------------------------------
 
 
-def by_doubling(free_bytes, bytes_per_token):
-    if bytes_per_token > free_bytes:
-        return 0
-    chunk = 1
-    while 2 * chunk * bytes_per_token <= free_bytes:
-        chunk *= 2
-    return chunk
+def read(model, prompt_ids, m, kernel, *, restart=False, triangle=False, own_kernel=False, rows=-1, twice=False):
+    """The right answer, and with an argument one of the wrong ones."""
+    cache = KVCache(model.config, capacity=len(prompt_ids), dtype=model.dtype)
+    for start in range(0, len(prompt_ids), m):
+        end = min(start + m, len(prompt_ids))
+        mask = masks.rectangular(end - start, end)
+        if triangle:
+            mask &= torch.arange(end) >= start
+        attend = partial(attend_to, cache, masked_attention if own_kernel else kernel, mask)
+        positions = torch.arange(start, end) - (start if restart else 0)
+        hidden = model(torch.tensor(prompt_ids[start:end]), positions, attend)
+        cache.advance(end - start)
+    if twice:
+        model(torch.tensor(prompt_ids[:1]), torch.tensor([0]), lambda layer, q, k, v: q)
+    return model.logits(hidden[rows])
 
 
-def by_halving(free_bytes, bytes_per_token):
-    chunk = 2**40
-    while chunk and chunk * bytes_per_token > free_bytes:
-        chunk //= 2
-    return chunk
+def attend_to(cache, kernel, mask, layer, q, k, v):
+    return kernel(q, *cache.append(layer, k, v), mask)
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        by_doubling,
-        by_halving,
-        lambda free, each: (1 << (free // each).bit_length()) >> 1,
-        lambda free, each: 2 ** int(math.log2(free // each)) if free >= each else 0,
-        lambda free, each: np.int64(by_doubling(free, each)),
-    ],
-    ids=["doubling", "halving", "bits", "logarithm", "numpy"],
-)
-def test_chunk_for_memory_accepts(right, capsys):
-    assert passes(checks.chunk_for_memory, right, capsys)
+def read_with_lists(model, prompt_ids, m, kernel):
+    """Keeps its own tensors, splits the ids, masks by positions."""
+    kept, start = {}, 0
+    for chunk in torch.tensor(prompt_ids).split(m):
+        places = torch.arange(start + len(chunk))
+
+        def attend(layer, q, k, v, places=places):
+            kept.setdefault(layer, []).append((k, v))
+            keys, values = map(torch.cat, zip(*kept[layer], strict=True))
+            return kernel(q, keys, values, places <= places[-len(q) :, None])
+
+        hidden = model(chunk, places[start:], attend)
+        start += len(chunk)
+    return model.logits(hidden)[-1].numpy()
+
+
+def read_without_a_cache(model, prompt_ids, m, kernel):
+    for end in range(m, len(prompt_ids) + m, m):
+        ids = torch.tensor(prompt_ids[:end])
+        hidden = model(ids, torch.arange(len(ids)), lambda layer, q, k, v: kernel(q, k, v, masks.causal(len(q))))
+    return model.logits(hidden[-1])
+
+
+def read_the_new_alone(model, prompt_ids, m, kernel):
+    for start in range(0, len(prompt_ids), m):
+        ids = torch.tensor(prompt_ids[start : start + m])
+        positions = torch.arange(start, start + len(ids))
+        hidden = model(ids, positions, lambda layer, q, k, v: kernel(q, k, v, masks.causal(len(q))))
+    return model.logits(hidden[-1])
+
+
+def read_full_chunks_only(model, prompt_ids, m, kernel):
+    return read(model, prompt_ids[: max(1, len(prompt_ids) // m) * m], m, kernel)
+
+
+def read_equal_chunks(model, prompt_ids, m, kernel):
+    num = -(-len(prompt_ids) // m)
+    return read(model, prompt_ids, -(-len(prompt_ids) // num), kernel)
+
+
+def read_at_once(model, prompt_ids, m, kernel):
+    return read(model, prompt_ids, len(prompt_ids), kernel)
+
+
+def read_and_say_nothing(model, prompt_ids, m, kernel):
+    read(model, prompt_ids, m, kernel)
+
+
+@pytest.mark.parametrize("right", [read, read_with_lists])
+def test_read_in_chunks_accepts(right, capsys):
+    assert passes(checks.read_in_chunks, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda free, each: free // each, "got       10"),
-        (lambda free, each: 1 << (free // each).bit_length(), "got       16"),  # one power too many
-        (lambda free, each: 2 ** round(math.log2(max(1, free / each))), "8 tokens would need one byte too many"),
-        (lambda free, each: max(1, by_doubling(free, each)), "Not even one token fits"),
-        (lambda free, each: by_doubling(free - 1, each), "exactly full is allowed"),
-        (lambda free, each: by_doubling(free, each).bit_length() - 1, "got       3"),  # the exponent
-        (lambda free, each: 2 ** int(math.log2(free // each)), "raised    ValueError"),
+        (read_at_once, "at most m tokens, here 4"),
+        (read_without_a_cache, "at most m tokens, here 4"),
+        (partial(read, twice=True), "Each token is computed once"),
+        (read_full_chunks_only, "All tokens of the prompt"),
+        (partial(read, restart=True), "Positions go on counting"),
+        (read_equal_chunks, "Cut after every m tokens"),
+        (partial(read, own_kernel=True), "Attend by `kernel("),
+        (partial(read, rows=slice(None)), "the last token of the last chunk"),
+        (partial(read, rows=0), "attends to the earlier chunks too"),
+        (read_the_new_alone, "attends to the earlier chunks too"),
+        (partial(read, triangle=True), "attends to the earlier chunks too"),
+        (read_and_say_nothing, "does it end with `return`"),
     ],
-    ids=["any number", "too large", "rounded", "at least one", "one byte short", "exponent", "log of 0"],
 )
-def test_chunk_for_memory_refuses(wrong, told):
-    assert told in message(checks.chunk_for_memory, wrong)
+def test_read_in_chunks_refuses(wrong, told):
+    assert told in message(checks.read_in_chunks, wrong)
+
+
+def test_the_passes_are_shown():
+    text = message(checks.read_in_chunks, partial(read, restart=True))
+    assert "got       passes at [0, 1, 2, 3], [0, 1, 2]; logits tensor (24,)" in text
+    assert "expected  passes at [0, 1, 2, 3], [4, 5, 6]; logits tensor (24,)" in text
+
+
+# windowed_attend ----------------------------------------------------------------------------------
+
+
+def windowed(kept, window, layer, q, k, v, *, keep=0, masked=True, offset=0, where=None):
+    """The right answer, and with an argument one of the wrong ones."""
+    where = layer if where is None else where
+    if where in kept:
+        k, v = torch.cat([kept[where][0], k]), torch.cat([kept[where][1], v])
+    first = max(0, len(k) - window + 1 - keep)
+    kept[where] = k[first:], v[first:]
+    places = torch.arange(len(k))
+    mine = places[-len(q) :, None]
+    mask = places <= mine
+    if masked:
+        mask &= places > mine - window + offset
+    return masked_attention(q, k, v, mask)
+
+
+def windowed_in_lists(kept, window, layer, q, k, v):
+    """A row of keys after the other, each query by itself."""
+    rows, outputs = kept.setdefault(layer, []), []
+    for query, key, value in zip(q, k, v, strict=True):
+        rows.append((key, value))
+        del rows[:-window]
+        keys, values = map(torch.stack, zip(*rows, strict=True))
+        outputs.append(masked_attention(query[None], keys, values, torch.ones(1, len(rows), dtype=torch.bool)))
+    del rows[: len(rows) - window + 1]
+    return torch.cat(outputs)
+
+
+def windowed_with_the_last_pass(kept, window, layer, q, k, v):
+    old_k, old_v = kept.get(layer, (k[:0], v[:0]))
+    first = max(0, len(k) - window + 1)
+    kept[layer] = k[first:], v[first:]
+    k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
+    return masked_attention(q, k, v, masks.causal(len(k), window=window)[-len(q) :])
+
+
+@pytest.mark.parametrize("right", [windowed, windowed_in_lists])
+def test_windowed_attend_accepts(right, capsys):
+    checks.windowed_attend(right)
+    said = "✓ windowed_attend: 6 cases, and the budget: window - 1 tokens kept per layer\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (partial(windowed, keep=100), "at most 3"),
+        (partial(windowed, keep=1), "got       4 tokens kept in a layer"),
+        (partial(windowed, masked=False), "Inside one pass, too"),
+        (partial(windowed, keep=-1), "positions are those of the text"),
+        (partial(windowed, offset=1), "Inside one pass, too"),
+        (partial(windowed, offset=-1), "Inside one pass, too"),
+        (partial(windowed, where=0), "Each layer keeps its own"),
+        (windowed_with_the_last_pass, "positions are those of the text"),
+    ],
+    ids=["all kept", "one too many", "no window", "one too few", "short", "long", "one layer", "the last pass"],
+)
+def test_windowed_attend_refuses(wrong, told):
+    assert told in message(checks.windowed_attend, wrong)

@@ -385,38 +385,6 @@ def mean_over_the_tokens(model, prompt_ids, endings):
 # chapter 4 ----------------------------------------------------------------------------------------
 
 
-@right(checks.num_chunks)
-def chunks_as_a_fraction(n, m):
-    return Fraction(-(-n // m))
-
-
-@right(checks.num_chunks)
-def chunks_in_a_tensor(n, m):
-    return torch.arange(0, n, m).count_nonzero().reshape(1) + 1
-
-
-@wrong(checks.num_chunks)
-def chunks_down_to_one(n, m):
-    return max(1, n // m)
-
-
-@right(checks.chunk_ranges)
-def ranges_as_they_come(n, m):
-    for start in range(0, n, m):
-        yield start, min(start + m, n)
-
-
-@right(checks.chunk_ranges)
-def ranges_zipped(n, m):
-    starts = np.arange(0, n, m)
-    return zip(starts, np.minimum(starts + m, n), strict=True)
-
-
-@wrong(checks.chunk_ranges)
-def ranges_from_the_end(n, m):
-    return list(ranges_as_they_come(n, m))[::-1]
-
-
 @right(checks.chunk_mask)
 def chunk_rows_in_lists(start, end):
     return [[column <= row for column in range(end)] for row in range(start, end)]
@@ -432,15 +400,53 @@ def chunk_not_itself(start, end):
     return torch.arange(end) < torch.arange(start, end)[:, None]
 
 
-@right(checks.chunk_for_memory)
-def chunk_as_a_float(free_bytes, bytes_per_token):
-    tokens = free_bytes // bytes_per_token
-    return 2.0 ** (tokens.bit_length() - 1) if tokens else 0.0
+@right(checks.read_in_chunks)
+def pops_its_chunks(model, prompt_ids, m, kernel):
+    kept, start = {}, 0
+    while prompt_ids:
+        ids = [prompt_ids.pop(0) for _ in range(min(m, len(prompt_ids)))]
+
+        def attend(layer, q, k, v):
+            kept[layer] = tuple(map(torch.cat, zip(kept.get(layer, (k[:0], v[:0])), (k, v), strict=True)))
+            return kernel(q, *kept[layer], masks.rectangular(len(q), len(kept[layer][0])))
+
+        hidden = model(torch.tensor(ids), torch.arange(start, start + len(ids)), attend)
+        start += len(ids)
+    return model.logits(hidden)[-1].tolist()
 
 
-@wrong(checks.chunk_for_memory)
-def chunk_nearest(free_bytes, bytes_per_token):
-    return 2 ** round(math.log2(free_bytes / bytes_per_token)) if free_bytes >= bytes_per_token else 0
+@wrong(checks.read_in_chunks)
+def keeps_one_chunk(model, prompt_ids, m, kernel):
+    kept = {}
+
+    def attend(layer, q, k, v):
+        old, kept[layer] = kept.get(layer, (k[:0], v[:0])), (k, v)
+        k, v = (torch.cat(pair) for pair in zip(old, (k, v), strict=True))
+        return kernel(q, k, v, masks.rectangular(len(q), len(k)))
+
+    for start in range(0, len(prompt_ids), m):
+        ids = torch.tensor(prompt_ids[start : start + m])
+        hidden = model(ids, torch.arange(start, start + len(ids)), attend)
+    return model.logits(hidden[-1])
+
+
+@right(checks.windowed_attend)
+def a_ring_of_rows(kept, window, layer, q, k, v):
+    out = []
+    for query, new in zip(q, zip(k, v, strict=True), strict=True):
+        rows = [*kept.get(layer, []), torch.stack(new)]  # [2, Hkv, D] each
+        keys, values = torch.stack(rows, dim=1)
+        out.append(masked_attention(query[None], keys, values, torch.ones(1, len(rows), dtype=torch.bool)))
+        kept[layer] = rows[max(0, len(rows) - window + 1) :]
+    return torch.cat(out).numpy()
+
+
+@wrong(checks.windowed_attend)
+def a_window_of_what_is_kept(kept, window, layer, q, k, v):
+    old_k, old_v = kept.get(layer, (k[:0], v[:0]))
+    keys, values = torch.cat([old_k, k])[-window:], torch.cat([old_v, v])[-window:]
+    kept[layer] = keys[1:], values[1:]
+    return masked_attention(q[-len(keys) :], keys, values, masks.causal(len(keys))[-len(q) :])
 
 
 # chapter 5 ----------------------------------------------------------------------------------------

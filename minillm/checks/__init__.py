@@ -13,7 +13,7 @@ from minillm.checks.chapter_01 import (
 )
 from minillm.checks.chapter_02 import all_heads, attention, causal_mask, find_mask, layer_flops, window_mask
 from minillm.checks.chapter_03 import cache_append, cache_bytes, cached_attend, generate_with_cache, score_endings
-from minillm.checks.chapter_04 import chunk_for_memory, chunk_mask, chunk_ranges, num_chunks
+from minillm.checks.chapter_04 import chunk_mask, read_in_chunks, windowed_attend
 from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_batch_tokens
 from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
 from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuously
@@ -42,9 +42,7 @@ __all__ = [
     "cache_bytes",
     "cached_attend",
     "causal_mask",
-    "chunk_for_memory",
     "chunk_mask",
-    "chunk_ranges",
     "decode_step_seconds",
     "eviction_order",
     "explain",
@@ -62,13 +60,13 @@ __all__ = [
     "merge_softmax",
     "my_decode",
     "needs",
-    "num_chunks",
     "padding",
     "padding_mask",
     "paged_decode",
     "prediction",
     "prefix_hash",
     "queue_order",
+    "read_in_chunks",
     "request_metrics",
     "restarting_positions",
     "run_engine",
@@ -85,6 +83,7 @@ __all__ = [
     "utilisation",
     "wasted_share",
     "window_mask",
+    "windowed_attend",
 ]
 
 for _name in __all__:
