@@ -45,13 +45,9 @@ def test_memory_is_counted_as_it_is_sold():
     [
         ("03", "explained", f"Up to {costs.compute_bound_batch(A100_80GB) - 1} tokens on an A100"),
         ("03", "gqa", f"of an A100 are 80 GiB, {A100_80GB.memory_bytes / 1e9:.1f} GB"),
-        (
-            "04",
-            "fused-lesson",
-            f"{activation_bytes(LLAMA_2_7B, 1, 8192, fused=True).total / 1e3:.0f} kB for each token",
-        ),
-        ("04", "repository", f"in powers of ten, as below, {RTX_4090.memory_bytes / 1e9:.1f} GB"),
-        ("04", "gpu-lesson", f"Below the crossing, {CROSSING} tokens"),
+        ("04", "fused-text", f"{activation_bytes(LLAMA_2_7B, 1, 8192, fused=True).total / 1e3:.0f} kB for each token"),
+        ("04", "fused-text", f"in powers of ten, as below, {A100_80GB.memory_bytes / 1e9:.1f} GB"),
+        ("04", "gpu-lesson", f"Below the crossing, {costs.compute_bound_batch(A100_80GB) - 1} tokens"),
         ("07", "budget", f"an A100 computes up to {costs.compute_bound_batch(A100_80GB) - 1} tokens of Llama-2-7B"),
         ("08", "factor", f"room for {RESERVED} requests that reserve 4,096 tokens each"),
         ("08", "factor", f"the same {RESERVED} places"),
