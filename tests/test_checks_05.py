@@ -1,5 +1,8 @@
 """Chapter 5's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
+import itertools
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -8,20 +11,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from check_answers import message, passes
 from minillm import checks
-from minillm.attention import masks
+from minillm.attention import masked_attention, masks
+from minillm.checks.chapter_05 import BUDGET, IN_ORDER_OF_ARRIVAL
+from minillm.simulation import course_requests
 
 # padding --------------------------------------------------------------------------------------------
+
+
+def pads_of(lengths):
+    return len(lengths) * max(lengths) - sum(lengths)
 
 
 @pytest.mark.parametrize(
     "right",
     [
-        lambda lengths: sum(max(lengths) - length for length in lengths),
-        lambda lengths: len(lengths) * max(lengths) - sum(lengths),
-        lambda lengths: (torch.tensor(lengths).max() - torch.tensor(lengths)).sum(),
-        lambda lengths: np.sum(np.max(lengths) - np.array(lengths)).item(),
+        lambda lengths: (pads_of(lengths), sum(lengths) / (len(lengths) * max(lengths))),
+        lambda lengths: [sum(max(lengths) - n for n in lengths), np.mean(lengths) / np.max(lengths)],
+        lambda lengths: torch.tensor([pads_of(lengths), sum(lengths) / len(lengths) / max(lengths)]).double(),
+        lambda lengths: (pads_of(lengths), Fraction(sum(lengths), len(lengths) * max(lengths))),
     ],
-    ids=["rows", "rectangle", "tensor", "numpy"],
+    ids=["rectangle", "rows", "tensor", "fraction"],
 )
 def test_padding_accepts(right, capsys):
     assert passes(checks.padding, right, capsys)
@@ -30,13 +39,16 @@ def test_padding_accepts(right, capsys):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda lengths: len(lengths) * max(lengths), "got       30"),  # all computed
-        (sum, "got       17"),  # the real tokens
-        (lambda lengths: sum(lengths[-1] - length for length in lengths), "max(lengths), not lengths[-1]"),
-        (lambda lengths: max(lengths) - min(lengths), "8 + 5 + 0 pads"),  # the shortest row's alone
-        (lambda lengths: str(sum(max(lengths) - length for length in lengths)), "got       '13'"),
+        (pads_of, "got       13"),
+        (lambda lengths: (pads_of(lengths), 100 * sum(lengths) / (len(lengths) * max(lengths))), "not per cent"),
+        (lambda lengths: (sum(lengths), sum(lengths) / (len(lengths) * max(lengths))), "got       (17, 0.56"),
+        (lambda lengths: (pads_of(lengths), 1 - sum(lengths) / (len(lengths) * max(lengths))), "expected  (13, 0.56"),
+        (
+            lambda lengths: (sum(lengths[-1] - n for n in lengths), sum(lengths) / (len(lengths) * lengths[-1])),
+            "max(lengths), not lengths[-1]",
+        ),
     ],
-    ids=["slots", "tokens", "last", "one row", "text"],
+    ids=["pads alone", "per cent", "tokens", "waste", "last"],
 )
 def test_padding_refuses(wrong, told):
     assert told in message(checks.padding, wrong)
@@ -201,71 +213,133 @@ def test_padding_mask_refuses(wrong, told):
     assert told in message(checks.padding_mask, wrong)
 
 
-# static_batch_tokens ---------------------------------------------------------------------------------------
+# padded_pass ----------------------------------------------------------------------------------------
 
 
-def tokens_pass_by_pass(prompts, outputs):
-    computed = len(prompts) * max(prompts)
-    for _ in range(1, max(outputs)):
-        computed += len(prompts)
-    return computed
+def folded(model, rectangle, positions, row_masks, attention):
+    def attend(layer, q, k, v):
+        q, k, v = (x.unflatten(0, rectangle.shape) for x in (q, k, v))
+        return attention(q, k, v, row_masks).flatten(0, 1)
+
+    return model(rectangle.flatten(), positions.flatten(), attend).unflatten(0, rectangle.shape)
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        tokens_pass_by_pass,
-        lambda prompts, outputs: len(prompts) * (max(prompts) + max(outputs) - 1),
-        lambda prompts, outputs: torch.tensor(len(prompts) * (max(prompts) + max(outputs) - 1)),
-    ],
-    ids=["passes", "product", "tensor"],
-)
-def test_static_batch_tokens_accepts(right, capsys):
-    assert passes(checks.static_batch_tokens, right, capsys)
+def row_by_row(model, rectangle, positions, row_masks, attention):
+    """One pass, in which each row is attended to by itself."""
+
+    def attend(layer, q, k, v):
+        rows = zip(*(x.split(rectangle.shape[1]) for x in (q, k, v)), row_masks, strict=True)
+        return torch.cat([attention(*row) for row in rows])
+
+    hidden = model(rectangle.reshape(-1), positions.reshape(-1), attend)
+    return hidden.view(*rectangle.shape, -1)
+
+
+def one_pass_per_row(model, rectangle, positions, row_masks, attention):
+    rows = zip(rectangle, positions, row_masks, strict=True)
+    return torch.stack([model(ids, at, lambda layer, q, k, v, m=m: attention(q, k, v, m)) for ids, at, m in rows])
+
+
+def left_flat(model, rectangle, positions, row_masks, attention):
+    return folded(model, rectangle, positions, row_masks, attention).flatten(0, 1)
+
+
+def with_pads_seen(model, rectangle, positions, row_masks, attention):
+    seen = masks.causal(rectangle.shape[1]).expand(row_masks.shape)
+    return folded(model, rectangle, positions, seen, attention)
+
+
+def at_positions_of_the_row(model, rectangle, positions, row_masks, attention):
+    return folded(model, rectangle, positions.flip(1), row_masks, attention)
+
+
+def by_itself(model, rectangle, positions, row_masks, attention):
+    return folded(model, rectangle, positions, row_masks, masked_attention)
+
+
+def one_long_row(model, rectangle, positions, row_masks, attention):
+    mask = masks.causal(rectangle.numel())
+    hidden = model(rectangle.flatten(), positions.flatten(), lambda layer, q, k, v: attention(q, k, v, mask))
+    return hidden.unflatten(0, rectangle.shape)
+
+
+@pytest.mark.parametrize("right", [folded, row_by_row])
+def test_padded_pass_accepts(right, capsys):
+    assert passes(checks.padded_pass, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda p, o: len(p) * (max(p) + max(o)), "it is the only pass"),  # the last token fed back
-        (lambda p, o: sum(p) + sum(o) - len(o), "3 rows of 10"),  # no padding
-        (lambda p, o: len(p) * max(p) + sum(o) - len(o), "every row is computed in each"),  # ended rows leave
-        (lambda p, o: len(p) * (max(a + b for a, b in zip(p, o, strict=True)) - 1), "different requests"),
-        (lambda p, o: len(p) * max(p), "got       4"),  # the first pass alone
+        (one_pass_per_row, "got       forward passes of 3, 3 tokens"),
+        (left_flat, "give what it returns its [B, L] back"),
+        (with_pads_seen, "hand `row_masks` to the attention"),
+        (at_positions_of_the_row, "got       forward passes of"),
+        (by_itself, "the attention that was given is not used"),
+        (one_long_row, "each row attends to itself"),
+        (lambda *args: None, "no tokens"),
     ],
-    ids=["fed back", "no padding", "rows leave", "same request", "prompts alone"],
 )
-def test_static_batch_tokens_refuses(wrong, told):
-    assert told in message(checks.static_batch_tokens, wrong)
+def test_padded_pass_refuses(wrong, told):
+    assert told in message(checks.padded_pass, wrong)
 
 
-# joining_waste --------------------------------------------------------------------------------------
+# static_batches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda n, rows: (n - 1) * (rows - 1),
-        lambda n, rows: n * rows - (n + rows - 1),
-        lambda n, rows: sum(n - 1 for _ in range(rows - 1)),
-    ],
-    ids=["product", "rectangle", "loop"],
-)
-def test_joining_waste_accepts(right, capsys):
-    assert passes(checks.joining_waste, right, capsys)
+def columns(batch):
+    return max(prompt for prompt, _ in batch) + max(output for _, output in batch) - 1
+
+
+def sorted_by(key):
+    def batches(lengths, rows):
+        order = sorted(range(len(lengths)), key=lambda i: key(lengths[i]))
+        return [order[first : first + rows] for first in range(0, len(order), rows)]
+
+    return batches
+
+
+def exchanged(lengths, rows):
+    """Exchange two requests as long as that saves tokens."""
+    batches = sorted_by(sum)(lengths, rows)
+
+    def cost():
+        return sum(columns([lengths[i] for i in batch]) for batch in batches)
+
+    best, improved = cost(), True
+    while improved:
+        improved = False
+        for one, other in itertools.combinations(batches, 2):
+            for i, j in itertools.product(range(len(one)), range(len(other))):
+                one[i], other[j] = other[j], one[i]
+                if cost() < best:
+                    best, improved = cost(), True
+                else:
+                    one[i], other[j] = other[j], one[i]
+    return batches
+
+
+def test_the_budget_is_what_exchanges_reach_and_no_order_does(capsys):
+    assert passes(checks.static_batches, exchanged, capsys)
+    lengths = [(request.num_prompt_tokens, request.params.max_tokens) for request in course_requests()]
+    for key in (sum, lambda each: each[0], lambda each: each[1], lambda each: 0):
+        batches = sorted_by(key)(lengths, 16)
+        computed = sum(len(batch) * columns([lengths[i] for i in batch]) for batch in batches)
+        assert computed > BUDGET
+        assert f"{computed:,}" in message(checks.static_batches, sorted_by(key)) or key is not sum
+    assert computed == IN_ORDER_OF_ARRIVAL
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda n, rows: (n - 1) * rows, "7 rows decode"),
-        (lambda n, rows: n * (rows - 1), "got       700"),
-        (lambda n, rows: n * rows, "got       800"),
-        (lambda n, rows: n * rows - n - rows, "expected  693"),
-        (lambda n, rows: 693, "B counts the newcomer too"),
-        (lambda n, rows: abs(n - rows) * (rows - 1), "got       644"),
+        (sorted_by(lambda each: 0), "got       210"),
+        (lambda lengths, rows: [[i] for i in range(len(lengths))], "at most 2 groups, each of at most 2"),
+        (lambda lengths, rows: [range(len(lengths))], "groups of [4]"),
+        (lambda lengths, rows: [[0, 2], [1, 1]], "exactly once"),
+        (lambda lengths, rows: [], "exactly once"),
     ],
-    ids=["B rows", "n pads", "slots", "one short", "constant", "difference"],
+    ids=["arrival", "alone", "all", "twice", "nobody"],
 )
-def test_joining_waste_refuses(wrong, told):
-    assert told in message(checks.joining_waste, wrong)
+def test_static_batches_refuses(wrong, told):
+    assert told in message(checks.static_batches, wrong)

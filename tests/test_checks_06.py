@@ -1,7 +1,6 @@
 """Chapter 6's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
-from fractions import Fraction
-from itertools import accumulate
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +8,8 @@ import torch
 
 from check_answers import message, passes
 from minillm import checks
-from minillm.attention import masks
+from minillm.attention import masked_attention, masks
+from minillm.checks.chapter_06 import fewest_scores
 
 # block_diagonal_mask ------------------------------------------------------------------------------
 
@@ -106,107 +106,126 @@ def test_restarting_positions_refuses(wrong, told):
     assert told in message(checks.restarting_positions, wrong)
 
 
-# last_rows ----------------------------------------------------------------------------------------
+# attend_caches ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda lengths: torch.tensor(lengths).cumsum(0) - 1,
-        lambda lengths: [sum(lengths[: i + 1]) - 1 for i in range(len(lengths))],
-        lambda lengths: np.cumsum(lengths) - 1,
-        lambda lengths: (end - 1 for end in accumulate(lengths)),
-    ],
-    ids=["cumsum", "sums", "numpy", "generator"],
-)
-def test_last_rows_accepts(right, capsys):
-    assert passes(checks.last_rows, right, capsys)
+def cut_and_joined(q, k, v, lengths, caches):
+    out, grown, start = torch.empty_like(q), [], 0
+    for n, (keys, values) in zip(lengths, caches, strict=True):
+        own = slice(start, start + n)
+        keys, values = torch.cat([keys, k[own]]), torch.cat([values, v[own]])
+        out[own] = masked_attention(q[own], keys, values, masks.rectangular(n, len(keys)))
+        grown.append((keys, values))
+        start += n
+    return out, grown
 
 
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda lengths: list(accumulate(lengths)), "counted from 0"),  # where the next one starts
-        (lambda lengths: [n - 1 for n in lengths], "add up the lengths"),  # within its own prompt
-        (lambda lengths: [sum(lengths) - 1], "expected  [2, 4]"),  # of the whole row
-        (lambda lengths: [0, *accumulate(lengths)][:-1], "got       [0]"),  # first rows
-        (lambda lengths: torch.tensor(lengths).cumsum(1) - 1, "raised    IndexError"),
-    ],
-    ids=["one too far", "own row", "one row", "first rows", "raises"],
-)
-def test_last_rows_refuses(wrong, told):
-    assert told in message(checks.last_rows, wrong)
+def under_one_mask(q, k, v, lengths, caches):
+    """All keys one behind the other, and the blocks of a mask that is not square."""
+    grown = [
+        tuple(torch.cat(pair) for pair in zip(cache, new, strict=True))
+        for cache, new in zip(caches, zip(k.split(lengths), v.split(lengths), strict=True), strict=True)
+    ]
+    mask = torch.block_diag(*(masks.rectangular(n, len(keys)) for n, (keys, _) in zip(lengths, grown, strict=True)))
+    keys, values = (torch.cat(each) for each in zip(*grown, strict=True))
+    return masked_attention(q, keys, values, mask.bool()), grown
 
 
-# utilisation --------------------------------------------------------------------------------------
+def new_keys_only(q, k, v, lengths, caches):
+    out = torch.cat(
+        [
+            masked_attention(*own, masks.causal(len(own[0])))
+            for own in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        ]
+    )
+    return out, cut_and_joined(q, k, v, lengths, caches)[1]
 
 
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda lengths: sum(lengths) / (len(lengths) * max(lengths)),
-        lambda lengths: Fraction(sum(lengths), len(lengths) * max(lengths)),
-        lambda lengths: torch.tensor(lengths).float().mean() / max(lengths),
-        lambda lengths: 1 - sum(max(lengths) - n for n in lengths) / (len(lengths) * max(lengths)),
-        lambda lengths: np.mean(lengths) / np.max(lengths),
-    ],
-    ids=["quotient", "fraction", "tensor", "less the pads", "numpy"],
-)
-def test_utilisation_accepts(right, capsys):
-    assert passes(checks.utilisation, right, capsys)
+def nothing_kept(q, k, v, lengths, caches):
+    return cut_and_joined(q, k, v, lengths, caches)[0], caches
 
 
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda lengths: 100 * sum(lengths) / (len(lengths) * max(lengths)), "not per cent"),
-        (lambda lengths: 1 - sum(lengths) / (len(lengths) * max(lengths)), "expected  0.56"),  # the pads
-        (lambda lengths: sum(lengths) / (len(lengths) * lengths[-1]), "need not be the last one"),
-        (lambda lengths: min(1.0, sum(lengths) / (3 * max(lengths))), "Equal lengths"),  # always 3 rows
-        (lambda lengths: sum(lengths), "got       17"),
-        (lambda lengths: len(lengths) * max(lengths) / sum(lengths), "got       1.76"),
-    ],
-    ids=["per cent", "waste", "last", "three rows", "count", "upside down"],
-)
-def test_utilisation_refuses(wrong, told):
-    assert told in message(checks.utilisation, wrong)
+def as_one_text(q, k, v, lengths, caches):
+    keys, values = (torch.cat([*old, new]) for old, new in zip(zip(*caches, strict=True), (k, v), strict=True))
+    out = masked_attention(q, keys, values, masks.rectangular(len(q), len(keys)))
+    return out, cut_and_joined(q, k, v, lengths, caches)[1]
 
 
-# wasted_share -------------------------------------------------------------------------------------
+def upper_left(q, k, v, lengths, caches):
+    """The triangle at the wrong end: the first new token sees the first cached one only."""
+    _, grown = cut_and_joined(q, k, v, lengths, caches)
+    rows = [
+        masked_attention(own, *pair, masks.causal(len(pair[0]))[: len(own)])
+        for own, pair in zip(q.split(lengths), grown, strict=True)
+    ]
+    return torch.cat(rows), grown
 
 
-def wasted_by_counting(lengths):
-    """Pairs of different prompts, counted in the mask."""
-    own = torch.block_diag(*(torch.ones(n, n) for n in lengths))
-    return (own == 0).double().mean()
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda lengths: 1 - sum(n * n for n in lengths) / sum(lengths) ** 2,
-        lambda lengths: 1 - Fraction(sum(n * n for n in lengths), sum(lengths) ** 2),
-        lambda lengths: np.float64(1 - np.square(lengths).sum() / np.sum(lengths) ** 2),
-        wasted_by_counting,
-    ],
-    ids=["formula", "fraction", "numpy", "counted"],
-)
-def test_wasted_share_accepts(right, capsys):
-    assert passes(checks.wasted_share, right, capsys)
+@pytest.mark.parametrize("right", [cut_and_joined, under_one_mask])
+def test_attend_caches_accepts(right, capsys):
+    assert passes(checks.attend_caches, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda lengths: sum(n * n for n in lengths) / sum(lengths) ** 2, "160 / 289"),  # the useful share
-        (lambda lengths: 1 - sum(lengths) / (len(lengths) * max(lengths)), "160 / 289"),  # of a padded rectangle
-        (lambda lengths: 1 - sum(n * (n + 1) / 2 for n in lengths) / sum(lengths) ** 2, "got       0.747"),  # causal
-        (lambda lengths: 1 - sum(n * n for n in lengths) // sum(lengths) ** 2, "expected  0.553"),
-        (lambda lengths: 1 - 1 / len(lengths), "got       0.66"),  # as if all were equal
-        (lambda lengths: sum(lengths) ** 2 - sum(n * n for n in lengths), "got       160"),
-        (lambda lengths: round(1 - sum(n * n for n in lengths) / sum(lengths) ** 2, 2), "got       0.55"),
+        (new_keys_only, "it sees all five keys"),
+        (nothing_kept, "caches of [0] tokens"),
+        (as_one_text, "must not see the first"),
+        (upper_left, "it sees all five keys"),
+        (lambda *args: cut_and_joined(*args)[0], "not (out, caches)"),
     ],
-    ids=["useful", "padded", "causal", "whole", "equal", "count", "rounded"],
 )
-def test_wasted_share_refuses(wrong, told):
-    assert told in message(checks.wasted_share, wrong)
+def test_attend_caches_refuses(wrong, told):
+    assert told in message(checks.attend_caches, wrong)
+
+
+# few_rectangles -----------------------------------------------------------------------------------
+
+
+def cut_sorted(lengths, num_calls):
+    """Groups are runs of the sorted prompts; the best cuts of the first n, with ever more groups."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = [(0, [])] + [(float("inf"), [])] * len(order)
+    for _ in range(num_calls):
+        best = [(0, [])] + [
+            min(
+                (best[first][0] + (end - first) * lengths[order[end - 1]] ** 2, [*best[first][1], order[first:end]])
+                for first in range(end)
+            )
+            for end in range(1, len(order) + 1)
+        ]
+    return best[-1][1]
+
+
+def equal_groups(lengths, num_calls):
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [list(group) for group in np.array_split(order, num_calls)]
+
+
+def test_few_rectangles_accepts(capsys):
+    assert passes(checks.few_rectangles, cut_sorted, capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (equal_groups, "need not be of one size"),
+        (lambda lengths, num_calls: [[i] for i in range(len(lengths))], "at most 2 groups"),
+        (lambda lengths, num_calls: np.array_split(range(len(lengths)), num_calls), "about one length belong together"),
+        (lambda lengths, num_calls: [[0, 1], [2]], "exactly once"),
+    ],
+    ids=["equal", "alone", "unsorted", "lost"],
+)
+def test_few_rectangles_refuses(wrong, told):
+    assert told in message(checks.few_rectangles, wrong)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+def test_the_fewest_scores_are_what_trying_everything_finds(num_groups):
+    lengths = [3, 9, 4, 4, 1, 7]
+    costs = []
+    for where in itertools.product(range(num_groups), repeat=len(lengths)):
+        groups = [[n for n, group in zip(lengths, where, strict=True) if group == own] for own in range(num_groups)]
+        costs.append(sum(len(own) * max(own) ** 2 for own in groups if own))
+    assert fewest_scores(lengths, num_groups) == min(costs)

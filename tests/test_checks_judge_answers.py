@@ -456,12 +456,14 @@ def a_window_of_what_is_kept(kept, window, layer, q, k, v):
 def padding_after_a_sort(lengths):
     lengths.sort()
     longest = lengths.pop()
-    return sum((Fraction(longest - length) for length in lengths), Fraction())
+    real = sum(lengths) + longest
+    rows = len(lengths) + 1
+    return sum((Fraction(longest - length) for length in lengths), Fraction()), Decimal(real) / (rows * longest)
 
 
 @wrong(checks.padding)
 def padding_per_row(lengths):
-    return max(lengths) - sum(lengths) / len(lengths)
+    return max(lengths) - sum(lengths) / len(lengths), sum(lengths) / (len(lengths) * max(lengths))
 
 
 @right(checks.left_pad)
@@ -500,26 +502,50 @@ def pads_look_at_tokens(num_tokens, padded_length):
     return mask
 
 
-@right(checks.static_batch_tokens)
-def tokens_after_pops(prompt_lengths, output_lengths):
-    longest, rows = max(output_lengths), np.int32(len(prompt_lengths))
-    prompt_lengths.sort()
-    return rows * (prompt_lengths.pop() + longest - 1)
+@right(checks.padded_pass)
+def through_a_view(model, rectangle, positions, row_masks, attention):
+    rows, columns = rectangle.shape
+
+    def attend(layer, q, k, v):
+        return attention(*(x.view(rows, columns, *x.shape[1:]) for x in (q, k, v)), row_masks).reshape(q.shape)
+
+    return model(rectangle.view(-1), positions.view(-1), attend).view(rows, columns, -1)
 
 
-@wrong(checks.static_batch_tokens)
-def tokens_of_the_first_longest(prompt_lengths, output_lengths):
-    return len(prompt_lengths) * max(prompt_lengths) + sum(output_lengths)
+@wrong(checks.padded_pass)
+def rows_and_columns_exchanged(model, rectangle, positions, row_masks, attention):
+    return through_a_view(model, rectangle.T.contiguous(), positions.T.contiguous(), row_masks, attention)
 
 
-@right(checks.joining_waste)
-def waste_as_a_tensor(n, B):
-    return torch.full((B - 1,), n - 1.0, dtype=torch.float64).sum()
+@right(checks.static_batches)
+def batches_that_are_used_up(lengths, rows):
+    order = sorted(range(len(lengths)), key=lambda i: sum(lengths[i]))
+    batches = [order[first : first + rows] for first in range(0, len(order), rows)]
+
+    def columns(batch):
+        return sum(map(max, zip(*(lengths[i] for i in batch), strict=True)))
+
+    improved = True
+    while improved:
+        improved = False
+        for one in batches:
+            for other in batches:
+                for i in range(len(one)):
+                    for j in range(len(other)):
+                        before = columns(one) + columns(other)
+                        one[i], other[j] = other[j], one[i]
+                        if columns(one) + columns(other) < before:
+                            improved = True
+                        else:
+                            one[i], other[j] = other[j], one[i]
+    lengths.clear()
+    yield from map(np.array, batches)
 
 
-@wrong(checks.joining_waste)
-def waste_without_the_newcomer(n, B):
-    return (n - 1) * B - n
+@wrong(checks.static_batches)
+def batches_by_the_sum(lengths, rows):
+    order = sorted(range(len(lengths)), key=lambda i: sum(lengths[i]))
+    return [order[first : first + rows] for first in range(0, len(order), rows)]
 
 
 # chapter 6 ----------------------------------------------------------------------------------------
@@ -550,36 +576,46 @@ def positions_with_a_gap(lengths):
     return [position for length in lengths for position in range(length + 1)]
 
 
-@right(checks.last_rows)
-def rows_from_a_map(lengths):
-    return map(lambda end: end - 1, np.cumsum(lengths))  # noqa: C417
+@right(checks.attend_caches)
+def caches_in_place(q, k, v, lengths, caches):
+    rows = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
+    out = []
+    for number, (q_, k_, v_) in enumerate(rows):
+        keys, values = caches[number]
+        caches[number] = [torch.cat([keys, k_]), torch.cat([values, v_])]
+        out.append(sdpa_attention(q_, *caches[number], masks.rectangular(len(q_), len(caches[number][0]))))
+    return [torch.cat(out).numpy(), caches]
 
 
-@wrong(checks.last_rows)
-def rows_of_the_lengths(lengths):
-    return np.cumsum(lengths) - np.array(lengths)
+@wrong(checks.attend_caches)
+def new_tokens_see_the_whole_chunk(q, k, v, lengths, caches):
+    out, caches = caches_in_place(q, k, v, lengths, caches)
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    rows = []
+    for first, n, (keys, values) in zip(firsts, lengths, caches, strict=True):
+        rows.append(sdpa_attention(q[first : first + n], keys, values, torch.ones(n, len(keys), dtype=torch.bool)))
+    return torch.cat(rows), caches
 
 
-@right(checks.utilisation)
-def utilisation_after_a_sort(lengths):
-    lengths.sort()
-    return Decimal(sum(lengths)) / (len(lengths) * lengths[-1])
+@right(checks.few_rectangles)
+def cut_where_it_is_best(lengths, num_calls):
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = {0: (0, [])}
+    for _ in range(num_calls):
+        grown = dict(best)
+        for end in range(1, len(order) + 1):
+            longest = lengths[order[end - 1]]
+            for first, (cost, groups) in best.items():
+                if first < end and cost + (end - first) * longest**2 < grown.get(end, (math.inf,))[0]:
+                    grown[end] = cost + (end - first) * longest**2, [*groups, order[first:end]]
+        best = grown
+    return iter(best[len(order)][1])
 
 
-@wrong(checks.utilisation)
-def shortest_over_longest(lengths):
-    return min(lengths) / max(lengths)
-
-
-@right(checks.wasted_share)
-def wasted_in_numpy(lengths):
-    lengths = np.array(lengths, dtype=np.float32)
-    return 1 - (lengths**2).sum() / lengths.sum() ** 2
-
-
-@wrong(checks.wasted_share)
-def wasted_of_the_causal_part(lengths):
-    return 1 - sum(n * (n + 1) for n in lengths) / (sum(lengths) * (sum(lengths) + 1))
+@wrong(checks.few_rectangles)
+def groups_of_one_size(lengths, num_calls):
+    order, size = sorted(range(len(lengths)), key=lengths.__getitem__), math.ceil(len(lengths) / num_calls)
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 # chapter 7 ----------------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ from minillm.engine.queue import SCHEDULING_POLICIES, WaitingQueue
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler, SchedulerConfig, StepOrderError
 from minillm.errors import ConfigError, PromptError
-from minillm.ladder.padded_schedulers import DynamicScheduler, StaticScheduler
+from minillm.ladder.padded_schedulers import DynamicScheduler, MergingScheduler, StaticScheduler
 from minillm.runtime.plan import ModelOutput
 from minillm.sampling.params import SamplingParams
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.running import fresh
 from minillm.simulation.workload import made_request
 
-SCHEDULERS = (Scheduler, StaticScheduler, DynamicScheduler)
+SCHEDULERS = (Scheduler, StaticScheduler, DynamicScheduler, MergingScheduler)
 EOS = 7
 
 
@@ -136,6 +136,21 @@ def test_the_chapters_693_and_792():
     """(n - 1)(B - 1): a B of 8 that counts the newcomer gives 693; eight decodes *plus* it are B = 9 and 792."""
     assert joining_padding(7, 100) == (100 - 1) * (8 - 1) == 693
     assert joining_padding(8, 100) == (100 - 1) * (9 - 1) == 792
+
+
+def test_merging_computes_prompts_apart_from_decodes():
+    """Who joins shares a rectangle with nobody but those who join with it; in it, nobody decodes."""
+    scheduler = scheduler_of(MergingScheduler, max_num_seqs=2)
+    for name, prompt, output in (("short", 2, 1), ("long", 5, 4), ("next", 3, 2)):
+        scheduler.add_request(made_request(name, 0.0, prompt, output))
+    plans = [step(scheduler)[0] for _ in range(5)]
+    assert [(sizes(plan), plan.padding_rows, plan.row_length, plan.num_computed_tokens) for plan in plans] == [
+        ({"short": (0, 2), "long": (0, 5)}, [], 5, 10),
+        ({"next": (0, 3)}, [], 3, 3),  # "long" waits for it
+        ({"long": (5, 1), "next": (3, 1)}, [], 1, 2),
+        ({"long": (6, 1)}, [], 1, 1),
+        ({"long": (7, 1)}, [], 1, 1),
+    ]
 
 
 def joining_padding(decodes: int, prompt: int) -> int:

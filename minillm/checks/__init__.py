@@ -14,8 +14,8 @@ from minillm.checks.chapter_01 import (
 from minillm.checks.chapter_02 import all_heads, attention, causal_mask, find_mask, layer_flops, window_mask
 from minillm.checks.chapter_03 import cache_append, cache_bytes, cached_attend, generate_with_cache, score_endings
 from minillm.checks.chapter_04 import chunk_mask, read_in_chunks, windowed_attend
-from minillm.checks.chapter_05 import joining_waste, left_pad, padding, padding_mask, static_batch_tokens
-from minillm.checks.chapter_06 import block_diagonal_mask, last_rows, restarting_positions, utilisation, wasted_share
+from minillm.checks.chapter_05 import left_pad, padded_pass, padding, padding_mask, static_batches
+from minillm.checks.chapter_06 import attend_caches, block_diagonal_mask, few_rectangles, restarting_positions
 from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuously
 from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
 from minillm.checks.chapter_09 import decode_step_seconds, key_number, merge_softmax, paged_decode, slot_of
@@ -33,6 +33,7 @@ __all__ = [
     "admission",
     "all_heads",
     "allocate",
+    "attend_caches",
     "attention",
     "beside",
     "better_within",
@@ -49,17 +50,17 @@ __all__ = [
     "few_passes",
     "find_mask",
     "generate_with_cache",
+    "few_rectangles",
     "greedy_generate",
     "is_written",
-    "joining_waste",
     "key_number",
     "key_reads",
-    "last_rows",
     "layer_flops",
     "left_pad",
     "merge_softmax",
     "my_decode",
     "needs",
+    "padded_pass",
     "padding",
     "padding_mask",
     "paged_decode",
@@ -76,12 +77,10 @@ __all__ = [
     "setting_with",
     "slot_of",
     "sse_events",
-    "static_batch_tokens",
+    "static_batches",
     "stream_request",
     "temperature_probabilities",
     "top_p_probabilities",
-    "utilisation",
-    "wasted_share",
     "window_mask",
     "windowed_attend",
 ]

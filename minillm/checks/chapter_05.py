@@ -1,26 +1,40 @@
-"""Chapter 5, static and dynamic batching: rectangles, pads, the masks of padded rows, and what all of it wastes."""
+"""Chapter 5, static and dynamic batching: rectangles, pads, the masks of padded rows, a padded pass, and a puzzle."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from minillm.attention import masks
-from minillm.checks.base import Case, as_list, describe, nested, realised, run_check, same_value
+import torch
+from torch import Tensor
+
+from minillm.attention import masked_attention, masks
+from minillm.checks.base import Case, as_list, describe, nested, number_of, realised, run_check, same_value
+from minillm.ladder import CausalAttention
+from minillm.model import Decoder, ModelConfig
+from minillm.simulation import course_requests
 
 
 def padding(function: Callable) -> None:
-    """`padding(lengths)` -> how many pads fill the rectangle up."""
+    """`padding(lengths)` -> pads that fill the rectangle up, and the share of it that is real tokens, in 0..1."""
     hints = {
-        (2, 5, 10): "Every row is filled up to the longest, 10: 8 + 5 + 0 pads.",
-        (7,): "One prompt is its own rectangle.",
+        (
+            2,
+            5,
+            10,
+        ): "Every row is filled up to the longest, 10: 8 + 5 + 0 pads. Real are 17 of 30: a share, not per cent.",
+        (7,): "One prompt is its own rectangle: no pads, and all of it is real.",
         (4, 4, 4): "Prompts of one length need no pads.",
         (9, 1, 1, 1): "The longest need not be the last: take max(lengths), not lengths[-1].",
-        (1, 1000): "Count the pads, not all tokens of the rectangle and not the real ones.",
+        (1, 1000): "The rectangle has 2 rows of 1000 tokens; 1001 of them are real.",
     }
-    cases = [
-        Case((list(lengths),), len(lengths) * max(lengths) - sum(lengths), hint) for lengths, hint in hints.items()
-    ]
+    cases = [Case((list(lengths),), _padding(lengths), hint) for lengths, hint in hints.items()]
     run_check("padding", function, cases)
+
+
+def _padding(lengths: Sequence[int]) -> tuple[int, float]:
+    computed = len(lengths) * max(lengths)
+    return computed - sum(lengths), sum(lengths) / computed
 
 
 # left_pad ---------------------------------------------------------------------------------------
@@ -123,7 +137,7 @@ def _rows(value: Any) -> str:
     return describe(value).replace("None", "-")
 
 
-# masks and counts ----------------------------------------------------------------------------------
+# padding_mask ------------------------------------------------------------------------------------
 
 
 def padding_mask(function: Callable) -> None:
@@ -139,29 +153,178 @@ def padding_mask(function: Callable) -> None:
     run_check("padding_mask", function, [Case(args, masks.left_padded(*args), hint) for args, hint in hints.items()])
 
 
-def static_batch_tokens(function: Callable) -> None:
-    """`static_batch_tokens(prompt_lengths, output_lengths)` -> computed tokens until the longest request has ended."""
-    hints = {
-        ((4,), (1,)): "The first pass gives the first output token: with one token a request, it is the only pass.",
-        ((4,), (3,)): "4 computed tokens give the first new one, then 2 passes of 1: the last token is never fed back.",
-        ((2, 5, 10), (1, 1, 1)): "The first pass is the rectangle of the prompts: 3 rows of 10.",
-        ((2, 5, 10), (2, 5, 16)): "Then 15 passes, until the longest has 16 tokens; every row is computed in each.",
-        ((2, 5, 10), (16, 5, 2)): "The longest prompt and the longest output may belong to different requests.",
-        ((7, 7, 7, 7), (20, 20, 20, 20)): "Without padding, too: 4 * 7 tokens, then 19 passes of 4.",
-    }
-    cases = [Case((list(p), list(o)), len(p) * (max(p) + max(o) - 1), hint) for (p, o), hint in hints.items()]
-    run_check("static_batch_tokens", function, cases)
+# padded_pass -------------------------------------------------------------------------------------
 
 
-def joining_waste(function: Callable) -> None:
-    """`joining_waste(n, B)` -> pads of a pass of B rows in which one computes a prompt of n tokens, the rest decode."""
-    hints = {
-        (100, 8): "7 rows decode: each has 1 real token and is filled up to 100.",
-        (100, 9): "Eight decodes and the newcomer: B counts the newcomer too.",
-        (1, 8): "A prompt of 1 token is as short as a decode: no pads.",
-        (100, 1): "Nobody else is there: no pads.",
-        (2, 2): "One row of 1 token beside one of 2: a single pad.",
-        (4096, 32): "(n - 1) pads in each of the other B - 1 rows.",
-    }
-    cases = [Case((n, rows), (n - 1) * (rows - 1), hint) for (n, rows), hint in hints.items()]
-    run_check("joining_waste", function, cases)
+class Batch:
+    """Prompts of random ids as a rectangle, with the positions and the masks that go with it."""
+
+    def __init__(self, *lengths: int):
+        self.lengths = lengths
+        draw = torch.Generator().manual_seed(5)
+        self.prompts = [torch.randint(1, CONFIG.vocab_size, (length,), generator=draw) for length in lengths]
+        longest = max(lengths)
+        self.rectangle = torch.stack([pad_front(prompt, longest) for prompt in self.prompts])  # [B, L]
+        self.positions = torch.stack([pad_front(torch.arange(length), longest) for length in lengths])  # [B, L]
+        self.row_masks = torch.stack([masks.left_padded(length, longest) for length in lengths])  # [B, L, L]
+
+    def __repr__(self) -> str:
+        return f"model, rectangle and masks of prompts of {', '.join(map(str, self.lengths))} tokens"
+
+    def alone(self, model: Decoder) -> Tensor:
+        """[sum of lengths, hidden]: what the prompts get one by one."""
+        return torch.cat([model(ids, torch.arange(len(ids)), CausalAttention(model.config)) for ids in self.prompts])
+
+
+class Passed(NamedTuple):
+    """What came of a call of `padded_pass`."""
+
+    hidden: Any  # [sum of lengths, hidden] of the real tokens; whatever it returned, if that is no [B, L, hidden]
+    passes: tuple[int, ...]  # tokens of each forward pass
+    asked: bool = True  # the attention that was given has been called
+    folded: bool = True  # what was returned is [B, L, hidden]
+
+
+def padded_pass(function: Callable) -> None:
+    """`padded_pass(model, rectangle, positions, row_masks, attention)` -> hidden states [B, L, hidden], in one pass."""
+    cases = [
+        ((4,), "One row: flatten the rectangle for the model, and give what it returns its [B, L] back."),
+        (
+            (3, 3),
+            "Two rows without pads. In `attend`, fold q, k and v to [B, L, heads, D]: each row attends to itself.",
+        ),
+        ((2, 5), "With pads: hand `row_masks` to the attention, and take the positions as they are given."),
+        ((2, 5, 10), "Three rows in one forward pass of 30 tokens."),
+    ]
+    model = tiny_model()
+    run_check(
+        "padded_pass",
+        lambda batch: _passed(function, model, batch),
+        [
+            Case((batch,), Passed(batch.alone(model), (batch.rectangle.numel(),)), hint)
+            for batch, hint in ((Batch(*lengths), hint) for lengths, hint in cases)
+        ],
+        same=_same_pass,
+        show=_show_pass,
+    )
+
+
+def _passed(function: Callable, model: Decoder, batch: Batch) -> Passed:
+    passes, calls = [], []
+
+    class Counted:
+        config, dtype, device, logits = model.config, model.dtype, model.device, model.logits
+
+        def __call__(self, token_ids: Tensor, positions: Tensor, attend: Callable) -> Tensor:
+            passes.append(len(token_ids))
+            return model(token_ids, positions, attend)
+
+    def attention(*args, **named) -> Tensor:
+        calls.append(1)
+        return masked_attention(*args, **named)
+
+    answer = function(Counted(), batch.rectangle, batch.positions, batch.row_masks, attention)
+    shape = (*batch.rectangle.shape, model.config.hidden_size)
+    folded = isinstance(answer, Tensor) and answer.shape == shape
+    if folded:
+        answer = torch.cat([row[-length:] for row, length in zip(answer, batch.lengths, strict=True)]).detach()
+    return Passed(answer, tuple(passes), bool(calls), folded)
+
+
+def _same_pass(got: Passed, expected: Passed) -> bool:
+    return got.asked and got.folded and got.passes == expected.passes and same_value(got.hidden, expected.hidden)
+
+
+def _show_pass(answer: Passed) -> str:
+    passes = ", ".join(map(str, answer.passes)) or "no"
+    told = "" if answer.asked else "; the attention that was given is not used"
+    return f"forward passes of {passes} tokens, hidden states of the real ones {describe(answer.hidden)}{told}"
+
+
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+def tiny_model() -> Decoder:
+    """Two layers of random weights, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return Decoder(CONFIG).double().eval().requires_grad_(False)
+
+
+def pad_front(values: Tensor, length: int) -> Tensor:
+    """[n] -> [length], zeros in front."""
+    return torch.cat([values.new_zeros(length - len(values)), values])
+
+
+# the puzzle --------------------------------------------------------------------------------------
+
+BUDGET, IN_ORDER_OF_ARRIVAL = 15_000, 27_664
+
+
+def static_batches(function: Callable) -> None:
+    """`static_batches(lengths, rows)` -> lists of request numbers, so that static batching computes few tokens.
+
+    `lengths` are (prompt, output) pairs. A batch of B computes B * (longest prompt + longest output - 1) tokens.
+    """
+    small = [(2, 9), (50, 3), (3, 8), (40, 2)]
+    course = [(request.num_prompt_tokens, request.params.max_tokens) for request in course_requests()]
+    cases = [
+        (small, 2, 2 * (3 + 9 - 1) + 2 * (50 + 3 - 1), "Put the two long prompts together, and the two long outputs."),
+        (course, 16, BUDGET, "Start from some order, and exchange two requests as long as that saves tokens."),
+    ]
+    run_check(
+        "static_batches",
+        lambda lengths, rows: Groups.of(
+            function(copy.copy(lengths), rows), lengths, rows, lambda own: len(own) * _columns(own)
+        ),
+        [Case((lengths, rows), budget, hint) for lengths, rows, budget, hint in cases],
+        same=Groups.within,
+        show=Groups.show,
+    )
+
+
+def _columns(batch: Sequence[tuple[int, int]]) -> int:
+    prompts, outputs = zip(*batch, strict=True)
+    return max(prompts) + max(outputs) - 1
+
+
+class Groups(NamedTuple):
+    """Items in groups, as the puzzles of chapters 5 and 6 ask for them, and what they cost; or what is wrong."""
+
+    cost: int | None
+    wrong: str = ""
+
+    @classmethod
+    def of(cls, answer: Any, items: Sequence, most: int, cost: Callable, most_groups: int | None = None) -> "Groups":
+        """`answer`: lists of numbers of `items`. `most` items go into a group, as few groups as that allows."""
+        groups = [[number_of(number) for number in as_list(group)] for group in as_list(realised(answer))]
+        groups = [group for group in groups if group]
+        most_groups = most_groups or math.ceil(len(items) / most)
+        numbers = sorted(number for group in groups for number in group if number is not None)
+        if numbers != list(range(len(items))):
+            return cls(None, f"not every number from 0 to {len(items) - 1} exactly once")
+        if len(groups) > most_groups or max(map(len, groups)) > most:
+            sizes = [len(group) for group in groups]
+            return cls(None, f"groups of {sizes}; at most {most_groups} groups, each of at most {most}")
+        return cls(sum(cost([items[number] for number in group]) for group in groups))
+
+    @staticmethod
+    def within(got: Any, budget: int) -> bool:
+        """Complete, and within the budget."""
+        return got.cost is not None and got.cost <= budget
+
+    @staticmethod
+    def show(answer: Any) -> str:
+        """What it costs; a budget is a number."""
+        if not isinstance(answer, Groups):
+            return f"at most {answer:,}"
+        return answer.wrong or f"{answer.cost:,}"

@@ -1,17 +1,23 @@
-"""Chapter 6, ragged batching: the mask, the positions and the last rows of one long row, and what is wasted."""
+"""Chapter 6, ragged batching: the mask and the positions of one long row, attention over caches, and a puzzle."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from typing import Any, NamedTuple
 
-from minillm.attention import masks
-from minillm.checks.base import Case, run_check
+import torch
+from torch import Tensor
+
+from minillm.attention import masked_attention, masks
+from minillm.checks.base import Case, as_list, describe, realised, run_check, same_value
+from minillm.checks.chapter_05 import Groups
+from minillm.simulation import course_requests
 
 
 def block_diagonal_mask(function: Callable) -> None:
     """`block_diagonal_mask(lengths)` -> bool [n, n], n = sum of lengths: a causal block for each prompt."""
     hints = {
         (1,): "The answer is a bool tensor [n, n], not one of numbers. One token sees itself.",
-        (3,): "A single prompt: this is the causal mask. Row = the looking token, row i sees the columns 0..i.",
+        (3,): "A single prompt: this is the causal mask. Row = the token that attends; row i sees the columns 0..i.",
         (1, 1): "Two prompts of one token each: both see themselves, and neither sees the other.",
         (
             3,
@@ -34,43 +40,131 @@ def restarting_positions(function: Callable) -> None:
     run_check("restarting_positions", function, _cases(hints, _positions))
 
 
-def last_rows(function: Callable) -> None:
-    """`last_rows(lengths)` -> for each prompt the row of its last token in the joint row."""
-    hints = {
-        (3,): "Rows are counted from 0: the last of three rows is row 2.",
-        (3, 2): "The second prompt's last token is the last row of all, row 4: add up the lengths, then subtract 1.",
-        (1, 1, 1): "A prompt of one token: its first row is its last row.",
-        (2, 5, 10): "One row a prompt: 2 - 1, then 2 + 5 - 1, then 2 + 5 + 10 - 1.",
-    }
-    run_check("last_rows", function, _cases(hints, _last_rows))
+# attention over several caches -------------------------------------------------------------------
 
 
-def utilisation(function: Callable) -> None:
-    """`utilisation(lengths)` -> real tokens / computed tokens of the padded rectangle, in 0..1."""
-    hints = {
-        (2, 5, 10): "17 real tokens in a rectangle of 3 rows and 10 columns. A share between 0 and 1, not per cent.",
-        (7, 7): "Equal lengths need no padding: 1.0.",
-        (5,): "A single request needs no padding: 1.0.",
-        (1, 100): "101 of 200 computed tokens are real: every row is as long as the longest request.",
-        (10, 2, 5): "The longest request need not be the last one.",
-    }
-    run_check("utilisation", function, _cases(hints, _utilisation))
+class Step:
+    """A pass that several requests share: (cached tokens, new tokens) of each, random numbers in all of them."""
+
+    def __init__(self, *requests: tuple[int, int]):
+        self.requests = requests
+        draw = torch.Generator().manual_seed(6)
+
+        def random(num: int, heads: int) -> Tensor:
+            return torch.randn(num, heads, 8, generator=draw, dtype=torch.float64)
+
+        total = sum(new for _, new in requests)
+        self.q, self.k, self.v = random(total, 4), random(total, 2), random(total, 2)
+        self.caches = [(random(cached, 2), random(cached, 2)) for cached, _ in requests]
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{new} new behind {cached} cached" for cached, new in self.requests)
 
 
-def wasted_share(function: Callable) -> None:
-    """`wasted_share(lengths)` -> 1 - sum of squares / square of the sum."""
-    hints = {
+class Attended(NamedTuple):
+    """What came of it: the rows, and the keys and values that are cached now."""
+
+    out: Any  # [T, Hq, D]
+    caches: Any  # a pair of [cached + new, Hkv, D] for each request
+
+
+def attend_caches(function: Callable) -> None:
+    """`attend_caches(q, k, v, lengths, caches)` -> (out [T, Hq, D], caches with the new keys and values in them)."""
+    cases = [
+        (((0, 3),), "One request and an empty cache: causal attention over the three new tokens."),
+        (((0, 3), (0, 2)), "Cut q, k and v at the borders: the second request must not see the first."),
+        (((4, 1),), "One new token behind four cached ones: it sees all five keys."),
+        (((4, 3),), "Three new tokens behind four: masks.rectangular(3, 7), the last three rows of a causal mask."),
+        (((5, 1), (0, 4), (2, 1)), "Every request has a cache of its own length: join the new keys to its own ones."),
+    ]
+    run_check(
+        "attend_caches",
+        lambda step: _attended(function, step),
+        [Case((Step(*requests),), _attended(_each_by_itself, Step(*requests)), hint) for requests, hint in cases],
+        same=_same_attended,
+        show=_show_attended,
+    )
+
+
+def _attended(function: Callable, step: Step) -> Any:
+    answer = as_list(realised(function(step.q, step.k, step.v, [new for _, new in step.requests], step.caches)))
+    if not isinstance(answer, list) or len(answer) != 2:
+        return answer
+    out, caches = answer
+    return Attended(out, [as_list(pair) for pair in as_list(caches)] if isinstance(as_list(caches), list) else caches)
+
+
+def _each_by_itself(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], caches: Sequence) -> tuple:
+    outs, grown = [], []
+    for q_, k_, v_, cache in zip(*(x.split(lengths) for x in (q, k, v)), caches, strict=True):
+        keys, values = (torch.cat(pair) for pair in zip(cache, (k_, v_), strict=True))
+        outs.append(masked_attention(q_, keys, values, masks.rectangular(len(q_), len(keys))))
+        grown.append((keys, values))
+    return torch.cat(outs), grown
+
+
+def _same_attended(got: Any, expected: Attended) -> bool:
+    if not isinstance(got, Attended) or not isinstance(got.caches, list) or len(got.caches) != len(expected.caches):
+        return False
+    pairs = zip(got.caches, expected.caches, strict=True)
+    return same_value(got.out, expected.out) and all(same_value(own, wanted) for own, wanted in pairs)
+
+
+def _show_attended(answer: Any) -> str:
+    if not isinstance(answer, Attended):
+        return f"not (out, caches): {describe(answer)}"
+    lengths = (
+        [
+            len(pair[0]) if isinstance(pair, list) and pair and hasattr(pair[0], "__len__") else "?"
+            for pair in answer.caches
+        ]
+        if isinstance(answer.caches, list)
+        else describe(answer.caches)
+    )
+    return f"out {describe(answer.out)}, caches of {lengths} tokens"
+
+
+# the puzzle --------------------------------------------------------------------------------------
+
+CALLS = 8
+
+
+def few_rectangles(function: Callable) -> None:
+    """`few_rectangles(lengths, num_calls)` -> lists of prompt numbers; scored are B masks of the longest in each.
+
+    The budget is the fewest scores that `num_calls` rectangles can have.
+    """
+    cases = [
+        ([5, 1, 5, 1], 2, "Prompts of about one length belong together: 2 * 25 + 2 * 1 scores."),
+        ([3, 3, 4, 9], 2, "The groups need not be of one size: three of 4 and one of 9."),
         (
-            2,
-            5,
-            10,
-        ): "Under one mask 17 * 17 = 289 pairs are scored, alone 4 + 25 + 100 = 129. Wasted: 160 / 289.",
-        (5,): "A single prompt: both ways score 25 pairs, and nothing is wasted.",
-        (1, 1): "Four pairs scored, two needed: half is wasted. No rounding.",
-        (64,) * 16: "16 equal prompts: 15 of 16 pairs join two different prompts.",
-        (3, 2): "25 pairs scored, 9 + 4 within a prompt: the wasted share is what is *left*, 12 / 25.",
-    }
-    run_check("wasted_share", function, _cases(hints, _wasted_share))
+            [request.num_prompt_tokens for request in course_requests()],
+            CALLS,
+            "Sort, then choose where to cut: after "
+            "the first k prompts, the rest is the same puzzle with one rectangle less.",
+        ),
+    ]
+    run_check(
+        "few_rectangles",
+        lambda lengths, calls: Groups.of(
+            function(list(lengths), calls), lengths, len(lengths), lambda own: len(own) * max(own) ** 2, calls
+        ),
+        [Case((lengths, calls), fewest_scores(lengths, calls), hint) for lengths, calls, hint in cases],
+        same=Groups.within,
+        show=Groups.show,
+    )
+
+
+def fewest_scores(lengths: Sequence[int], num_groups: int) -> int:
+    """Groups are runs of the sorted lengths: best[n] for the n shortest, with one group more in each round."""
+    ordered = sorted(lengths)
+    best: list[float] = [0] + [math.inf] * len(ordered)
+    for _ in range(num_groups):
+        best = [0] + [
+            min(best[first] + (end - first) * ordered[end - 1] ** 2 for first in range(end))
+            for end in range(1, len(ordered) + 1)
+        ]
+    return int(best[-1])
 
 
 def _cases(hints: Mapping[tuple[int, ...], str], answer: Callable) -> list[Case]:
@@ -79,15 +173,3 @@ def _cases(hints: Mapping[tuple[int, ...], str], answer: Callable) -> list[Case]
 
 def _positions(lengths: Sequence[int]) -> list[int]:
     return [position for length in lengths for position in range(length)]
-
-
-def _last_rows(lengths: Sequence[int]) -> list[int]:
-    return [end - 1 for end in accumulate(lengths)]
-
-
-def _utilisation(lengths: Sequence[int]) -> float:
-    return sum(lengths) / (len(lengths) * max(lengths))
-
-
-def _wasted_share(lengths: Sequence[int]) -> float:
-    return 1 - sum(length**2 for length in lengths) / sum(lengths) ** 2

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = hand_on(
             "GenerationResult as_tensor generate_cached generate_chunked generate_naive generate_ragged positions"
         ),
         "kv_cache": "KVCache RowCache",
-        "padded_schedulers": "DynamicScheduler StaticScheduler",
+        "padded_schedulers": "DynamicScheduler MergingScheduler StaticScheduler",
     },
 )

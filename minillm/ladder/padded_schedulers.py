@@ -1,6 +1,7 @@
-"""Static and dynamic batching, behind the same `schedule` and `update` as continuous batching.
+"""Static, dynamic and merging batching, behind the same `schedule` and `update` as continuous batching.
 
-Both fill a rectangle: one row a request, every row padded to the longest. They differ in when the rectangle changes.
+All three fill a rectangle: one row per request, every row padded to the longest. They differ in when the rectangle
+changes, and in who shares a pass with a prompt.
 """
 
 from minillm.engine import Request, Scheduler
@@ -50,6 +51,20 @@ class DynamicScheduler(Scheduler):
         """Everybody who runs, and as many of the waiting as there are rows."""
         compute_rows(plan, self)
         join_rows(plan, self)
+
+
+class MergingScheduler(Scheduler):
+    """Requests that join compute their prompts in a pass of their own; then they are rows of the batch like all others.
+
+    No decode is padded to a prompt. The price is passes: nobody decodes in a pass that computes prompts, so every
+    running request waits for it. Prompts that join in the same pass are padded to the longest of them.
+    """
+
+    def _fill(self, plan: SchedulerOutput) -> None:
+        """Those who join, alone; if nobody can, everybody who runs."""
+        join_rows(plan, self)
+        if not plan.others:
+            compute_rows(plan, self)
 
 
 def compute_rows(plan: SchedulerOutput, scheduler: Scheduler) -> None:
