@@ -1,46 +1,14 @@
 """Chapter 8's checks pass right answers of any layout, refuse what readers typically get wrong, and say why."""
 
-import hashlib
-import struct
-
 import numpy as np
 import pytest
 
 from check_answers import message, passes
 from minillm import checks
+from minillm.checks import chapter_08
 from minillm.checks.base import NotWrittenYet
-
-# blocks_needed ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        lambda num_tokens, block_size: -(-num_tokens // block_size),
-        lambda num_tokens, block_size: np.int64(num_tokens // block_size) + (num_tokens % block_size > 0),
-        lambda num_tokens, block_size: len(range(0, num_tokens, block_size)),
-    ],
-    ids=["ceil", "numpy", "range"],
-)
-def test_blocks_needed_accepts(right, capsys):
-    assert passes(checks.blocks_needed, right, capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda num_tokens, block_size: num_tokens // block_size, "3 slots of a second one"),
-        (lambda num_tokens, block_size: num_tokens // block_size + 1, "there is no third one"),
-        (lambda num_tokens, block_size: round(num_tokens / block_size), "takes a third block"),
-        (lambda num_tokens, block_size: num_tokens / block_size, "got       1.75"),
-        (lambda num_tokens, block_size: max(1, -(-num_tokens // block_size)), "No tokens, no blocks"),
-        (lambda num_tokens, block_size: None, "got       None"),
-    ],
-    ids=["floor", "one more", "rounded", "not whole", "at least one", "nothing"],
-)
-def test_blocks_needed_refuses(wrong, told):
-    assert told in message(checks.blocks_needed, wrong)
-
+from minillm.engine import BlockManager, Scheduler, SchedulerConfig
+from minillm.simulation import SimulatedExecutor, VirtualClock, course_requests, preset, run
 
 # allocate -----------------------------------------------------------------------------------------
 
@@ -134,116 +102,313 @@ def test_allocate_refuses(wrong, told):
     assert told in message(checks.allocate, wrong)
 
 
-# prefix_hash --------------------------------------------------------------------------------------
+# begin_table --------------------------------------------------------------------------------------
 
 
-def key_by_text(parent, token_ids):
-    return hashlib.sha256(repr((parent, tuple(token_ids))).encode()).digest()
+def begin(keys, num_tokens, block_of, count, free, block_size):
+    """The longest prefix by trying from the end; fresh blocks from the beginning of free."""
+    found = 0
+    while found < (num_tokens - 1) // block_size and found < len(keys) and keys[found] in block_of:
+        found += 1
+    missing = needed([], num_tokens, block_size) - found
+    if len(free) < missing:
+        return None
+    table = [block_of[key] for key in keys[:found]] + free[:missing]
+    del free[:missing]
+    for place, block in enumerate(table):
+        count.setdefault(block, 0)
+        count[block] += 1
+        if place < len(keys) and keys[place] not in block_of:
+            block_of[keys[place]] = block
+    return table, found * block_size
 
 
-def key_by_bytes(parent, token_ids):
-    return hashlib.blake2b((parent or b"") + struct.pack(f"<{len(token_ids)}q", *token_ids), digest_size=16).digest()
+def begin_as_a_list(*args):
+    answer = begin(*args)
+    return None if answer is None else [np.array(answer[0]), np.int64(answer[1])]
 
 
-def key_as_text(parent, token_ids):
-    return hashlib.md5(f"{parent}:{','.join(map(str, token_ids))}".encode()).hexdigest()
+@pytest.mark.parametrize("right", [begin, begin_as_a_list])
+def test_begin_table_accepts(right, capsys):
+    assert passes(checks.begin_table, right, capsys)
 
 
-@pytest.mark.parametrize(
-    "right", [key_by_text, key_by_bytes, key_as_text, lambda parent, token_ids: hash((parent, tuple(token_ids)))]
-)
-def test_prefix_hash_accepts(right, capsys):
-    assert passes(checks.prefix_hash, right, capsys)
+def with_change(change):
+    """The right answer, and something done to it or to the pool afterwards."""
+
+    def function(keys, num_tokens, block_of, count, free, block_size):
+        answer = begin(keys, num_tokens, block_of, count, free, block_size)
+        return answer and change(answer, keys, block_of, count, free)
+
+    return function
 
 
-def sha(*parts):
-    return hashlib.sha256(b"".join(parts)).digest()
+def finds_all(keys, num_tokens, *others):
+    return begin(keys, num_tokens + 1 if num_tokens % 4 == 0 else num_tokens, *others)
+
+
+def does_not_stop(keys, num_tokens, block_of, count, free, block_size):
+    """Takes what is found behind a missing key, too."""
+    wanted = [key for key in keys[: (num_tokens - 1) // block_size] if key in block_of]
+    return begin(wanted + [key for key in keys if key not in wanted], num_tokens, block_of, count, free, block_size)
+
+
+def counts_before_it_knows(keys, num_tokens, block_of, count, free, block_size):
+    for key in keys:
+        if key in block_of:
+            count[block_of[key]] = count.get(block_of[key], 0) + 1
+    answer = begin(keys, num_tokens, block_of, dict(count), free, block_size)
+    for block in () if answer is None else answer[0][answer[1] // block_size :]:
+        count[block] = 1
+    return answer
+
+
+def shares_nothing(keys, num_tokens, block_of, count, free, block_size):
+    return begin(keys, num_tokens, {}, count, free, block_size)
+
+
+def registers_what_is_not_full(keys, num_tokens, block_of, count, free, block_size):
+    return begin([*keys, "more"], num_tokens, block_of, count, free, block_size)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda parent, token_ids: key_by_text(None, token_ids), "The key of the block before"),
-        (lambda parent, token_ids: hash((parent, sum(token_ids))), "The order of the tokens counts"),
-        (lambda parent, token_ids: hash((parent, frozenset(token_ids))), "The order of the tokens counts"),
-        (lambda parent, token_ids: hash((parent, token_ids[0])), "Every token of the block"),
-        (lambda parent, token_ids: sha(parent or b"", "".join(map(str, token_ids)).encode()), "Keep the tokens apart"),
-        (lambda parent, token_ids: sha(parent or b"", bytes(each % 256 for each in token_ids)), "far beyond 255"),
-        (lambda parent, token_ids: sha(parent or b"", bytes(token_ids)), "raised    ValueError"),
-        (lambda parent, token_ids: hash((parent, *(each % 65_536 for each in token_ids))), "beyond 65,535"),
-        (lambda parent, token_ids: (parent or 0) + hash(tuple(token_ids)), "adding up keys is not enough"),
-        (lambda parent, token_ids: (parent, tuple(token_ids)), "a key of"),
-        (lambda parent, token_ids: [parent, token_ids], "got       [None, (1, 2)]"),
-        (lambda parent, token_ids: object(), "got       two different keys"),
-        (lambda parent, token_ids: None, "got       None"),
+        (finds_all, "One token must be computed"),
+        (does_not_stop, "where the first key is missing, stop"),
+        (counts_before_it_knows, "count"),
+        (shares_nothing, "block_of"),
+        (registers_what_is_not_full, "block_of"),
+        (with_change(lambda answer, *_: answer[0]), "0 tokens found"),
+        (with_change(lambda answer, keys, block_of, count, free: count.clear() or answer), "count"),
+        (with_change(lambda answer, keys, block_of, count, free: free.append(answer[0][-1]) or answer), "out of free"),
+        (with_change(lambda answer, *_: (answer[0][::-1], answer[1])), "block_of"),
+        (lambda *_: None, "got       None"),
+    ],
+    ids=["all", "no stop", "early", "nothing", "not full", "table", "no count", "not taken", "order", "none"],
+)
+def test_begin_table_refuses(wrong, told):
+    assert told in message(checks.begin_table, wrong)
+
+
+# make_room ----------------------------------------------------------------------------------------
+
+
+def room(name, num_tokens, running, tables, free, block_size):
+    """Without a helper: frees first, then takes."""
+    gone = []
+    while name in running and needed(tables[name], num_tokens, block_size) > len(free):
+        gone.append(running.pop())
+        free.extend(tables[gone[-1]])
+        tables[gone[-1]] = []
+    if name in running:
+        tables[name].extend(free.pop(0) for _ in range(max(0, needed(tables[name], num_tokens, block_size))))
+    return tuple(gone)
+
+
+@pytest.mark.parametrize("right", [room, lambda *args: iter(room(*args))], ids=["tuple", "iterator"])
+def test_make_room_accepts(right, capsys):
+    assert passes(checks.make_room, right, capsys)
+
+
+def room_of_the_first(name, num_tokens, running, tables, free, block_size):
+    running.reverse()
+    gone = room(name, num_tokens, running, tables, free, block_size)
+    running.reverse()
+    return gone
+
+
+def room_without_itself(name, num_tokens, running, tables, free, block_size):
+    others = [each for each in running if each != name]
+    gone = room(name, num_tokens, [name, *others], tables, free, block_size)
+    running[:] = [each for each in running if each not in gone]
+    return gone
+
+
+def room_once(name, num_tokens, running, tables, free, block_size):
+    if needed(tables[name], num_tokens, block_size) <= len(free):
+        return room(name, num_tokens, running, tables, free, block_size)
+    victim = running.pop()
+    free += tables.pop(victim)
+    return [victim]
+
+
+def room_and_blocks_lost(name, num_tokens, running, tables, free, block_size):
+    held = sum(map(len, tables.values())) + len(free)
+    gone = room(name, num_tokens, running, tables, free, block_size)
+    del free[: held and len(gone)]
+    return gone
+
+
+def room_for_all(name, num_tokens, running, tables, free, block_size):
+    """Preempts all that came later, needed or not."""
+    gone = []
+    while running[-1] != name:
+        gone.append(running.pop())
+        free += tables.pop(gone[-1])
+    return gone + list(room(name, num_tokens, running, tables, free, block_size))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (room_of_the_first, "C came last"),
+        (room_without_itself, "C itself came last"),
+        (room_once, "Then A takes one"),
+        (room_and_blocks_lost, "its blocks go back to free"),
+        (room_for_all, "nobody is preempted"),
+        (lambda *args: len(room(*args)), "got       0"),
+        (lambda *args: room(*args) and None, "got       None"),
+    ],
+    ids=["first", "never itself", "once", "lost", "all", "number", "nothing"],
+)
+def test_make_room_refuses(wrong, told):
+    assert told in message(checks.make_room, wrong)
+
+
+# schedule_paged -----------------------------------------------------------------------------------
+
+
+def paged(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """A dict for the plan; blocks for the whole chunk at once."""
+    plan, gone, order = {}, [], [name for name, *_ in running]
+    for name, computed, remaining in running:
+        num = min(budget - sum(plan.values()), remaining)
+        if num > 0 and name not in gone:
+            gone += room(name, computed + num, order, tables, free, block_size)
+            plan |= {name: np.int64(num)} if name in order else {}
+    if gone:
+        return plan, gone
+    for name, num_tokens in waiting:
+        left = budget - sum(plan.values())
+        if left <= 0 or len(order) >= max_num_seqs or needed([], num_tokens, block_size) > len(free):
+            break
+        plan[name] = min(left, num_tokens)
+        order.append(name)
+        tables[name] = [free.pop(0) for _ in range(needed([], plan[name], block_size))]
+    return plan, gone
+
+
+def paged_as_lists(*args):
+    plan, gone = paged(*args)
+    return [(list(pair) for pair in plan.items()), tuple(gone)]
+
+
+@pytest.mark.parametrize("right", [paged, paged_as_lists])
+def test_schedule_paged_accepts(right, capsys):
+    assert passes(checks.schedule_paged, right, capsys)
+
+
+@pytest.mark.parametrize("num_blocks", [400, 128, 48])
+def test_the_checks_machine_and_the_engine_count_the_same(num_blocks):
+    lengths = [(request.num_prompt_tokens, request.params.max_tokens) for request in course_requests()]
+    counted = chapter_08.paged_run(paged, lengths, num_blocks)
+    config, clock = SchedulerConfig(chapter_08.SEATS, chapter_08.BUDGET, 4096), VirtualClock()
+    manager = BlockManager(num_blocks + 1, chapter_08.SIZE, enable_prefix_caching=False)
+    scheduler = Scheduler(config, clock, block_manager=manager, watermark=0)
+    steps = run(scheduler, SimulatedExecutor(preset("Llama-2-7B", "a100"), clock), course_requests(), clock).steps
+    preemptions = sum(len(step.preempted) for step in steps)
+    assert counted[:3] == (len(steps), sum(step.num_tokens for step in steps), preemptions)
+
+
+def changed(**others):
+    """The right scheduler with some of what it is given changed."""
+    names = ["running", "waiting", "tables", "free", "budget", "max_num_seqs", "block_size"]
+    return lambda *args: paged(*[others.get(name, lambda x: x)(arg) for name, arg in zip(names, args, strict=True)])
+
+
+def overtakes(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    waiting.sort(key=lambda pair: pair[1])
+    return paged(running, waiting, tables, free, budget, max_num_seqs, block_size)
+
+
+def admits_in_spite_of_preemption(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    plan, gone = paged(running, waiting, tables, free, budget, max_num_seqs, block_size)
+    for name, num_tokens in waiting if gone else ():
+        if needed([], num_tokens, block_size) <= len(free):
+            tables[name] = [free.pop() for _ in range(needed([], num_tokens, block_size))]
+            return plan | {name: num_tokens}, gone
+    return plan, gone
+
+
+def leaves_running_requests_out(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """Never preempts: who finds no block computes nothing."""
+    plan = {}
+    for name, computed, remaining in running:
+        missing = needed(tables[name], computed + remaining, block_size)
+        if missing <= len(free):
+            tables[name] += [free.pop() for _ in range(max(0, missing))]
+            plan[name] = remaining
+    return plan, []
+
+
+def takes_no_blocks(running, waiting, tables, free, *others):
+    return paged(running, waiting, tables, list(free), *others)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (changed(budget=lambda budget: budget // 2), "while budget, places and blocks allow"),
+        (changed(budget=lambda budget: 2 * budget), "at most 256 tokens together"),
+        (changed(max_num_seqs=lambda seats: 2 * seats), "Admit no request beyond max_num_seqs"),
+        (changed(waiting=lambda waiting: waiting[:1]), "expected"),
+        (overtakes, "expected"),
+        (admits_in_spite_of_preemption, "waits in front of all others"),
+        (leaves_running_requests_out, "at least one token"),
+        (takes_no_blocks, "Take a block out of free"),
+        (lambda *args: paged(*args)[0], "Return two things"),
+        (lambda *args: None, "got       None"),
+        (lambda running, *_: running[3], "raised    IndexError"),
     ],
     ids=[
-        "no parent", "sum", "set", "first token", "joined", "one byte", "small bytes", "two bytes", "added", "grows",
-        "list", "never the same", "nothing",
+        "half",
+        "double",
+        "seats",
+        "one",
+        "overtakes",
+        "admits",
+        "no preemption",
+        "not taken",
+        "plan",
+        "none",
+        "error",
     ],
-)  # fmt: skip
-def test_prefix_hash_refuses(wrong, told):
-    assert told in message(checks.prefix_hash, wrong)
+)
+def test_schedule_paged_refuses(wrong, told):
+    assert told in message(checks.schedule_paged, wrong)
 
 
-# eviction_order -----------------------------------------------------------------------------------
+# choose_victim ------------------------------------------------------------------------------------
 
 
-def order_by_time(releases, held):
-    """Number every release, and sort by the last number of each block."""
-    times = {}
-    for table in releases:
-        for block in table[::-1]:
-            times[block] = max(times.values(), default=0) + 1
-    return sorted(times.keys() - held, key=times.get)
+def once_first(idle, now):
+    return sorted(idle, key=lambda each: (each[2] > 1, each[1], -each[3]))[0][0]
 
 
-def order_from_the_end(releases, held):
-    """Go backwards through everything; the first time that a block is seen is its last release."""
-    seen = []
-    while releases:
-        for block in releases.pop():
-            if block not in seen:
-                seen.append(block)
-    return tuple(block for block in reversed(seen) if block not in held)
+def uses_over_age(idle, now):
+    return np.int64(min(idle, key=lambda each: (each[2] / (now - each[1] + 1), -each[3]))[0])
 
 
-@pytest.mark.parametrize("right", [order_by_time, order_from_the_end])
-def test_eviction_order_accepts(right, capsys):
-    assert passes(checks.eviction_order, right, capsys)
-
-
-def first_release_counts(releases, held):
-    order = [block for table in releases for block in reversed(table)]
-    return [block for block in dict.fromkeys(order) if block not in held]
-
-
-def heads_first(releases, held):
-    order = {}
-    for table in releases:
-        for block in table:
-            order.pop(block, None)
-            order[block] = None
-    return [block for block in order if block not in held]
+@pytest.mark.parametrize("right", [once_first, uses_over_age])
+def test_choose_victim_accepts(right, capsys):
+    assert passes(checks.choose_victim, right, capsys)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (first_release_counts, "last given back with the second table"),
-        (heads_first, "without block 1 nobody can find"),
-        (lambda releases, held: order_by_time(releases[::-1], held), "given back first goes first"),
-        (lambda releases, held: order_by_time(releases, held)[::-1], "the last block goes first"),
-        (lambda releases, held: order_by_time(releases, set()), "still in somebody's table"),
-        (lambda releases, held: sorted({block for table in releases for block in table} - held), "expected  [3, 2, 1]"),
-        (lambda releases, held: [b for table in releases for b in reversed(table) if b not in held], "Blocks 1 and 2"),
-        (lambda releases, held: set(order_by_time(releases, held)), "got       {1, 2, 3}"),
-        (lambda releases, held: None, "got       None"),
+        (lambda idle, now: min(idle, key=lambda each: (each[1], -each[3]))[0], "got       2,574 blocks"),
+        (lambda idle, now: min(idle, key=lambda each: (each[2], each[1], -each[3]))[0], "dead in the afternoon"),
+        (lambda idle, now: max(idle, key=lambda each: each[3])[0], "at most 2,393"),
+        (lambda idle, now: idle[0], "a block of the list"),
+        (lambda idle, now: 99, "a block of the list"),
+        (lambda idle, now: None, "got       None"),
     ],
-    ids=["first", "heads", "newest", "reversed", "held", "sorted", "twice", "a set", "nothing"],
+    ids=["lru", "lfu", "deepest", "tuple", "unknown", "nothing"],
 )
-def test_eviction_order_refuses(wrong, told):
-    assert told in message(checks.eviction_order, wrong)
+def test_choose_victim_refuses(wrong, told):
+    assert told in message(checks.choose_victim, wrong)
 
 
 def test_allocate_says_which_helper_is_missing():
@@ -263,7 +428,7 @@ def test_allocate_says_which_helper_is_missing():
 
 @pytest.mark.parametrize(
     "check",
-    [checks.blocks_needed, checks.allocate, checks.prefix_hash, checks.eviction_order],
+    [checks.allocate, checks.begin_table, checks.make_room, checks.schedule_paged, checks.choose_victim],
     ids=lambda c: c.__name__,
 )
 def test_a_stub_is_told_to_write(check):

@@ -6,10 +6,8 @@ numbers, Fractions. Wrong ones are one slip away from the right one.
 """
 
 import asyncio
-import hashlib
 import math
 import re
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -705,21 +703,6 @@ def short_and_long_in_turns(lengths, places):
 # chapter 8 ----------------------------------------------------------------------------------------
 
 
-@right(checks.blocks_needed)
-def ceil_of_a_division(num_tokens, block_size):
-    return math.ceil(num_tokens / block_size)
-
-
-@right(checks.blocks_needed)
-def blocks_in_numpy(num_tokens, block_size):
-    return np.ceil(np.float64(num_tokens) / block_size)
-
-
-@wrong(checks.blocks_needed)
-def one_block_more(num_tokens, block_size):
-    return num_tokens // block_size + 1
-
-
 @right(checks.allocate)
 def allocated_as_an_array(table, free, num_tokens, block_size):
     missing = max(0, math.ceil(num_tokens / block_size) - len(table))
@@ -741,56 +724,86 @@ def table_used_up(table, free, num_tokens, block_size):
     return allocated_as_an_array(table, free, num_tokens, block_size)
 
 
-@right(checks.prefix_hash)
-def a_whole_number(parent, token_ids):
-    return int.from_bytes(hashlib.sha256(repr((parent, token_ids)).encode()).digest()[:8])
+@right(checks.begin_table)
+def a_table_of_fractions(keys, num_tokens, block_of, count, free, block_size):
+    table = []
+    while (len(table) + 1) * block_size < num_tokens and len(table) < len(keys) and keys[len(table)] in block_of:
+        table.append(block_of[keys[len(table)]])
+    num_found = Fraction(len(table) * block_size)
+    while len(table) * block_size < num_tokens:
+        if len(free) * block_size < num_tokens - len(table) * block_size:
+            return None
+        table.append(free.pop())
+    count.update({block: count.get(block, 0) + 1 for block in table})
+    block_of |= {key: block for key, block in zip(keys, table, strict=False) if key not in block_of}
+    return np.array(table), num_found
 
 
-@wrong(checks.prefix_hash)
-def one_byte(parent, token_ids):
-    return hashlib.sha256(repr((parent, token_ids)).encode()).digest()[:1]
+@wrong(checks.begin_table)
+def a_key_moves_to_the_new_block(keys, num_tokens, block_of, count, free, block_size):
+    answer = a_table_of_fractions(keys, num_tokens, block_of, count, free, block_size)
+    if answer is not None:
+        block_of |= dict(zip(keys, answer[0].tolist(), strict=False))
+    return answer
 
 
-@wrong(checks.prefix_hash)
-def two_bytes(parent, token_ids):
-    return zlib.crc32(repr((parent, token_ids)).encode()) % 65_521
+@right(checks.make_room)
+def room_by_slices(name, num_tokens, running, tables, free, block_size):
+    preempted = []
+    while math.ceil(num_tokens / block_size) > len(tables[name]) + len(free):
+        preempted.append(running[-1])
+        free[:0], tables[running[-1]] = tables[running[-1]], ()
+        del running[-1]
+        if preempted[-1] == name:
+            return np.array(preempted)
+    while len(tables[name]) * block_size < num_tokens:
+        tables[name].append(free.pop(0))
+    return (each for each in preempted)
 
 
-@wrong(checks.prefix_hash)
-def one_byte_of_the_parent(parent, token_ids):
-    return hashlib.sha256(repr(((parent or "")[:2], token_ids)).encode()).hexdigest()
+@wrong(checks.make_room)
+def blocks_before_they_are_needed(name, num_tokens, running, tables, free, block_size):
+    return room_by_slices(name, num_tokens + 1, running, tables, free, block_size)
 
 
-@right(checks.eviction_order)
-def keys_of_a_dict(releases, held):
-    order = {}
-    for table in releases:
-        while table:
-            block = table.pop()
-            order.pop(block, None)
-            order[block] = True
-    for block in held:
-        order.pop(block, None)
-    return order.keys()
+@right(checks.schedule_paged)
+def paged_one_by_one(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    names, plan, preempted = [name for name, _, _ in running], [], []
+    while running:
+        name, computed, remaining = running.pop(0)
+        if name in names and budget:
+            preempted += list(room_by_slices(name, computed + min(remaining, budget), names, tables, free, block_size))
+        if name in names and budget:
+            plan.append([name, Fraction(min(remaining, budget))])
+            budget -= min(remaining, budget)
+    while waiting and budget and not preempted and len(names) < max_num_seqs:
+        name, num_tokens = waiting.pop(0)
+        if num_tokens > len(free) * block_size:
+            break
+        tables[name] = []
+        names.append(name)
+        room_by_slices(name, min(num_tokens, budget), names, tables, free, block_size)
+        plan.append([name, min(num_tokens, budget)])
+        budget -= plan[-1][1]
+    return plan, preempted
 
 
-@right(checks.eviction_order)
-def blocks_as_they_come(releases, held):
-    releases.reverse()
-    seen = list(held)
-    for table in releases:
-        seen += [block for block in table if block not in seen]
-    return reversed(seen[len(held) :])
+@wrong(checks.schedule_paged)
+def admitted_without_a_look_at_the_blocks(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """A request is admitted when its first chunk finds blocks, not all of it."""
+    small = [(name, min(num_tokens, block_size)) for name, num_tokens in waiting]
+    return paged_one_by_one(running, small, tables, free, budget, max_num_seqs, block_size)
 
 
-@wrong(checks.eviction_order)
-def values_of_a_set(releases, held):
-    return frozenset(keys_of_a_dict(releases, held))
+@right(checks.choose_victim)
+def young_until_used_again(idle, now):
+    idle.sort(key=lambda each: (each[1] + 8 * min(each[2], 5) - 8, -each[3]))
+    return Fraction(idle.pop(0)[0])
 
 
-@wrong(checks.eviction_order)
-def a_held_table_stays_whole(releases, held):
-    return list(keys_of_a_dict([table for table in releases if not held & set(table)], held))
+@wrong(checks.choose_victim)
+def the_head_of_a_text(idle, now):
+    return min(idle, key=lambda each: (each[1], each[3]))[0]
 
 
 # chapter 9 ----------------------------------------------------------------------------------------

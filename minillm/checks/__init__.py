@@ -17,7 +17,7 @@ from minillm.checks.chapter_04 import chunk_mask, read_in_chunks, windowed_atten
 from minillm.checks.chapter_05 import left_pad, padded_pass, padding, padding_mask, static_batches
 from minillm.checks.chapter_06 import attend_caches, block_diagonal_mask, few_rectangles, restarting_positions
 from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuously
-from minillm.checks.chapter_08 import allocate, blocks_needed, eviction_order, prefix_hash
+from minillm.checks.chapter_08 import allocate, begin_table, choose_victim, make_room, schedule_paged
 from minillm.checks.chapter_09 import decode_step_seconds, key_number, merge_softmax, paged_decode, slot_of
 from minillm.checks.chapter_09_kernel import my_decode
 from minillm.checks.chapter_10 import admission, sse_events
@@ -35,17 +35,17 @@ __all__ = [
     "allocate",
     "attend_caches",
     "attention",
+    "begin_table",
     "beside",
     "better_within",
     "block_diagonal_mask",
-    "blocks_needed",
     "cache_append",
     "cache_bytes",
     "cached_attend",
     "causal_mask",
     "chunk_mask",
+    "choose_victim",
     "decode_step_seconds",
-    "eviction_order",
     "explain",
     "few_passes",
     "find_mask",
@@ -58,6 +58,7 @@ __all__ = [
     "layer_flops",
     "left_pad",
     "merge_softmax",
+    "make_room",
     "my_decode",
     "needs",
     "padded_pass",
@@ -65,12 +66,12 @@ __all__ = [
     "padding_mask",
     "paged_decode",
     "prediction",
-    "prefix_hash",
     "queue_order",
     "read_in_chunks",
     "request_metrics",
     "restarting_positions",
     "run_engine",
+    "schedule_paged",
     "schedule_step",
     "score_endings",
     "serve_continuously",
