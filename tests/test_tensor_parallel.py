@@ -1,5 +1,6 @@
 """Several ranks say what one says; they share the work and the memory, and they end together."""
 
+import copy
 import os
 import re
 import signal
@@ -401,3 +402,15 @@ def test_torchrun_starts_the_ranks_of_the_command_line(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"Once upon a time{alone.text}\n"
     assert run.stderr.count("12 output tokens") == 1
+
+
+def test_a_copy_of_a_whole_model_is_whole(checkpoint):
+    """Its shard is a copy too: with `is WHOLE` for a question, the copy took itself for a part."""
+    folder = checkpoint("llama")
+    model = load_decoder(folder, read_config(folder), torch.float64, "cpu")
+    token_ids = torch.arange(1, 8)
+    ours, copied = (
+        each.logits(each(token_ids, token_ids - 1, CausalAttention(each.config)))
+        for each in (model, copy.deepcopy(model))
+    )
+    assert torch.equal(ours, copied)

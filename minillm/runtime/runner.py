@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.costs import mib
 from minillm.kernels import AttentionInputs, Backend, PagedAttention, choose, fused
-from minillm.model import WHOLE, Decoder
+from minillm.model import Decoder
 from minillm.runtime.batch import Batch, Layout, Step, StepInputs, buffer_size, carve, carve_changes
 from minillm.runtime.cache_engine import CacheEngine
 from minillm.runtime.device_queue import Queue, queue_for
@@ -114,7 +114,7 @@ class Runner:
         output = StepOutput(self, step, self._judged(plan) if self.prompts else ())
         self.queue.run(partial(self._run, step, output))
         output.ended = self.queue.mark()
-        if not self.batch.is_mirrored or (output.judged and self.model.shard is not WHOLE):
+        if not self.batch.is_mirrored or (output.judged and not self.model.shard.is_whole):
             output.result()  # it is over, nothing need be kept for log-probabilities; or ranks make them together
         return output
 

@@ -205,11 +205,20 @@ class ProcessWorker:
             self._ended = min(ended, key=lambda process: process.returncode, default=None)
         return self._ended is not None
 
+    def _wait_for_ends(self) -> None:
+        """Find out who ended first: the others may end of it before it is quite gone itself."""
+        self._ended, until = None, time.monotonic() + 2 * LOOK_EVERY
+        while any(process.poll() is None for process in self._processes) and time.monotonic() < until:
+            time.sleep(0.01)
+        self._find_ended()
+
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """One message passes; if only half of it does (Ctrl-C), nothing after it could be read."""
         try:
             yield
+        except (EOFError, OSError):  # there is nobody to read it any more, see `_dying_during`
+            raise
         except BaseException:
             self.shutdown()
             raise
@@ -220,7 +229,7 @@ class ProcessWorker:
         try:
             yield
         except (EOFError, OSError):
-            self._find_ended()
+            self._wait_for_ends()
             self._end()
             raise WorkerDiedError(
                 f"the worker process {self._how_it_ended()} during {method}; all its requests have failed: "
