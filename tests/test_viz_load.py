@@ -16,10 +16,10 @@ def test_the_knee_and_the_last_load_within_the_slo():
     assert picture.knees == {"static": 2, "continuous": 4}
     assert picture.within == {"static p99": None, "continuous p99": 4}
     assert picture.text().splitlines()[-4:] == [
-        "static: knee at 2 requests a second",
-        "continuous: knee at 4 requests a second",
+        "static: knee at 2 requests per second",
+        "continuous: knee at 4 requests per second",
         "static p99: last load within the SLO of 0.5 s: none",
-        "continuous p99: last load within the SLO of 0.5 s: 4 requests a second",
+        "continuous p99: last load within the SLO of 0.5 s: 4 requests per second",
     ]
     above, below = picture.figure().axes
     assert [line.get_xdata()[0] for line in above.lines[-2:]] == [2, 4]
@@ -67,7 +67,7 @@ def test_what_is_served_within_the_limit_leaves_saturated_points_out():
     lines = picture.text().splitlines()
     assert lines[4].split() == ["a", "open", "8", "5", "1", "saturated"]
     assert lines[5].split() == ["b", "closed", "–", "3", "0.200"]
-    assert lines[7:] == ["a: within 2 s 3.90 requests a second", "b (closed loop): within 2 s 3 requests a second"]
+    assert lines[7:] == ["a: within 2 s 3.90 requests per second", "b (closed loop): within 2 s 3 requests per second"]
     assert picture.alt().startswith("two: a, b. a: within 2 s")
     assert ThroughputLatency({"a": OPEN}, limit=0.1).summary() == "a: within 0.1 s none"
     assert ThroughputLatency({"a": OPEN}).alt() == "latency against requests served: a"

@@ -29,7 +29,7 @@ PHASES = ("schedule", "prepare", "update")
 def measure(repeats: int, timer: str, running: int = RUNNING, waiting: tuple[int, ...] = WAITING) -> dict:
     """Milliseconds a decode step on the named timer, for JSON: with each number waiting, in turns, medians over steps.
 
-    "total" is schedule + prepare + update. Beside it: "attention", what its kernels need once a step, and "trace", to
+    "total" is schedule + prepare + update. Beside it: "attention", what its kernels need once per step, and "trace", to
     write a step down when somebody looks at the trace; a running engine does not.
     """
     model = load_model(CHECKPOINT_DIR, torch.float32, skip_tokenizer_init=True).model

@@ -54,7 +54,7 @@ def schedule_step(function: Callable) -> None:
                 f"  got       {name.replace('_', ' ')} {mine:.3f} s\n  expected  {best:.3f} s\n  hint      {hint}"
             )
     print(f"✓ schedule_step: {len(cases)} cases, and the course's 64 requests:")
-    print("             steps  makespan  longest gap  most tokens a step  most requests")
+    print("             steps  makespan  longest gap  most tokens per step  most requests")
     for name, score in (("yours", yours), ("reference", reference)):
         times = f"{score.makespan:7.2f} s {score.longest_gap * 1000:9.1f} ms"
         print(f"  {name:9} {score.num_steps:6,} {times} {score.most_tokens:19,} {score.most_running:14}")

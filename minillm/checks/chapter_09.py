@@ -70,7 +70,7 @@ def _on_seconds(got: Any, case: Case) -> str | None:
         return None
     power = math.log10(float(got) / case.expected)
     if round(power) and math.isclose(power, round(power), abs_tol=1e-6):
-        return f"That is 10^{round(power)} times as much: give seconds. The card's bandwidth is bytes a second."
+        return f"That is 10^{round(power)} times as much: give seconds. The card's bandwidth is bytes per second."
     shape, card = (getattr(shapes, name) for name in case.args[:2])
     weights, contexts = costs.matmul_parameters(shape), case.args[2]
     caches = sum(contexts) * kv_bytes_per_token(shape) / card.bandwidth

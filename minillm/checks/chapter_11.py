@@ -30,7 +30,7 @@ from minillm.viz import LoadPoint
 CLOSE = 0.04  # what a factor may be off: the answers are known by switching causes, the traces tell them nearly
 PROMPTS = [5 + 37 * i % 60 for i in range(64)]
 OUTPUTS = [3 + 23 * i % 40 for i in range(64)]
-LINEAR = Calibrated(4e-3, 0.5e-3, 0, 0, 0, 0, 0, 0)  # seconds a step, and a token: arithmetic decides
+LINEAR = Calibrated(4e-3, 0.5e-3, 0, 0, 0, 0, 0, 0)  # seconds per step, and per token: arithmetic decides
 FLAT = Calibrated(20e-3, 0.02e-3, 0, 0, 0, 0, 0, 0)  # reading the weights decides
 
 
@@ -106,14 +106,14 @@ def _known_runs() -> Iterator[Case]:
     )
     yield _single(
         "host",
-        _trace("continuous, host 10 ms a step", both, host=10e-3),
-        _trace("continuous, host 2 ms a step", both, host=2e-3),
+        _trace("continuous, host 10 ms per step", both, host=10e-3),
+        _trace("continuous, host 2 ms per step", both, host=2e-3),
         "Only the host differs here: all seconds over the seconds that were computed, in a and in b.",
     )
     yield _double({"memory": {"rows": 2}, "host": {"host": 10e-3}}, both)
     yield _double({"waiting": {"batching": "static"}, "memory": {"rows": 2}}, 4 * same_prompts)
-    a = _trace("static, 2 rows, host 10 ms a step", both, "static", 2, FLAT, 10e-3)
-    b = _trace("continuous, 16 rows, host 1 ms a step", both, "continuous", 16, FLAT, 1e-3)
+    a = _trace("static, 2 rows, host 10 ms per step", both, "static", 2, FLAT, 10e-3)
+    b = _trace("continuous, 16 rows, host 1 ms per step", both, "continuous", 16, FLAT, 1e-3)
     factors = {factor.name: factor for factor in explain_of_package(a, b).decomposition.factors}
     spans = {cause: (0.9 * factors[cause].low, 1.1 * factors[cause].high) for cause in EXPLAINED}
     hint = "All four at once: peel them off one after the other; each is seconds with it over seconds without it."

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--requests", type=int, default=1000, metavar="N")
     load.add_argument("--file", type=Path, help="JSON lines with num_prompt_tokens, num_output_tokens, arrival_time")
     load.add_argument("--arrivals", default="at once", choices=["at once", "poisson", "bursts"])
-    load.add_argument("--rate", type=float, default=1.0, help="requests a second (poisson, bursts)")
+    load.add_argument("--rate", type=float, default=1.0, help="requests per second (poisson, bursts)")
     load.add_argument("--burst-size", type=int, default=16)
     lengths = "in tokens: 100 (fixed), 16-256 (uniform), 80~0.9 (lognormal: median and sigma, at most 2048)"
     load.add_argument("--prompt-length", default="16-256", help=lengths)

@@ -74,7 +74,7 @@ class MemoryLedger:
     masks: int  # of the worst step
     bytes_per_block: int  # keys and values of one block in all layers
     num_blocks: int  # of the pool, the null block included
-    block_size: int  # tokens a block
+    block_size: int  # tokens per block
     num_host_blocks: int = 0  # for requests that are swapped out
     host_is_budget: bool = True  # the host blocks are paid from this budget: the model runs on the CPU
     num_ranks: int = 1  # that hold the model together; budget and sizes are of each

@@ -19,7 +19,7 @@ class Card:
 
     name: str
     memory_bytes: Positive
-    bandwidth: float  # bytes a second from device memory
+    bandwidth: float  # bytes per second from device memory
     flops: float  # 16-bit matrix multiply-adds, counted as two operations, a second
 
     def __post_init__(self):

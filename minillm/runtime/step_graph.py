@@ -1,8 +1,8 @@
 """CUDA graphs: a step recorded once and replayed by one call, and how many requests each is recorded for.
 
-A decode step is some ten kernels a layer, and launching one from Python takes longer than a small one runs. A graph is
-the whole list, launched at once, with the addresses and shapes of the recording. So what goes in must lie where it lay
-then, and a step of fewer requests is padded.
+A decode step is some ten kernels per layer, and launching one from Python takes longer than a small one runs. A graph
+is the whole list, launched at once, with the addresses and shapes of the recording. So what goes in must lie where it
+lay then, and a step of fewer requests is padded.
 """
 
 from collections.abc import Callable

@@ -136,7 +136,7 @@ class Roofline:
     def __init__(
         self, config: ModelConfig, card: Card, dtype_bytes: Positive = 2, launch_overhead: float | None = None
     ):
-        """`launch_overhead` is in seconds a step; by default 9 launches a layer at 5 microseconds."""
+        """`launch_overhead` is in seconds per step; by default 9 launches per layer at 5 microseconds."""
         self.config = config
         self.card = card
         if launch_overhead is None:
@@ -183,7 +183,7 @@ def preset(shape: str, card: str, launch_overhead: float | None = None) -> Roofl
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A machine's own cost model: seconds a step, and seconds for each count of the work."""
+    """A machine's own cost model: seconds per step, and seconds for each count of the work."""
 
     per_step: float
     per_computed_token: float

@@ -88,7 +88,7 @@ class Assumptions:
     """What was not published, or not exactly. None of it was chosen to reach a factor.
 
     Launches: transformers 5.23 launches 44 operations in a layer of LLaMA that decodes a token, counted by a test. With
-    40 at 10 microseconds a batch of one takes what was measured then on an A100 (30.0 and 44.5 tokens per second of
+    40 at 10 microseconds per batch of one takes what was measured then on an A100 (30.0 and 44.5 tokens per second of
     Llama-2-13B and -7B, ml-energy/leaderboard-v2 pull request 20, 2023-08-04: 33.3 and 22.5 ms; here 32.6 and 21.4).
     """
 
@@ -170,7 +170,7 @@ class Published:
     """The published setting under some assumptions: runs of any coalition of causes, each computed once.
 
     `num_requests` prompts with `n` outputs each, of lengths by the assumed law, or `pairs` of (prompt, output) tokens.
-    They arrive "at once", or as a "poisson" stream of `rate` prompts a second. At once, plans do not depend on the
+    They arrive "at once", or as a "poisson" stream of `rate` prompts per second. At once, plans do not depend on the
     clock, so that one run serves all coalitions that plan alike. Raises ConfigError for bad values, OutOfMemoryError if
     the card does not hold the model and its longest request.
     """

@@ -60,7 +60,7 @@ class Report:
     output_tokens: int
     output_tokens_per_second: float
     requests_per_second: float  # finished ones
-    goodput: float  # finished requests a second that met the SLO
+    goodput: float  # finished requests per second that met the SLO
     ttft: Spread
     itl: Spread
     e2e: Spread

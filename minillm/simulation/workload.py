@@ -183,7 +183,7 @@ def all_at_once() -> Iterator[float]:
 
 
 def poisson(rate: float, rng: random.Random) -> Iterator[float]:
-    """`rate` requests a second on average, independent of each other. Raises ConfigError unless it is positive."""
+    """`rate` requests per second on average, independent of each other. Raises ConfigError unless it is positive."""
     _check_positive("rate", rate)
     check_kind("rng", rng, random.Random)
     now = 0.0
@@ -222,8 +222,8 @@ def make_requests(
 ) -> list[Request]:
     """Requests in order of arrival, their lengths drawn independently.
 
-    `arrivals`: "at once"; "poisson" with `rate` requests a second; "bursts" of `burst_size` requests, as far apart as
-    makes `rate` a second. Raises ConfigError for bad values.
+    `arrivals`: "at once"; "poisson" with `rate` requests per second; "bursts" of `burst_size` requests, as far apart as
+    makes `rate` per second. Raises ConfigError for bad values.
     """
     rng = random.Random(f"lengths {seed}")
     arriving = _arriving(num_requests, arrivals, rate, burst_size, seed)
@@ -274,7 +274,7 @@ def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, se
     for at in islice(arrival_times(arrivals, rate, burst_size, seed), num_requests):
         if at > MOST_SECONDS:
             raise ConfigError(
-                f"at a rate of {rate} a second request {len(times)} of {num_requests} arrives beyond "
+                f"at a rate of {rate} per second request {len(times)} of {num_requests} arrives beyond "
                 f"{MOST_SECONDS:g} s, where time is too coarse to measure a step; raise the rate"
             )
         times.append(at)

@@ -167,7 +167,7 @@ def held_out_loss(storyteller: Storyteller, cases: int) -> Figure:
             logits, torch.tensor(labels[1:]), ignore_index=train.NOT_TRAINED, reduction="sum"
         ).item()
         count += sum(label != train.NOT_TRAINED for label in labels[1:])
-    return Figure("held-out loss, nats a token", total / count, None, cases)
+    return Figure("held-out loss, nats per token", total / count, None, cases)
 
 
 def repeated_names(storyteller: Storyteller, cases: int) -> list[Figure]:

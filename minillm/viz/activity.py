@@ -107,7 +107,7 @@ class Activity:
         return states
 
     def boxes(self, request_id: str) -> list[Box]:
-        """The states of a request as boxes in this unit: one a step, and one a stretch of waiting."""
+        """The states of a request as boxes in this unit: one per step, and one per stretch of waiting."""
         if request_id not in self._boxes:
             self._boxes[request_id] = self._find_boxes(request_id)
         return self._boxes[request_id]

@@ -29,7 +29,7 @@ KINDS = ("decode", "prefill", "recompute", "padding")  # from the bottom of a ba
 MOST_BARS = 110  # bars of a figure; more steps are averaged in groups
 MOST_TEXT_BARS = 40
 TEXT_BAR = 50  # letters of the longest bar in the text
-MAX_LETTERED = 40  # tokens a row up to which each token of a rectangle has its own cell
+MAX_LETTERED = 40  # tokens per row up to which each token of a rectangle has its own cell
 
 
 class Bar(NamedTuple):
@@ -342,7 +342,7 @@ class PaddingRectangle(Picture):
 
 
 class PaddingSteps(StepStrip):
-    """The rectangles of a padded trace, formed anew as requests join and leave; some of them, or one a step.
+    """The rectangles of a padded trace, formed anew as requests join and leave; some of them, or one per step.
 
     Steps = forward passes. Raises PictureError if the trace has no steps, or one that is no rectangle.
     """

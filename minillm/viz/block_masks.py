@@ -203,7 +203,7 @@ class BlockMask(Picture):
 
 
 class BlockMaskSteps(StepStrip):
-    """The block-diagonal mask of each step of a trace; the steps in which a request joins or leaves, or one a step.
+    """The block-diagonal mask of each step of a trace; the steps in which a request joins or leaves, or one per step.
 
     A block has the request's cached tokens and those it computes; padding has no place in it. `steps` chooses the
     frames of the static picture. Steps = forward passes. Raises PictureError for a trace without steps.

@@ -337,9 +337,9 @@ class BlockTables(Picture):
                 self._write_onto(axes, x, y, str(block))
             else:
                 self._draw_entry(axes, request_id, index, block, top + HEADING + index * ENTRY)
-        self._write(
-            axes, 0.3, top + 0.12, (self.heading if layout.small else self._short_heading)(request_id), zorder=5
-        )
+        heading = (self.heading if layout.small else self._short_heading)(request_id)
+        behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.6}  # no arrow of a table above goes through it
+        self._write(axes, 0.3, top + 0.12, heading, zorder=5, bbox=behind)
         return top + HEADING + layout.table_height(self.room[request_id]) + BELOW
 
     def _draw_entry(self, axes, request_id: str, index: int, block: int, top: float) -> None:

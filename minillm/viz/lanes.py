@@ -264,7 +264,7 @@ def device_use(trace: Trace) -> DeviceUse:
 
 
 def _has_room(span: Span, scale: float) -> bool:
-    """Whether its label fits into its box; `scale` = inches a second."""
+    """Whether its label fits into its box; `scale` = inches per second."""
     label = span.label or span.state.letter
     return span.state is not IDLE and span.seconds * scale >= WIDE + 0.08 * (len(label) - 1)
 

@@ -118,7 +118,7 @@ class ThroughputLatency(Picture):
 
 
 class LoadCurves(Panels):
-    """Above, requests served against requests offered, both a second; below, latencies on a logarithmic axis.
+    """Above, requests served against requests offered, both per second; below, latencies on a logarithmic axis.
 
     `throughput` and `latencies` map a name to as many values as `offered` has; latencies are seconds. The share served
     is throughput / offered (below 1 in a short run even without a queue, as it ends with a drain); the knee is the last
@@ -147,9 +147,9 @@ class LoadCurves(Panels):
         if unknown := [name for name in self.judged if name not in latencies]:
             raise PictureError(f"judged names {unknown}; the latencies are {list(latencies)}")
         served = {"all offered": self.offered, **throughput}
-        label = "requests offered a second"
+        label = "requests offered per second"
         above = Curves(
-            self.offered, served, label, "requests served a second", kinds={"all offered": "predicted"}, title=title
+            self.offered, served, label, "requests served per second", kinds={"all offered": "predicted"}, title=title
         )
         below = Curves(
             self.offered, latencies, label, f"{latency_label}, seconds", log_y=True,
@@ -223,7 +223,7 @@ class LoadCurves(Panels):
 
 
 def _in_words(load: float | None) -> str:
-    return "none" if load is None else f"{number(load)} requests a second"
+    return "none" if load is None else f"{number(load)} requests per second"
 
 
 def _most_severe(latencies: Mapping[str, object]) -> list[str]:

@@ -102,7 +102,7 @@ class PrefillTiles(Picture):
         loaded = counts[SEEN.letter] + counts[MASKED.letter]
         computed = sum(len(each.tiles) * (each.end_query - each.first_query) * self.tile_keys for each in self.programs)
         return (
-            f"{plural(len(self.programs), 'program')} a KV head, {self.tile_queries} queries × "
+            f"{plural(len(self.programs), 'program')} per KV head, {self.tile_queries} queries × "
             f"{plural(self.group, 'head')} each: {plural(loaded, 'tile')} of {self.tile_keys} keys loaded "
             f"({counts[MASKED.letter]} masked), {counts[NOT_LOADED.letter]} never; "
             f"{self.num_seen() / computed:.0%} of the computed pairs are seen"
@@ -184,7 +184,7 @@ class PrefillTiles(Picture):
         add_box(axes, first, top, end - first, height, SEEN, **frame)
 
     def _draw_seen(self, axes, program: QueryTile, keys: range, before: int) -> None:
-        """Over a masked tile, what its queries do see: a step a query."""
+        """Over a masked tile, what its queries do see: a step per query."""
         positions = range(before + program.first_query, before + program.end_query)
         edges = [*positions, positions.stop]
         starts = [max(keys[0], position - self.window + 1) if self.window else keys[0] for position in positions]

@@ -20,7 +20,7 @@ class DecodeRoofline(Curves):
     larger of the first two plus the cache is the thick line, `costs.decode_seconds`; right of the upright line
     arithmetic takes longer than the weights. `card` holds the ceilings, those of a data sheet or measured ones;
     `measured` maps a batch to the seconds that a step of it took; at `marked` batches the line says how many tokens
-    a second that is. Batches whose weights and caches are more than the card holds are grey. Raises PictureError
+    per second that is. Batches whose weights and caches are more than the card holds are grey. Raises PictureError
     for batches or measured times that are not above 0, or a context below 0.
     """
 
@@ -69,7 +69,7 @@ class DecodeRoofline(Curves):
             parts[MEASURED] = [self.measured.get(batch) for batch in self.batches]
         series = {name: [value and 1000 * value for value in values] for name, values in parts.items()}
         super().__init__(
-            self.batches, series, "requests in the batch", "milliseconds a decode step",
+            self.batches, series, "requests in the batch", "milliseconds per decode step",
             kinds={name: MEASURED if name == MEASURED else "predicted" for name in series},
             log_x=True, log_y=True, title=title,
         )  # fmt: skip
@@ -84,7 +84,7 @@ class DecodeRoofline(Curves):
     # --- words ---
 
     def most_tokens(self, batch: int) -> str:
-        """Tokens a second at most."""
+        """Tokens per second at most."""
         return f"{batch / self.seconds(batch):,.0f}"
 
     def cache_bound(self) -> int | None:
@@ -98,7 +98,8 @@ class DecodeRoofline(Curves):
 
     def summary(self) -> str:
         """Where the parts cross."""
-        words = [f"from {plural(self.compute_bound, 'request')} on, arithmetic takes longer than reading the weights"]
+        last = self.compute_bound - 1
+        words = [f"up to {plural(last, 'request')}, reading the weights takes longer than arithmetic"]
         if self.context:
             words.append(f"from {self.cache_bound():,} on, reading {self.context:,} cached tokens each does")
             words.append(f"more than {self.most_requests:,} do not fit into the card's memory")
@@ -169,8 +170,9 @@ class DecodeRoofline(Curves):
         """Where arithmetic overtakes the weights, if it does within the picture; and which is longer on either side."""
         if not self._turns():
             return
-        self._draw_sides(axes, self.compute_bound, "weights longer", "arithmetic longer")
+        last = self.compute_bound - 1
+        self._draw_sides(axes, last, "weights longer", "arithmetic longer")
         axes.annotate(
-            number(self.compute_bound), (self.compute_bound, 0), (3, 4), xycoords=("data", "axes fraction"),
+            number(last), (last, 0), (3, 4), xycoords=("data", "axes fraction"),
             textcoords="offset points", color=GREY, size=SMALL_SIZE,
         )  # fmt: skip

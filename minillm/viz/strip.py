@@ -1,4 +1,4 @@
-"""A picture a step: all of them in the stepper, and as a static picture the few in which something changes."""
+"""A picture per step: all of them in the stepper, and as a static picture the few in which something changes."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ from minillm.viz.base import (
 )
 from minillm.viz.palette import BLACK, GREY, LIGHT_GREY, STATES, WAITING, State
 
-MOST_LINES = 3  # lines a request up to which a text timeline has a column a step
+MOST_LINES = 3  # lines per request up to which a text timeline has a column per step
 NARROW = 0.05  # inches; steps in one state that are narrower are drawn as one box
 LOW = 0.1  # inches; lower rows have neither borders nor wide hatches
 WIDE = 0.17  # inches; a box as wide as this has room for its letter
