@@ -36,8 +36,8 @@ def batching() -> Picture:
     )
     static, continuous = (run.trace for run in runs.values())
     title = (
-        f"The same {len(requests)} requests in 16 places: {len(static.steps)} forward passes in static batches, "
-        f"{len(continuous.steps)} in a continuous one"
+        f"The same {len(requests)} requests in 16 places: {len(static.steps)} forward passes with "
+        f"static batching, {len(continuous.steps)} with continuous batching"
     )
     return Places({"static": static, "continuous": continuous}, title=title)
 
