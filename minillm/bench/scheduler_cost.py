@@ -27,7 +27,7 @@ PHASES = ("schedule", "prepare", "update")
 
 
 def measure(repeats: int, timer: str, running: int = RUNNING, waiting: tuple[int, ...] = WAITING) -> dict:
-    """Milliseconds a decode step on the named timer, for JSON: with each number waiting, in turns, medians over steps.
+    """Milliseconds per decode step on the named timer, for JSON: for each number waiting, in turns, medians of steps.
 
     "total" is schedule + prepare + update. Beside it: "attention", what its kernels need once per step, and "trace", to
     write a step down when somebody looks at the trace; a running engine does not.
@@ -46,7 +46,7 @@ def measure(repeats: int, timer: str, running: int = RUNNING, waiting: tuple[int
 
 
 def measure_once(model: Decoder, read: Callable[[], float], running: int, num_waiting: int) -> dict[str, float]:
-    """Milliseconds a decode step of each phase, and "trace"."""
+    """Milliseconds per decode step of each phase, and "trace"."""
     scheduler, runner = decoding_engine(model, running, num_waiting)
     steps = []
     gc.collect()

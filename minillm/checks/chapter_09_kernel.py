@@ -146,7 +146,7 @@ def _answer(kernel: Any, case: Case) -> Tensor:
 
 
 def _launched(kernel: Any) -> Callable[[Batch], Tensor]:
-    """The kernel on the whole grid, a program a request and key head, where its kind runs."""
+    """The kernel on the whole grid, one program per request and key head, where its kind runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def launched(batch: Batch) -> Tensor:

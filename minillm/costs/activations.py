@@ -37,7 +37,7 @@ class ActivationBytes:
 def activation_bytes(
     config: ModelConfig, chunk_size: Positive, num_keys: Positive, dtype_bytes: Positive = 2, *, fused: bool = False
 ) -> ActivationBytes:
-    """Bytes a pass over `chunk_size` tokens needs when they look at `num_keys` tokens, their own included.
+    """The bytes that a pass over `chunk_size` tokens needs when they look at `num_keys` tokens, their own included.
 
     By default for the readable kernel, `masked_attention`. `fused` is for a kernel that never writes a table of scores
     to memory (FlashAttention, Dao et al. 2022). Norms and the few rows of logits are left out.

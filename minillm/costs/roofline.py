@@ -60,7 +60,7 @@ def naive_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_tokens
 
 @checked
 def cached_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_tokens: Count) -> int:
-    """FLOP of generating with a KV cache: the prompt once, then one token a pass against all keys so far."""
+    """FLOP of generating with a KV cache: the prompt once, then one token per pass against all keys so far."""
     n, later = num_prompt_tokens, max(0, num_output_tokens - 1)  # passes after the prompt's
     prefill = tokenwise_flops(config, n) + attention_flops(config, n * n)
     return prefill + tokenwise_flops(config, later, later) + attention_flops(config, causal_entries(n, n + later))
@@ -79,7 +79,7 @@ class StepPrices(NamedTuple):
     token: float  # multiplying one token by the layers' weights
     logit_row: float  # the same by the head's
     key: float  # reading the keys and values of one token
-    score: float  # one query-key pair a head
+    score: float  # one query-key pair per head
 
     @classmethod
     def of(cls, config: ModelConfig, card: Card, dtype_bytes: int) -> "StepPrices":

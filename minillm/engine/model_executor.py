@@ -18,7 +18,7 @@ from minillm.runtime import ModelOutput, PendingOutput, ProcessWorker, Scheduler
 class OutputOfAll:
     """A step that several workers compute."""
 
-    parts: Sequence[PendingOutput]  # one a worker
+    parts: Sequence[PendingOutput]  # one per worker
 
     def result(self) -> ModelOutput:
         """Wait for all of them; what the first one says."""

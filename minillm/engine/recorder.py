@@ -206,7 +206,7 @@ class NotedStep:
         return len(self.request_ids) - len(self.others) + sum(part.num_tokens for part in self.others.values())
 
     def computed(self) -> Iterator[tuple[str, int, bool]]:
-        """Who took part, by the trace's ids: from which position on, and whether a token came of it."""
+        """The requests that took part, by the trace's ids: each one's first position, and whether it got a token."""
         for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
             if row not in self.discarded:
                 yield request_id, start, row not in self.others or self.others[row].samples

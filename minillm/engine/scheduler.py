@@ -149,7 +149,7 @@ class Scheduler:
         """`clock` tells seconds, by default those since the scheduler was made; requests arrive by the same clock.
 
         Without a `block_manager` the cache is contiguous, a row for each running request: blocks of `max_model_len`
-        tokens, one a request, which never run short. `depth`: plans that may be in flight, 1 or 2. `trace` records the
+        tokens, one per request, which never run out. `depth`: plans that may be in flight, 1 or 2. `trace` records the
         steps: the last `max_trace_steps`, or all. Raises ConfigError for an unknown mode, depth or watermark.
         """
         check_choice("preemption_mode", preemption_mode, PREEMPTION_MODES)

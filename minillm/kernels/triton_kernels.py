@@ -10,10 +10,10 @@ rows of D loaded, for a request of n tokens in the cache, q of them new, Hq quer
 
     store_kv   2 * q * Hkv                         and as many stored
     decode     2 * n * Hkv  (+ Hq queries)         every key and value once: a program serves all heads of a group
-                                                   (one program a query head would load 2 * n * Hq: group times as many)
+                                                   (one program per query head: 2 * n * Hq, group times as many)
     combine    splits * Hq                         in float32; nothing for a request whose keys were not split
     prefill    2 * n * Hkv * ceil(q / TILE_QUERIES)   at most: a tile of queries shares what it loads, and stops at its
-                                                   diagonal (one program a query would load 2 * n * Hq * q)
+                                                   diagonal (one program per query would load 2 * n * Hq * q)
 
 A table entry is one number more a key and tile. What is masked is not loaded, and a row that sees nothing is zeros:
 NaN in blocks, block ends or table entries that are not a request's own never reach its output.
@@ -210,7 +210,7 @@ def splits_for(num_programs: int, max_tiles: int, processors: int, tile_keys: in
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _store_kernel(keys, values, slots, k, v, k_stride, v_stride, row_size, COLUMNS: tl.constexpr):
-    """One token a program: its Hkv * D numbers lie together in k, in v and in the pool, so neighbours are read and
+    """One token per program: its Hkv * D numbers lie together in k, in v and in the pool, so neighbours are read and
     written together.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -259,7 +259,7 @@ def _decode_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key head of one split of a request's keys a program. The last programs of the grid take the first split of
+    """One key head of one split of a request's keys per program. The last programs of the grid take the first split of
     each request. Those before them share all other splits, however many the lengths make: the work of long requests
     begins first, and a short one has no program that finds nothing to do. REQUESTS, a power of two: so many are looked
     through at once to find those splits; 0 if there are none.
@@ -360,7 +360,7 @@ def _combine_kernel(
     parts, logs, lengths, out, most_splits, wanted_splits, split_tiles,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one request a program: the parts that its splits left, neighbours in memory, each weighted by
+    """One query head of one request per program: the parts that its splits left, neighbours in memory, each weighted by
     the share 2^log of all exponentials that it has summed.
     """
     row = tl.program_id(0).to(tl.int64)

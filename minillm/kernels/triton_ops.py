@@ -87,7 +87,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _add_rms_norm_kernel(x, residual, weight, out, eps, size, COLUMNS: tl.constexpr):
-    """One token a program."""
+    """One token per program."""
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, COLUMNS)
     real = column < size
@@ -107,7 +107,7 @@ def _norm_rotate_store_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     NORMED: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token a program, each as its two halves: number i of one is turned with number i of the other.
+    """HEADS heads of one token per program, each as two halves: number i of one is turned with number i of the other.
 
     What is loaded and computed is the same for q, k and v; what is stored is not.
     """

@@ -151,7 +151,7 @@ def _store_best(scores, best, place, score, token_id):
 
 @triton.jit(do_not_specialize=["num_parts"])
 def _pick_kernel(scores, best, token_ids, num_parts, PARTS: tl.constexpr):
-    """The best part of one row a program; -1 if any of them is NaN."""
+    """The best part of one row per program; -1 if any of them is NaN."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     real = part < num_parts

@@ -122,7 +122,7 @@ def generate_cached(
     on_token: Callable[[NewToken], None] | None = None,
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
-    """Keep keys and values: the prompt in one pass, then one new token a pass. Same errors as `generate_naive`."""
+    """Keep keys and values: the prompt in one pass, then one new token per pass. Same errors as `generate_naive`."""
     prompt_token_ids = check_prompt_ids(prompt_token_ids)
     whole_prompt = max(1, len(prompt_token_ids))
     return generate_chunked(
@@ -142,7 +142,7 @@ def generate_chunked(
     on_token: Callable[[NewToken], None] | None = None,
     kernel: Kernel = sdpa_attention,
 ) -> GenerationResult:
-    """Compute the prompt in ceil(n / chunk_size) passes, each under a rectangular mask, then one new token a pass.
+    """Compute the prompt in ceil(n / chunk_size) passes, each under a rectangular mask, then one new token per pass.
 
     Same tokens as `generate_cached`; the largest pass, and so the peak of activation memory, is bounded by the chunk.
     Raises ConfigError for a chunk of no tokens, and the errors of `generate_naive`.
@@ -179,7 +179,7 @@ def generate_ragged(
 
     No cache: every unfinished sequence is fed again in each pass. `dense` scores all pairs of the row under the mask,
     otherwise each prompt's own pairs only. The results share one trace, and their counters are those of all together.
-    Raises PromptError or SamplingParamsError before any work; `params` is one for all or one a prompt.
+    Raises PromptError or SamplingParamsError before any work; `params` is one for all or one per prompt.
     """
     prompts = check_items("prompts", prompts, "prompts", error=PromptError)
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else params

@@ -38,7 +38,7 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
     """The local folder of a shipped model, a folder given, or a hub id (downloaded once, then cached).
 
     `revision` is a branch, tag or commit of the hub's repository. Raises ModelNotFoundError, or ConfigError for the
-    revision of a model that has none; CheckpointError and UnsupportedModelError for what a download would be in vain.
+    revision of a model that has none; CheckpointError and UnsupportedModelError if a download would be useless.
     """
     name = str(name_or_path)
     name = name.rstrip("/") or name

@@ -50,7 +50,7 @@ class ModelConfig:
     attention_out_bias: bool = False  # Llama with attention_bias
     mlp_bias: bool = False  # Llama with mlp_bias
     qk_norm: bool = False  # Qwen3: RMSNorm over each head of q and k, before RoPE
-    sliding_windows: tuple[Positive | None, ...] = ()  # one entry a layer; None = sees everything; () = None for all
+    sliding_windows: tuple[Positive | None, ...] = ()  # one entry per layer; None = sees everything; () = None for all
     num_tokens: int | None = None  # ids that exist in the tokenizer; the rest of the vocabulary is never sampled
     eos_token_ids: tuple[int, ...] = ()  # any of them ends a request
 

@@ -1,6 +1,6 @@
 """A Trace as Chrome's trace events, to be opened in https://ui.perfetto.dev or chrome://tracing.
 
-One thread a request: its whole life as one event, nested in it waiting and every step it took part in, and a mark where
+One thread per request: its whole life as one event, with waiting and each of its steps nested in it, and a mark where
 it was preempted; one thread for the steps and, where the trace tells, one each for the host, which plans and launches
 them, and the device, which computes them; counters above, also of the blocks of a paged pool. Format: "Trace Event
 Format" (Duffy, Google 2016); times are microseconds from the trace's beginning, exact to the nanosecond.

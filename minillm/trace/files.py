@@ -1,4 +1,4 @@
-"""Traces in files, as JSON lines: a header, a line a request, a line a step. What is read equals what was written.
+"""Traces in files, as JSON lines: a header, a line per request, a line per step. What is read equals what was written.
 
     {"format": "minillm trace", "version": 1}
     {"request": {"request_id": "a", "arrival_time": 0.0, "num_prompt_tokens": 7}}

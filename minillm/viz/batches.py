@@ -197,7 +197,7 @@ class Row(NamedTuple):
 
 
 class PaddingRectangle(Picture):
-    """A padded batch of one forward pass: a row a request, pads in front and hatched, what was useful counted.
+    """A padded batch of one forward pass: a row per request, pads in front and hatched, what was useful counted.
 
     `lengths` are the real tokens of each row; `padded_length` is the length of all rows, by default the longest.
     `labels` name the rows. `PaddingRectangle.of_step` takes a step of a trace. Raises PictureError if a row does not

@@ -231,7 +231,7 @@ class BlockTables(Picture):
         return self._signs(block)
 
     def _text_list(self) -> list[str]:
-        """A line a block: its number, its owners, its slots."""
+        """A line per block: its number, its owners, its slots."""
         state = self.state
         owners = [self.owner(block) for block in range(state.num_blocks)]
         width = max(map(text_width, [*owners, "owner"]))

@@ -155,7 +155,7 @@ class DecodeTiles(Picture):
         return "\n".join([*self._chart(), self.summary(), "", table] if rows else [*self._chart(), self.summary()])
 
     def _chart(self) -> list[str]:
-        """A line a request: the sign of the split that reads there, several signs a tile if there is room."""
+        """A line per request: the sign of the split that reads there, several signs a tile if there is room."""
         per_tile = 4 if 5 * self.num_tiles <= MOST_SIGNS and self.tile_keys % 4 == 0 else 1
         step = self.tile_keys // per_tile
         width = len(f"req {len(self.lengths) - 1}")

@@ -1,7 +1,7 @@
 """Which thread reads which address: one instruction of a warp over the memory it moves.
 
 A GPU runs 32 threads, the *lanes* of a warp, in step, and moves memory in sectors of 32 bytes: whatever of a sector
-nobody asked for has travelled in vain. What was read is in the Traffic that runtime/kernels/cuda/emulator.py returns.
+nobody asked for is wasted. What was read is in the Traffic that runtime/kernels/cuda/emulator.py returns.
 """
 
 from collections import Counter, defaultdict

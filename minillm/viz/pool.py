@@ -269,7 +269,7 @@ class ReservedAgainstPaged(Panels):
 
 
 class _MemoryRows(Picture):
-    """A bar a request, held and empty, and one for the whole memory."""
+    """A bar per request, held and empty, and one for the whole memory."""
 
     _legend_inches = 0.25
 

@@ -36,7 +36,7 @@ AXES_WIDTH = 6.6  # inches
 
 
 class Timeline(Activity, Picture):
-    """One row a request: waiting, preempted, prefill, decode, recompute, padding, finished, and its TTFT and ITL.
+    """One row per request: waiting, preempted, prefill, decode, recompute, padding, finished, and its TTFT and ITL.
 
     `unit` = "s": widths are true to time; "steps": every forward pass is as wide as the next, so that the picture is
     the same on every machine; "tokens": a pass is as wide as the tokens it computes, padding included. Where padding

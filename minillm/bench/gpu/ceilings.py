@@ -27,7 +27,7 @@ def copy_ceiling(scale: Scale) -> dict:
 
 
 def gemm_ceiling(scale: Scale) -> dict:
-    """Operations a second of a square matrix product of normal random numbers: zeros would cost less power."""
+    """Operations per second of a square matrix product of normal random numbers: zeros would cost less power."""
     device, side = scale.torch_device, scale.gemm_side
     a, b = (torch.randn(side, side, device=device).to(scale.dtype) for _ in range(2))
     out = torch.empty_like(a)

@@ -110,7 +110,7 @@ class DecodeInputs:
 
 
 class KernelBench:
-    """Random pools of the largest case, one a block size, made when they are first asked for."""
+    """Random pools of the largest case, one per block size, made when they are first asked for."""
 
     def __init__(self, scale: Scale):
         self.scale = scale
@@ -189,7 +189,7 @@ def decode_cell(session: Session, bench: KernelBench, variant: Variant, case: tu
 def measured_decode(
     session: Session, inputs: DecodeInputs, decode: Callable[..., Tensor], capturable: bool = True
 ) -> dict:
-    """Bytes a second of `decode` and its share of the copy ceiling. Raises AssertionError if its result is wrong."""
+    """Bytes per second of `decode` and its share of the copy ceiling. Raises AssertionError if its result is wrong."""
     device = session.scale.torch_device
     error = decode_error(inputs, decode)
 

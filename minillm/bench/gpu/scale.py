@@ -33,7 +33,7 @@ class Scale:
     decode_batches: tuple[int, ...]
     decode_contexts: tuple[int, ...]
     sweep_cases: tuple[tuple[int, int], ...]  # (batch, context)
-    sweep_launches: tuple[tuple[int, ...], ...]  # keys a tile, warps, stages to try
+    sweep_launches: tuple[tuple[int, ...], ...]  # keys per tile, warps, stages to try
     sweep_splits: tuple[int, ...]  # into how many parts to split each request's keys
     prefill_cases: tuple[tuple[int, int, int], ...]  # (requests, new tokens, cached tokens)
     cell_seconds: float  # to spend on one cell of the table

@@ -14,7 +14,7 @@
 //     SCALAR      float, Half or BFloat16: the numbers of q, keys, values and out. All sums are float.
 //     INDEX       int or long long: the numbers of tables, lengths, slots and query_starts
 //     HEAD_SIZE   16, 32, 64 or 128     BLOCK_SIZE  tokens in a block     GROUP  query heads that share a key head
-// Every kernel is launched with THREADS threads a block. `window`: a query sees only the last so many keys; 0: all.
+// Every kernel is launched with THREADS threads per block. `window`: a query sees only the last so many keys; 0: all.
 // What is masked is not loaded, and a query that sees nothing gets zeros.
 //
 // There is no host code and no #include, so that NVRTC can compile this file alone. Global memory is read and written
@@ -157,7 +157,7 @@ __device__ void sum_values(
 // its own included. Versions 1 to 3 keep a score a key in shared memory, which limits how many keys there may be.
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Version 1: one block of threads a request and query head; a thread takes whole keys.
+// Version 1: one block of threads per request and query head; a thread takes whole keys.
 //
 // Grid (B, Hq). Memory access: each thread walks along a key of its own, so at every step the 32 threads of a warp read
 // 32 numbers that lie Hkv * HEAD_SIZE numbers apart. Each is in another sector: 32 sectors for one load, of which one
@@ -275,7 +275,7 @@ struct Merged {
     float best, total, sum;
 };
 
-constexpr int AHEAD = 4;  // keys a thread loads before it computes: so many loads are on their way at once
+constexpr int AHEAD = 4;  // keys a thread loads before it computes: that is how many loads are on their way at once
 
 // Each team takes every TEAMS-th key from `first` to `end` and keeps a running softmax for all heads of the group.
 __device__ void look_at_keys(

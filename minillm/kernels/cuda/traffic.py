@@ -2,7 +2,7 @@
 
 The 32 threads of a warp execute a load together; that is one *request*. Memory delivers whole *sectors* of 32 bytes, so
 a request costs as many as its threads' addresses touch, however few of their bytes are used. Nsight Compute calls the
-quotient "sectors/request"; at 4 bytes a thread 4 is the least, unless threads share an address, and 32 the most.
+quotient "sectors/request"; at 4 bytes per thread, 4 is the least, unless threads share an address, and 32 the most.
 
 Nothing is counted as cached: a sector that is asked for twice counts twice. What must come from memory at least, with
 the best of caches, is `unique_bytes`.
