@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from minillm.engine import SCHEDULING_POLICIES
+from minillm.engine import ROUTERS, SCHEDULING_POLICIES
 from minillm.errors import ConfigError, check_options, write_text
 from minillm.simulation import BATCHING
 
@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths = "in tokens: 100 (fixed), 16-256 (uniform), 80~0.9 (lognormal: median and sigma, at most 2048)"
     load.add_argument("--prompt-length", default="16-256", help=lengths)
     load.add_argument("--output-length", default="1-128", help="likewise")
+    load.add_argument("--system-prompts", type=int, metavar="K", help="each prompt begins with one of so many")
+    load.add_argument("--system-prompt-length", default="512", help="likewise, of those")
     load.add_argument("--seed", type=int, default=0)
+    several = parser.add_argument_group("several replicas, each with a pool of blocks and a prefix cache")
+    several.add_argument("--replicas", type=int, metavar="N", help="of the engine, each on a card of its own")
+    several.add_argument("--router", default="prefix-aware", choices=list(ROUTERS), help="which of them gets a request")
     slo = parser.add_argument_group("what counts as served well (goodput)")
     slo.add_argument("--slo-ttft-ms", type=float, help="time to first token")
     slo.add_argument("--slo-itl-ms", type=float, help="a request's mean time between tokens")
@@ -47,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     from minillm.simulation import run as run_to_the_end
     from minillm.trace import save_trace
 
-    check_options(arguments, at_least_one=("max_num_seqs", "max_num_batched_tokens"), files=("json", "trace"))
+    at_least_one = ("max_num_seqs", "max_num_batched_tokens", "replicas", "system_prompts")
+    check_options(arguments, at_least_one=at_least_one, files=("json", "trace"))
     launch_overhead = None if arguments.launch_ms is None else arguments.launch_ms / 1000
     cost_model = preset(arguments.model, arguments.card, launch_overhead)
     requests = requests_of(arguments)
@@ -57,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_model_len=cost_model.config.max_position_embeddings,
         scheduling_policy=arguments.policy,
     )
+    if arguments.replicas:
+        return run_several(arguments, cost_model, config, requests)
     clock, figures = VirtualClock(), ReportBuilder(slo_of(arguments))
     scheduler = BATCHING[arguments.batching](config, clock, trace=arguments.trace is not None)
     began = time.perf_counter()
@@ -72,6 +80,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_several(arguments: argparse.Namespace, cost_model, config, requests: list) -> int:
+    """The same with replicas behind a router. Raises ConfigError for what only one engine does."""
+    from minillm.engine import make_router
+    from minillm.simulation import Replica, run_replicas
+
+    if arguments.batching != "continuous" or arguments.trace:
+        raise ConfigError("--replicas goes with --batching continuous and without --trace")
+    replicas = [Replica(cost_model, config) for _ in range(arguments.replicas)]
+    began = time.perf_counter()
+    found = run_replicas(replicas, make_router(arguments.router), requests, slo_of(arguments))
+    seconds = time.perf_counter() - began
+    print(f"router        {arguments.router}\n{found}")
+    print(f"simulated {found.report.makespan:.0f} s in {seconds:.1f} s")
+    if arguments.json:
+        write_json(arguments.json, arguments, found, seconds)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The same as a program of its own."""
     parser = argparse.ArgumentParser(prog="minillm simulate", description=__doc__.split("\n\n")[0])
@@ -81,19 +107,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def requests_of(arguments: argparse.Namespace) -> list:
     """The requests of the file, or made-up ones."""
-    from minillm.simulation import load_requests, make_requests
+    from minillm.simulation import load_requests, make_requests, prefixed_requests
 
     if arguments.file:
         return load_requests(arguments.file)
-    return make_requests(
-        arguments.requests,
-        length_draw(arguments.prompt_length),
-        length_draw(arguments.output_length),
-        arrivals=arguments.arrivals,
-        rate=arguments.rate,
-        burst_size=arguments.burst_size,
-        seed=arguments.seed,
-    )
+    lengths = length_draw(arguments.prompt_length), length_draw(arguments.output_length)
+    arriving = {name: getattr(arguments, name) for name in ("arrivals", "rate", "burst_size", "seed")}
+    if arguments.system_prompts:
+        each = -(-arguments.requests // arguments.system_prompts)
+        system = length_draw(arguments.system_prompt_length)
+        return prefixed_requests(arguments.system_prompts, each, system, *lengths, **arriving)
+    return make_requests(arguments.requests, *lengths, **arriving)
 
 
 def length_draw(text: str):

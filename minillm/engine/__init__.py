@@ -1,7 +1,7 @@
 """Layers 1 and 2: requests, the scheduler that decides who computes what, and what drives them.
 
-May import `runtime`, which carries out the plans, and the rooms below. `request`, `queue`, `block_manager` and
-`scheduler` import neither torch nor numpy.
+May import `runtime`, which carries out the plans, and the rooms below. `request`, `queue`, `block_manager`,
+`scheduler` and `routing` import neither torch nor numpy.
 """
 
 from minillm import hand_on
@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = hand_on(
         "queue": "SCHEDULING_POLICIES WaitingQueue",
         "recorder": "NotedStep",
         "request": "Request output_id",
+        "routing": "PowerOfTwo PrefixAware ROUTERS RoundRobin Router make_router",
         "scheduler": "ADMISSIONS Scheduler SchedulerConfig StepUpdate",
     },
 )

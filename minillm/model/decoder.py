@@ -50,7 +50,8 @@ class Decoder(nn.Module):
         """
         layers = self.bound() if layers is None else layers
         # [T, hidden]: the stream, to which every layer adds twice
-        hidden = self.embed_tokens(token_ids) if self.shard.is_whole else self.shard.embed(self.embed_tokens, token_ids)
+        embed, shard = self.embed_tokens, self.shard
+        hidden = embed(token_ids) if shard.size == 1 else shard.embed(embed, token_ids)
         rotation = rope_rotation(self.inv_freq, positions, hidden.dtype)
         x = self.layers[0].input_layernorm(hidden)
         for layer in layers:  # one name for all that passes: what is not needed any more is freed
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         On a GPU they may be a view of wider rows: it multiplies slowly where rows begin at odd addresses, and a
         vocabulary is rarely a round number (Qwen3's tokenizer knows 151,669 ids, its matrix has 151,936).
         """
-        num_ids, is_part = self.config.num_sampled_ids, not self.shard.is_whole
+        num_ids, is_part = self.config.num_sampled_ids, self.shard.size > 1
         ours = self._logits(hidden, self.embed_tokens.num_embeddings if is_part else num_ids)
         return self.shard.gather(ours)[..., :num_ids].contiguous() if is_part else ours
 
@@ -104,7 +105,7 @@ class Decoder(nn.Module):
     def pack_head(self) -> None:
         """`pack` for the output projection alone, of which only the rows that are read are kept."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
-        head = head[: self.config.num_sampled_ids] if self.shard.is_whole else head
+        head = head[: self.config.num_sampled_ids] if self.shard.size == 1 else head
         if worth_packing(head):
             self.packed_head, self.lm_head = pack(head), None
 
@@ -249,7 +250,7 @@ class BoundLayer(NamedTuple):
 
 def bind(layer: DecoderLayer, following: RMSNorm, number: int, operations: Operations, shard: Shard) -> BoundLayer:
     """A layer whose weights are in place; `following` is the norm that comes after it."""
-    by_rows = plain if shard.is_whole else lambda linear: shard.summed(plain(linear))
+    by_rows = plain if shard.size == 1 else lambda linear: shard.summed(plain(linear))
     attention, mlp, norm, q_norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm, layer.self_attn.q_norm
     head_norms = (None, None, 0.0) if q_norm is None else (q_norm.weight, attention.k_norm.weight, q_norm.eps)
     return BoundLayer(

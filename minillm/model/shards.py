@@ -35,11 +35,6 @@ class Shard:
     add_up: Callable[[Tensor], Tensor] | None = None  # a term of a sum -> the sum over all ranks; may be in place
     gather: Callable[[Tensor], Tensor] | None = None  # [R, n] -> [R, size * n], the columns of rank 0 first
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is cut. (A copy of a model has a copy of its shard, so no one asks for the same object.)"""
-        return self.size == 1
-
     def config_of(self, config: ModelConfig) -> ModelConfig:
         """The shape of a rank's layers. Raises ConfigError if the model cannot be cut into so many."""
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, self.size

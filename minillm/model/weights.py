@@ -154,7 +154,7 @@ def load_decoder(
     check_tensors(found, placements)
     with torch.device("meta"):
         model = Decoder(shard.config_of(config), shard).to(dtype)
-    make = torch.empty if shard.is_whole else torch.zeros  # a part has biases and ids that another rank holds
+    make = torch.empty if shard.size == 1 else torch.zeros  # a part has biases and ids that another rank holds
     model._apply(lambda each: make(each.shape, dtype=each.dtype, device=device))  # `to_empty` would load sympy
     model.eval().requires_grad_(False)
     for layer, names in parts(placements):

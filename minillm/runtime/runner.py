@@ -114,7 +114,7 @@ class Runner:
         output = StepOutput(self, step, self._judged(plan) if self.prompts else ())
         self.queue.run(partial(self._run, step, output))
         output.ended = self.queue.mark()
-        if not self.batch.is_mirrored or (output.judged and not self.model.shard.is_whole):
+        if not self.batch.is_mirrored or (output.judged and self.model.shard.size > 1):
             output.result()  # it is over, nothing need be kept for log-probabilities; or ranks make them together
         return output
 

@@ -17,11 +17,12 @@ __getattr__, __dir__, __all__ = hand_on(
             "Assumptions CAUSES CLAIMED PAGED_ATTENTION Published SETTINGS Setting observations sensitivity under_load "
             "verdict"
         ),
+        "replicas": "Replica ReplicasReport run_replicas",
         "reporting": "Report ReportBuilder SLO report Spread spread",
         "running": "BATCHING compare_batching fresh run",
         "workload": (
-            "COURSE_SEED ChatLengths course_requests fixed load_requests lognormal made_request make_requests uniform "
-            "poisson"
+            "COURSE_SEED ChatLengths course_requests fixed load_requests lognormal made_request make_requests poisson "
+            "prefixed_requests uniform"
         ),
     },
 )

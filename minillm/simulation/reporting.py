@@ -172,7 +172,7 @@ class ReportBuilder:
         self._computed += computed
         self._useful += useful
         self._waiting_seconds += waiting * (end - start)
-        self._end = end
+        self._end = max(self._end, end)  # of several replicas
         for request_id in sampled:
             progress = self._under_way[request_id]
             if progress.num_tokens:

@@ -266,6 +266,35 @@ def course_requests(
     return requests
 
 
+@checked
+def prefixed_requests(
+    num_prefixes: Positive,
+    num_each: Positive,
+    prefix_length: Draw,
+    question_length: Draw,
+    output_length: Draw,
+    *,
+    arrivals: str = "at once",
+    rate: float = 1.0,
+    burst_size: Positive = 16,
+    seed: int = 0,
+) -> list[Request]:
+    """`num_each` requests for each of some system prompts, in a random order: a prompt is one of them and a question.
+
+    No two questions, and no two system prompts, begin with the same token. `arrivals` as in `make_requests`, whose
+    errors it raises.
+    """
+    rng = random.Random(f"prefixes {seed}")
+    prefixes = [range(first := MOST_REQUESTS * (i + 1), first + prefix_length(rng)) for i in range(num_prefixes)]
+    asked = [number for number in range(num_prefixes) for _ in range(num_each)]
+    rng.shuffle(asked)
+    requests = []
+    for i, at in enumerate(_arriving(len(asked), arrivals, rate, burst_size, seed)):
+        token_ids = [*prefixes[asked[i]], i, *range(question_length(rng) - 1)]
+        requests.append(Request(f"req {i}", token_ids, _exactly(output_length(rng), 1), arrival_time=at))
+    return requests
+
+
 def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, seed: int) -> list[float]:
     """When each of so many requests arrives. Raises ConfigError if they are too many, or the last is too late."""
     if num_requests > MOST_REQUESTS:

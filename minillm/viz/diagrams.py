@@ -61,7 +61,7 @@ PARTS = {
 FLOW = """\
 server → requests → scheduler → pass → tokens → server
          requests ←←←←←← loop ←←←←←←← tokens
-                           pass ⇄ cache"""
+                           pass ←→ cache"""
 ARROWS: tuple[tuple[Point, ...], ...] = (
     ((0.85, 0.56), (0.85, 0.96)),
     ((1.6, 1.38), (2.0, 1.38)),
