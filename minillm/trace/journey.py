@@ -77,10 +77,11 @@ def _told(trace: Trace, record: RequestRecord, parts: list, sampled: list) -> tu
         return None, f"nothing yet: no token has come of {len(parts)} passes"
     first, last = sampled[0][0], sampled[-1][0]
     passes = len({step.step for step, _ in parts})
-    text = f"first token; then {len(sampled) - 1} more in {passes} steps through 5 to 7 in all"
+    text = f"first token; then {len(sampled) - 1} more"
     if len(sampled) > 1:
         gap = (last.end_time - first.end_time) / (len(sampled) - 1)
         text += f", {gap * 1e3:.2f} ms from one to the next, the last at {last.end_time - record.arrival_time:.4f} s"
+    text += f"; steps 5 to 7 ran {passes} times in all"
     if preemptions:
         text += f"; it was preempted {preemptions} time{'s' * (preemptions != 1)}"
     if not any(record.request_id in step.finished for step in trace.steps):
