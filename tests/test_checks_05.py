@@ -253,6 +253,12 @@ def at_positions_of_the_row(model, rectangle, positions, row_masks, attention):
     return folded(model, rectangle, positions.flip(1), row_masks, attention)
 
 
+def at_places_in_the_rectangle(model, rectangle, positions, row_masks, attention):
+    """RoPE sees differences alone, so the hidden states are right."""
+    places = torch.arange(rectangle.shape[1]).expand(rectangle.shape)
+    return folded(model, rectangle, places, row_masks, attention)
+
+
 def by_itself(model, rectangle, positions, row_masks, attention):
     return folded(model, rectangle, positions, row_masks, masked_attention)
 
@@ -275,6 +281,7 @@ def test_padded_pass_accepts(right, capsys):
         (left_flat, "give what it returns its [B, L] back"),
         (with_pads_seen, "hand `row_masks` to the attention"),
         (at_positions_of_the_row, "got       forward passes of"),
+        (at_places_in_the_rectangle, "the positions are not those that were given"),
         (by_itself, "the attention that was given is not used"),
         (one_long_row, "each row attends to itself"),
         (lambda *args: None, "no tokens"),
