@@ -13,6 +13,7 @@ from minillm import costs, kv_bytes_per_token, what_fits
 from minillm.costs.activations import activation_bytes
 from minillm.costs.shapes import A100_80GB, CARDS, LLAMA_2_7B, RTX_4090
 from minillm.course import notebooks
+from minillm.simulation import Published
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = {path.stem[:2]: nbformat.read(path, as_version=4) for path in notebooks.chapters([])}
@@ -95,6 +96,12 @@ def test_the_factors_of_24_are_the_same_in_all_chapters():
     time, memory = re.search(r"freedom in time (\S+)x · room in memory (\S+)x = \S+x", bill).groups()
     assert f"continuous batching is {float(time):.1f} times as fast as static batching" in said("08", "factor")
     assert "only about twice as fast" in said("08", "factor-read") and 1.8 < float(memory) < 2.2
+
+
+def test_batches_that_only_wait_have_up_to_77_requests():
+    steps = Published("13b", num_requests=100).trace(("waiting",)).steps
+    most = max(len({part.request_id for part in step.scheduled}) for step in steps)
+    assert f"batches of up to {most} requests" in said("11", "explain-known")
 
 
 def test_the_parts_of_24_are_what_chapter_11_says():
