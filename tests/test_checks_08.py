@@ -175,7 +175,7 @@ def registers_what_is_not_full(keys, num_tokens, block_of, count, free, block_si
     ("wrong", "told"),
     [
         (finds_all, "One token must be computed"),
-        (does_not_stop, "where the first key is missing, stop"),
+        (does_not_stop, "At the first missing key stop"),
         (counts_before_it_knows, "count"),
         (shares_nothing, "block_of"),
         (registers_what_is_not_full, "block_of"),

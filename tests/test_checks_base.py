@@ -439,12 +439,15 @@ def test_other_values_types_and_shapes_are_not_the_same(got, expected):
 
 def test_a_prediction_stands_beside_its_measurement(capsys):
     checks.prediction("passes", 10, 20, "passes")
+    checks.prediction("steps", 30, 20)
     checks.prediction("share", 0.95, 1.0)
     checks.prediction("tokens", 1234, 1234)
     checks.prediction("at most", 1000, 1004, found="computed")
     assert capsys.readouterr().out.splitlines() == [
         "passes: you guessed 10 passes, measured 20 passes",
-        "→ 2.0 times more than you guessed",
+        "→ 2.0 times your guess",
+        "steps: you guessed 30, measured 20",
+        "→ your guess is 1.5 times as much",
         "share: you guessed 0.95, measured 1",
         "→ within 10 %: 5% more",
         "tokens: you guessed 1,234, measured 1,234",
@@ -468,7 +471,7 @@ def test_a_guess_that_is_no_number_gets_a_sentence(guess):
 @pytest.mark.parametrize("guess", [np.int64(10), torch.tensor(10), Fraction(10), Decimal(10), 10.0])
 def test_a_guess_may_be_any_kind_of_number(guess, capsys):
     checks.prediction("share", guess, np.int64(20), "%")
-    assert capsys.readouterr().out == "share: you guessed 10 %, measured 20 %\n→ 2.0 times more than you guessed\n"
+    assert capsys.readouterr().out == "share: you guessed 10 %, measured 20 %\n→ 2.0 times your guess\n"
 
 
 EXERCISES = [

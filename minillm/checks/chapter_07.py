@@ -290,12 +290,13 @@ def _show_served(served: Served | None) -> str:
     return f"{describe(served.outputs)}; {counted}"
 
 
-def _schedule(running: list, waiting: list, budget: int, max_num_seqs: int) -> Plan:
-    plan = {}
+def _schedule(running: list, waiting: list, budget: int, max_num_seqs: int) -> list[tuple[str, int]]:
+    """(id, num_tokens) pairs, as the reader's `schedule_step` gives them."""
+    plan = []
     for request_id, remaining in sorted(running, key=lambda pair: pair[1] > 1) + waiting[: max_num_seqs - len(running)]:
         if budget:
-            plan[request_id] = min(remaining, budget)
-            budget -= plan[request_id]
+            plan.append((request_id, min(remaining, budget)))
+            budget -= plan[-1][1]
     return plan
 
 

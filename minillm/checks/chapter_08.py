@@ -126,13 +126,23 @@ def begin_table(function: Callable) -> None:
     """
     shared = {"a": 3, "ab": 7, "abc": 5}
     cases = [
-        _beginning("xy", 11, Pool({}, {}, [4, 9, 6]), "Nothing is in the cache: three fresh blocks, no token found."),
+        _beginning(
+            "xy",
+            11,
+            Pool({}, {}, [4, 9, 6]),
+            "Nothing is cached: three fresh blocks, no token found; register full ones.",
+        ),
         _beginning("xy", 11, Pool(shared, {}, [4, 9, 6]), "No key of this prompt is in block_of."),
         _beginning(
             "abx", 13, Pool(shared, {3: 1, 7: 1, 5: 1}, [4, 9]), "Two keys are found, so 8 tokens; two are new."
         ),
         _beginning("ab", 9, Pool(shared, {3: 2, 7: 1, 5: 0}, [4]), "A found block is in one more table: count it."),
-        _beginning("ab", 10, Pool({"ab": 7}, {}, [4, 2, 1]), "A chain: where the first key is missing, stop looking."),
+        _beginning(
+            "ab",
+            10,
+            Pool({"ab": 7}, {}, [4, 2, 1]),
+            "At the first missing key stop looking. A key keeps the block it has.",
+        ),
         _beginning(
             "ab", 8, Pool(shared, {}, [4, 2]), "One token must be computed: the block of the last is not shared."
         ),
@@ -361,7 +371,11 @@ def schedule_paged(function: Callable) -> None:
     for num_blocks in (400, 128, 48):
         got, expected = (paged_run(each, lengths, num_blocks) for each in (function, _schedule_paged))
         for name, (mine, wanted, hint) in {
-            "preemptions": (got.num_preemptions, expected.num_preemptions, "Preempt only when blocks are short."),
+            "preemptions": (
+                got.num_preemptions,
+                expected.num_preemptions,
+                "Preempt when blocks are short. Admit in turn, and only if all tokens of the request find blocks.",
+            ),
             "tokens computed": (
                 got.num_tokens,
                 expected.num_tokens,

@@ -36,9 +36,9 @@ def _verdict(guess: float, measured: float) -> str:
     if guess <= 0 or measured <= 0:
         return f"off by {_number(abs(guess - measured))}"
     factor = max(guess, measured) / min(guess, measured)
-    direction = "more" if measured > guess else "less"
     if factor < 1.005:
         return "within 1 %"
     if factor < 1.1:
+        direction = "more" if measured > guess else "less"
         return f"within 10 %: {factor - 1:.0%} {direction}"
-    return f"{factor:.1f} times {direction} than you guessed"
+    return f"{factor:.1f} times your guess" if measured > guess else f"your guess is {factor:.1f} times as much"
