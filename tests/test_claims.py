@@ -51,7 +51,6 @@ def test_memory_is_counted_as_it_is_sold():
         ("04", "gpu-lesson", f"Below the crossing, {costs.compute_bound_batch(A100_80GB) - 1} tokens"),
         ("07", "budget", f"an A100 computes up to {costs.compute_bound_batch(A100_80GB) - 1} tokens of Llama-2-7B"),
         ("08", "factor", f"If each reserves 4,096 tokens, {RESERVED} run at once"),
-        ("08", "factor-read", f"instead of {RESERVED}"),
         ("09", "roofline", f"reads {A100_80GB.bandwidth / 1e9:,.0f} GB per second"),
         ("09", "crossing-read", f"does {A100_80GB.flops / A100_80GB.bandwidth:.0f} FLOP in float16"),
         ("09", "crossing-read", f"Up to {costs.compute_bound_batch(A100_80GB) - 1} requests"),
