@@ -202,7 +202,7 @@ def setting_with(function: Callable) -> None:
     Asked for 24 and for 3. Lengths, rows of the baseline, tokens reserved for each and the card's share may change.
     """
     hints = {
-        24.0: "A batch of few rows, and outputs of very different lengths or many of them, make the baseline slow.",
+        24.0: "A batch of few rows makes the baseline slow. With few rows equal lengths raise the factor more.",
         3.0: "Give the baseline many rows, as somebody who knows the lengths can, and requests that are nearly alike.",
     }
     found = []
