@@ -256,6 +256,11 @@ def test_find_mask_accepts(capsys):
     assert passes(checks.find_mask, three_looks, capsys)
     assert passes(checks.find_mask, lambda look, n: three_looks(look, n).tolist(), capsys)
 
+    def by_flags(look, n):
+        return three_looks(lambda places: look(torch.zeros(n).index_fill(0, torch.tensor([*places]), 1).bool()), n)
+
+    assert passes(checks.find_mask, by_flags, capsys)
+
 
 @pytest.mark.parametrize(
     ("wrong", "told"),

@@ -196,6 +196,13 @@ def windowed_in_lists(kept, window, layer, q, k, v):
     return torch.cat(outputs)
 
 
+def windowed_by_a_slice_from_behind(kept, window, layer, q, k, v):
+    """Right but for a window of 1: there the slice begins at -0."""
+    answer = windowed(kept, window, layer, q, k, v, keep=100)
+    kept[layer] = tuple(x[-(window - 1) :] for x in kept[layer])
+    return answer
+
+
 def windowed_with_the_last_pass(kept, window, layer, q, k, v):
     old_k, old_v = kept.get(layer, (k[:0], v[:0]))
     first = max(0, len(k) - window + 1)
@@ -215,6 +222,7 @@ def test_windowed_attend_accepts(right, capsys):
     ("wrong", "told"),
     [
         (partial(windowed, keep=100), "at most 3"),
+        (windowed_by_a_slice_from_behind, "x[-0:] is all of x"),
         (partial(windowed, keep=1), "got       4 tokens kept in a layer"),
         (partial(windowed, masked=False), "Inside one pass, too"),
         (partial(windowed, keep=-1), "positions are those of the text"),
@@ -223,7 +231,7 @@ def test_windowed_attend_accepts(right, capsys):
         (partial(windowed, where=0), "Each layer keeps its own"),
         (windowed_with_the_last_pass, "positions are those of the text"),
     ],
-    ids=["all kept", "one too many", "no window", "one too few", "short", "long", "one layer", "the last pass"],
+    ids=["all kept", "-0", "one too many", "no window", "one too few", "short", "long", "one layer", "the last pass"],
 )
 def test_windowed_attend_refuses(wrong, told):
     assert told in message(checks.windowed_attend, wrong)

@@ -142,8 +142,13 @@ class Row:
         self.num_looks = 0
 
     def __call__(self, replaced: Sequence[int]) -> Tensor:
-        """bool [n]: the rows that change in a single layer when the tokens at these places are replaced."""
+        """bool [n]: the rows that change in a single layer when the tokens at these places are replaced.
+
+        The places are numbers, as in `look([0, 7])`; a bool tensor [n] marks them.
+        """
         self.num_looks += 1
+        if isinstance(replaced, Tensor) and replaced.dtype == torch.bool:  # one flag for each token
+            replaced = replaced.nonzero().flatten()
         places = torch.tensor([int(place) for place in replaced], dtype=torch.long)
         return self.mask[:, places].any(-1)
 

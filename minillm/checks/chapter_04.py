@@ -146,6 +146,8 @@ def windowed_attend(function: Callable) -> None:
                 raise CheckFailed(failure("windowed_attend", case, f"got       {got}", expected))
             if held > run.window - 1:
                 budget = "The next token sees window - 1 older ones: keep the last rows only, in every layer."
+                if run.window == 1:
+                    budget = "With a window of 1 nothing is kept, but x[-0:] is all of x."
                 got, expected = f"got       {held:g} tokens kept in a layer", f"at most {run.window - 1}"
                 raise CheckFailed(failure("windowed_attend", Case(case.args, None, budget), got, expected))
     print(f"✓ windowed_attend: {len(calls)} cases, and the budget: window - 1 tokens kept per layer")

@@ -42,7 +42,7 @@ def decode_step_seconds(function: Callable) -> None:
     """`decode_step_seconds(shape, card, contexts)` -> least seconds of a decode step, a context a request."""
     cases = [
         _step("LLAMA_2_7B", "H200", [0], "Nothing is cached: what is left is reading the weights, 2 bytes each."),
-        _step("LLAMA_2_7B", "H200", [2_048], "The cache is read besides: its tokens times the bytes a token has."),
+        _step("LLAMA_2_7B", "H200", [2_048], "The cache is read besides: its tokens times the bytes of one."),
         _step("LLAMA_2_7B", "A100_80GB", [500] * 8, "Weights are read once for all 8; each has a cache of its own."),
         _step("LLAMA_2_7B", "A100_80GB", [1, 4_000, 17], "Contexts differ: add them up."),
         _step("QWEN3_0_6B", "RTX_4090", [300, 900], "Two query heads share a key head: kv_bytes_per_token knows."),

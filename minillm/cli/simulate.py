@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     card = parser.add_argument_group("what it runs on")
     card.add_argument("--model", default="Llama-2-7B", help="a published shape, such as Qwen3-0.6B")
     card.add_argument("--card", default="h200", help="4090, a10g, a100-40gb, a100 or h200")
-    card.add_argument("--launch-ms", type=float, help="milliseconds a step needs to launch its kernels")
+    card.add_argument("--launch-ms", type=float, help="milliseconds that launching the kernels of a step takes")
     load = parser.add_argument_group("requests")
     load.add_argument("--requests", type=int, default=1000, metavar="N")
     load.add_argument("--file", type=Path, help="JSON lines with num_prompt_tokens, num_output_tokens, arrival_time")
