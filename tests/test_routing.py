@@ -26,6 +26,7 @@ from minillm.simulation import (
     VirtualClock,
     fixed,
     lognormal,
+    made_request,
     make_requests,
     prefixed_requests,
     preset,
@@ -228,6 +229,14 @@ def test_a_router_that_never_leaves_the_prefix_overloads_one_replica():
 def test_the_same_requests_are_routed_alike_every_time():
     first, second = (run_replicas(replicas(3), PrefixAware(), shared()) for _ in range(2))
     assert first == second
+
+
+def test_several_outputs_of_a_prompt_count_its_tokens_once():
+    requests = [made_request(f"r{i}", 0.0, 64, 5, n=3) for i in range(4)]
+    router = Watching(RoundRobin())
+    got = run_replicas(replicas(2), router, requests)
+    assert got.prompt_tokens == 4 * 64 and got.report.num_finished == 12
+    assert [sum(loads.values()) for loads, _ in router.told] == [0, 3, 6, 9]
 
 
 def test_without_replicas_nothing_is_simulated():

@@ -78,7 +78,8 @@ def run_replicas(
     replicas = list(replicas)
     loads, figures = dict.fromkeys(range(len(replicas)), 0), ReportBuilder(slo)
     pending = sorted(requests, key=lambda request: request.arrival_time)[::-1]  # the next one last
-    routed, under_way = [0] * len(replicas), {}  # output id -> (its request, its replica)
+    routed, under_way = [0] * len(replicas), {}  # request id -> the request; those of one prompt (n > 1) have one each
+    asked = {request.request_id for request in pending}
     prompt_tokens = cached_tokens = 0
     events: list[tuple[float, int]] = []  # when a step of a replica ends, or the first one of it begins
     while pending or events:
@@ -102,8 +103,9 @@ def run_replicas(
         for request_id in replica.ended:
             request = under_way.pop(request_id)
             loads[number] -= 1
-            prompt_tokens += request.num_prompt_tokens
-            cached_tokens += request.num_cached_tokens
+            if request_id in asked:  # outputs of the same prompt share its blocks, whatever the router did
+                prompt_tokens += request.num_prompt_tokens
+                cached_tokens += request.num_cached_tokens
         replica.ended = []
         replica.is_awake = replica.scheduler.has_unfinished_requests()
         if replica.is_awake:
