@@ -2,8 +2,8 @@
 (paging: Kwon et al. 2023, vLLM; keys of chained hashes as in vLLM's automatic prefix caching).
 
 The cache is a pool of blocks of `block_size` tokens. A request's *block table* lists the blocks of its tokens in order,
-so a request can grow as long as any block is free, wherever that lies. Here is the accounting alone: which copies the
-executor has to make goes to it as `BlockMove`s in the plan. No torch, no numpy.
+so a request can grow as long as any block is free, wherever that lies. This module only keeps the accounts: the copies
+to be made go to the executor as `BlockMove`s in the plan. No torch, no numpy.
 """
 
 import functools
@@ -19,7 +19,7 @@ from minillm.errors import Count, Positive, check_whole, checked
 from minillm.runtime import NULL_BLOCK, BlockMove
 from minillm.trace import BlockUse
 
-MOST_BLOCKS = 2**26  # what is kept of a block takes about 100 bytes
+MOST_BLOCKS = 2**26  # the accounts of a block take about 100 bytes
 
 
 class BlockManagerError(AssertionError):
@@ -56,7 +56,7 @@ class Prefix:
         self.parent = parent
         self.salt = salt
         self.token_ids = token_ids
-        # surrogatepass: a str without UTF-8 form is a salt like any other, and must not stop everybody's step
+        # surrogatepass: a str without UTF-8 form is a salt like any other, and must not fail the step of all
         self.key = hash_block(salt.encode("utf-8", "surrogatepass") if parent is None else parent.key, token_ids)
 
 
@@ -76,7 +76,7 @@ class BlockTable:
 
     def __init__(self, block_ids: list[int], num_registered: int, registers: bool):
         self.block_ids = block_ids
-        self.num_registered = num_registered  # of its full blocks, the first so many have been offered to the cache
+        self.num_registered = num_registered  # how many full blocks, from the first, were offered to the cache
         self.registers = registers
 
 
@@ -128,7 +128,7 @@ class BlockManager:
     def allocate(self, request: Request) -> int:
         """Begin a request's table with the cached blocks that its tokens begin with; returns how many tokens they hold.
 
-        At least one token is left to compute: the logits after the last one are wanted. Takes no fresh block.
+        At least one token is left to compute: the logits after the last one are needed. Takes no fresh block.
         """
         hits = self._cached_prefix(request)
         self._begin(request, BlockTable(hits, len(hits), self.enable_prefix_caching))
@@ -152,7 +152,7 @@ class BlockManager:
         if len(shared) + max(end - held, 0) > self.num_free:
             return None
         # What its only holder writes anew is un-registered rather than copied: that takes no block, so the last holder
-        # can always go on, and nobody finds it before commit registers it again.
+        # can always go on, and no other request finds it before commit registers it again.
         if own:
             self._unregister(block_ids[i] for i in own)
         moves = [self._copy(block_ids, shared)] if shared else ()
@@ -165,7 +165,7 @@ class BlockManager:
     def commit(self, request: Request, num_computed_tokens: int | None = None) -> None:
         """Register the blocks that the request's computed tokens fill, so that later requests can share them.
 
-        `num_computed_tokens` says how many have surely been computed, where the request's own number is ahead of that.
+        `num_computed_tokens` says how many are known to be computed, where the request's own count runs ahead.
         If the same content is registered already, that block stays the one that is shared.
         """
         table = self._tables[request.request_id]
@@ -209,9 +209,9 @@ class BlockManager:
     # --- host memory ---
 
     def swap_out(self, request: Request) -> BlockMove | None:
-        """Move the blocks of the request's computed tokens to host memory; None, nothing changed, if that is short.
+        """Move the blocks of the request's computed tokens to host memory; None, and no change, if that is too small.
 
-        Blocks it shares are copied like the others: what the other tables do with them is no longer its concern.
+        Shared blocks are copied like the others: what other tables do with theirs no longer matters.
         """
         table = self._tables[request.request_id]
         sources = table.block_ids[: blocks_needed(request.num_computed_tokens, self.block_size)]
@@ -236,7 +236,7 @@ class BlockManager:
         table = self._swapped.pop(request.request_id)
         targets = [self._take() for _ in sources]
         self._free_host += reversed(sources)
-        # Nothing is registered: the next commit offers all again, for what they were before may have been evicted.
+        # Nothing is registered, because what they were before may have been evicted: the next commit offers all again.
         self._tables[request.request_id] = BlockTable(targets, 0, table.registers)
         return BlockMove("swap_in", sources, list(targets))
 
@@ -265,8 +265,8 @@ class BlockManager:
     def reset_prefix_cache(self) -> int:
         """Share nothing that has been computed so far; returns how many blocks became free.
 
-        Requests that have a table keep it, but what they compute builds on what is to be forgotten: they register no
-        more, until they begin anew.
+        Requests keep their tables. What they compute builds on forgotten blocks, so they register nothing until they
+        start over.
         """
         num_freed = len(self._cached)
         self._free += self._cached
@@ -301,7 +301,7 @@ class BlockManager:
 
     def _begin(self, request: Request, table: BlockTable) -> None:
         if request.request_id in self._tables or request.request_id in self._swapped:
-            raise BlockManagerError(f"request {request.request_id!r} has a block table; free it before it begins anew")
+            raise BlockManagerError(f"request {request.request_id!r} has a block table; free it before it starts again")
         self._tables[request.request_id] = table
         for block in table.block_ids:
             if self._num_tables[block] == 0:
@@ -348,14 +348,14 @@ class BlockManager:
     def _cached_prefix(self, request: Request) -> list[int]:
         """The registered blocks that the request's tokens begin with, leaving at least one token to compute.
 
-        None for one that wants log-probabilities of its prompt: they are made while the prompt is computed.
+        Empty if the request asks for log-probabilities of its prompt: they are made while the prompt is computed.
         """
         finds = self.enable_prefix_caching and request.params.prompt_logprobs is None
         return list(self._hits(request)) if finds else []
 
     def _hits(self, request: Request) -> Iterator[int]:
         most = (request.num_tokens - 1) // self.block_size
-        parent = None  # what the hit before is registered as
+        parent = None  # what the previous hit is registered as
         for prefix in self._prefixes(request, most)[:most]:
             block = self._block_of_key.get(prefix.key)
             if block is None:

@@ -10,27 +10,27 @@ from minillm.kernels import ATTENTION_BACKENDS
 from minillm.runtime import RunnerOptions
 
 WORKERS = ("inline", "process")
-BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}  # of one step: a GPU is idle with few, a CPU busy with many for too long
+BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}  # per step: few leave a GPU idle, many take a CPU too long
 
 
 @dataclass(frozen=True)
 class EngineConfig(SchedulerConfig, CacheLimits, RunnerOptions):
     """The engine arguments of `LLM`: those that the scheduler, the memory plan and the runner read, and these.
 
-    What is None may depend on the model and the device: `resolved` decides it, and the result is handed on as it is.
+    Fields that are None may depend on the model and the device: `resolved` decides them.
     """
 
     max_num_batched_tokens: Positive | None = None  # None = 512, on a GPU 8,192
     max_model_len: Positive | None = None  # None = the model's context
     num_host_blocks: Count | None = None  # None = as many as the pool has if preemption swaps (see `plan_cache`), or 0
-    enable_prefix_caching: bool = True  # requests that begin with the same tokens share the blocks of those
+    enable_prefix_caching: bool = True  # requests that begin with the same tokens share their blocks
     watermark: float = 0.01  # share of the pool that must be left over when another request is admitted
     preemption_mode: str = "recompute"  # when blocks run out: "recompute" their tokens later, or "swap" them out
     worker: str = "inline"  # the model runs in this process, or in a "process" of its own
-    tensor_parallel_size: Positive = 1  # so many processes hold the model together, on GPUs each on its own
+    tensor_parallel_size: Positive = 1  # processes that share the model; on GPUs, each has its own
     async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None = where that helps
     trace: bool = True  # record what happens in each step
-    max_trace_steps: Positive | None = 10_000  # the last so many are kept; None = all, for a run that ends soon
+    max_trace_steps: Positive | None = 10_000  # how many of the newest are kept; None = all, for a short run
 
     def __post_init__(self):
         check_fields(self)
@@ -38,7 +38,7 @@ class EngineConfig(SchedulerConfig, CacheLimits, RunnerOptions):
         check_choice("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         check_choice("worker", self.worker, WORKERS)
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        if self.max_num_batched_tokens is None or self.max_model_len is None:  # as yet they contradict nothing
+        if self.max_num_batched_tokens is None or self.max_model_len is None:  # not decided yet, so no contradiction
             tokens, length = self.max_num_batched_tokens or MOST, self.max_model_len or 1
             replace(self, max_num_batched_tokens=tokens, max_model_len=length)
         else:
@@ -59,10 +59,10 @@ class EngineConfig(SchedulerConfig, CacheLimits, RunnerOptions):
     def resolved(self, context: int, device: object = "cpu") -> "EngineConfig":
         """The same with everything decided, for a model of this context on this device ("cuda:1", or torch's own).
 
-        Steps are launched ahead where something computes while the engine's thread goes on. With a worker process on
-        two cores, 64 requests to the storyteller are done about 1.1 times as fast (medians of 8 to 12 runs in turns on
-        a busy machine: 1.05 to 1.12). Raises ConfigError if `max_model_len` is beyond the context, or if what is
-        decided contradicts what was given.
+        Steps are launched ahead where a device or process computes while the engine's thread goes on. With a worker
+        process on two cores, 64 requests to the storyteller finish about 1.1 times as fast: medians of 8 to 12
+        interleaved runs on a busy machine gave 1.05 to 1.12. Raises ConfigError if `max_model_len` is beyond the
+        context, or if a decided value contradicts a given one.
         """
         kind = "cuda" if str(device).startswith("cuda") else "cpu"
         worker = "process" if self.tensor_parallel_size > 1 else self.worker

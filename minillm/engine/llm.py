@@ -31,9 +31,9 @@ class LLM:
         for output in llm.generate(["Once upon a time", "The fox"], SamplingParams(max_tokens=50)):
             print(output.outputs[0].text)
 
-    Every prompt may be a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}. All of a call are checked
-    before anything is computed: PromptError, SamplingParamsError and ConfigError leave no trace. WorkerDiedError means
-    that the worker has ended, and with it every request.
+    Every prompt may be a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}. All prompts of a call are
+    checked before anything is computed: after PromptError, SamplingParamsError and ConfigError nothing has changed.
+    WorkerDiedError means that the worker has ended, and with it every request.
     """
 
     @checked
@@ -65,7 +65,7 @@ class LLM:
             skip_tokenizer_init=skip_tokenizer_init,
         )
         self._numbers = count()
-        self._takers: dict[str, Callable[[RequestOutput], None]] = {}  # who wants the outputs of a request
+        self._takers: dict[str, Callable[[RequestOutput], None]] = {}  # who gets the outputs of a request
         if verbose:
             print(f"{self.engine.ledger}\nkernels: {self.engine.executor.why}", file=sys.stderr)
 
@@ -95,11 +95,11 @@ class LLM:
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """One output a prompt, in their order. A list of whole numbers is one prompt.
+        """Returns one output per prompt, in order. A list of whole numbers is one prompt.
 
         `sampling_params`: one for all, or one for each prompt; `priority`: one number for each, the smallest first. If
-        anything fails on the way, or is interrupted, the requests of this call are ended and their blocks are back. One
-        that is aborted through the engine meanwhile has what it had got by then, with the finish reason "abort".
+        anything fails or is interrupted, the requests of this call are ended and their blocks are free again. A request
+        aborted through the engine meanwhile returns what it has so far, with the finish reason "abort".
         """
         prompts = as_prompts(prompts)
         params = self._one_each(sampling_params, len(prompts))
@@ -123,7 +123,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """The model's answer to a conversation, a list of {"role": …, "content": …}, or to each of several.
 
-        Put into the model's own chat template, which gets `tools` and `chat_template_kwargs` as they are.
+        The messages go through the model's chat template, which gets `tools` and `chat_template_kwargs` unchanged.
         `add_generation_prompt` begins a new message for the answer; `continue_final_message` lets the answer go on with
         the last message instead, so only one of them may be True. Raises PromptError without a template or for messages
         that it does not take, ConfigError for arguments that contradict each other, and the errors of `generate`.
@@ -146,17 +146,17 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """What is new after each step, as soon as it is there: the texts in a row are the whole text.
+        """Yields what is new after each step, as soon as it is there: the texts joined are the whole text.
 
-        Close the iterator early, or let go of it, and the request is ended. If it is aborted through the engine, the
-        last output says so: its finish reason is "abort". Several streams may run side by side.
+        Closing or dropping the iterator early ends the request. If it is aborted through the engine, the last output
+        has the finish reason "abort". Several streams may run side by side.
         """
         return self._stream(self._prepare(prompt, sampling_params))
 
     # --- vectors ---
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
-        """One vector a prompt, in their order: [hidden], the mean of its tokens' final hidden states, float32 at least.
+        """One vector per prompt, in order: [hidden], the mean of its tokens' final hidden states, float32 at least.
 
         Computed on its own, beside the engine's requests, at most `max_num_batched_tokens` tokens at once. A prompt has
         at most `max_model_len` tokens. Raises PromptError.
@@ -235,12 +235,12 @@ class LLM:
         self._takers[request_id] = take
         try:
             self.engine.add(prepared, kind, now, on_abort=self._hand_out)
-        except MiniLLMError:  # the id, if it is in use, is somebody else's: not to be ended here
+        except MiniLLMError:  # an id in use belongs to another caller, who must not lose it
             del self._takers[request_id]
             raise
 
     def _step(self) -> None:
-        """One step of the engine, for all calls that are under way: streams may be interleaved with anything."""
+        """One step of the engine, for all calls in progress: streams may be interleaved with anything."""
         for output in self.engine.step():
             self._hand_out(output)
 
@@ -250,6 +250,6 @@ class LLM:
             take(output)
 
     def _end(self, request_id: str) -> None:
-        """No effect on a request that has ended by itself, but that its outputs are not waited for any more."""
+        """End a request; of one that has ended by itself, only stop waiting for outputs."""
         if self._takers.pop(request_id, None) is not None:
             self.engine.abort_request(request_id)

@@ -61,8 +61,8 @@ class LLMEngine:
     ):
         """Load the model (see `load_model` for its name, `dtype`, `device`, `revision`) and reserve the pool.
 
-        With `skip_tokenizer_init` prompts are token ids and outputs have no text. So it is with a Decoder that has been
-        made already: it computes here ("inline"), in its own dtype and on its own device. Raises the errors of
+        With `skip_tokenizer_init` prompts are token ids and outputs have no text. The same holds for a given Decoder:
+        it computes in this process ("inline"), in its own dtype and on its own device. Raises the errors of
         `load_model`, ConfigError for arguments that contradict each other or the model, OutOfMemoryError if it does not
         fit.
         """
@@ -102,9 +102,9 @@ class LLMEngine:
             watermark=config.watermark,
         )
         self._launched: deque[tuple[SchedulerOutput, PendingOutput]] = deque()  # steps whose tokens are not read yet
-        self._states: dict[str, RequestState] = {}  # by their caller's ids, until all has ended and been told
+        self._states: dict[str, RequestState] = {}  # by their callers' ids, until all has ended and been returned
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # the same by the scheduler's ids
-        self._silent: set[str] = set()  # of the scheduler's ids: nothing to do before they end
+        self._silent: set[str] = set()  # the scheduler's ids of requests with nothing to do before they end
         self._pending_outputs: list[RequestOutput] = []  # of steps that were over when Ctrl-C came
         self._dead: WorkerDiedError | None = None  # why nothing can be computed any more
 
@@ -121,7 +121,7 @@ class LLMEngine:
         return self.scheduler.has_unfinished_requests() or bool(self._pending_outputs)
 
     def is_unfinished(self, request_id: str) -> bool:
-        """True until all outputs of this request have ended and `step` has told of it: so long its id is in use."""
+        """True, and its id in use, until all outputs of this request have ended and `step` has returned them."""
         return request_id in self._states
 
     # --- requests come and go ---
@@ -136,12 +136,12 @@ class LLMEngine:
         priority: int = 0,
         output_kind: OutputKind = "cumulative",
     ) -> None:
-        """Let a request wait for its turn. A smaller `priority` goes first, where the policy heeds it.
+        """Queue a request. A smaller `priority` goes first if the policy uses it.
 
-        `prompt`: a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}; the last two with a "cache_salt" if
-        its prefixes are to be shared with its like alone. `arrival_time` by the engine's clock, now by default. An id
-        can be used again as soon as the last output of its request has been told.
-        `output_kind` says what `step` tells: all so far ("cumulative"), what is new ("delta"), or all at the end
+        `prompt`: a str, token ids, {"prompt": text} or {"prompt_token_ids": ids}. With a "cache_salt" in the last two,
+        prefixes are shared only with requests of the same salt. `arrival_time`: by the engine's clock, now by default.
+        An id can be used again once the last output of its request has been returned.
+        `output_kind` says what `step` returns: all so far ("cumulative"), what is new ("delta"), or all at the end
         ("final_only", which saves work). Raises PromptError, SamplingParamsError or ConfigError, and then nothing has
         changed; WorkerDiedError after the worker's end.
         """
@@ -150,7 +150,7 @@ class LLMEngine:
     def prepare(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
     ) -> tuple[EncodedPrompt, Request]:
-        """Check a request as `add_request` does, and change nothing: what `add` takes."""
+        """Check a request as `add_request` does and change nothing; returns what `add` takes."""
         self.check_alive()
         encoded, params = encode_prompt(prompt, self.tokenizer), SamplingParams() if params is None else params
         check_text("request_id", request_id, error=PromptError)
@@ -175,7 +175,7 @@ class LLMEngine:
         return encoded, request
 
     def _check_id(self, request_id: str) -> None:
-        """An id is free as soon as its last output has been told, whatever of it the scheduler still knows."""
+        """Raises PromptError unless the id is free: its last output returned, whatever the scheduler still holds."""
         if request_id in self._states:
             raise PromptError(id_in_use(request_id))
 
@@ -188,7 +188,7 @@ class LLMEngine:
     ) -> None:
         """Add a request that `prepare` has made; see `add_request`.
 
-        If it is aborted, `on_abort` is told what `step` has not been able to tell, the end with it.
+        If it is aborted, `on_abort` gets what `step` has not returned yet, the end included.
         """
         check_choice("output_kind", output_kind, OUTPUT_KINDS)
         now = self.scheduler.clock()
@@ -211,7 +211,7 @@ class LLMEngine:
                     self._silent.add(completion.request.request_id)
 
     def abort_request(self, request_id: str) -> bool:
-        """End a request with all its outputs; `step` says nothing more of it, and its id is free.
+        """End a request with all its outputs; `step` returns nothing more of it, and its id is free.
 
         False, and no effect, if no request has this id.
         """
@@ -223,7 +223,7 @@ class LLMEngine:
             pending = [output for output in self._pending_outputs if output.request_id == request_id]
             self._pending_outputs = [output for output in self._pending_outputs if output.request_id != request_id]
             unfinished = [completion for completion in state.completions if completion.finish_reason is None]
-            for completion in unfinished:  # the ids of the others may be somebody else's by now
+            for completion in unfinished:  # the ids of the others may belong to new requests by now
                 self.scheduler.end_request(completion.request.request_id, "abort")
                 self._forget(completion)
             if state.on_abort is not None:
@@ -246,18 +246,18 @@ class LLMEngine:
         return self.executor.encode(prepared.token_ids)
 
     def reset_prefix_cache(self) -> int:
-        """Forget all cached prefixes; returns how many blocks became free with it."""
+        """Forget all cached prefixes; returns how many blocks became free."""
         return self.scheduler.reset_prefix_cache()
 
     # --- a step ---
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; what it brought for requests that got a token or ended, as their `output_kind` says.
+        """Compute one step; returns outputs of the requests that got a token or ended, as their `output_kind` says.
 
-        With asynchronous scheduling the next step is launched before this one is waited for. If the model raises, no
-        request has advanced and all go on with the next step, computing again what they need; so it is if Ctrl-C comes
-        while it computes. One that comes later is raised when the step is over, and the next call tells of both. Raises
-        WorkerDiedError if the worker has ended: then every request has failed.
+        With asynchronous scheduling the next step is launched before this one is waited for. If the model raises, or
+        Ctrl-C comes while it computes, no request has advanced: the next step computes again what they need. A later
+        Ctrl-C is raised when the step is over, and the next call returns the outputs of both. Raises WorkerDiedError
+        if the worker has ended: then every request has failed.
         """
         self.check_alive()
         with HeldInterrupts() as interrupts:
@@ -295,14 +295,14 @@ class LLMEngine:
             self._launched.popleft()
         for request_id, found in output.prompt_logprobs.items():
             # Its id may be another request's by now. That one reads no cache and computes its whole prompt later: what
-            # it has from here is replaced before it is told.
+            # it gets here is replaced before it is returned.
             if request_id in self._completions:
                 self._completions[request_id][0].take_prompt_logprobs(found)
         self._pending_outputs += self._outputs(self._changed(updates, output.logprobs))
 
     @contextmanager
     def _retracting(self, plan: SchedulerOutput) -> Iterator[None]:
-        """If this fails, Ctrl-C included, the step has not happened, nor has any that was launched after it."""
+        """If the block fails, Ctrl-C included, the step has not happened, nor has any that was launched after it."""
         try:
             yield
         except BaseException as error:
@@ -315,7 +315,7 @@ class LLMEngine:
     def _changed(
         self, updates: StepUpdate, logprobs: Mapping[str, TokenLogprobs]
     ) -> dict[RequestState, list[Completion]]:
-        """Let the outputs concerned take note of their new tokens; returns those there may be something to say of."""
+        """Pass the new tokens to the outputs concerned; returns those that may have something to report."""
         changed: dict[RequestState, list[Completion]] = {}
         for request_id, token_id in updates.token_ids.items():
             ended = request_id in updates.finish_reasons
@@ -362,7 +362,7 @@ class LLMEngine:
             raise WorkerDiedError(str(self._dead))
 
     def check_health(self) -> None:
-        """The same, and also if the worker has ended and no step has noticed yet. From any thread."""
+        """Like `check_alive`, but also if the worker has ended and no step has noticed yet. From any thread."""
         self.check_alive()
         self.executor.check_alive()
 
@@ -399,7 +399,7 @@ class HeldInterrupts:
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Here an interrupt is raised at once, also one that came before."""
+        """Within this block an interrupt is raised at once, also one that came before."""
         try:
             self._let_go()
             yield

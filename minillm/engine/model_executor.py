@@ -21,7 +21,7 @@ class OutputOfAll:
     parts: Sequence[PendingOutput]  # one per worker
 
     def result(self) -> ModelOutput:
-        """Wait for all of them; what the first one says."""
+        """Wait for all of them; returns the output of the first."""
         return [part.result() for part in self.parts][0]
 
 
@@ -40,7 +40,7 @@ class ModelExecutor:
 
     @classmethod
     def start(cls, model: Decoder | str | Path, config: EngineConfig, **loading) -> "ModelExecutor":
-        """An executor with one worker, in this process or, as `config.worker` says, in one of its own, or in several.
+        """An executor whose model runs in this process or, as `config` says, in one process of its own or in several.
 
         `model` is a loaded Decoder (in this process only), or its name or folder: then `loading` is what `Worker.load`
         takes. `config` has been resolved. Raises ConfigError and what `load_model` raises.
@@ -55,7 +55,7 @@ class ModelExecutor:
         return cls([Worker(model, config)])
 
     def profile(self) -> MemoryProfile:
-        """Run the worst steps; what is safe for every worker."""
+        """Run the worst steps; returns a profile that is safe for every worker."""
         return MemoryProfile.worst([worker.profile() for worker in self.workers])
 
     def reserve(self, limits: CacheLimits) -> MemoryLedger:
@@ -80,15 +80,14 @@ class ModelExecutor:
     def launch(self, plan: SchedulerOutput) -> PendingOutput:
         """Let every worker begin the plan. Raises WorkerDiedError, here or from the result, if one of them has ended.
 
-        Plans are carried out, and their results to be read, in the order of their launch. When a plan is launched, at
-        most one launched before it may be unread, unless they are given up: nobody reads the results of steps that are
-        retracted.
+        Plans are carried out in the order of their launch, and their results must be read in that order. When a plan is
+        launched, the results of at most one earlier plan may be unread. Results of retracted steps are never read.
         """
         pending = [worker.launch(plan) for worker in self.workers]
         return pending[0] if len(pending) == 1 else OutputOfAll(pending)
 
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
-        """Carry out a plan on every worker and wait for what comes of it."""
+        """Carry out a plan on every worker and wait for its output."""
         return self.launch(plan).result()
 
     def encode(self, token_ids: Sequence[int]) -> Tensor:

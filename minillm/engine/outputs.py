@@ -18,10 +18,10 @@ class Logprob(NamedTuple):
 
     logprob: float  # natural logarithm of its probability, before temperature and filters
     rank: int  # 1 is the likeliest token of the vocabulary; 1 plus the number of likelier ones
-    decoded_token: str | None  # the text it adds to that before it, as by `token_texts`; None without a tokenizer
+    decoded_token: str | None  # the text it adds, as `token_texts` has it; None without a tokenizer
 
 
-@dataclass(slots=True)  # not frozen: that makes them more than twice as expensive, and a step may make hundreds
+@dataclass(slots=True)  # frozen ones are more than twice as expensive, and a step may make hundreds
 class CompletionOutput:
     """One output of a request. For a request that streams: what is new in it."""
 
@@ -38,7 +38,7 @@ class CompletionOutput:
 class RequestMetrics:
     """When things happened to a request, in seconds by the engine's clock, which begins at 0 when the engine is made.
 
-    A token has the time at which the step that computed it had been read, as in the trace.
+    A token's time is when the results of its step had been read, as in the trace.
     """
 
     arrival_time: float
@@ -58,20 +58,20 @@ class RequestOutput:
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     metrics: RequestMetrics
     # If asked for: one for each of prompt_token_ids, None for the first, which follows nothing. In "delta" outputs they
-    # are told once, with the first. What was not computed before a request failed is None.
+    # are returned once, with the first. What was not computed before a request failed is None.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class LogprobNamer:
-    """Puts log-probabilities into the form in which they are told, place by place: with the texts of their tokens."""
+    """Puts log-probabilities into the form of an output, position by position, with the texts of their tokens."""
 
     def __init__(self, tokenizer: Tokenizer | None, before: Sequence[int]):
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, before, skip_special_tokens=False)
 
     def add(self, token_id: int, found: TokenLogprobs, final: bool) -> dict[int, Logprob]:
-        """The token at this place first, then the likeliest ones by rank; a token is listed once.
+        """Returns the token at this position, then the likeliest ones by rank; a token is listed once.
 
-        `final`: no token comes behind it, so that an unfinished character is told with it.
+        `final`: no token follows, so an unfinished character is included.
         """
         values = {token_id: (found.logprob, found.rank)}
         for rank, (top_id, logprob) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1):
@@ -86,8 +86,8 @@ class LogprobNamer:
 class Completion:
     """One output of a request while it grows.
 
-    Tokens are the request's own list. Their text is made token by token only where somebody waits for it, a stream or
-    a stop string; otherwise once, at the end.
+    The list of tokens is the request's own. The text is decoded token by token only for a stream or a stop string;
+    otherwise once, at the end.
     """
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None, streams: bool):
@@ -103,7 +103,7 @@ class Completion:
         self._namer = None if params.logprobs is None else LogprobNamer(tokenizer, request.prompt_token_ids)
         self._cumulative_logprob = 0.0
         self._news = ""  # text that has become final since the last `delta`
-        self._num_told = 0  # tokens that the deltas so far have told
+        self._num_told = 0  # tokens that the deltas so far contain
 
     @property
     def hears_each_token(self) -> bool:
@@ -171,10 +171,10 @@ class RequestState:
         ]
         self._num_unfinished = len(self.completions)
         self._prompt_entries: dict[int, TokenLogprobs] = {}  # by position
-        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # the same as they are told
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # the same as they are returned
 
     def take_prompt_logprobs(self, found: PromptLogprobs) -> None:
-        """Take note of those of a part of the prompt; a part that is computed again replaces what was there."""
+        """Add those of a part of the prompt; a part that is computed again replaces what was there."""
         if self.request.params.prompt_logprobs is not None:
             self._prompt_entries.update(enumerate(found.entries, start=found.start))
 
@@ -196,7 +196,7 @@ class RequestState:
             yield namer.add(token_id, found[position], final) if position in found else None
 
     def output(self, changed: Sequence[Completion]) -> RequestOutput | None:
-        """What to say after a step that brought something for `changed`; None before the end if only that counts."""
+        """The output after a step that brought something for `changed`; None before the end for "final_only"."""
         self._num_unfinished -= sum(completion.finish_reason is not None for completion in changed)
         finished = self._num_unfinished == 0
         if self.output_kind == "delta":
@@ -217,7 +217,7 @@ class RequestState:
         )
 
     def aborted(self, unfinished: Sequence[Completion]) -> Iterator[RequestOutput]:
-        """What to say of a request whose last outputs were aborted; nothing if all had ended before."""
+        """Yields the output of a request whose last completions were aborted; nothing if all had ended before."""
         for completion in unfinished:
             completion.take(None, None)
         if unfinished:

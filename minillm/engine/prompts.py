@@ -1,4 +1,4 @@
-"""The forms a prompt may have, made one: token ids, the text they came from if any, and a salt for prefix sharing."""
+"""Any form of a prompt becomes one: token ids, the text they came from if any, and a salt for prefix sharing."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ class EncodedPrompt(NamedTuple):
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
     """Any form of one prompt -> token ids. Raises PromptError for what is no prompt, and for text without a tokenizer.
 
-    A mapping holds "prompt" (text) or "prompt_token_ids", then "prompt" only says what they mean; and "cache_salt" if
-    it likes.
+    A mapping holds "prompt" (text) or "prompt_token_ids", and "cache_salt" if given. Beside ids, "prompt" is only
+    returned as their text.
     """
     if isinstance(prompt, EncodedPrompt):
         return prompt
@@ -88,9 +88,9 @@ def check_request(
     params: SamplingParams,
     tokenizer: object | None,
 ) -> SamplingParams:
-    """The parameters of a request that can be served: without `max_tokens` it gets as many as fit the model's context.
+    """Returns the parameters of the request; without `max_tokens` it gets as many as fit the model's context.
 
-    Raises PromptError or SamplingParamsError for one that cannot.
+    Raises PromptError or SamplingParamsError if it cannot be served.
     """
     check_kind("params", params, SamplingParams, error=SamplingParamsError)
     check_token_ids(config, prompt_token_ids)

@@ -1,4 +1,4 @@
-"""The waiting requests, in the order a scheduling policy wants them: push and pop in O(log n), whatever waits."""
+"""The waiting requests, in the order of a scheduling policy: push and pop in O(log n)."""
 
 import heapq
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from operator import attrgetter
 from minillm.engine.request import Request
 from minillm.errors import check_choice, check_number
 
-# Policy -> what it sorts by, a finite number; None: arrival alone.
+# Policy -> what it sorts by, a finite number; None: arrival only.
 RANKS: dict[str, Callable[[Request], float] | None] = {
     "fcfs": None,
     "priority": attrgetter("priority"),
@@ -20,8 +20,8 @@ SCHEDULING_POLICIES = tuple(RANKS)
 class WaitingQueue:
     """Requests ordered by policy: "fcfs" (arrival), "priority" (smaller first), "sjf" (shortest predicted job first).
 
-    Nobody starves: a request's rank improves by `ageing` units (priority levels or predicted tokens) with every second
-    it waits. All ranks improve at the same rate, so the order between two requests never changes and
+    No request starves: its rank improves by `ageing` units (priority levels or predicted tokens) per second of
+    waiting. All ranks improve at the same rate, so the order between two requests never changes and
     rank + ageing * arrival_time is a key that needs no updating. Equal keys go by order of arrival.
     """
 
@@ -35,7 +35,7 @@ class WaitingQueue:
         return len(self._heap)
 
     def push(self, request: Request) -> None:
-        """Add a request: one that has just arrived behind its equals, one that was preempted where it stood before."""
+        """Add a request: a new one goes behind its equals, a preempted one back to its old place."""
         if request.queue_number is None:
             request.queue_number = next(self._arrivals)
         heapq.heappush(self._heap, (*self.order(request), request))

@@ -1,7 +1,7 @@
 """Writes a run down as a `Trace` while it goes on.
 
-A running engine has no time to write events, and nobody may ever look. So a few numbers of each step are kept, about 12
-bytes per request that decodes, and events are made of them when somebody asks for the trace.
+Writing events costs a running engine time, and the trace may never be read. So only a few numbers per step are kept,
+about 12 bytes per decoding request. Events are made of them when the trace is asked for.
 """
 
 from array import array
@@ -17,7 +17,7 @@ MOST_IN_FLIGHT = 2  # plans: one whose tokens are not known yet, and the one mad
 
 
 class Recorder:
-    """The trace of a run: its last `max_steps` steps (None: all) and the requests that are under way or named there.
+    """The trace of a run: its last `max_steps` steps (None: all) and the requests that are in progress or named there.
 
     A caller may use an id again. The trace calls its second life "a#2", so that no two records have one id.
     """
@@ -26,11 +26,11 @@ class Recorder:
         self._steps: deque[NotedStep | StepEvent] = deque(maxlen=max_steps)
         self._num_steps = 0  # ever noted
         self._records: dict[str, RequestRecord] = {}  # in order of arrival
-        self._lives: dict[str, list[tuple[int, str]]] = {}  # of ids used again: from which step on which id means them
-        self._ended: deque[tuple[int, str]] = deque()  # a record may go when so many steps are dropped
-        self._never_ran: deque[str] = deque()  # ended in no step
+        self._lives: dict[str, list[tuple[int, str]]] = {}  # of reused ids: the step from which a trace id applies
+        self._ended: deque[tuple[int, str]] = deque()  # a record may go once this many steps are dropped
+        self._never_ran: deque[str] = deque()  # ended without a step
         self._num_dropped_requests = 0
-        self._news: list[RequestRecord | NotedStep] | None = None  # since `news`; None before anybody asks
+        self._news: list[RequestRecord | NotedStep] | None = None  # since the last `news`; None before the first
         self._trace: Trace | None = None  # as last asked for, while nothing has happened since
 
     # --- requests ---
@@ -78,7 +78,7 @@ class Recorder:
         self._drop_records()
 
     def _drop_records(self) -> None:
-        """Let go of requests that have ended, in steps that are not kept any more or long ago in none."""
+        """Drop requests that ended in steps no longer kept, or long ago without a step."""
         while self._ended and self._ended[0][0] <= self._num_steps - len(self._steps):
             self._drop_record(self._ended.popleft()[1])
         while len(self._never_ran) > (self._steps.maxlen or 0):
@@ -97,7 +97,7 @@ class Recorder:
     def note(self, plan: SchedulerOutput, discarded: Collection[str], finished: Sequence[str], fields: Mapping) -> None:
         """Keep what the trace will say of a step.
 
-        Nothing came of the parts of `discarded` requests. `fields` are those of `StepEvent` that the plan does not say.
+        The parts of `discarded` requests were wasted. `fields` are those of `StepEvent` that the plan does not hold.
         """
         names = {}
         if self._lives:
@@ -115,7 +115,7 @@ class Recorder:
         self._trace = None
 
     def end_late(self, caller_id: str) -> None:
-        """A request has ended by what its last token meant: it left with the step that computed it."""
+        """A request has ended by the text of its last token: it left with the step that computed that."""
         if self._steps:
             last = self._steps[-1]
             finished = (*last.finished, self.name(caller_id))
@@ -126,14 +126,14 @@ class Recorder:
             self._trace = None
 
     def news(self) -> list["RequestRecord | NotedStep"]:
-        """What has come since this was last asked for, in its order; what nobody fetches is kept."""
+        """What has come since the last call, in order; it is kept until fetched."""
         news, self._news = self._news or [], []
         return news
 
     def snapshot(self, num_steps: int | None = None) -> Callable[[], Trace]:
-        """What makes the trace of now, on whatever thread: the run goes on meanwhile.
+        """Returns a function that makes the trace of this moment, on any thread, while the run goes on.
 
-        With `num_steps` only of the last so many steps, and of the requests that are under way or named there.
+        With `num_steps`: only of the last ones, and of the requests that are in progress or named there.
         """
         noted, records = list(self._steps), list(self._records.values())
         noted = noted[-num_steps:] if num_steps else noted
@@ -165,7 +165,7 @@ class Recorder:
 
 
 class NotedStep:
-    """What is kept of a step: ids and positions of all who took part, more only of those who do not just decode."""
+    """What is kept of a step: ids and positions of its requests, and more of those that do not just decode."""
 
     __slots__ = (
         "step",
@@ -216,9 +216,9 @@ class NotedStep:
         return StepEvent(step=self.step, scheduled=tuple(self._parts()), finished=self.finished, **self.more)
 
     def _parts(self) -> Iterator[ScheduledTokens]:
-        """What was computed, padding and what had been computed before included.
+        """What was computed, padding and recomputed tokens included.
 
-        What was computed for requests that had ended by then was like padding: for nothing.
+        What was computed for requests that had already ended counts as padding.
         """
         for row, (request_id, start) in enumerate(zip(self.request_ids, self.starts, strict=True)):
             part = self.others.get(row) or ScheduledRequest(request_id, start, 1, True, "decode")

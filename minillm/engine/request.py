@@ -1,4 +1,4 @@
-"""One request on its way through the engine. No torch: the scheduler and the simulator live on these."""
+"""One request on its way through the engine. No torch: the scheduler and the simulator use these."""
 
 import sys
 from collections.abc import Sequence
@@ -80,20 +80,20 @@ class Request:
         self.first_token_time: float | None = None  # when it had been read, by the scheduler's clock
         self.last_token_time: float | None = None  # of the newest token
         self.cache_salt = cache_salt
-        self.queue_number: int | None = None  # place among equals, given by the queue once and for all
+        self.queue_number: int | None = None  # place among equals, given once by the queue
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when the request was first admitted
         self.num_preemptions = 0
         self.num_ever_computed = 0  # as num_computed_tokens, but does not fall when a preemption loses the cache
         self.children: list[Request] = []  # the other outputs of the same prompt, if params.n > 1
         self.prefix_keys: list = []  # of its full blocks, kept by the block manager
         self.plain_until = 0  # positions before this one are decoded one per step, and need no new block
-        self.milestone = FAR  # from so many computed tokens on the scheduler has something to do
+        self.milestone = FAR  # with this many computed tokens the scheduler has something to do
         self.plain_below = FAR  # the same, or the last token there may be; 0 after the end
         eos_token_ids = () if params.ignore_eos else self.eos_token_ids
         self.ending_ids = frozenset((*params.stop_token_ids, *eos_token_ids))  # each may end it
 
     def limit(self, most_tokens: int) -> None:
-        """Without `max_tokens` the output may grow until prompt and output are so many tokens.
+        """Without `max_tokens` the output may grow until prompt and output have `most_tokens` tokens.
 
         Raises SamplingParamsError if `min_tokens` does not fit.
         """
@@ -103,7 +103,7 @@ class Request:
             self.num_tokens_at_most = self.num_prompt_tokens + self.params.max_tokens
 
     def copy(self, **changes) -> "Request":
-        """The same request before anything was computed of it, but for `changes`, by its constructor's names."""
+        """The same request with nothing computed yet, except for `changes`, named as in the constructor."""
         given = {name: getattr(self, name) for name in GIVEN}
         return Request(**given | changes)
 

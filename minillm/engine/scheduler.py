@@ -14,9 +14,9 @@ With a depth of 2 a step is planned, and can be launched, before the tokens of t
     host    |plan 1|plan 2|  read 1  |plan 3|  read 2  |plan 4| ...
     device         |----- step 1 ----|----- step 2 ----|----- step 3 ...
 
-A plan needs to know how many tokens there are, not which. So a request counts on as soon as a step with it is planned:
-the executor keeps what it has sampled. Nobody knows beforehand that a request ends with an eos, or by its text: then
-the step after it computes one token for nothing. An end by length is known.
+A plan needs to know how many tokens there are, not which. So a request's counts advance as soon as a step with it is
+planned: the executor keeps what it has sampled. An end by length is known. An end by an eos or by the text is not known
+beforehand: then one token of the next step is wasted.
 
 The executor carries out plans in their order. This is why blocks of a request that has ended can be handed out at once,
 though a step in flight still writes into them: their next owner writes later.
@@ -63,7 +63,7 @@ class SchedulerConfig:
     max_num_batched_tokens: Positive = 512  # tokens pushed through the model in one step: the token budget
     max_model_len: Positive = 2048  # prompt and output tokens of one request
     scheduling_policy: str = "fcfs"  # "fcfs", "priority" or "sjf"
-    ageing: float = 1.0  # rank units a waiting request gains a second (see WaitingQueue)
+    ageing: float = 1.0  # rank units a waiting request gains per second (see WaitingQueue)
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step or waits
 
     def __post_init__(self):
@@ -98,11 +98,11 @@ class RequestUpdate(NamedTuple):
 class StepUpdate:
     """What a step brought. Iterating gives a `RequestUpdate` for each request.
 
-    Few callers want to hear of every token, and making objects of 256 takes 0.07 ms.
+    Few callers need an object per token, and making 256 of them takes 0.07 ms.
     """
 
-    token_ids: Mapping[str, int | None]  # of whom a token came, or None: who failed instead
-    finish_reasons: Mapping[str, str]  # of those among them that ended
+    token_ids: Mapping[str, int | None]  # request id -> its token, None if it failed
+    finish_reasons: Mapping[str, str]  # of those that ended
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -128,9 +128,9 @@ class Scheduler:
 
     A request computes only tokens that it has blocks for. When blocks run out, the running request that the policy
     would serve last is preempted: it waits again at its old place, and later its keys and values are computed again
-    ("recompute") or copied back from host memory ("swap"); neither changes its output. A request is admitted when all
-    its tokens of now find blocks and `watermark`, a share of the pool, is left over for those who run: else it would
-    soon be preempted.
+    ("recompute") or copied back from host memory ("swap"); neither changes its output. A request is admitted when there
+    are blocks for all its current tokens and `watermark`, a share of the pool, is left over for running requests.
+    Otherwise it would soon be preempted.
     """
 
     @checked
@@ -155,7 +155,7 @@ class Scheduler:
         check_choice("preemption_mode", preemption_mode, PREEMPTION_MODES)
         check_number("watermark", watermark, "a share of the pool, in [0, 1)", lambda share: 0 <= share < 1)
         check_choice("depth", depth, tuple(range(1, MOST_IN_FLIGHT + 1)))
-        self.config = config  # may be replaced between two steps; who runs already runs on, whatever the new limits
+        self.config = config  # may be replaced between two steps; running requests go on, whatever the new limits
         self.batching = "continuous"  # or "static", see `_may_join`
         self._batch_is_open = True  # when static: the batch may still be joined
         self.clock = seconds_from_now() if clock is None else clock
@@ -184,8 +184,8 @@ class Scheduler:
 
     @property
     def trace(self) -> Trace | None:
-        """The log so far, which does not grow afterwards; None if none is kept. Events are made when somebody looks: a
-        running engine has no time to.
+        """The log so far, which does not grow afterwards; None if none is kept. Events are made on request: making
+        them costs a running engine time.
         """
         return None if self.recorder is None else self.recorder.trace
 
@@ -207,16 +207,16 @@ class Scheduler:
         return len(self._unfinished) - len(self.running)
 
     def reset_prefix_cache(self) -> int:
-        """Forget all cached prefixes; returns how many blocks became free with it."""
+        """Forget all cached prefixes; returns how many blocks became free."""
         return self.block_manager.reset_prefix_cache()
 
     # --- requests come and go ---
 
     @checked(error=PromptError)
     def add_request(self, request: Request) -> None:
-        """Let a request wait for its turn, and with `params.n` > 1 as many.
+        """Queue a request, and with `params.n` > 1 its other outputs.
 
-        Its other outputs are requests of their own, "id.1" to "id.(n-1)", that join when the prompt has been computed.
+        These are requests of their own, "id.1" to "id.(n-1)", that join when the prompt has been computed.
         Raises PromptError if it can never run or an id is taken, SamplingParamsError if `min_tokens` do not fit.
         """
         request.children = children_of(request) if self.is_paged else []
@@ -230,7 +230,7 @@ class Scheduler:
         self.waiting.push(request)
 
     def check(self, request: Request) -> None:
-        """Change nothing but a request without `max_tokens`: it gets as many as fit. Raises as `add_request` would."""
+        """Raise what `add_request` would. Changes only a request without `max_tokens`: it gets as many as fit."""
         limit, blocks = self.config.max_model_len, self.block_manager
         num_blocks, block_size = blocks.num_blocks - 1, blocks.block_size
         request.limit(min(limit, num_blocks * block_size + 1))  # the last token is never fed back
@@ -248,7 +248,7 @@ class Scheduler:
             )
         request_id = request.request_id
         if request_id in self._unfinished or request_id in self.running or request_id in self._freed_by_abort:
-            raise PromptError(id_in_use(request_id))  # who has ended in a batch that goes on is not done with either
+            raise PromptError(id_in_use(request_id))  # also of one that has ended in a batch that goes on
 
     @checked(error=PromptError)
     def abort_request(self, request_id: str) -> bool:
@@ -274,7 +274,7 @@ class Scheduler:
                     self.end_request(child.request_id, "abort")
             return True
         if self.recorder is not None and (left or finish_reason == "stop"):
-            self.recorder.end_late(request_id)  # its last token came before somebody saw what it meant
+            self.recorder.end_late(request_id)  # its last token came before its text was read
         self._release_children(request)
         return True
 
@@ -297,7 +297,7 @@ class Scheduler:
     # --- the plan ---
 
     def schedule(self) -> SchedulerOutput:
-        """Decide the next step. With its plan, requests count what it computes as computed.
+        """Decide the next step; returns its plan. Requests count what it will compute as computed.
 
         A plan without parts is not in flight: there is nothing to compute. Raises StepOrderError if `depth` plans are
         in flight already.
@@ -313,7 +313,7 @@ class Scheduler:
             requests = list(map(self.running.__getitem__, request_ids))
             self._in_flight.append(InFlight(plan, requests, self._preemptions))
         else:
-            self._retract(plan)  # what it says to the executor, the next one says
+            self._retract(plan)  # what it would tell the executor, the next one tells
         return plan
 
     def _fill(self, plan: SchedulerOutput) -> None:
@@ -326,9 +326,9 @@ class Scheduler:
             self._batch_is_open = plan.num_tokens >= self.config.max_num_batched_tokens  # it was cut by the budget
 
     def _may_join(self) -> bool:
-        """Static batching: nobody, while one of the batch runs; places of those who have ended stay empty until then.
+        """Static batching: none joins while one of the batch runs; places of ended requests stay empty until then.
 
-        A batch that the budget has cut goes on to fill in the next step. Unlike the static batches of chapter 5 these
+        A batch that the budget has cut is filled further in the next step. Unlike the static batches of chapter 5 these
         compute no padding, and each request leaves with its own last token.
         """
         self._batch_is_open = self._batch_is_open or not self.running
@@ -361,7 +361,7 @@ class Scheduler:
             self._add(plan, request, budget, whole_table=True)
 
     def _next_waiting(self) -> Request | None:
-        """The request whose turn it is, left in the queue; None if nobody waits. Drops aborted ones on the way."""
+        """The request whose turn it is, left in the queue; None if none waits. Drops aborted ones on the way."""
         while len(self.waiting):
             request = self.waiting.peek()
             if request.finish_reason is None:
@@ -413,7 +413,7 @@ class Scheduler:
         plan.block_moves += growth.moves
         first_block, block_ids = (0, tuple(table)) if whole_table else (growth.first_block, growth.block_ids)
         if not self.is_paged:
-            block_ids = ()  # an executor with rows knows whose is whose
+            block_ids = ()  # an executor with rows knows whose they are
         num_recomputed = max(0, min(request.num_ever_computed, end) - start)
         why = "prefill" if start + num_recomputed < request.num_prompt_tokens else "decode"
         samples = end == request.num_tokens
@@ -542,7 +542,7 @@ class Scheduler:
         Returns all other requests, how many of their tokens have been computed, and whether they sampled, in order.
         """
         others, now = [], self.last_end
-        sampled = map(output.token_ids.get, plan.decodes)  # None for who failed
+        sampled = map(output.token_ids.get, plan.decodes)  # None for those that failed
         for request, start, token_id in zip(requests, plan.decodes.values(), sampled, strict=False):
             if start + 1 < request.plain_below and token_id not in request.ending_ids and token_id is not None:
                 request.output_token_ids.append(token_id)
@@ -553,7 +553,7 @@ class Scheduler:
         return others + [(request, part.end, part.samples) for request, part in behind]
 
     def _take_in(self, request: Request, num_computed_tokens: int, token_id: int | None) -> None:
-        """So many tokens have been computed; the last of them gave `token_id`, if the prompt goes on none."""
+        """`num_computed_tokens` have been computed; the last one gave `token_id`, None inside the prompt."""
         if num_computed_tokens >= request.milestone and request.request_id in self.running:  # else preempted since
             self._pass_milestone(request, num_computed_tokens)
         if token_id is not None:
@@ -582,7 +582,7 @@ class Scheduler:
         for child in parent.children:
             if child.queue_number is None and child.finish_reason is None:
                 self.block_manager.fork(parent, child)
-                parent.plain_until = 0  # its last block is shared now: it has to ask
+                parent.plain_until = 0  # its last block is shared now: it needs `grow`
                 child.num_computed_tokens = child.num_prompt_tokens - 1
                 self._forked[child.request_id] = child
                 self.waiting.push(child)
@@ -596,11 +596,11 @@ class Scheduler:
     # --- when a step fails ---
 
     def retract(self, plan: SchedulerOutput) -> None:
-        """A step failed, `plan` or another: nothing comes of all that are in flight.
+        """A step failed, `plan` or another: all that are in flight are discarded.
 
-        Whoever took part waits again, and will be computed from its beginning. A later step needs what an earlier one
-        computes, so that they fail together. The executor may have carried out any part of them: it is told to forget
-        all who were in them.
+        Their requests wait again and will be computed from the beginning. A later step needs what an earlier one
+        computes, so they fail together. The executor may have carried out any part of them: it is told to forget all
+        their requests.
         """
         for launched, requests, _ in reversed(self._in_flight):
             starts = (*launched.decodes.values(), *(part.start for part in launched.others))
@@ -631,8 +631,8 @@ class Scheduler:
     def _note_step(self, plan: SchedulerOutput, output: ModelOutput, discarded: Collection[str]) -> None:
         """Keep what the trace will say of the step.
 
-        Steps in the trace do not overlap: one that was planned before the last one's end starts there. Nothing came of
-        the parts of `discarded` requests.
+        Steps in the trace do not overlap: one that was planned before the last one's end starts there. The parts of
+        `discarded` requests were wasted.
         """
         zero = self._host_time_at_zero
         start = max(plan.start_time, self._last_traced_end)
@@ -683,6 +683,6 @@ def seconds_from_now() -> Callable[[], float]:
 
 
 def host_time_at_zero(clock: Callable[[], float]) -> float:
-    """What time.perf_counter says when the clock says 0: devices tell times by that, simulated ones by the clock."""
+    """What time.perf_counter says when the clock says 0: devices give times by that, simulated ones by the clock."""
     now = clock()
     return getattr(clock, "device_time_at_zero", time.perf_counter() - now)
