@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from httpx import ASGITransport, AsyncClient
 
 from minillm.errors import MiniLLMError
-from minillm.serving import AsyncEngine
+from minillm.serving import AsyncEngine, SlowReaderError
 from minillm.serving import live as module
 from minillm.serving.live import router
 from minillm.trace import load_trace, records_of
@@ -111,3 +111,55 @@ def test_events_are_the_records_of_the_trace_and_what_comes_next(engine):
     assert header == before[0] | {"live": True} and config["config"]["paused"] is False
     assert records == before[1:]
     assert json.loads(second.removeprefix("data: "))["config"]["paused"] is True
+
+
+def test_the_feeds_of_replicas_that_come_and_go_are_one(checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.05)
+    one, two, three = (AsyncEngine(make_engine(checkpoint("llama"))) for _ in range(3))
+    replicas = {"one": one, "two": two}
+
+    async def main():
+        told = {name: [] for name in ("one", "two", "three")}
+        feed = module.merge_feeds(lambda: replicas)
+
+        async def until(name, kind):
+            """Read on until that replica has told such a record, and return it."""
+            while not told[name] or kind not in told[name][-1]:
+                for record in await anext(feed):
+                    told[record.pop("replica")].append(record)
+            return told[name][-1]
+
+        await until("one", "config")
+        await until("two", "config")
+        await asyncio.gather(read(one, "a"), read(two, "b"))
+        await until("one", "step")
+        await until("two", "step")
+        replicas["three"] = three
+        assert (await until("three", "config"))["config"]["paused"] is False
+        del replicas["two"]
+        two.shutdown()
+        assert await until("two", "gone") == {"gone": True}
+        await read(one, "c")
+        await until("one", "step")
+        await feed.aclose()
+        return told
+
+    async def slow():
+        raise SlowReaderError("2 outputs were left unread")
+        yield
+
+    async def read_slowly():
+        one.follow = slow
+        async for _ in module.merge_feeds(lambda: replicas):
+            pass
+
+    try:
+        told = run(main())
+        with pytest.raises(SlowReaderError):
+            run(read_slowly())
+    finally:
+        for engine in (one, two, three):
+            engine.shutdown()
+    assert all("format" in records[0] for records in told.values())
+    ids = {name: [each["request"]["request_id"] for each in told[name] if "request" in each] for name in told}
+    assert ids == {"one": ["a", "c"], "two": ["b"], "three": []} and not one._subscribers

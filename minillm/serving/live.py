@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -15,6 +17,7 @@ from minillm.trace import trace_lines
 CONTROLS = ("paused", "step", "max_num_seqs", "max_num_batched_tokens", "batching")
 MOST_BYTES = 4096  # of a body here
 BODY_SECONDS = 10.0  # in which it must have arrived
+LOOK_EVERY = 1.0  # seconds from one look at which replicas there are to the next
 NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nor collected by a proxy before it is passed on
 
 
@@ -53,6 +56,49 @@ async def _events(engine: AsyncEngine) -> AsyncIterator[str]:
             yield "".join([f"data: {json.dumps(record)}\n\n" for record in records])
     except (DrainingError, SlowReaderError):
         return
+
+
+async def merge_feeds(replicas: Callable[[], Mapping[str, AsyncEngine]]) -> AsyncIterator[list[dict]]:
+    """What `AsyncEngine.follow` tells of each replica, as one feed: every record says whose it is, as "replica".
+
+    `replicas` gives those of now by their names, and is asked again and again: a new one is followed from its header
+    on; {"replica": name, "gone": True} comes when the feed of one has ended, for whatever reason. Raises what
+    `replicas` raises, and SlowReaderError for one who lags behind.
+    """
+    news, readers, look_at = asyncio.Queue(1), {}, 0.0
+
+    async def read(name: str, engine: AsyncEngine) -> None:
+        told = False
+        try:
+            async with aclosing(engine.follow()) as feed:
+                async for records in feed:
+                    await news.put([record | {"replica": name} for record in records])
+                    told = True
+        except SlowReaderError:
+            raise
+        except Exception:  # one that is lost fails in many ways; the others go on
+            pass
+        if told:
+            await news.put([{"replica": name, "gone": True}])
+
+    try:
+        while True:
+            for name, reader in list(readers.items()):
+                if reader.done():
+                    readers.pop(name).result()
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + LOOK_EVERY
+                new = {name: engine for name, engine in replicas().items() if name not in readers}
+                readers |= {name: asyncio.create_task(read(name, engine)) for name, engine in new.items()}
+            try:
+                records = await asyncio.wait_for(news.get(), LOOK_EVERY)
+            except TimeoutError:
+                continue
+            yield records
+    finally:
+        for reader in readers.values():
+            reader.cancel()
+        await asyncio.gather(*readers.values(), return_exceptions=True)
 
 
 def changes_in(body: bytes) -> dict:
