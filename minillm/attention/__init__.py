@@ -1,4 +1,4 @@
-"""Masks, and attention in plain tensors and through torch's fused kernel: what ladder and kernels are both built on.
+"""Masks, and attention in plain tensors and through torch's fused kernel: the base of both ladder and kernels.
 
 May import nothing but `errors`.
 """

@@ -28,7 +28,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     scores = torch.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(q.shape[-1])  # [Hq, Tq, Tk]
     mask = mask.unsqueeze(-3)  # [1, Tq, Tk]
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
-    return weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # a row of -inf alone would be NaN
+    return weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # a row of only -inf would be NaN
 
 
 @checked(error=KernelError)
@@ -73,7 +73,7 @@ def additive_mask(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 
 
 def zero_or_minus_infinity(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what is added to scores, of the same shape."""
+    """A bool mask as a term to add to scores, of the same shape."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
@@ -81,7 +81,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
     """[Tq, Hq, D] queries, [Hkv, Tk, D] keys and values, an additive mask -> [Tq, Hq, D]; batch kept.
 
     The `group` query heads that share a key head become rows of one longer query, so the keys are never repeated in
-    memory. What comes out for a query that may see nothing is not defined.
+    memory. The result for a query that may see nothing is undefined.
     """
     num_queries, num_heads = q.shape[-3:-1]
     group = num_heads // k.shape[-3]

@@ -18,7 +18,7 @@ _takes = checked(error=MaskError)
 def causal(num_tokens: Count, *, window: Positive | None = None, device=None) -> torch.Tensor:
     """Lower-triangular mask [n, n]: token i sees tokens 0..i, itself included.
 
-    `window` limits the view to the last `window` tokens, the looking one counted (Mistral 7B, section 2).
+    `window` limits the view to the last `window` tokens, the query's own included (Mistral 7B, section 2).
     Raises MaskError if `num_tokens` < 0 or `window` < 1.
     """
     return rectangular(num_tokens, num_tokens, window=window, device=device)
@@ -44,9 +44,9 @@ def rectangular(num_queries: Count, num_keys: Count, *, window: Positive | None 
 
 @_takes
 def visible(positions: torch.Tensor, num_keys: Count, window: Positive | None = None) -> torch.Tensor:
-    """Which of its own sequence's first `num_keys` tokens each query sees: [..., Tq] positions -> [..., Tq, num_keys].
+    """Which of the first `num_keys` tokens of its sequence each query sees: [..., Tq] positions -> [..., Tq, num_keys].
 
-    Those up to itself, the last `window` of them where there is one; a query at position -1 sees nothing.
+    A query sees tokens up to itself, only the last `window` of them if given; at position -1 it sees nothing.
     """
     _check_size(positions.numel(), num_keys)
     keys = torch.arange(num_keys, device=positions.device)
@@ -62,7 +62,7 @@ def left_padded(
 ) -> torch.Tensor:
     """Causal mask [padded_length, padded_length] of a prompt with pads in front, as one row of a static batch has it.
 
-    Pads see nothing and nobody sees them: their rows and columns are all False.
+    Pads see nothing and are not seen: their rows and columns are all False.
     Raises MaskError if the tokens do not fit the padded length.
     """
     return padded(num_tokens, num_tokens, padded_length, padded_length, window=window, device=device).roll(
@@ -82,8 +82,8 @@ def padded(
 ) -> torch.Tensor:
     """The rectangular mask of a request inside the larger [num_rows, num_columns] rectangle of its batch.
 
-    The queries sit at the bottom (pads in front), the keys at the left (room for longer requests behind); all else is
-    False. Raises MaskError if they do not fit.
+    The queries sit at the bottom, pads in front; the keys at the left, with room for longer requests after them. All
+    else is False. Raises MaskError if they do not fit.
     """
     if num_queries > num_rows or num_keys > num_columns:
         raise MaskError(
@@ -100,7 +100,7 @@ def padded(
 
 @_takes
 def block_diagonal(lengths: Sequence[Count], *, window: Positive | None = None, device=None) -> torch.Tensor:
-    """Causal mask [n, n] of prompts laid one behind the other, n = sum of `lengths`: nobody sees another's tokens.
+    """Causal mask [n, n] of concatenated prompts, n = sum of `lengths`: no token sees another prompt.
 
     Raises MaskError if a length is negative.
     """

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import huggingface_hub  # its names load an HTTP client, and that only where they are used
+import huggingface_hub  # its names load an HTTP client, only where they are used
 
 from minillm.errors import CheckpointError, ConfigError, ModelNotFoundError, shown
 from minillm.model.hf_config import check_supported, read_json
@@ -35,7 +35,7 @@ SMALL_FILES = [
 
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a shipped model, a folder given, or a hub id (downloaded once, then cached).
+    """The local folder of a shipped model, a given folder, or a hub id (downloaded once, then cached).
 
     `revision` is a branch, tag or commit of the hub's repository. Raises ModelNotFoundError, or ConfigError for the
     revision of a model that has none; CheckpointError and UnsupportedModelError if a download would be useless.
@@ -102,7 +102,7 @@ def ask_hub(name: str, question: Callable):
     except Exception as error:  # the hub's client also lets through what its HTTP library raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelNotFoundError(
-            f"{name!r} is no local folder, and the hub did not give all of it ({reason}). What was downloaded before "
+            f"{name!r} is not a local folder, and the hub did not give it all ({reason}). What was downloaded before "
             f"stays in the cache, but is not the whole model; {KNOWN}"
         ) from error
 
@@ -159,9 +159,9 @@ def check_has_config(where: str, present: Iterable[str]) -> None:
 
 
 def refuse_gguf(where: str, present: Iterable[str]) -> None:
-    """Name the other format of what has no safetensors. Raises CheckpointError."""
+    """Raises CheckpointError, which names the file, for a checkpoint that has only GGUF."""
     files = sorted(name for name in present if name.endswith(".gguf"))
     if files:
         raise CheckpointError(
-            f"{where} has its weights as GGUF only ({files[0]}); take the model that it was made from, in safetensors"
+            f"{where} has its weights as GGUF only ({files[0]}); use the model that it was made from, in safetensors"
         )

@@ -7,7 +7,7 @@ from minillm.errors import ConfigError, Positive, check_fields, check_number
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, section 3.2) and its two common stretches to longer contexts."""
+    """Rotary position embedding (Su et al. 2021, section 3.2) and its two common extensions to longer contexts."""
 
     theta: float = 10_000.0  # base of the geometric series of wavelengths
     scaling: str = "default"  # "default", "linear" (divide positions) or "llama3" (stretch long wavelengths only)
@@ -50,7 +50,7 @@ class ModelConfig:
     attention_out_bias: bool = False  # Llama with attention_bias
     mlp_bias: bool = False  # Llama with mlp_bias
     qk_norm: bool = False  # Qwen3: RMSNorm over each head of q and k, before RoPE
-    sliding_windows: tuple[Positive | None, ...] = ()  # one entry per layer; None = sees everything; () = None for all
+    sliding_windows: tuple[Positive | None, ...] = ()  # one entry per layer; None = no limit; () = None for all
     num_tokens: int | None = None  # ids that exist in the tokenizer; the rest of the vocabulary is never sampled
     eos_token_ids: tuple[int, ...] = ()  # any of them ends a request
 

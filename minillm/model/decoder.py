@@ -1,6 +1,6 @@
 """The decoder: Llama, Mistral, Qwen2 and Qwen3 in one file, token-wise, without a batch dimension.
 
-Everything here acts on each token alone: embedding, RMSNorm, the projections, RoPE, the gated MLP. The one place
+Everything here acts on each token by itself: embedding, RMSNorm, the projections, RoPE, the gated MLP. The one place
 where tokens meet is the callable `attend`, handed in by the caller:
 
     attend(layer, q, k, v) -> out      # [T, Hq, D], [T, Hkv, D], [T, Hkv, D] -> [T, Hq, D]
@@ -22,7 +22,7 @@ from minillm.model.config import ModelConfig, RopeConfig
 from minillm.model.linear import Embedding, Linear, pack, pack_linears, packed_linear, plain, worth_packing
 from minillm.model.shards import WHOLE, Shard
 
-ALIGNED_IDS = 64  # on a GPU so many columns of the logits or a multiple are computed, if the weight has so many rows
+ALIGNED_IDS = 64  # on a GPU a multiple of this many columns of the logits is computed, if the weight has enough rows
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -32,7 +32,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, shard: Shard = WHOLE):
         super().__init__()
-        self.config, self.shard = config, shard  # of a rank, its part's shape, but for the vocabulary: that is whole
+        self.config, self.shard = config, shard  # a rank has its part's shape, but the whole vocabulary
         vocab_rows = shard.vocab_rows(config.vocab_size)
         self.embed_tokens = Embedding(vocab_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """[T] token ids at [T] positions -> [T, hidden] final hidden states. The caller has checked both ranges.
 
-        `layers` are those of `bound`, for who calls often or has faster small operations.
+        `layers` are those of `bound`, for callers that call often or have faster small operations.
         """
         layers = self.bound() if layers is None else layers
         # [T, hidden]: the stream, to which every layer adds twice
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         hidden = embed(token_ids) if shard.size == 1 else shard.embed(embed, token_ids)
         rotation = rope_rotation(self.inv_freq, positions, hidden.dtype)
         x = self.layers[0].input_layernorm(hidden)
-        for layer in layers:  # one name for all that passes: what is not needed any more is freed
+        for layer in layers:  # one name for all values: what is no longer needed is freed
             x = layer.attend_heads(layer.qkv_proj(x), layer.heads, rotation, attend)  # [T, Hq, D]: they meet
             x = layer.add_rms_norm(layer.o_proj(x.flatten(-2)), hidden, *layer.attention_norm)
             x = layer.silu_mul(layer.gate_up_proj(x))  # [T, ff]
@@ -64,8 +64,8 @@ class Decoder(nn.Module):
     def bound(self, first: "Operations | None" = None, others: "Operations | None" = None) -> "list[BoundLayer]":
         """The layers with all that `forward` needs looked up: an attribute of a module costs a CPU as much as a kernel.
 
-        The small operations are `first` in the first layer and `others` in the layers after it, which are like it; by
-        default plain torch. For weights that are in place and will not be replaced.
+        The small operations are `first` in the first layer and `others` in the layers after it; by default plain torch.
+        For weights that are in place and will not be replaced.
         """
         first = first or PLAIN
         following = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
@@ -77,15 +77,15 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, ids]: only for the rows asked for, and only for ids the tokenizer knows.
 
-        On a GPU they may be a view of wider rows: it multiplies slowly where rows begin at odd addresses, and a
-        vocabulary is rarely a round number (Qwen3's tokenizer knows 151,669 ids, its matrix has 151,936).
+        On a GPU they may be a view of wider rows: products are slow where rows begin at odd addresses, and a vocabulary
+        is rarely a round number. Qwen3's tokenizer knows 151,669 ids, its matrix has 151,936.
         """
         num_ids, is_part = self.config.num_sampled_ids, self.shard.size > 1
         ours = self._logits(hidden, self.embed_tokens.num_embeddings if is_part else num_ids)
         return self.shard.gather(ours)[..., :num_ids].contiguous() if is_part else ours
 
     def _logits(self, hidden: Tensor, num_ids: int) -> Tensor:
-        """The product with the first so many rows of the head."""
+        """The product with the first `num_ids` rows of the head, or a few more."""
         if self.packed_head is not None:
             return packed_linear(hidden, self.packed_head)
         weight, num_rows = (self.embed_tokens if self.lm_head is None else self.lm_head).weight, num_ids
@@ -96,14 +96,13 @@ class Decoder(nn.Module):
     def pack(self) -> None:
         """Bring the weights into the form that this machine multiplies fastest, where there is one (see `linear`).
 
-        For a model that only computes from now on: it cannot be moved, cast or saved afterwards. What is computed
-        changes by rounding alone.
+        Only for a model that will not be moved, cast or saved afterwards. What it computes changes only by rounding.
         """
         self.pack_head()
-        pack_linears(self.layers)  # not lm_head: `logits` reads a part of its weight if that part was too small
+        pack_linears(self.layers)  # not lm_head: `logits` reads a part of its weight where `pack_head` did not pay
 
     def pack_head(self) -> None:
-        """`pack` for the output projection alone, of which only the rows that are read are kept."""
+        """`pack` for the output projection only; of its rows, those that are read are kept."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
         head = head[: self.config.num_sampled_ids] if self.shard.size == 1 else head
         if worth_packing(head):
@@ -172,7 +171,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """[D/2] radians a position: theta^(-2i/D), stretched as `rope.scaling` says. Always float32, as it is trained."""
+    """[D/2] radians per position: theta^(-2i/D), stretched as `rope.scaling` says. Always float32, as it is trained."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.scaling == "linear":
@@ -234,7 +233,7 @@ class Operations(NamedTuple):
 
 
 class BoundLayer(NamedTuple):
-    """The parts of a layer in the order of their use, and of the norm that comes after it."""
+    """The parts of a layer in the order of their use, and the norm that comes after it."""
 
     qkv_proj: Callable[[Tensor], Tensor]
     heads: Heads
@@ -266,7 +265,7 @@ def bind(layer: DecoderLayer, following: RMSNorm, number: int, operations: Opera
 
 
 def attend_heads(qkv: Tensor, heads: Heads, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-    """[T, (Hq + 2 * Hkv) * D] of the fused projection -> [T, Hq, D] what `attend` makes of its heads."""
+    """[T, (Hq + 2 * Hkv) * D] of the fused projection -> [T, Hq, D] the result of `attend`."""
     layer, num_heads, num_kv_heads, q_weight, k_weight, eps = heads
     split = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))  # [T, Hq + 2 * Hkv, D]
     q, k, v = split.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)

@@ -1,8 +1,8 @@
 """What a checkpoint says of itself, in config.json, generation_config.json and its tokenizer -> ModelConfig.
 
-transformers reads the files and fills in each family's defaults; no code from a checkpoint is ever run. The model that
-is shipped leaves nothing to defaults and is read without it, because importing it takes longer than a story. What would
-change the arithmetic and is not implemented is refused by its name: never computed as if it were not there.
+transformers reads the files and fills in each family's defaults; no code from a checkpoint is ever run. The shipped
+model leaves nothing to defaults and is read without it, because importing it takes longer than a story. An option that
+changes the arithmetic and is not implemented is refused by name, never ignored.
 """
 
 import json
@@ -27,7 +27,7 @@ SUPPORTED_ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Keys that change what a decoder computes, and the values with which they do not; None goes without saying.
+# Keys that change what a decoder computes, and the values with which they do not; None never does.
 NOT_IMPLEMENTED = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
@@ -76,7 +76,7 @@ TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "me
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer. Raises CheckpointError if its files are missing, broken or of no use here."""
+    """The checkpoint's own tokenizer. Raises CheckpointError if its files are missing, broken or unusable here."""
     without = "or load with skip_tokenizer_init=True"
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer.json; add it, {without}")
@@ -96,7 +96,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def transformers_tokenizer(folder: Path) -> Tokenizer:
-    """What transformers makes of a folder. Raises whatever it raises."""
+    """The tokenizer that transformers loads from a folder. Raises whatever it raises."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
@@ -105,15 +105,15 @@ def transformers_tokenizer(folder: Path) -> Tokenizer:
 def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
     """The shape of the model in a folder. With its tokenizer, also which ids there are to sample.
 
-    A request ends with any id that generation_config.json, config.json or the tokenizer names as the end of a text; if
-    none of them names one, with the default of the family. Raises UnsupportedModelError or CheckpointError.
+    A request ends with any id that generation_config.json, config.json or the tokenizer names as the end of a text. If
+    none of them names one, the family's default is used. Raises UnsupportedModelError or CheckpointError.
     """
     hf = read_hf_config(folder)
     eos_ids = eos_token_ids(folder, hf, tokenizer)
     try:
         return model_config(hf, eos_ids, tokenizer)
     except ConfigError as error:
-        raise CheckpointError(f"config.json in {folder} asks for what cannot be: {error}") from error
+        raise CheckpointError(f"config.json in {folder} asks for an impossible model: {error}") from error
 
 
 def read_hf_config(folder: Path) -> "PretrainedConfig | SimpleNamespace":
@@ -134,7 +134,7 @@ def read_hf_config(folder: Path) -> "PretrainedConfig | SimpleNamespace":
 
 
 def llama_config(raw: dict) -> "PretrainedConfig":
-    """A Llama's config.json, read by Mistral's class: but for `LLAMA_DEFAULTS` they are alike.
+    """A Llama's config.json, read by Mistral's class: except for `LLAMA_DEFAULTS` they are alike.
 
     transformers' own class for it imports torch's compiler: 1.1 seconds, and 150 MiB for as long as the process lives.
     """
@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_supported(raw: dict) -> None:
-    """Refuse architectures and options that would silently give other logits. Raises UnsupportedModelError."""
+    """Raises UnsupportedModelError for architectures and options that would silently give other logits."""
     model_type, named = raw.get("model_type"), raw.get("architectures")
     expected = SUPPORTED_ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if expected is None:
@@ -204,7 +204,7 @@ def eos_token_ids(
 
 
 def ids_in(path: Path) -> list[int]:
-    """The eos ids that a JSON file names; none if there is no such file. Raises CheckpointError if they are no ids."""
+    """The eos ids that a JSON file names; none if there is no such file. Raises CheckpointError if they are not ids."""
     if not path.is_file():
         return []
     return [
@@ -256,7 +256,7 @@ def model_config(
 def sliding_windows(hf: "PretrainedConfig | SimpleNamespace") -> tuple[int | None, ...]:
     """The window of each layer: all in Mistral, those named "sliding_attention" in Qwen; () if none has one.
 
-    Raises UnsupportedModelError for layers of another kind, or of another than the family's transformers class makes.
+    Raises UnsupportedModelError for layers of another kind than the family's transformers class makes.
     """
     window = None if hf.model_type == "llama" else hf.sliding_window  # in a Llama's config.json it has no effect
     everywhere = "full_attention" if window is None else "sliding_attention"
@@ -285,7 +285,7 @@ def rope_config(parameters: dict) -> RopeConfig:
         )
     for name, value in parameters.items():
         if isinstance(value, dict):
-            raise UnsupportedModelError(f"rope_parameters for {name!r} alone are not supported: one for all layers")
+            raise UnsupportedModelError(f"rope_parameters only for {name!r} are not supported: one set for all layers")
     numbers = {
         ours: check_number(
             f"{ROPE_NUMBERS[ours]} in rope_parameters of config.json",

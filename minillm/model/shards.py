@@ -1,9 +1,9 @@
 """A rank's part of a model that several processes hold together: tensor parallelism (Shoeybi et al. 2019, Megatron-LM).
 
-q, k, v, gate and up are cut by columns of what they compute, whole heads together, so that a rank attends and gates
-without asking the others; o and down are cut by rows, and what the ranks get is added up, twice a layer. The embedding
-and the output head are cut by ids of the vocabulary. Norms are whole everywhere. Of key-value heads that are fewer than
-the ranks, several ranks hold the same one.
+q, k, v, gate and up are cut by columns of their output, in whole heads, so that a rank attends and gates without the
+others. o and down are cut by rows, and the results of the ranks are summed, twice per layer. The embedding and the
+output head are cut by ids of the vocabulary. Every rank has the whole norms. If there are fewer key-value heads than
+ranks, several ranks hold the same one.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part this process holds, and how it hears of the others: both functions are handed in.
+    """Which part this process holds, and the two functions by which it talks to the other ranks.
 
     All ranks call them at the same places, in the same order. Every rank gets the same bits from them.
     """
@@ -36,7 +36,7 @@ class Shard:
     gather: Callable[[Tensor], Tensor] | None = None  # [R, n] -> [R, size * n], the columns of rank 0 first
 
     def config_of(self, config: ModelConfig) -> ModelConfig:
-        """The shape of a rank's layers. Raises ConfigError if the model cannot be cut into so many."""
+        """The shape of a rank's layers. Raises ConfigError if the model cannot be cut into `size` parts."""
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, self.size
         whole = {"num_attention_heads": heads, "intermediate_size": config.intermediate_size}
         for name, number in whole.items():
@@ -57,7 +57,7 @@ class Shard:
     # --- what is cut where ---
 
     def vocab_rows(self, vocab_size: int) -> int:
-        """Rows of the embedding that a rank has room for; behind the vocabulary's end they are zeros."""
+        """Rows of the embedding that a rank has room for; beyond the vocabulary's end they are zeros."""
         return -(-vocab_size // self.size)
 
     def vocab(self, vocab_size: int) -> Cut:
@@ -72,13 +72,13 @@ class Shard:
         return Cut(whole, slice(self.rank * part, (self.rank + 1) * part))
 
     def key_values(self, config: ModelConfig) -> Cut:
-        """The columns of k, or v, of the heads that this rank's queries look at."""
+        """The columns of k, or v, of the heads that this rank's queries attend to."""
         heads = max(1, config.num_key_value_heads // self.size)
         first = self.rank * config.num_key_value_heads // self.size
         return Cut(config.key_value_size, slice(first * config.head_dim, (first + heads) * config.head_dim))
 
     def once(self, whole: int) -> Cut:
-        """All of what is added to a sum over the ranks, on the first one; the others add zeros."""
+        """A term that a sum over the ranks needs once: all of it on the first rank, nothing on the others."""
         return Cut(whole, slice(0, 0 if self.rank else whole))
 
     # --- what is computed in parts ---

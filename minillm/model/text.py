@@ -14,17 +14,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from minillm.errors import ConfigError, PromptError, check_flag, check_items, shown
 from minillm.sampling import SamplingParams
 
-UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character, or not yet
+UNFINISHED = "\ufffd"  # what bytes decode to that are not, or not yet, a whole character
 LONGEST_CHARACTER = 4  # bytes, and so tokens at most
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how byte fallback (Llama 2, Mistral) writes a byte
-_alphabet = sorted(ByteLevel.alphabet())  # how byte-level BPE writes bytes: as themselves those that can be seen
+_alphabet = sorted(ByteLevel.alphabet())  # how byte-level BPE writes bytes: visible ones as themselves
 BYTE_CHARACTERS = dict(zip(_alphabet, sorted(range(256), key=lambda byte: chr(byte) not in _alphabet), strict=True))
 ESCAPED = dict.fromkeys(range(0xDC80, 0xDD00), UNFINISHED)  # what "surrogateescape" makes of broken bytes
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What texts are cut with. All of transformers are such; this stands for them, who take long to import."""
+    """What text is cut into tokens with. All tokenizers of transformers fit; importing those would take long."""
 
     def encode(self, text: str, **options) -> list[int]: ...
 
@@ -34,8 +34,8 @@ class Tokenizer(Protocol):
 class LightTokenizer:
     """A tokenizer of transformers that is not imported before it is needed, since that takes longer than a story.
 
-    What is defined here transformers does in the same way with files like those that we ship. Asked for anything else,
-    the object becomes what `whole()` returns.
+    What is defined here gives the same as transformers does for files like those we ship. Asked for anything else, the
+    object becomes what `whole()` returns.
     """
 
     def __init__(self, file: Path, eos_token: str, whole: Callable[[], Tokenizer]):
@@ -59,7 +59,7 @@ class LightTokenizer:
         return len(self._become())
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):  # Python's own questions, such as how to copy it
+        if name.startswith("__"):  # Python's own look-ups, such as how to copy it
             raise AttributeError(name)
         return getattr(self._become(), name)
 
@@ -79,7 +79,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         raise PromptError(f"a text prompt must be a str, got {type(text).__name__}")
     _check_encodable(text)
     token_ids = tokenizer.encode(text)
-    if not text or not token_ids:  # a tokenizer that begins every text with a token makes something of nothing
+    if not text or not token_ids:  # a tokenizer that begins every text with a token returns it for ""
         raise PromptError("the prompt is empty; give at least one token, such as 'Once'")
     return token_ids
 
@@ -106,10 +106,10 @@ def encode_chat(
     tools: Sequence | None = None,
     chat_template_kwargs: Mapping | None = None,
 ) -> tuple[str, list[int]]:
-    """A conversation in the model's own chat template, by default ready for its answer -> (text, token ids).
+    """A conversation put into the model's own chat template, by default ready for its answer -> (text, token ids).
 
-    `messages` are {"role": …, "content": …}; what a content may be (a str, text parts, None beside tool calls) is the
-    template's business. The other arguments are those of `LLM.chat`. Raises PromptError if the model has no template,
+    `messages` are {"role": …, "content": …}. The template decides what a content may be: a str, text parts, None beside
+    tool calls. The other arguments are those of `LLM.chat`. Raises PromptError if the model has no template,
     or for messages that it does not take; ConfigError for arguments that contradict each other.
     """
     if getattr(tokenizer, "chat_template", None) is None:
@@ -143,7 +143,7 @@ def _check_message(place: int, message: object) -> None:
 
 
 def _template_options(add_generation_prompt, continue_final_message, tools, chat_template_kwargs) -> dict:
-    """What `apply_chat_template` is called with; `chat_template_kwargs` go last, as in vLLM."""
+    """The arguments of `apply_chat_template`; `chat_template_kwargs` go last, as in vLLM."""
     if not isinstance(chat_template_kwargs, Mapping | None):
         raise ConfigError(f"chat_template_kwargs is {shown(chat_template_kwargs)}; it must be a dict of the template's")
     if tools is not None:
@@ -164,7 +164,7 @@ def _template_options(add_generation_prompt, continue_final_message, tools, chat
 
 
 def _check_parts_were_read(messages: Sequence[Mapping], text: str) -> None:
-    """Some templates only know a str, and print a list of parts as Python would."""
+    """Raises PromptError if the template only knows a str, and prints a list of parts as Python would."""
     for place, message in enumerate(messages):
         if isinstance(message.get("content"), list | tuple) and str(message["content"]) in text:
             raise PromptError(
@@ -178,7 +178,7 @@ def _check_parts_were_read(messages: Sequence[Mapping], text: str) -> None:
 def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
     """The text each token adds to those before it, leading space included: the labels of masks and timelines.
 
-    Special tokens have their names. Joined they are the text of all tokens: a character of several tokens is the text
+    Special tokens have their names. Joined, they are the text of all tokens: a character of several tokens is the text
     of its last one, and the others add "". `before` are the tokens before the first, such as the prompt of an output.
     """
     decoder = TokenDecoder(tokenizer, [int(token_id) for token_id in before], skip_special_tokens=False)
@@ -187,24 +187,24 @@ def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], before: Sequence
 
 
 class TokenDecoder:
-    """The text that each token adds to those before it, in whole characters, at a cost that does not grow.
+    """The text that each token adds to those before it, in whole characters, at a constant cost per token.
 
-    No decoder looks further back than this: at bytes, for at most three before a character is whole; at the token
-    before, for the space between words; at whether there is a token before, for the space that begins a text. So bytes
-    go through a UTF-8 decoder, which knows when no continuation can make a character, and other tokens are decoded
-    together with the one before. Both need no more of a tokenizer than `decode` and `convert_ids_to_tokens`.
+    A decoder looks back at most this far: three bytes, before a character is whole; the token before, for the space
+    between words; and whether there is one, for the space that begins a text. So bytes go through a UTF-8 decoder,
+    which knows when no continuation can make a character. Other tokens are decoded together with the one before. Both
+    need only `decode` and `convert_ids_to_tokens` of a tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, skip_special_tokens: bool = True):
-        """`before` are tokens whose text is known. A character that they leave unfinished is told with its last one."""
+        """`before` are tokens whose text is known. A character that they leave unfinished comes with its last token."""
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # several times as fast
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # several times faster
         self._skip = skip_special_tokens
-        self._last: list[int] = []  # the token before; decoders look at no more than that
-        self._last_alone = ""  # what it says by itself
+        self._last: list[int] = []  # the token before; decoders look back no further
+        self._last_alone = ""  # its text by itself
         self._bytes = b""  # of a character that is not whole yet
         self._errors = "replace"  # one U+FFFD for all bytes of a broken character, or, "surrogateescape", for each
-        self._held: list[int] = []  # tokens of which it is not known what bytes they leave unfinished
+        self._held: list[int] = []  # tokens whose unfinished bytes are not known
         for token_id in self._last_spoken(before):
             self.add(token_id)
 
@@ -255,10 +255,10 @@ class TokenDecoder:
             self._last, self._last_alone, self._held = [token_id], alone, []
             return broken + new
         self._held = held
-        return broken + self._release(len(held) - LONGEST_CHARACTER + 1)  # what so many cannot finish is broken
+        return broken + self._release(len(held) - LONGEST_CHARACTER + 1)  # what this many cannot finish is broken
 
     def _release(self, count: int) -> str:
-        """The text of the first tokens that are held."""
+        """The text of the first `count` tokens that are held."""
         if count <= 0:
             return ""
         released, self._held = self._held[:count], self._held[count:]
@@ -268,14 +268,14 @@ class TokenDecoder:
         return new
 
     def _whole_characters(self, final: bool = False) -> str:
-        """Take from the bytes what makes characters or never can."""
+        """Take the bytes that make characters, or never can."""
         surrogate = self._bytes[-2:-1] == b"\xed" and 0xA0 <= self._bytes[-1] < 0xC0  # Python waits for a third byte
         text, num_read = codecs.utf_8_decode(self._bytes, self._errors, final or surrogate)
         self._bytes = self._bytes[num_read:]
         return text.translate(ESCAPED)
 
     def _bytes_of(self, token_id: int, alone: str) -> bytes | None:
-        """What a token says in bytes, if it is one byte or not made of whole characters; None otherwise."""
+        """A token's bytes, if it is one byte or not made of whole characters; None otherwise."""
         if len(alone) > 1 and UNFINISHED not in alone:
             return None
         piece = self._tokenizer.convert_ids_to_tokens(token_id) or ""
@@ -311,8 +311,8 @@ class Detokenizer:
     """Text of a growing list of tokens without special ones, given out as soon as it is final.
 
     Held back are bytes that do not yet make a whole character and a tail that may grow into a stop string. Once
-    `stopped_by` is set, the text ends right before that stop string, or behind it with `include_stop`. A stop string
-    may hold the names of special tokens, though these are not in the text.
+    `stopped_by` is set, the text ends right before that stop string, or right after it with `include_stop`. A stop
+    string may hold the names of special tokens, though these are not in the text.
     """
 
     def __init__(
@@ -332,14 +332,14 @@ class Detokenizer:
         self._num_exempt_tokens = min_tokens  # still to come
         self._num_exempt = 0  # characters of the pending text before which no stop string may end
         self._decoder = TokenDecoder(tokenizer, prompt_token_ids)
-        self._pending = ""  # decoded, but held back; with those names of special tokens that stop strings hold
-        self._named: list[int] = []  # the places in the pending text that are of such names
+        self._pending = ""  # decoded but held back, with names of special tokens that occur in stop strings
+        self._named: list[int] = []  # the places in the pending text that belong to such names
 
     @classmethod
     def for_request(
         cls, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int]
     ) -> "Detokenizer | None":
-        """The one that these parameters ask for; None without a tokenizer."""
+        """The detokenizer for these parameters; None without a tokenizer."""
         if tokenizer is None:
             return None
         return cls(
@@ -376,7 +376,7 @@ class Detokenizer:
         return self._give_out(self._num_final() if self.stop else len(self._pending))
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """As `add` for each, if there are no stop strings and nobody waits for the text; only `finish` may follow."""
+        """As `add` for each, if there are no stop strings and the text is not needed yet; only `finish` may follow."""
         self._pending += self._decoder.add_all(token_ids)
 
     def finish(self) -> str:
@@ -431,7 +431,7 @@ class Detokenizer:
         )
 
     def _readings(self) -> Iterator[tuple[str, Sequence[int]]]:
-        """The pending text, and without the names in it if there are any; with the place of each character."""
+        """The pending text, and the same without names if there are any; each with the place of every character."""
         yield self._pending, range(len(self._pending))
         if self._named:
             places = sorted(set(range(len(self._pending))).difference(self._named))

@@ -1,7 +1,7 @@
 """A transformers checkpoint (the shipped storyteller, a local folder, or a hub id) -> model and tokenizer.
 
 safetensors reads the tensors, and no pickle is ever opened. All names and shapes are compared before the first weight
-is allocated; then the tensors are copied part by part, so that of the files never more than a part is in memory.
+is allocated. Then the tensors are copied part by part, so never more than a part of the files is in memory.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def locate(
 ) -> tuple[Path, torch.dtype, torch.device]:
     """The folder, dtype and device that the arguments of `load_model` mean. Raises the same errors.
 
-    What is wrong with dtype or device is said before anything is downloaded.
+    A wrong dtype or device is reported before anything is downloaded.
     """
     device = as_device(device)
     if dtype is None:
@@ -83,7 +83,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """What config.json says, or if it does not, what the norm is stored in. Raises like `as_dtype`."""
+    """The dtype in config.json, or, without one, that of the stored norm. Raises like `as_dtype`."""
     raw = read_json(folder / "config.json")
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named is None:
@@ -93,7 +93,7 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """A torch device that is there. Raises ConfigError for one that is not."""
+    """An existing torch device. Raises ConfigError for one that does not exist."""
     return check_device("device", device)
 
 
@@ -114,7 +114,7 @@ class Placement(NamedTuple):
         return cls(parameter, first_row, *zip(*cuts, strict=True))
 
     def read(self, tensors: safe_open, name: str) -> Tensor:
-        """What we keep of a tensor; of a part no more is read than that, a whole tensor is a view of the file."""
+        """What we keep of a tensor. Of a part only that part is read; a whole tensor is a view of the file."""
         if self.part == tuple(slice(0, size) for size in self.shape):
             return tensors.get_tensor(name)
         return tensors.get_slice(name)[self.part]
@@ -144,9 +144,9 @@ def load_decoder(
 ) -> Decoder:
     """Check every name and shape in the checkpoint's headers, then allocate the decoder and copy the tensors in.
 
-    With `pack`, as `Decoder.pack` has it, each layer is packed before the next one is read. The decoder's `config` says
-    whether the output head is tied; the one given only says what config.json claims. With a `shard`, of the files no
-    more than its part is read, and the decoder is that part. Raises ConfigError if the model cannot be cut like this.
+    With `pack`, each layer is packed (see `Decoder.pack`) before the next one is read. The decoder's `config` says
+    whether the output head is tied; the given one only says what config.json claims. With a `shard`, only its part of
+    the files is read, and the decoder is that part. Raises ConfigError if the model cannot be cut like this.
     """
     found = read_headers(safetensors_files(folder))
     config = settle_tying(found, config, dtype)
@@ -165,7 +165,7 @@ def load_decoder(
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
-    """All tensors by name, but for those that are computed anew; reads no weights. Raises CheckpointError."""
+    """All tensors by name, except those that are recomputed; reads no weights. Raises CheckpointError."""
     found = {}
     for file in files:
         try:
@@ -178,7 +178,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def settle_tying(found: dict[str, Stored], config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
-    """What config.json says of the output head, made agree with the tensors `found`, as transformers does it.
+    """Make what config.json says of the output head agree with the tensors `found`, as transformers does.
 
     A tied checkpoint may carry its one matrix twice, or as the output head only. Where it carries two that differ, they
     are not tied, whatever config.json says.
@@ -222,7 +222,7 @@ def parts(placements: dict[str, Placement]) -> list[tuple[int | None, list[str]]
 
 
 def copy_tensors(model: Decoder, places: dict[Stored, Placement]) -> None:
-    """Copy tensors into their parameters. With each file closed, its pages leave this process's memory again."""
+    """Copy tensors into their parameters. Closing each file removes its pages from this process's memory."""
     for file in sorted({stored.file for stored in places}):
         with safe_open(file, framework="pt") as tensors:
             for stored, place in places.items():
@@ -240,7 +240,7 @@ def _some(names: list[str], most: int = 4) -> str:
 def expected_tensors(config: ModelConfig, shard: Shard = WHOLE) -> dict[str, Placement]:
     """Every tensor a checkpoint of this shape must hold, by its name there, and its place in `Decoder`.
 
-    Of a shard: which part of each goes to which place in its own. Raises ConfigError if it cannot be cut like this.
+    With a shard: which part of each goes to which place in its own. Raises ConfigError if it cannot be cut like this.
     """
     own = shard.config_of(config)
     vocab, hidden = shard.vocab(config.vocab_size), WHOLE.evenly(config.hidden_size)

@@ -1,8 +1,8 @@
-"""The requests of the batch, one row each, and a step's inputs made of them: integers in one buffer, so that one copy
-brings them all to the device.
+"""The requests of the batch, one row each, and the inputs of a step: integers in one buffer, so that one copy brings
+them all to the device.
 
 The host fills the buffer through numpy views, the device reads it through tensor views at the same places. A request's
-tokens and block table lie in its row on the device: of the tables only entries that changed are sent, and tokens once.
+tokens and block table lie in its row on the device. Tokens are sent once; of the tables, only changed entries are.
 On a CPU host and device are the same memory.
 """
 
@@ -20,14 +20,14 @@ from minillm.runtime.cache_engine import zeros
 from minillm.runtime.plan import NULL_BLOCK, NewRequest, RunnerOptions, ScheduledRequest, SchedulerOutput
 from minillm.sampling import SamplingState, to_device
 
-ALIGNED = 16  # int64 numbers: where fields may begin, because Triton compiles a kernel anew for other alignments
+ALIGNED = 16  # int64 numbers: where fields may begin, because Triton recompiles a kernel for other alignments
 NO_SLOT = -1  # where the keys and values of padding go: nowhere
-FEWEST_ROWS = 4  # that the CPU's matrix product takes at once: it does 2 or 3 one after the other, 3 slower than 4
+FEWEST_ROWS = 4  # that the CPU's matrix product takes at once: 2 or 3 rows run one by one, and 3 take longer than 4
 HALVES = ("int32", "float32")  # two of them in an int64
 
 
 def rows_computed(num_rows: int, device: torch.device) -> int:
-    """How many rows a step of so many is padded to. 135M parameters on one CPU thread: 3 rows 64 ms, 4 rows 41 ms."""
+    """How many rows a step is padded to. With 135M parameters on one CPU thread, 3 rows take 64 ms, 4 rows 41 ms."""
     return FEWEST_ROWS if device.type == "cpu" and 1 < num_rows < FEWEST_ROWS else num_rows
 
 
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
     num_tokens: int
     num_decodes: int  # requests with one new token; theirs are the first tokens
-    num_chunks: int  # requests with several, one behind the other
+    num_chunks: int  # requests with several, one after the other
     num_sampled: int  # of the requests, those that get a token
     num_picked: int  # hidden states chosen for sampling; 0: all of them, as they are
     num_checked: int  # requests that get no token yet, and must only be finite
@@ -62,16 +62,16 @@ class StepInputs(NamedTuple):
     sampled: Any  # [R], where each new token goes in the flattened rows of tokens
     temperatures: Any  # [R], 0: greedy
     seeds: Any  # [R]
-    draws: Any  # [R], the number of the output token: which of its random numbers a request draws it with
+    draws: Any  # [R], the number of the output token, which selects the random number it is drawn with
     checked: Any  # [F], the tokens whose hidden states must be finite
 
 
 class Field(NamedTuple):
-    """Type and number of a field, and what stands in the place of a request that is not there."""
+    """Type and number of a field, and what fills the places without a request."""
 
     dtype: str
     count: str  # of Layout
-    padding: str = "nothing"  # 0, "nowhere" or the place of the "spare row", which is nobody's
+    padding: str = "nothing"  # 0, "nowhere" or the place of the "spare row", which belongs to no request
     more: int = 0  # numbers beyond the count
 
 
@@ -104,7 +104,7 @@ class Place(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def places(layout: Layout) -> tuple[tuple[Place, ...], int]:
-    """The place of each field, and the int64 numbers that all take."""
+    """The place of each field, and how many int64 numbers all take."""
     found, end = [], 0
     for field in FIELDS:
         start, count = aligned(end), getattr(layout, field.count) + field.more
@@ -138,7 +138,7 @@ def carve_changes(buffer: np.ndarray | Tensor, layout: Layout, num_changes: int)
 
 
 def buffer_size(layout: Layout, num_changes: int) -> int:
-    """int64 numbers of a buffer for so much."""
+    """int64 numbers of a buffer for this layout and these changes."""
     return places(layout)[1] + aligned(num_changes) + aligned(-(-num_changes // 2))
 
 
@@ -146,13 +146,13 @@ class Step(NamedTuple):
     """A step as the host has prepared it."""
 
     layout: Layout
-    buffer: Tensor  # of this step alone, on the host
+    buffer: Tensor  # of this step only, on the host
     num_changes: int  # entries of the tables
     graph: int  # requests of the graph that the layout fits; 0: it fits none
     max_queries: int  # tokens of the longest chunk
     sampled_ids: Sequence[str]  # requests that get a token
     checked_ids: Sequence[str]  # requests that get none yet
-    asking: Sequence[int]  # of those that get a token, the numbers of those that ask for more than a temperature
+    asking: Sequence[int]  # indices of those sampled with more than a temperature
     score_entries: int  # query-key pairs, in one head of one layer
 
 
@@ -163,7 +163,7 @@ class Batch:
     """
 
     def __init__(self, options: RunnerOptions, block_size: int, device: torch.device, run: Callable, is_mirrored: bool):
-        """`run` hands work to the device. `is_mirrored`: it must not see the host's tables before its turn has come."""
+        """`run` hands work to the device. `is_mirrored`: the device has a copy of the tables, updated in order."""
         self.num_rows = options.max_num_seqs
         self.max_model_len = options.max_model_len
         self.block_size = block_size
@@ -172,7 +172,7 @@ class Batch:
         self.is_mirrored = is_mirrored
         self.max_blocks = blocks_needed(options.max_model_len, block_size)
         width = aligned(self.max_blocks)
-        self.tables = zeros((self.num_rows + 1, width), torch.int32, "cpu").numpy()  # block tables, null blocks behind
+        self.tables = zeros((self.num_rows + 1, width), torch.int32, "cpu").numpy()  # block tables, then null blocks
         self.device_tables = torch.from_numpy(self.tables)
         if self.is_mirrored:
             self.device_tables = zeros(self.tables.shape, torch.int32, device)
@@ -191,7 +191,7 @@ class Batch:
         self._changes: dict[int, int] = {}  # entry of the flattened tables -> block, since the last step
 
     def block_table(self, request_id: str) -> np.ndarray:
-        """[W] the request's blocks in the order of its tokens, null blocks behind them."""
+        """[W] the request's blocks in the order of its tokens, then null blocks."""
         return self.tables[self._row_of[request_id]]
 
     # --- requests come and go ---
@@ -206,12 +206,12 @@ class Batch:
                 self._free_rows.append(row)
 
     def add(self, new: NewRequest, state: SamplingState) -> None:
-        """A request joins; its tokens are handed to the device. Raises ConfigError if there is no room for it."""
+        """Add a request; its tokens are handed to the device. Raises ConfigError if there is no room for it."""
         token_ids = [*new.prompt_token_ids, *new.output_token_ids]
         if not self._free_rows or len(token_ids) > self.max_model_len:
             raise ConfigError(
                 f"request {new.request_id!r} has {len(token_ids)} tokens and is number {len(self._row_of) + 1} in the "
-                f"batch, the runner was made for {self.num_rows} requests of {self.max_model_len} tokens; raise "
+                f"batch; the runner was made for {self.num_rows} requests of {self.max_model_len} tokens; raise "
                 "max_num_seqs or max_model_len of its RunnerOptions"
             )
         row = self._row_of[new.request_id] = self._free_rows.pop()
@@ -223,14 +223,14 @@ class Batch:
         self.run(lambda: own.copy_(to_device(token_ids, self.device, torch.int32), non_blocking=True))
 
     def set_blocks(self, part: ScheduledRequest) -> None:
-        """Take note of the blocks that came with a plan. Raises ConfigError for more than a row holds."""
+        """Store the blocks that came with a plan. Raises ConfigError for more than a row holds."""
         row, end = self._row_of[part.request_id], part.first_block + len(part.block_ids)
         if end > self.max_blocks:
             raise ConfigError(
-                f"request {part.request_id!r} has {end} blocks, the runner was made for {self.max_blocks} blocks a "
+                f"request {part.request_id!r} has {end} blocks, the runner was made for {self.max_blocks} blocks per "
                 "request; raise max_model_len of its RunnerOptions"
             )
-        if len(part.block_ids) == 1:  # as nearly always: a slice is five times as expensive
+        if len(part.block_ids) == 1:  # nearly always; a slice is five times as expensive
             self.tables[row, part.first_block] = part.block_ids[0]
         else:
             self.tables[row, part.first_block : end] = part.block_ids
@@ -259,7 +259,7 @@ class Batch:
     def _decode_step(
         self, request_ids: Sequence[str], rows: np.ndarray, starts: np.ndarray, graphs: Sequence[int]
     ) -> Step:
-        """One new token each, and each gets another: hidden states are sampled from as they come."""
+        """One new token each, and each gets another: all hidden states are sampled from, in order."""
         graph = next((size for size in graphs if size >= len(rows)), 0)
         size = graph or rows_computed(len(rows), self.device)
         step, into = self._padded(Layout.of_decodes(size), num_rows=len(rows))
@@ -282,7 +282,7 @@ class Batch:
         """The first `n` requests have one new token, the others several; some get a token and some do not yet."""
         ends, num_tokens, num_sampled = starts + counts, int(counts.sum()), int(samples.sum())
         padded, padded_sampled = (rows_computed(each, self.device) for each in (num_tokens, num_sampled))
-        num_chunks = len(rows) - n + (padded > num_tokens)  # padding is a chunk of its own, of a request of no tokens
+        num_chunks = len(rows) - n + (padded > num_tokens)  # padding is a chunk of its own, without a request
         layout = Layout(padded, n, num_chunks, padded_sampled, padded_sampled, len(rows) - num_sampled)
         step, into = self._padded(layout)
         self._fill_decodes(into, rows[:n], starts[:n])
@@ -304,10 +304,10 @@ class Batch:
         return np.flatnonzero(self.asking[rows]).tolist()
 
     def _padded(self, layout: Layout, num_rows: int = 0) -> tuple[Step, StepInputs]:
-        """A step of padding alone, but for the table entries that changed. Without it if all its rows are tokens.
+        """A step of padding only, with the table entries that changed. Not padded if all its rows are tokens.
 
-        Pinned memory is a new tensor's every time: torch does not hand a freed piece out again before the copies from
-        it have been made, so nobody needs to wait for those.
+        Each step has a new pinned tensor: torch does not reuse a freed piece before the copies from it have been made,
+        so no wait is needed.
         """
         changes, self._changes = self._changes, {}
         count = len(changes)
@@ -333,7 +333,7 @@ class Batch:
         into.decode_lengths[:count] = starts + 1
 
     def _fill_chunks(self, into: StepInputs, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
-        """The requests with several new tokens, behind the others."""
+        """The requests with several new tokens, after the others."""
         first = end = len(into.decode_rows)
         for number, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
             begin, end = end, end + count
@@ -346,7 +346,7 @@ class Batch:
             into.chunk_lengths[number] = start + count
 
     def _fill_sampling(self, into: StepInputs, rows: np.ndarray, ends: np.ndarray) -> None:
-        """Of the requests that get a token, which have so many already: where it goes, and how it is drawn."""
+        """For requests that get a token and have `ends` already: where it goes, and how it is drawn."""
         count = len(rows)
         into.sampled[:count] = rows * self.tokens.shape[1] + ends
         into.temperatures[:count] = self.temperatures[rows]

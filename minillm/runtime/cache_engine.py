@@ -1,6 +1,6 @@
 """The physical side of the paged cache: the pool's tensors, and moving whole blocks.
 
-Which block is whose is decided above, by the block manager; this follows what the plans say.
+The block manager, above, decides which request has which block; this carries out the plans.
 """
 
 import math
@@ -21,7 +21,7 @@ class CacheEngine:
     """Pools of keys and values, [L, num_blocks, block_size, Hkv, D] each, and as many host blocks as asked for.
 
     Host blocks are lists of [L, block_size, Hkv, D]: a whole block lies together, so that it crosses in one copy.
-    Beside a GPU they are pinned: nobody waits for that copy. Everything starts as zeros.
+    For a GPU they are pinned, so that the copy is asynchronous. Everything starts as zeros.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CacheEngine:
     # --- whole blocks ---
 
     def move(self, move: BlockMove) -> None:
-        """Copy whole blocks, in all layers. On a GPU in the order of its stream: nobody waits for it here."""
+        """Copy whole blocks, in all layers. On a GPU, in the order of its stream and without waiting."""
         for pool, host in ((self.keys, self.host_keys), (self.values, self.host_values)):
             if move.kind == "swap_in":
                 shape = (len(move.sources), len(pool), *pool.shape[2:])
@@ -79,9 +79,9 @@ class CacheEngine:
                 pool.index_copy_(1, to_device(move.targets, pool.device), blocks.transpose(0, 1))
 
     def clear(self, part: ScheduledRequest, table: Sequence[int]) -> None:
-        """Zeros in the blocks that this part brought to the request's table, where it has stored nothing yet.
+        """Zero the blocks that this part added to the request's table, where nothing is stored yet.
 
-        A kernel that masks reads whole blocks, and their last owners may have left something there that is not finite.
+        A kernel that masks reads whole blocks, and their last owners may have left values there that are not finite.
         """
         first, num_stored = divmod(part.start, self.block_size)
         if num_stored and first >= part.first_block:  # shared until now, or swapped in
@@ -95,7 +95,7 @@ class CacheEngine:
 
 
 def host_zeros(num_blocks: int, block: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-    """Blocks of zeros in the machine's own memory, pinned if `device` is a GPU that reads and writes them."""
+    """Blocks of zeros in host memory, pinned if `device` is a GPU."""
     if torch.device(device).type != "cuda":
         return list(zeros((num_blocks, *block), dtype, "cpu"))
     sizes = pieces(num_blocks, math.prod(block) * dtype.itemsize)
@@ -103,7 +103,7 @@ def host_zeros(num_blocks: int, block: tuple[int, ...], dtype: torch.dtype, devi
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A tensor of zeros. On the CPU no page of it takes memory before it is written: torch.zeros writes them all."""
+    """A tensor of zeros. On the CPU a page takes memory only when it is written; torch.zeros writes all pages."""
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

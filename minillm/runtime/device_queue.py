@@ -1,8 +1,8 @@
 """Handing work to a device without waiting for it, and knowing when it got there.
 
-A GPU works through what it is handed in order; whoever hands it over goes on at once. `CudaQueue` is torch's current
-stream seen that way, `HostQueue` the same on a CPU, where handing over is doing, in as many threads as cores
-are free (`FreeCores`).
+A GPU carries out its work in order, and the caller goes on at once. `CudaQueue` is torch's current stream seen that
+way. `HostQueue` is the same on a CPU, where work is done as it is handed over, in as many threads as there are free
+cores (`FreeCores`).
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-LOOK_EVERY = 0.25  # seconds, between looks at what other processes do; the system counts in hundredths
+LOOK_EVERY = 0.25  # seconds between looks at other processes; the system counts in hundredths
 CALM_LOOKS = 2  # in a row, before steps use more cores again
 TOLERATED = 0.3  # of a core that others may use
-LEAST_WORK = 0.25  # of a core: who has used less since the last look has rested
+LEAST_WORK = 0.25  # of a core: a process that has used less since the last look has rested
 STATISTICS = Path("/proc/stat")  # Linux's
 
 
@@ -68,7 +68,7 @@ class FreeCores:
 
     @contextmanager
     def as_threads(self) -> Iterator[None]:
-        """Torch and the kernels share so many threads, of those that the caller gave torch."""
+        """Within this block torch and the kernels use a thread per free core, at most as many as torch had."""
         given = torch.get_num_threads()
         threads = given if given == 1 else int(min(given, self.usable()))
         if threads == given:
@@ -81,14 +81,14 @@ class FreeCores:
             torch.set_num_threads(given)
 
     def usable(self) -> float:
-        """Cores, 1 at least, for work that begins now. Fewer at once when others come, more when they stay away."""
+        """Cores, 1 at least, for work that begins now. Fewer as soon as others need cores, more once they are idle."""
         before = self._seen
         if before is not None and time.perf_counter() - before.time >= LOOK_EVERY:
             now = self._seen = look()
             seconds = now.time - before.time
             has_rested = now.own - before.own < seconds * LEAST_WORK
             others = (now.others - before.others) / seconds
-            if has_rested:  # what they did meanwhile is over, or not: who wants a core at this moment?
+            if has_rested:  # what they did meanwhile may be over: who needs a core now?
                 others = min(now.running, look().running) - 1
             free = max(1, math.floor(len(own_cores()) - others + TOLERATED))
             self._calm = self._calm + 1 if free > self._usable else 0
@@ -107,7 +107,7 @@ class Look(NamedTuple):
 
 
 def look() -> Look | None:
-    """None where the system does not tell: all cores are free then."""
+    """What the cores have done. None where the system does not tell: all cores count as free then."""
     try:
         lines = STATISTICS.read_text().splitlines()
     except OSError:
@@ -137,8 +137,8 @@ class Anchor(NamedTuple):
 class CudaQueue:
     """The current stream of a CUDA device. Marks are events with times.
 
-    An event knows only how long ago another one was. The first is timed with the device at rest; each one that is
-    waited for then times the next, because a distance is float32 milliseconds and long ones are coarse.
+    An event tells only the time since another event. The first is timed with the device idle; then each one that is
+    waited for times the next, because the difference is float32 milliseconds and long ones are coarse.
     """
 
     def __init__(self, device: torch.device):
@@ -149,7 +149,7 @@ class CudaQueue:
         self._anchor = Anchor(event, time.perf_counter())
 
     def run(self, work: Callable[[], None]) -> None:
-        """Hand the work in: whatever it launches comes after all that was launched before."""
+        """Do the work now: what it launches comes after all that was launched before."""
         with on_device(self.device):
             work()
 
@@ -172,7 +172,7 @@ Queue = HostQueue | CudaQueue
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Where Triton launches, and events and graphs are recorded: on this GPU, whichever the process used last."""
+    """Within this context Triton launches, and events and graphs are recorded, on this GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -23,7 +23,7 @@ def decode(message: bytes) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What json cannot write by itself, as something it can."""
+    """A value that json cannot write by itself, as one that it can."""
     if dataclasses.is_dataclass(value):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
     if isinstance(value, Mapping):

@@ -19,9 +19,9 @@ NULL_BLOCK = 0  # never handed out: what the padding of a rectangle of block tab
 class RunnerOptions:
     """What a worker reads: how it is to compute, and the largest steps it must have memory for."""
 
-    attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton", "flash"; "auto" = the fastest that will do
+    attention_backend: str = "auto"  # "reference", "cpu", "cuda", "triton", "flash"; "auto" = the fastest that fits
     enforce_eager: bool = False  # on a GPU: no CUDA graphs, every kernel is launched from Python
-    fused_ops: bool = True  # neighbouring small operations run as one kernel, where there is one
+    fused_ops: bool = True  # neighbouring small operations run as one kernel where one exists
     max_num_seqs: Positive = 64  # requests that run at the same time: how large graphs and buffers are made
     max_num_batched_tokens: Positive = 512  # tokens of one step
     max_model_len: Positive = 2048  # prompt and output tokens of one request
@@ -32,10 +32,10 @@ DEFAULT_OPTIONS = RunnerOptions()
 
 
 class NewRequest(NamedTuple):
-    """A request that joins the batch, as an executor must know it until it is finished or preempted.
+    """A request that joins the batch: what an executor must know until it is finished or preempted.
 
-    Its tokens travel here and nowhere else. What is sampled from then on the executor keeps, and reads itself in the
-    next step: a plan says positions.
+    Its tokens are sent only here. The executor keeps what it samples later and reads it in the next step: a plan
+    contains positions only.
     """
 
     request_id: str
@@ -51,7 +51,7 @@ class NewRequest(NamedTuple):
 
     @property
     def known_tokens(self) -> dict[str, Sequence[int]]:
-        """What sampling must know of its tokens; `ending_ids` cannot be sampled before `params.min_tokens`."""
+        """What sampling needs of its tokens; `ending_ids` cannot be sampled before `params.min_tokens`."""
         ending_ids = (*self.params.stop_token_ids, *self.eos_token_ids)
         prompt, output = self.prompt_token_ids, self.output_token_ids
         return {"prompt_token_ids": prompt, "output_token_ids": output, "ending_ids": ending_ids}
@@ -83,11 +83,11 @@ class ScheduledRequest(NamedTuple):
     why: Why  # for the trace; an executor need not know
     first_block: int = 0
     block_ids: Sequence[int] = ()
-    num_recomputed: int = 0  # of its tokens, the first so many had been computed before a preemption; for the trace
+    num_recomputed: int = 0  # its first tokens, computed before a preemption; for the trace
 
     @property
     def end(self) -> int:
-        """Position behind the last of them: how many tokens have been computed after the step."""
+        """Position after the last of them: how many tokens have been computed after the step."""
         return self.start + self.num_tokens
 
 
@@ -97,22 +97,22 @@ class SchedulerOutput:
 
     step: int
     start_time: float  # seconds on the scheduler's clock
-    decodes: dict[str, int] = field(default_factory=dict)  # who computes one token, samples and needs no more: position
-    others: list[ScheduledRequest] = field(default_factory=list)  # everybody else, behind them
+    decodes: dict[str, int] = field(default_factory=dict)  # requests that compute one token and sample: position
+    others: list[ScheduledRequest] = field(default_factory=list)  # all others, after them
     new_requests: list[NewRequest] = field(default_factory=list)  # join the batch in this step
-    finished_ids: list[str] = field(default_factory=list)  # out of the batch since the last plan: forget them, first
+    finished_ids: list[str] = field(default_factory=list)  # left the batch since the last plan: forget them first
     preempted_ids: list[str] = field(default_factory=list)  # preempted in this plan: forget them too
     block_moves: list[BlockMove] = field(default_factory=list)  # before anything is computed, in this order
     num_tokens: int = 0  # tokens to compute, without padding
     row_length: int | None = None  # padded batching: every row is padded to this many tokens
     padding_rows: list[str] = field(default_factory=list)  # padded batching: ended requests that still take a row
-    launched: float | None = None  # on the scheduler's clock, noted by whoever launched it; for the trace
+    launched: float | None = None  # on the scheduler's clock, set by the caller that launched it; for the trace
 
     @property
     def scheduled(self) -> list[ScheduledRequest]:
-        """Everybody in one form, to look at.
+        """All requests in one form, for reading.
 
-        `decodes` is the same without an object a request: of 256 of them, making and reading these takes 0.15 ms.
+        `decodes` is the same without an object per request: making and reading 256 objects takes 0.15 ms.
         """
         decodes = [ScheduledRequest(name, start, 1, True, "decode") for name, start in self.decodes.items()]
         return decodes + self.others
@@ -145,9 +145,9 @@ class PendingOutput(Protocol):
     """A step that has been launched; the device may still be computing it."""
 
     def result(self) -> ModelOutput:
-        """Wait for the step and read its result. Raises what the step raised. The same every time."""
+        """Wait for the step and return its result, the same every time. Raises what the step raised."""
 
 
 def not_finite(request_id: str) -> str:
-    """Why a request failed whose logits, or hidden states, are NaN or infinite."""
+    """The message for a request whose logits or hidden states are NaN or infinite."""
     return f"what the model computed for request {request_id!r} is not finite; its cache was discarded"

@@ -11,8 +11,8 @@ from minillm.model import Decoder
 def mean_hidden_state(model: Decoder, token_ids: list[int], chunk_size: int) -> Tensor:
     """[T] token ids -> [hidden], the mean over all T of what the model's final norm gives; float32 at least.
 
-    At most `chunk_size` tokens go through the model at once, and attend to those before them through a cache of their
-    own, which is as long as the text.
+    At most `chunk_size` tokens go through the model at once. They attend to those before them through a cache of their
+    own, as long as the text.
     """
     config, stored = model.config, {}  # of each layer, the keys and values of all tokens so far
 

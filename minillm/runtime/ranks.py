@@ -1,11 +1,11 @@
 """Tensor parallelism: the processes that hold one model together, joined by torch.distributed (gloo, on GPUs NCCL).
 
-Rank 0 is the engine's worker process. What it is asked to do it tells the other ranks, in the same words and the same
-order, and all compute it: every rank follows every plan, and samples the same tokens from the same gathered logits.
-Whoever raises an error ends, and with one of them all end.
+Rank 0 is the engine's worker process. It passes every call on to the other ranks, unchanged and in order. Every rank
+carries out every plan, and samples the same tokens from the same gathered logits. A rank that raises an error ends, and
+all others end with it.
 
-The ranks are started here, on one machine; or they are there already, one on each GPU of several machines, as torchrun
-starts them and as its environment variables say: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+The ranks are started here, on one machine. Or torchrun has started them, one on each GPU of several machines, and its
+environment variables say so: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
 import os
@@ -38,7 +38,7 @@ PLACE = "MINILLM_RANKS_MEET_AT"  # the file of ranks that are all on this machin
 BY_HAND = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 FOREVER = timedelta(days=3650)  # of waiting for the next plan
-LOOK_EVERY = 0.5  # seconds between looks whether the parent process still lives
+LOOK_EVERY = 0.5  # seconds between checks that the parent process is alive
 
 
 class RankGroup:
@@ -79,7 +79,7 @@ class RankGroup:
         return torch.cat(parts, dim=-1)
 
     def worst(self, profile: MemoryProfile) -> MemoryProfile:
-        """What is safe for every rank: each has an equal part of a machine's memory, and on a card the whole card."""
+        """A profile safe for every rank: on a CPU each has an equal part of the memory, on a GPU the whole card."""
         host = profile.host_available // self.local_size
         available = host if profile.on_cpu else profile.available
         profile = profile._replace(available=available, host_available=host, num_ranks=self.size)
@@ -96,16 +96,16 @@ class RankGroup:
     # --- calls ---
 
     def tell(self, message: bytes) -> None:
-        """Rank 0 has been asked this."""
+        """Rank 0 passes on a call."""
         self._broadcast(message, 0)
 
     def dismiss(self) -> None:
-        """Rank 0 will not be asked any more."""
-        with suppress(RuntimeError):  # one of the others has ended before
+        """Rank 0 says that no call will follow."""
+        with suppress(RuntimeError):  # another rank has ended already
             self.tell(b"")
 
     def hear(self) -> bytes:
-        """What rank 0 has been asked. Waits for it; the empty message if it is gone."""
+        """Wait for the next call to rank 0 and return it; the empty message if rank 0 is gone."""
         try:
             return self._broadcast(b"", 0)
         except RuntimeError:  # as gloo has it
@@ -124,16 +124,16 @@ class RankGroup:
 
 
 def _end_with(parent: int) -> None:
-    """Whatever this process waits for: it ends when its parent is gone."""
+    """This process ends when its parent is gone, whatever it waits for."""
     while os.getppid() == parent:
         time.sleep(LOOK_EVERY)
     os._exit(1)
 
 
 def follow(device: str) -> None:
-    """The life of every rank but the first: do what rank 0 is asked to do, until it has no more. Does not return."""
+    """The main loop of every rank but the first: do what rank 0 passes on, until the end. Does not return."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine
-    if PLACE not in os.environ:  # torchrun asks all to end, and rank 0 may have requests to bring to their end
+    if PLACE not in os.environ:  # torchrun asks all to end, and rank 0 may still have to finish requests
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     server, unread = _Server(), deque()
     try:
@@ -141,7 +141,7 @@ def follow(device: str) -> None:
         while message := server._group.hear():
             method, arguments = messages.decode(message)
             is_step = method == "execute_model"
-            while len(unread) > (MOST_IN_FLIGHT - 1 if is_step else 0):  # as rank 0 keeps it
+            while len(unread) > (MOST_IN_FLIGHT - 1 if is_step else 0):  # as rank 0 does
                 unread.popleft().result()
             result = METHODS[method](server, *arguments)
             unread.extend([result] if is_step else [])
@@ -152,7 +152,7 @@ def follow(device: str) -> None:
 
 
 def tell_why_it_ends(group: RankGroup | None, error: BaseException) -> None:
-    """On stderr: our own errors in a line, because rank 0 raises them too, as a rule; all else with its trace."""
+    """On stderr: our own errors in one line, because rank 0 mostly raises them too; others with a stack trace."""
     if isinstance(error, MiniLLMError):
         print(f"rank {group.rank if group else '?'}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     else:
@@ -163,12 +163,12 @@ def tell_why_it_ends(group: RankGroup | None, error: BaseException) -> None:
 
 
 def is_started_by_others(environment: Mapping[str, str] = os.environ) -> bool:
-    """True if this process is one of several that somebody else starts, such as torchrun."""
+    """True if this process is one of several that another program, such as torchrun, starts."""
     return "RANK" in environment
 
 
 def check_ranks(config: ModelConfig, size: int, device: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises ConfigError for what cannot become ranks: of this model, on these devices, as the environment has it.
+    """Raises ConfigError if ranks of this model are not possible on these devices, in this environment.
 
     Warns (UserWarning) if there are more ranks than cores.
     """
@@ -235,9 +235,9 @@ def start_ranks(
     device: torch.device | str = "cpu",
     num_tokens: int | None = None,
 ) -> ProcessWorker:
-    """The ranks of a model, as one worker. In a process that torchrun started as another rank than 0: does not return.
+    """The ranks of a model, as one worker. Does not return in a process that torchrun started as a rank other than 0.
 
-    Raises ConfigError for what cannot become ranks, before a process is started, and what `Worker.load` raises.
+    Raises ConfigError, before a process is started, as `check_ranks` does, and what `Worker.load` raises.
     """
     check_ranks(read_config(locate(model, dtype, device)[0]), size, str(device))
     if is_started_by_others() and os.environ["RANK"] != "0":
@@ -246,14 +246,14 @@ def start_ranks(
 
 
 def environment_of(rank: int, size: int, place: Path) -> dict[str, str]:
-    """What a rank that is started here is told: as torchrun has it, and where they meet."""
+    """The environment of a rank that is started here: torchrun's variables, and where the ranks meet."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, PLACE: f"file://{place}"}
     nearby = {"GLOO_SOCKET_IFNAME": LOOPBACK[sys.platform]} if sys.platform in LOOPBACK else {}
     return nearby | {name: str(value) for name, value in told.items()}
 
 
 def start_follower(rank: int, size: int, place: Path, device: str) -> subprocess.Popen:
-    """One of the ranks behind the first."""
+    """Start one of the ranks after the first."""
     return subprocess.Popen(
         [sys.executable, "-P", "-c", f"from minillm.runtime.ranks import follow; follow({device!r})"],
         stdin=subprocess.DEVNULL,

@@ -1,8 +1,8 @@
 """Carries out plans: a step is prepared on the host, brought to the device in one copy, computed, its tokens sent back.
 
 All of it is handed to the device's queue, and `launch` returns. The next step may be launched before this one is read:
-what was sampled is in the request's row of tokens on the device, where that step takes it from. On a CPU handing over
-is doing, and a step is over when `launch` returns.
+it takes sampled tokens from the request's row of tokens on the device. On a CPU the work is done at once, and a step is
+over when `launch` returns.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,9 +44,9 @@ from minillm.sampling import (
 class Runner:
     """Runs a scheduler's plans on a model with a paged cache, on any device.
 
-    A request's random numbers follow from its seed and the number of the token alone: neither the other requests of the
-    step matter nor how it is run, nor a restart. On a GPU a step in which every request decodes is one graph; whoever
-    asks for more than a temperature is sampled for behind it.
+    A request's random numbers follow only from its seed and the number of the token. The other requests of the step do
+    not matter, nor how it is run, nor a restart. On a GPU a step in which every request decodes is one graph; requests
+    with more than a temperature are sampled after it.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Runner:
         """`backend`: the kernels of attention, by default torch's. `operations`: a module of small operations that are
         fused (`kernels.ops`, `cpu`, `triton_ops`), by default the model's own.
 
-        `trusted`: kernels need not look at their arguments, because a step like those to come has been tried. Unless
-        `options.enforce_eager`, records a graph for every size of a decode step, if the backend can be.
+        `trusted`: kernels need not check their arguments, because such a step has been tried before. Unless
+        `options.enforce_eager`, records a graph for every size of a decode step, if the backend allows it.
         """
         self.model = model
         self.cache = cache
@@ -81,7 +81,7 @@ class Runner:
         is_mirrored = device.type != "cpu" or queue is not None or self.backend.name == "triton"
         self.queue = queue or queue_for(device)
         self.batch = Batch(options, cache.block_size, device, self.queue.run, is_mirrored)
-        self.prompts: dict[str, Sequence[int]] = {}  # of requests that want their log-probabilities
+        self.prompts: dict[str, Sequence[int]] = {}  # of requests that ask for prompt log-probabilities
         self.mask_bytes = 0  # of the last step
         self.graphs, self.graph_bytes = {}, 0  # by number of requests, rising; what they hold on a GPU
         if self.backend.capturable and not options.enforce_eager and is_mirrored:
@@ -103,9 +103,9 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput) -> PendingOutput:
-        """Hand the plan of one step to the device. Waits for nothing: neither for this step nor for one before.
+        """Hand the plan of one step to the device. Waits neither for this step nor for one before.
 
-        A request whose logits are not finite gets no token and will be listed in `failed`; the others are not touched.
+        A request whose logits are not finite gets no token and will be listed in `failed`; the others are not affected.
         """
         self.follow(plan)
         if not plan.num_requests:
@@ -115,11 +115,11 @@ class Runner:
         self.queue.run(partial(self._run, step, output))
         output.ended = self.queue.mark()
         if not self.batch.is_mirrored or (output.judged and self.model.shard.size > 1):
-            output.result()  # it is over, nothing need be kept for log-probabilities; or ranks make them together
+            output.result()  # keep nothing for log-probabilities once it is over; and ranks make them together
         return output
 
     def follow(self, plan: SchedulerOutput) -> None:
-        """Do what the plan says of requests and blocks before anything is computed."""
+        """Apply what the plan says about requests and blocks, before anything is computed."""
         gone = (*plan.finished_ids, *plan.preempted_ids)
         self.batch.remove(gone)
         for request_id in gone:
@@ -139,7 +139,7 @@ class Runner:
                     self.queue.run(partial(self.cache.clear, part, table))
 
     def _judged(self, plan: SchedulerOutput) -> list["JudgedPrompt"]:
-        """The parts of prompts that the step computes, of requests that want their log-probabilities."""
+        """The parts of prompts in this step whose log-probabilities are asked for."""
         judged, first = [], 0
         for part in sorted(plan.scheduled, key=lambda part: part.num_tokens > 1):  # as the batch has them
             following = self.prompts.get(part.request_id, ())[part.start + 1 : part.end + 1]
@@ -152,7 +152,7 @@ class Runner:
     # --- on the device ---
 
     def _run(self, step: Step, output: "StepOutput") -> None:
-        """All that a step is to the device, in its order."""
+        """The work of a step on the device, in order."""
         buffer = step.buffer
         if self.batch.is_mirrored:
             buffer = self._static if step.graph else self._new_buffer(len(step.buffer))
@@ -170,7 +170,7 @@ class Runner:
         output.token_ids.copy_(token_ids[output.places], non_blocking=True)
 
     def _new_buffer(self, size: int) -> Tensor:
-        """Zeros: as the inputs of a step they are of no request, and only the null block is written to."""
+        """Zeros: as inputs of a step they belong to no request and write only to the null block."""
         return torch.zeros(size, dtype=torch.int64, device=self.model.device)
 
     def _compute(
@@ -195,7 +195,7 @@ class Runner:
         return found[0] if len(found) == 1 else torch.cat(found), logits
 
     def attention(self, inputs: StepInputs, max_queries: int = 0) -> PagedAttention:
-        """What attends in a step: all that its layers have in common, made once."""
+        """The attention of a step: what its layers have in common, made once."""
         tables = self.batch.device_tables
         attend = PagedAttention(
             self.backend,
@@ -217,7 +217,7 @@ class Runner:
 
     def _keep(self, places: Tensor, token_ids: Tensor) -> None:
         """Put [R] new tokens where the next step finds them."""
-        # An unusable id must not be looked up: the failed request may be in a step that is launched already.
+        # An unusable id must not be looked up: the failed request may be in a step launched already.
         self.batch.tokens.view(-1).index_copy_(0, places, token_ids.clamp(min=0).to(torch.int32))
 
     def _sample_asking(self, token_ids: Tensor, logits: Tensor, inputs: StepInputs, output: "StepOutput") -> None:
@@ -256,17 +256,17 @@ class Runner:
 
 
 class JudgedPrompt(NamedTuple):
-    """A part of a prompt whose log-probabilities are wanted."""
+    """A part of a prompt whose log-probabilities are asked for."""
 
     request_id: str
     start: int  # position of the first token that is judged
     token_ids: Sequence[int]  # those
-    most: int  # so many of the likeliest are told beside each
+    most: int  # how many of the likeliest are listed with each
     first_row: int  # of the hidden states that they are judged by
 
 
 class StepOutput:
-    """A step that was launched. Reading it waits for this step alone, whatever was launched behind it."""
+    """A step that was launched. Reading it waits only for this step, whatever was launched after it."""
 
     def __init__(self, runner: Runner, step: Step, judged: Sequence[JudgedPrompt]):
         self.step = step
@@ -281,7 +281,7 @@ class StepOutput:
         num_sampled, num_checked = len(step.sampled_ids), len(step.checked_ids)
         padded = step.layout.num_sampled
         self.places: slice | list[int] = slice(num_sampled + num_checked)  # of the ids that count
-        if num_checked and padded > num_sampled:  # on a CPU, where nobody waits for a list of places
+        if num_checked and padded > num_sampled:  # on a CPU, where a list of places costs no wait
             self.places = [*range(num_sampled), *range(padded, padded + num_checked)]
         pinned = runner.model.device.type == "cuda"
         self.token_ids = torch.empty(num_sampled + num_checked, dtype=torch.int64, pin_memory=pinned)
@@ -290,9 +290,9 @@ class StepOutput:
         self._output: ModelOutput | None = None
 
     def result(self) -> ModelOutput:
-        """Wait for the step and read what it brought. Raises what the step raised. The same every time.
+        """Wait for the step and return what it brought, the same every time. Raises what the step raised.
 
-        Log-probabilities are computed now, behind what was launched since: whoever asks for them gives up the overlap.
+        Log-probabilities are computed now, after what was launched since, so asking for them costs the overlap.
         """
         if self._output is None:
             device_times = self._queue.wait(self.began, self.ended)
@@ -302,7 +302,7 @@ class StepOutput:
 
     def _read(self) -> ModelOutput:
         step, token_ids = self.step, self.token_ids.tolist()
-        sampled = dict(zip(step.sampled_ids, token_ids, strict=False))  # token ids of the others are none
+        sampled = dict(zip(step.sampled_ids, token_ids, strict=False))  # the others have no token ids
         failed = {}
         if min(token_ids) < 0:
             for request_id, token_id in zip((*step.sampled_ids, *step.checked_ids), token_ids, strict=True):

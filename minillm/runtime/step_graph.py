@@ -1,7 +1,7 @@
 """CUDA graphs: a step recorded once and replayed by one call, and how many requests each is recorded for.
 
-A decode step is some ten kernels per layer, and launching one from Python takes longer than a small one runs. A graph
-is the whole list, launched at once, with the addresses and shapes of the recording. So what goes in must lie where it
+A decode step is about ten kernels per layer, and launching one from Python takes longer than a small one runs. A graph
+is the whole list, launched at once, with the addresses and shapes of the recording. So the inputs must lie where they
 lay then, and a step of fewer requests is padded.
 """
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from minillm.runtime.device_queue import on_device
 
 FINE_UP_TO = 16  # powers of two below, equal steps above
-LEAST_STEP = 16  # rows of padding cost little while reading the weights decides; a recording takes time and memory
+LEAST_STEP = 16  # padding rows are cheap while reading the weights dominates; a recording takes time and memory
 
 
 def bucket_sizes(most: int) -> list[int]:
     """The numbers of requests that graphs are recorded for: 1, 2, 4, 8, 16, then every 16, up to `most` itself.
 
-    Above 256 they stand further apart, an eighth of the power of two below them: at most that share is padding.
+    Above 256 the distance is an eighth of the power of two below them: at most that share is padding.
     """
     sizes, size = [], 1
     while size < most:
@@ -35,15 +35,15 @@ class HostGraph:
         self._compute = compute
 
     def replay(self) -> Tensor:
-        """What the function makes of what lies there now."""
+        """Returns what the function computes from what lies there now."""
         return self._compute()
 
 
 class CudaGraph:
     """A recording of one call. Recordings that share a `pool` use the same memory: only one may be replayed at a time.
 
-    The function must neither wait for the device nor take anything from the host but what was known when it was
-    recorded. It runs once before, so that kernels are compiled and libraries loaded outside the recording.
+    The function must not wait for the device, and from the host it may use only what was known at the recording. It
+    runs once before, so that kernels are compiled and libraries loaded outside the recording.
     """
 
     def __init__(self, compute: Callable[[], Tensor], pool: tuple[int, int]):
@@ -53,13 +53,13 @@ class CudaGraph:
             self._output = compute()
 
     def replay(self) -> Tensor:
-        """Launch all that was recorded; what it made, until the next replay of any graph of the pool."""
+        """Launch all that was recorded; returns its result, valid until the next replay of a graph of the pool."""
         self._graph.replay()
         return self._output
 
 
 def record(computes: dict[int, Callable[[], Tensor]], device: torch.device) -> dict[int, HostGraph | CudaGraph]:
-    """A graph for each size, smallest first; made from the largest down: what others need fits in what it has taken."""
+    """A graph for each size, smallest first. The largest is recorded first: the others fit in the memory it took."""
     if device.type == "cpu":
         return {size: HostGraph(computes[size]) for size in sorted(computes)}
     with on_device(device):
@@ -69,7 +69,7 @@ def record(computes: dict[int, Callable[[], Tensor]], device: torch.device) -> d
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes free on a GPU, with what torch keeps of no tensor given back before; 0 on a CPU, where nobody asks."""
+    """Bytes free on a GPU, after torch has returned its unused memory; 0 on a CPU, where it is not needed."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)

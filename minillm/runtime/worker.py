@@ -29,7 +29,7 @@ from minillm.runtime.runner import Runner
 from minillm.runtime.step_graph import bucket_sizes, free_bytes
 from minillm.sampling import MOST_LOGPROBS, PROMPT_ROWS, SamplingParams
 
-# All that sampling can be asked to do at once, as the worst step does for every request.
+# All that sampling can be asked to do at once; the worst step does it for every request.
 COSTLIEST_PARAMS = SamplingParams(
     temperature=1.0, top_k=2, top_p=0.5, min_p=0.01, seed=0, max_tokens=1, min_tokens=1, logit_bias={0: 1.0},
     presence_penalty=1.0, frequency_penalty=1.0, repetition_penalty=2.0, logprobs=MOST_LOGPROBS,
@@ -47,7 +47,7 @@ class Worker:
         self.options = options
         self.backend: Backend | None = None  # from `profile` or `init_cache` on; `backend.why` says how it was picked
         self.runner: Runner | None = None  # from `init_cache` on
-        self._is_profiled = False  # kernels have taken a step like those to come
+        self._is_profiled = False  # kernels have run a step like those to come
 
     @classmethod
     def load(
@@ -62,15 +62,15 @@ class Worker:
     ) -> "Worker":
         """A worker for a model by name, folder or hub id, which samples among the first `num_tokens` ids.
 
-        The tokenizer, which tells how many ids there are, stays with the engine. With a `shard` it is a rank, and the
-        other ranks must be called as it is. Raises what `load_model` raises.
+        The tokenizer, which knows how many ids there are, stays with the engine. With a `shard` it is a rank, and the
+        other ranks need the same calls. Raises what `load_model` raises.
         """
         folder, dtype, device = locate(model, dtype, device)
         config = replace(read_config(folder), num_tokens=num_tokens)
         return cls(load_decoder(folder, config, dtype, device, pack=True, shard=shard), options)
 
     def profile(self) -> MemoryProfile:
-        """Run a step that needs as much as any within the options' limits; what it needed beside weights and cache.
+        """Run a step that needs as much as any within the limits; returns what it needed beside weights and cache.
 
         Raises KernelError, before anything is allocated, if the backend asked for does not take the model.
         """
@@ -95,19 +95,19 @@ class Worker:
         )
 
     def _measure(self, plan: SchedulerOutput) -> tuple[int, int]:
-        """Bytes of a step at its peak, beside weights and cache: without its masks, and of these."""
+        """Peak bytes of a step beside weights and cache: without its masks, and of the masks."""
         model, num_blocks = self.model, 1 + max(max(part.block_ids) for part in plan.others)
         cache = CacheEngine(model.config, num_blocks, self.options.block_size, model.dtype, model.device)
         with first_layer_alone(model), PeakMemory(model.device) as memory:
             runner = self._new_runner(cache, replace(self.options, enforce_eager=True))
             unread = runner.launch(plan)
-            if runner.batch.is_mirrored:  # read late, what log-probabilities are made of is kept meanwhile
+            if runner.batch.is_mirrored:  # read late: what log-probabilities need is kept meanwhile
                 runner.launch(replace(plan, new_requests=[])).result()
             unread.result()
         return memory.peak_bytes - runner.mask_bytes, runner.mask_bytes
 
     def _measure_graphs(self) -> int:
-        """Bytes to leave for graphs: they share the memory of the largest decode step, which is theirs alone."""
+        """Bytes to leave for graphs: they share the memory of the largest decode step, which only they use."""
         options = self.options
         plan = decode_plan(options.max_num_seqs, options.max_model_len, options.block_size)
         return self._measure(plan)[0] + RECORDING_BYTES + GRAPH_BYTES * len(bucket_sizes(options.max_num_seqs))
@@ -119,7 +119,7 @@ class Worker:
         """
         model = self.model
         self.backend = self._choose()
-        self.runner = None  # its pool goes before the new one comes
+        self.runner = None  # free its pool before the new one is allocated
         size = (num_blocks, self.options.block_size)
         cache = CacheEngine(model.config, *size, model.dtype, model.device, num_host_blocks=num_host_blocks)
         self.runner = self._new_runner(cache, self.options, trusted=self._is_profiled)
@@ -151,18 +151,18 @@ class Worker:
         return self.runner.launch(plan)
 
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
-        """Carry out the plan of one step and wait for what comes of it."""
+        """Carry out the plan of one step and wait for its output."""
         return self.launch(plan).result()
 
     def encode(self, token_ids: Sequence[int]) -> Tensor:
-        """[hidden] a prompt's vector, see `mean_hidden_state`; the cache has no part in it."""
+        """[hidden] a prompt's vector, see `mean_hidden_state`; computed without the cache."""
         return mean_hidden_state(self.model, token_ids, self.options.max_num_batched_tokens)
 
     def check_alive(self) -> None:
         """It lives as long as this process."""
 
     def shutdown(self) -> None:
-        """Give the memory of pool and graphs back; on a GPU to whoever wants it there."""
+        """Give the memory of pool and graphs back; on a GPU, other processes can then use it."""
         self.runner = None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -187,14 +187,14 @@ def small_operations(model: Decoder, backend: Backend, block_size: int) -> Modul
 def card_memory(device: torch.device) -> tuple[int, int]:
     """Bytes that this process can still allocate on a CUDA device, and bytes of the whole device.
 
-    What torch keeps of no tensor does not count before it has been given back: some of it is of graphs that are alive.
+    Memory that torch caches counts only once it has been given back: some of it belongs to live graphs.
     """
     return free_bytes(device), torch.cuda.mem_get_info(device)[1]
 
 
 @contextmanager
 def first_layer_alone(model: Decoder) -> Iterator[None]:
-    """The layers run one after the other and are alike: one of them alone needs as much memory as all."""
+    """The layers run one after the other and are alike: one layer needs as much memory as all."""
     layers = model.layers
     model.layers = layers[:1]
     try:
@@ -206,9 +206,9 @@ def first_layer_alone(model: Decoder) -> Iterator[None]:
 def worst_plan(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> SchedulerOutput:
     """A step that needs at least as much memory as any within these limits.
 
-    As many requests as there can be, each at the end of the context; the first ones compute chunks as long as the
-    budget allows and all others still one token, so that it is exceeded by less than `max_num_seqs`. All read and write
-    the same blocks, 1, 2, ...: what is computed means nothing.
+    As many requests as there can be, each at the end of the context. The first ones compute chunks as long as the
+    budget allows, and all others one token, so the budget is exceeded by less than `max_num_seqs`. All read and write
+    the same blocks, 1, 2, ...: the results mean nothing.
     """
     chunks, left = [], max_num_batched_tokens
     for _ in range(min(max_num_seqs, max_num_batched_tokens)):
@@ -218,7 +218,7 @@ def worst_plan(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: in
 
 
 def decode_plan(num_seqs: int, max_model_len: int, block_size: int) -> SchedulerOutput:
-    """A step of so many requests with one new token each, at the end of the context, as in `worst_plan`."""
+    """A step of `num_seqs` requests with one new token each, at the end of the context, as in `worst_plan`."""
     return _plan_of([1] * num_seqs, SamplingParams(temperature=1.0, max_tokens=1), max_model_len, block_size)
 
 

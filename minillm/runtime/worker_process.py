@@ -1,4 +1,4 @@
-"""A worker in a process of its own: the engine lives on if it dies, and it ends if the engine does.
+"""A worker in a process of its own: the engine survives its death, and it ends if the engine does.
 
 The two talk over a socket, in JSON (see `messages`): a call is [method, arguments], its answer ["ok", result] or
 ["error", name of the error, message, stack trace]. Nothing is ever unpickled.
@@ -39,7 +39,7 @@ from minillm.runtime.worker import Worker
 if TYPE_CHECKING:
     from minillm.runtime.ranks import RankGroup
 
-LOOK_EVERY = 0.5  # seconds between looks whether the other process still lives, in case its end of the socket does
+LOOK_EVERY = 0.5  # seconds between checks that the other process is alive, in case its end of the socket stays open
 MOST_IN_FLIGHT = 2  # steps: one that is computed, and the next one
 GIVEN_TO_END = 2.0  # seconds a worker has to end by itself before it is killed
 ERRORS = {
@@ -69,17 +69,17 @@ class ProcessWorker:
     ):
         """Start the process and load the model there; same arguments and errors as `Worker.load`.
 
-        It computes with as many threads as this process; ranks on a CPU share them.
+        The worker computes with as many threads as this process; ranks on a CPU share them.
         """
         ours, theirs = socket.socketpair()
-        self._room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 8  # bytes that surely fit, unread
+        self._room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 8  # bytes that are sure to fit, unread
         self._connection = Connection(ours.detach())
         self._poller = poller_of(self._connection)
-        self._processes: list[subprocess.Popen] = []  # the first one is talked to
+        self._processes: list[subprocess.Popen] = []  # messages go to the first one
         self._folder = None if num_ranks == 1 else tempfile.mkdtemp(prefix="minillm-ranks-")
         self._end = weakref.finalize(self, _end, self._connection, self._processes, self._folder)
         self._ended: subprocess.Popen | None = None  # the one with which all ended
-        self._unanswered: deque[_Answer] = deque()  # answers come in the order of the calls, waited for or not
+        self._unanswered: deque[_Answer] = deque()  # answers arrive in the order of the calls
         try:
             with theirs:
                 self._start(theirs.fileno(), num_ranks, str(device))
@@ -89,7 +89,7 @@ class ProcessWorker:
             raise
 
     def _start(self, fileno: int, num_ranks: int, device: str) -> None:
-        """All processes, and let them find each other."""
+        """Start all processes, and let them find each other."""
         if num_ranks == 1:
             self._processes.append(_start(fileno))
             return
@@ -180,14 +180,14 @@ class ProcessWorker:
     def _receive(self) -> None:
         """Take in the next answer. Raises EOFError if the process has ended and left none."""
         while not self._poller.poll(LOOK_EVERY * 1e3):
-            if self._find_ended() and not self._poller.poll(LOOK_EVERY * 1e3):  # its last words, or rank 0's
+            if self._find_ended() and not self._poller.poll(LOOK_EVERY * 1e3):  # its last message, or rank 0's
                 raise EOFError
         with self._all_or_nothing():
             content = self._connection.recv_bytes()
             self._unanswered.popleft().content = messages.decode(content)
 
     def check_alive(self) -> None:
-        """Raises WorkerDiedError if the process has ended, though no call has noticed. From any thread."""
+        """Raises WorkerDiedError if the process has ended, even if no call has noticed. From any thread."""
         if self._find_ended():
             raise self._death()
 
@@ -206,7 +206,7 @@ class ProcessWorker:
         return self._ended is not None
 
     def _wait_for_ends(self) -> None:
-        """Find out who ended first: the others may end of it before it is quite gone itself."""
+        """Find out which ended first: the others may end because of it before it is quite gone."""
         self._ended, until = None, time.monotonic() + 2 * LOOK_EVERY
         while any(process.poll() is None for process in self._processes) and time.monotonic() < until:
             time.sleep(0.01)
@@ -217,7 +217,7 @@ class ProcessWorker:
         """One message passes; if only half of it does (Ctrl-C), nothing after it could be read."""
         try:
             yield
-        except (EOFError, OSError):  # there is nobody to read it any more, see `_dying_during`
+        except (EOFError, OSError):  # no process is left to read it, see `_dying_during`
             raise
         except BaseException:
             self.shutdown()
@@ -225,7 +225,7 @@ class ProcessWorker:
 
     @contextmanager
     def _dying_during(self, method: str) -> Iterator[None]:
-        """Says, if the process turns out to have ended, in which call."""
+        """If the process turns out to have ended, raise an error that names the call."""
         try:
             yield
         except (EOFError, OSError):
@@ -246,15 +246,15 @@ class ProcessWorker:
 
 
 class _Answer:
-    """What a call will have brought; nobody need wait for it."""
+    """The answer to a call, once it has come; it need not be waited for."""
 
     def __init__(self, worker: ProcessWorker, method: str):
         self.worker = worker
         self.method = method
-        self.content: list | None = None  # as soon as it has come
+        self.content: list | None = None  # None before it has come
 
     def result(self) -> ModelOutput:
-        """What came of the step."""
+        """The output of the step."""
         return messages.output_from(_result(*self.worker._wait(self)))
 
 
@@ -283,7 +283,7 @@ def _start(fileno: int, environment: Mapping[str, str] = MappingProxyType({})) -
 def _end(connection: Connection, processes: Sequence[subprocess.Popen], folder: str | None) -> None:
     """Close the socket, on which the processes end by themselves, and make sure that they did.
 
-    If one of several has come to a bad end, the others may wait for it.
+    If one of several has failed, the others may be waiting for it.
     """
     connection.close()
     is_late = any(process.poll() for process in processes)
@@ -314,7 +314,7 @@ def _result(status: str, *content: Any) -> Any:
 class _Server:
     """Holds the worker; its public methods are what can be called."""
 
-    _on_gpu = False  # where a step is computed after it has been launched
+    _on_gpu = False  # there, a step is computed after it has been launched
     _group = None  # the ranks that this process is one of
 
     def join(self, device: str) -> None:
@@ -364,7 +364,7 @@ def serve(connection: Connection, parent: int) -> None:
     while True:
         try:
             while not poller.poll(LOOK_EVERY * 1e3):
-                if os.getppid() != parent:  # killed, while a process it forked keeps the socket open
+                if os.getppid() != parent:  # killed while a process it forked keeps the socket open
                     return
             message = connection.recv_bytes()
             if server._group is not None:
@@ -376,7 +376,7 @@ def serve(connection: Connection, parent: int) -> None:
             result = _carry_out(server, method, arguments)
             if is_step and server._on_gpu:
                 unanswered.append(waiter.submit(_answer, connection, result, server._group))
-            else:  # it is there already
+            else:  # it has come already
                 _answer(connection, result, server._group)
         except (EOFError, OSError):
             if server._group is not None:
@@ -385,7 +385,7 @@ def serve(connection: Connection, parent: int) -> None:
 
 
 def _carry_out(server: _Server, method: str, arguments: list) -> Callable[[], Any]:
-    """Make a call; returns what tells its result, or raises its error."""
+    """Make a call; returns a function that returns its result or raises its error."""
     try:
         result = METHODS[method](server, *arguments)
     except Exception as error:
@@ -398,9 +398,9 @@ def _raise(error: Exception) -> None:
 
 
 def _answer(connection: Connection, result: Callable[[], Any], group: "RankGroup | None") -> None:
-    """Send the result of a call, when it is there, or its error: the engine decides.
+    """Send the result of a call, once it is there, or its error: the engine decides.
 
-    Of several ranks, the others do not wait for one that has failed: with an error that is nobody's to fix, all end.
+    Ranks do not wait for one that has failed: with an error that no caller can fix, all end.
     """
     try:
         message = messages.encode(("ok", result()))
@@ -413,11 +413,11 @@ def _answer(connection: Connection, result: Callable[[], Any], group: "RankGroup
 
 
 def main(fileno: int, parent: int) -> None:
-    """The process: serve the socket it was born with."""
+    """The process: serve the socket that it inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which closes the socket
     os.set_inheritable(fileno, False)
     serve(Connection(fileno), parent)
-    os._exit(0)  # the interpreter's own clearing up takes a second and is of no use to anybody
+    os._exit(0)  # the interpreter's own clean-up takes a second and is of no use
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor
 from minillm.sampling.params import SamplingParams
 from minillm.sampling.tensors import likeliest, wide
 
-NUCLEUS_ROUNDING = 1e-6  # logits in float32 do not say more exactly whether probabilities reach top_p
+NUCLEUS_ROUNDING = 1e-6  # float32 logits cannot tell more exactly whether probabilities reach top_p
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -20,7 +20,7 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     logits = logits.to(wide(logits))
     if not params.filters:
         return logits
-    # Temperature keeps their order, but rounding may make two of them equal: who is likelier is asked before.
+    # Temperature keeps their order, but rounding may make two of them equal: so they are compared before it.
     kept = logits
     if params.min_p > 0:
         scaled = logits / params.temperature
@@ -45,7 +45,7 @@ def _drop(logits: Tensor, dropped: Tensor) -> Tensor:
 
 
 def _outside_nucleus(logits: Tensor, scaled: Tensor, top_p: float) -> Tensor:
-    """True where the likelier tokens alone already reach `top_p`; the likeliest token is always inside."""
+    """True where the likelier tokens by themselves reach `top_p`; the likeliest token is always inside."""
     order = logits.argsort(dim=-1, descending=True, stable=True)
     probabilities = scaled.double().softmax(-1).gather(-1, order)
     before = probabilities.cumsum(-1) - probabilities  # probability of all likelier tokens

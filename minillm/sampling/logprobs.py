@@ -1,4 +1,4 @@
-"""What the model itself gave to tokens, before anything that a request asks for."""
+"""The probabilities the model itself gave to tokens, before anything that a request asks for."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 from minillm.sampling.params import SamplingParams, TokenLogprobs
 from minillm.sampling.tensors import likeliest, wide
 
-PROMPT_ROWS = 16  # hidden states of a prompt of which logits are made at once
+PROMPT_ROWS = 16  # hidden states of a prompt whose logits are computed at once
 
 
 def token_logprobs(logits: Tensor, params: Sequence[SamplingParams], token_ids: Tensor) -> dict[int, TokenLogprobs]:
@@ -26,7 +26,7 @@ def token_logprobs(logits: Tensor, params: Sequence[SamplingParams], token_ids: 
 def prompt_logprobs(
     logits_of: Callable[[Tensor], Tensor], hidden: Tensor, token_ids: Tensor, num_top: int
 ) -> list[TokenLogprobs]:
-    """[P, hidden] hidden states within a prompt and the [P] tokens that follow them -> what the model gave to these.
+    """[P, hidden] hidden states within a prompt and the [P] tokens that follow them -> the log-probabilities of these.
 
     `logits_of` makes logits of hidden states, `PROMPT_ROWS` at a time: those of a whole prompt would take much memory.
     """
@@ -37,12 +37,12 @@ def prompt_logprobs(
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
-    """[A, V] logits, [A] tokens, how many of the likeliest to tell in each row -> log-probabilities of each row.
+    """[A, V] logits, [A] tokens, how many of the likeliest to list per row -> log-probabilities of each row.
 
     A token's rank is 1 plus the number of likelier ones: equally likely ones have the same, which is the best of their
     places. The likeliest are listed in falling order, of equally likely ones the lower id first.
     """
-    # A row that is not finite is of a request that fails: whatever is said of it here, nobody hears it.
+    # A row that is not finite belongs to a request that fails: its result here is discarded.
     logprobs = logits.to(wide(logits)).log_softmax(-1).nan_to_num(nan=-math.inf, neginf=-math.inf)
     chosen = logprobs.gather(-1, token_ids[:, None])  # [A, 1]
     ranks = (logprobs > chosen).sum(-1) + 1

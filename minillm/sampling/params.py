@@ -31,26 +31,26 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020)
     min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest (Nguyen et al. 2024)
     presence_penalty: float = 0.0  # subtracted from the logit of every token that is in the output; -2 to 2
-    frequency_penalty: float = 0.0  # subtracted once for every time it is there; -2 to 2
+    frequency_penalty: float = 0.0  # subtracted once for every occurrence; -2 to 2
     repetition_penalty: float = 1.0  # of tokens in prompt or output: divides logits above 0, multiplies others
     logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
     min_tokens: int = 0  # output tokens before an eos or stop id can be sampled, or a stop string ends the output
     max_tokens: int | None = None  # output tokens at most; None = as many as fit
-    stop: str | Sequence[str] = ()  # strings that end the output and are cut from it; one alone needs no list
+    stop: str | Sequence[str] = ()  # strings that end the output and are cut from it; a single one needs no list
     stop_token_ids: Sequence[int] = ()  # ids that end the output, like eos; the id is kept, but not its text
-    include_stop_str_in_output: bool = False  # True: the text ends behind the stop string or stop id, not before it
+    include_stop_str_in_output: bool = False  # True: the text ends after the stop string or stop id, not before it
     ignore_eos: bool = False  # go on after an eos token, up to max_tokens
-    seed: int | None = None  # of this request's own random numbers; None = one that nobody has
+    seed: int | None = None  # of this request's own random numbers; None = a unique one
     n: int = 1  # outputs for the same prompt; the i-th is seeded with seed + i
-    logprobs: int | None = None  # log-probabilities of so many likeliest tokens beside each sampled one; None = none
-    prompt_logprobs: int | None = None  # the same beside each token of the prompt but the first
+    logprobs: int | None = None  # how many likeliest tokens to list with each sampled one; None = none
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
 
     def __post_init__(self):
         for name, default, check in _FIELDS:
             value = getattr(self, name)
             if value is not default and (type(value) is not type(default) or value != default):
                 value = default if value is None else check(name, value)
-                # A frozen dataclass has no other place to put what it was given into a plain form.
+                # A frozen dataclass has no other way to store the plain form.
                 object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError(
@@ -73,7 +73,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """True if some tokens may not be drawn though the model gives them a chance."""
+        """True if some tokens cannot be drawn although their probability is above 0."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
@@ -162,7 +162,7 @@ _FIELDS = [(field.name, field.default, _CHECKS[field.name]) for field in fields(
 
 
 def limited(params: SamplingParams, num_prompt_tokens: int, most_tokens: int) -> SamplingParams:
-    """The same with a number for `max_tokens`: None becomes what `most_tokens` leave behind the prompt, at least 1.
+    """The same with a number for `max_tokens`: None becomes what `most_tokens` leave after the prompt, at least 1.
 
     Raises SamplingParamsError if `min_tokens` does not fit.
     """
@@ -176,9 +176,9 @@ def finish_reason(
 ) -> tuple[str | None, int | None]:
     """Whether the newest output token ends the request: (finish reason, stop id that matched), (None, None) if not.
 
-    "stop" for an eos token (unless `ignore_eos`) or one of `stop_token_ids`, but for the first `min_tokens`; "length"
-    at `max_tokens`. Stop strings need text and are found by the `Detokenizer`. `token_ids` are the output tokens only,
-    the newest one included.
+    "stop" for an eos token (unless `ignore_eos`) or one of `stop_token_ids`, after the first `min_tokens`; "length" at
+    `max_tokens`. Stop strings need text and are found by the `Detokenizer`. `token_ids` are only the output tokens, the
+    newest one included.
     """
     newest = token_ids[-1]
     if len(token_ids) >= params.min_tokens:

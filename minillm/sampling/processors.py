@@ -13,8 +13,8 @@ from minillm.sampling.tensors import to_device
 class LogitsProcessor:
     """What one request asks for before its temperature; it counts the tokens that the request has.
 
-    In vLLM's order: `min_tokens` (ending tokens get -infinity), `logit_bias`, then the penalties. All that it counts
-    stays on the device, so that nobody waits for a token.
+    In vLLM's order: `min_tokens` (ending tokens get -infinity), `logit_bias`, then the penalties. All counts stay on
+    the device, so that no step waits for a token.
     """
 
     def __init__(
@@ -58,6 +58,6 @@ class LogitsProcessor:
             logits -= params.frequency_penalty * self._counts + params.presence_penalty * in_output
 
     def count(self, token_ids: Tensor) -> None:
-        """[n] tokens that the request has got; -1 for one that failed, and nothing comes of it."""
+        """[n] tokens that the request has got; -1 for one that failed, which does not count."""
         if self.params.penalizes:
             self._counts.index_add_(0, token_ids.clamp(min=0), torch.ones_like(token_ids, dtype=self._counts.dtype))

@@ -1,8 +1,7 @@
-"""How the next token is drawn: with noise that follows from a request's seed, the number of the token and its id alone.
+"""How the next token is drawn: with noise that depends only on a request's seed, the number of the token and its id.
 
-Noise that is counted instead of drawn from a generator's state can be made by any program for any token by itself. So
-a request's tokens depend on its own logits and seed: not on its neighbours in the batch, nor on who computes, nor on
-whether it was interrupted.
+Noise from a counter, not from a generator's state, can be made by any program for any single token. So a request's
+tokens depend on its own logits and seed, not on its neighbours in the batch, the device, or whether it was interrupted.
 """
 
 import secrets
@@ -21,15 +20,15 @@ PHILOX_ROUNDS = 10
 PHILOX_FACTORS = 0xD2511F53, 0xCD9E8D57
 PHILOX_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 LOW_HALF = 0xFFFFFFFF  # of 64 bits
-NOISE_STRIDE = 512  # ids between the four whose noise one count makes: a GPU's program reads 512 neighbours four times
+NOISE_STRIDE = 512  # between the four ids whose noise one count makes: a GPU's program reads 512 neighbours four times
 
 
 class SamplingState(NamedTuple):
-    """What is to be remembered of a request, so that its tokens can be sampled."""
+    """What is kept of a request so that its tokens can be sampled."""
 
     params: SamplingParams
     temperature: float  # 0 if greedy
-    seed: int  # without one, it gets one that nobody has
+    seed: int  # without one, a unique one
     processor: LogitsProcessor | None  # None: its logits are the model's own
     asks: bool  # for more than a temperature
 
@@ -44,7 +43,7 @@ class SamplingState(NamedTuple):
         output_token_ids: Iterable[int] = (),
         ending_ids: Iterable[int] = (),
     ) -> "SamplingState":
-        """Of a request that has these tokens already, for logits of `num_ids` ids; `ending_ids` are eos and stop ids.
+        """The state of a request that has these tokens, for logits of `num_ids` ids; `ending_ids` are eos and stop ids.
 
         Prompt and output matter only if its `params` penalize, `ending_ids` only with `min_tokens`.
         """
@@ -65,14 +64,14 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
     """[R, V] logits of R requests -> [R] token ids, drawn from softmax(logits / temperature) in one pass.
 
     The largest of logits / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954; Maddison et al. 2014):
-    no sum, no sorting, no second look. `temperatures` [R] float32, below GREEDY_BELOW for the likeliest token, of
-    several the first. `seeds` and `draws` [R] int64: the noise follows from them and the token id alone. `draws` are
-    the numbers of the requests' output tokens, from 0. -1 for a row that has NaN or +infinity.
+    no sum, no sorting, no second pass. `temperatures` [R] float32, below GREEDY_BELOW for the likeliest token, the
+    first of several. `seeds` and `draws` [R] int64: the noise depends only on them and the token id. `draws` are the
+    numbers of the requests' output tokens, from 0. Returns -1 for a row that has NaN or +infinity.
     """
     best, token_ids = logits.max(-1)
     drawing = temperatures >= GREEDY_BELOW
     columns = (logits, temperatures, seeds, draws)
-    if not logits.is_cpu:  # nobody waits to hear who draws
+    if not logits.is_cpu:  # asking which rows draw would be a wait
         drawn = _draw(logits, torch.where(drawing, temperatures, 1), seeds, draws)
         token_ids = torch.where(drawing, drawn, token_ids)
     elif len(rows := drawing.numpy().nonzero()[0]) == len(logits):
@@ -91,7 +90,7 @@ def _draw(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) ->
 def gumbel_noise(seeds: Tensor, draws: Tensor, num_ids: int) -> Tensor:
     """[R] seeds and numbers of draws -> [R, num_ids] float32 noise, the same for the same three numbers.
 
-    Of a number u in (0, 1) noise is -log(-log(1 - u)): a large one comes of a small u, where float32 is finest.
+    The noise of a number u in (0, 1) is -log(-log(1 - u)): large noise comes from small u, where float32 is finest.
     """
     counts = torch.arange(-(-num_ids // (4 * NOISE_STRIDE)) * NOISE_STRIDE, device=seeds.device)
     bits = philox(counts, seeds[:, None], draws[:, None]).float()  # [4, R, counts]
@@ -110,9 +109,9 @@ def philox(counts: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     key = torch.stack((seeds, seeds >> 32))
     counts, draws = torch.broadcast_tensors(counts, draws)
     multiplied, others = torch.stack((counts, draws)) & LOW_HALF, torch.stack((torch.zeros_like(draws), draws >> 32))
-    for _ in range(PHILOX_ROUNDS):  # both multiplications at once: on a CPU, what it costs is the number of calls
+    for _ in range(PHILOX_ROUNDS):  # both multiplications at once: on a CPU, the number of calls is the cost
         products = (multiplied * factors).flip(0)  # wraps at 64 bits: both halves stay right
-        # Above their low halves, key and others hold what does not belong there; it is cut off here.
+        # Above their low halves, key and others hold bits that do not belong there; they are cut off here.
         multiplied = (products >> 32).bitwise_xor_(others).bitwise_xor_(key).bitwise_and_(LOW_HALF)
         others, key = products, key + steps
     return torch.stack((multiplied, others & LOW_HALF), dim=1).flatten(0, 1)
@@ -152,7 +151,7 @@ def sample(
 
 
 def _rows_by_filter(states: Sequence[SamplingState]) -> list[list[int]]:
-    """The rows whose requests filter, those together that do so in the same way."""
+    """The rows whose requests filter, grouped by filter."""
     rows: dict[tuple, list[int]] = {}
     for row, (params, *_) in enumerate(states):
         if params.filters:
