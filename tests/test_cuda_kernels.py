@@ -463,12 +463,12 @@ REFUSED = {
     "cpu: the CUDA C\\+\\+ kernels take cuda; use": lambda: cuda.decode(**arguments_of(pool())),
     "torch.float64.*torch.float32, torch.float16, torch.bfloat16": lambda: decode_with(pool(torch.float64)),
     "head size 80.*16, 32, 64, 128": lambda: decode_with(pool(head_size=80)),
-    "9 query heads a key head.*1 to 8": lambda: decode_with(heads=18),
+    "9 query heads per key head.*1 to 8": lambda: decode_with(heads=18),
     "window 0": lambda: decode_with(window=0),
     "version 6: there are 1, 2, 3, 4, 5": lambda: decode_with(version=6),
     "num_splits 33: pass 1 to 32": lambda: decode_with(num_splits=33),
     "num_splits 2: version 4 does not split": lambda: decode_with(version=4, num_splits=2),
-    "8208 keys a request: version 3 .* 8192 at most; use version 4": lambda: decode_with(num_blocks=513, version=3),
+    "8208 keys per request: version 3 .* 8192 at most; use version 4": lambda: decode_with(num_blocks=513, version=3),
     "k begins at address .* rows are 516 bytes apart.*multiples of 16": store_odd,
 }
 

@@ -118,7 +118,7 @@ REFUSED = {
     "torch.float64: the Triton kernels take torch.bfloat16": ("triton", {"dtype": torch.float64}),
     "block_size 24: the Triton kernels take 16, 256": ("triton", {"block_size": 24}),
     "head size 80: the Triton kernels take 64, 128": ("triton", {"model": ModelConfig(9, 80, 9, 1, 1, 1, 80, 9)}),
-    "17 query heads a key head: the Triton kernels take 1 to 16": (
+    "17 query heads per key head: the Triton kernels take 1 to 16": (
         "triton",
         {"model": ModelConfig(9, 80, 9, 1, 17, 1, 64, 9)},
     ),

@@ -235,7 +235,7 @@ REFUSED = {
     "block_size 8.*16, 32, 64, 128, 256": lambda: decode_of(pool(block_size=8)),
     "head size 80.*16, 32, 64, 128": lambda: decode_of(pool(head_size=80)),
     "3 query heads over 2 key heads": lambda: decode_of(heads=3),
-    "17 query heads a key head.*1 to 16": lambda: decode_of(heads=34),
+    "17 query heads per key head.*1 to 16": lambda: decode_of(heads=34),
     "window 0": lambda: decode_of(window=0),
     "Launch.*rows must be at least 16 and the group, here 1": lambda: decode_of(
         launch=triton_kernels.Launch(8, 64, 4, 3)

@@ -1,4 +1,4 @@
-"""Builds C++ into libraries that Python calls, with whatever compiler is there, once for each source.
+"""Builds C++ into libraries that Python calls, with any compiler it finds, once per source.
 
 Libraries are kept in ~/.cache/minillm/kernels (or below $XDG_CACHE_HOME), by source, flags and compiler.
 """
@@ -39,14 +39,14 @@ def compiler() -> list[str]:
         if name and shutil.which(name):
             return [name]
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]  # its c++ would build C++'s library first, for a minute
+        return [sys.executable, "-m", "ziglang", "cc"]  # its c++ would first build the C++ library, for a minute
     raise KernelError(
         "no C++ compiler for the kernels: looked for $CXX, c++, g++ and clang++; install one, or pip install ziglang"
     )
 
 
 def processor() -> str:
-    """This machine's processor: what is compiled for it alone (`NATIVE`) must not run on another."""
+    """This machine's processor: code compiled only for it (`NATIVE`) must not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -55,7 +55,7 @@ def processor() -> str:
 
 
 def _compile(command: list[str], text: str, path: Path) -> None:
-    """Several processes may compile the same at once: each into a folder of its own, and the last one stays."""
+    """Compile into a folder of its own: several processes may do so at once, and the last result stays."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, built = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(text)

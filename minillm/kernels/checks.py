@@ -1,6 +1,6 @@
-"""What all kernels ask of their arguments: each backend states its `Limits`, and everything else is refused by name.
+"""What all kernels require of their arguments: each backend states its `Limits`; an error names anything else.
 
-Only shapes, strides, types and devices are looked at, never a number in a tensor: that would mean waiting for the GPU.
+Only shapes, strides, types and devices are checked, never a number in a tensor: that would mean waiting for the GPU.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from minillm.errors import KernelError
 
 @dataclass(frozen=True)
 class Limits:
-    """What the kernels of one backend take; None = anything. A `range` says from where to where, and in what steps."""
+    """What the kernels of one backend take; None = anything. A `range` gives the ends and the step."""
 
-    kernels: str  # what a message calls them: "the Triton kernels"
-    instead: str  # what it tells the reader to do
+    kernels: str  # their name in messages: "the Triton kernels"
+    instead: str  # what a message tells the reader to do
     devices: tuple[str, ...]  # device types
     dtypes: tuple[torch.dtype, ...]
     head_sizes: Sequence[int] | None = None
@@ -34,7 +34,7 @@ class Limits:
             (dtype, dtype, self.dtypes),
             (head_size, f"head size {head_size}", self.head_sizes),
             (block_size, f"block_size {block_size}", self.block_sizes),
-            (group, f"{group} query heads a key head", self.groups),
+            (group, f"{group} query heads per key head", self.groups),
         )
         for value, words, taken in rows:
             if taken is not None and value not in taken:
@@ -45,7 +45,7 @@ class Limits:
 def check_pool(keys: Tensor, values: Tensor, limits: Limits, num_heads: int | None = None) -> None:
     """Raise KernelError unless these are a layer's [num_blocks, block_size, Hkv, D] pools, and within the limits.
 
-    `num_heads` query heads share the Hkv key heads evenly; without it nothing is asked of them.
+    `num_heads` query heads share the Hkv key heads evenly; without it they are not checked.
     """
     if keys.ndim != 4 or keys.shape != values.shape or not (keys.is_contiguous() and values.is_contiguous()):
         raise KernelError(
@@ -57,7 +57,7 @@ def check_pool(keys: Tensor, values: Tensor, limits: Limits, num_heads: int | No
     _, block_size, num_kv_heads, head_size = keys.shape
     num_heads = num_kv_heads if num_heads is None else num_heads
     if num_heads % num_kv_heads:
-        raise KernelError(f"{num_heads} query heads over {num_kv_heads} key heads: pass whole query heads a key head")
+        raise KernelError(f"{num_heads} query heads over {num_kv_heads} key heads: pass whole query heads per key head")
     values_taken = keys.device.type, keys.dtype, head_size, block_size, num_heads // num_kv_heads
     if refusal := limits.refusal(*values_taken):
         raise KernelError(refusal)
@@ -78,7 +78,7 @@ def check_store(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tenso
 def check_decode(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, window: int | None, limits: Limits
 ) -> int:
-    """Query heads that share a key head. Raise KernelError unless all fits [B, Hq, D] queries of one token each."""
+    """Returns the query heads per key head. Raises KernelError unless all fits [B, Hq, D] queries, one token each."""
     group = _check_attention(q, keys, values, tables, window, limits)
     check_integers("tables", tables, (len(q), tables.shape[1]), keys)
     check_integers("lengths", lengths, (len(q),), keys)
@@ -96,7 +96,7 @@ def check_prefill(
     window: int | None,
     limits: Limits,
 ) -> int:
-    """Query heads that share a key head. Raise KernelError unless all fits [T, Hq, D] queries of some requests."""
+    """Returns the query heads per key head. Raises KernelError unless all fits [T, Hq, D] queries of some requests."""
     group = _check_attention(q, keys, values, tables, window, limits)
     check_integers("tables", tables, tuple(tables.shape), keys)
     check_integers("query_starts", query_starts, (len(tables) + 1,), keys)
@@ -156,7 +156,7 @@ def check_matrix(
 ) -> None:
     """Raise KernelError unless `x` is a matrix within the limits; of this shape and `beside`'s kind.
 
-    There may be no gaps in it, with `rows_apart` none but between rows.
+    It may have no gaps; with `rows_apart`, only between rows.
     """
     if x.ndim != 2 or not (x.is_contiguous() or (rows_apart and x.stride(1) == 1 and x.stride(0) >= x.shape[1])):
         raise KernelError(f"{name} of shape {list(x.shape)}, strides {list(x.stride())}: pass a contiguous matrix")
@@ -225,7 +225,7 @@ def check_norm_rotate_store(
     head_size, num_tokens = keys.shape[3], len(qkv)
     check_matrix("qkv", qkv, limits, (num_tokens, (num_heads + 2 * num_kv_heads) * head_size), keys)
     if num_kv_heads != keys.shape[2]:
-        raise KernelError(f"{num_kv_heads} key heads for a pool of {keys.shape[2]}; they must be as many")
+        raise KernelError(f"{num_kv_heads} key heads for a pool of {keys.shape[2]}; the numbers must be equal")
     if (q_weight is None) != (k_weight is None):
         raise KernelError("one of q_weight and k_weight is None; pass both or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -237,7 +237,7 @@ def check_norm_rotate_store(
 
 
 def output_for(q: Tensor, out: Tensor | None) -> Tensor:
-    """`out`, or a new tensor for the result of these queries. Raise KernelError if `out` is no place for it."""
+    """`out`, or a new tensor for the result of these queries. Raise KernelError if `out` does not fit."""
     if out is None:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():

@@ -5,8 +5,8 @@
     prefill(q, keys, values, tables, query_starts, lengths, max_queries, window=None, *, out=None) -> Tensor
 
 A backend is a module with these three functions and its `LIMITS`; it is imported when it is asked for. None of them
-waits for the GPU, and their grids follow from shapes alone, so that CUDA graphs can be captured with them. A step calls
-them through `Backend.prepare`, once, and `Backend.attend`, in every layer; `PagedAttention` is what the model is given.
+waits for the GPU, and their grids depend only on shapes, so that CUDA graphs can be captured with them. A step calls
+them through `Backend.prepare`, once, and `Backend.attend`, in every layer; the model gets a `PagedAttention`.
 """
 
 import importlib
@@ -32,16 +32,16 @@ Pool = tuple[Tensor, Tensor]  # keys and values of one layer, [num_blocks, block
 class AttentionInputs(NamedTuple):
     """Where the T tokens of a step lie in the paged cache: requests with one new token first, then the chunks.
 
-    Whole numbers of 32 or 64 bits, all on the pool's device. A row of padding has slot -1; among the requests with one
-    token its length is 0. Padding behind the chunks must be the rows of a last chunk of length 0.
+    Whole numbers of 32 or 64 bits, all on the pool's device. A row of padding has slot -1, and length 0 if it is among
+    the requests with one token. Padding after the chunks must be the rows of a last chunk of length 0.
     """
 
     slots: Tensor  # [T], where each token's keys and values are stored: block * block_size + offset
-    num_decodes: int  # Bd: the first so many rows are of requests with one new token
+    num_decodes: int  # Bd: this many first rows are of requests with one new token
     decode_tables: Tensor  # [Bd, W] block tables
     decode_lengths: Tensor  # [Bd] keys each has, its new one included
     chunk_tables: Tensor  # [Bc, W] block tables of requests with several new tokens
-    chunk_starts: Tensor  # [Bc + 1] first row of each, counted from the first row behind the decodes; then the end
+    chunk_starts: Tensor  # [Bc + 1] first row of each, counted from the first row after the decodes; then the end
     chunk_lengths: Tensor  # [Bc] keys each has, its new ones included
     max_queries: int  # new tokens of a chunk, at most
 
@@ -53,11 +53,11 @@ class Backend:
     name: str
     limits: Limits
     kernels: Any  # the module: store_kv, decode, prefill
-    unchecked: Any  # the same without a look at arguments, for layers that are like the first
-    prepare: Callable[[AttentionInputs, Pool, ModelConfig], Any]  # inputs, a layer's pool -> what `attend` must know
+    unchecked: Any  # the same without checks, for layers that are like the first
+    prepare: Callable[[AttentionInputs, Pool, ModelConfig], Any]  # inputs, a layer's pool -> the state for `attend`
     capturable: bool  # a CUDA graph may be made of them
-    reads_whole_blocks: bool  # what nobody has written must be finite, although it does not count
-    why: str  # one line: what was picked, and why what would be faster was not
+    reads_whole_blocks: bool  # unwritten places must be finite, although they do not count
+    why: str  # one line: what was picked, and why nothing faster was
 
     def attend(self, layer: int, q: Tensor, pool: Pool, state: Any, window: int | None) -> Tensor:
         """[T, Hq, D] -> [T, Hq, D], where the new keys and values have been stored already."""
@@ -77,7 +77,7 @@ class Backend:
 
 
 class PagedAttention:
-    """The `attend` of a paged step: new tokens go into blocks, and queries look through block tables."""
+    """The `attend` of a paged step: new tokens go into blocks, and queries read through block tables."""
 
     def __init__(self, backend: Backend, config: ModelConfig, pools: Sequence[Pool], inputs: AttentionInputs):
         """`pools`: those of every layer."""
@@ -113,7 +113,7 @@ def choose(
 ) -> Backend:
     """The backend of this name, or for "auto" the fastest that takes this model, dtype, device and block size.
 
-    Raises KernelError if there is no backend of that name, or it does not take one of them: the message says which.
+    Raises KernelError if there is no backend of that name, or names the one of these that it does not take.
     """
     if wanted not in ATTENTION_BACKENDS:
         raise KernelError(f"attention_backend {wanted!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
@@ -127,7 +127,7 @@ def choose(
 
 
 def _shape(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, block_size: int) -> tuple:
-    """What `Limits.refusal` asks of."""
+    """The arguments of `Limits.refusal`."""
     group = config.num_attention_heads // config.num_key_value_heads
     return torch.device(device).type, dtype, config.head_dim, block_size, group
 
@@ -150,7 +150,7 @@ def _backend(name: str, shape: tuple, device: torch.device | str) -> Backend | s
     except ImportError as error:
         return f"it cannot be imported here ({error}); use another backend"
     refusal = module.LIMITS.refusal(*shape)
-    if not refusal and hasattr(module, "unusable"):  # it is built or tried here, or fails in the middle of a step
+    if not refusal and hasattr(module, "unusable"):  # built or tried here, not in the middle of a step
         _, dtype, head_size, _, group = shape
         refusal = module.unusable(dtype, head_size, group, torch.device(device))
     return refusal or _of_module(name, module)

@@ -56,7 +56,7 @@ def decode(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+    """B requests with one new token each, [B, Hq, D] queries, read through [B, W] block tables -> [B, Hq, D].
 
     As `reference.decode`. Raises KernelError for what these kernels do not take.
     """
@@ -78,10 +78,9 @@ def prefill(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
+    """New tokens of B requests, one after the other in [T, Hq, D], read through [B, W] block tables -> [T, Hq, D].
 
-    As `reference.prefill`, but rows of no request are not defined. Raises KernelError for what these kernels do not
-    take.
+    As `reference.prefill`, but rows of no request are undefined. Raises KernelError for what these kernels do not take.
     """
     check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
     left_and_right = (-1, 0) if window is None else (window - 1, 0)
@@ -108,7 +107,7 @@ def _attend(
         keys,
         values,
         starts,
-        starts,  # of keys: must be given, is not read where there are block tables
+        starts,  # of keys: required, but not read where there are block tables
         max_queries,
         tables.shape[1] * keys.shape[1],
         window_size=left_and_right,

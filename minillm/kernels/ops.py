@@ -1,6 +1,6 @@
-"""The small operations between the matrix products of a step, in plain torch: what `triton_ops` fuses, in its names.
+"""The small operations between the matrix products of a step, in plain torch; `triton_ops` fuses them, by name.
 
-Each is what the model computes, put together as one kernel can do it; `sample_rows` is that of `sampling`.
+Each groups what one kernel of the model's can do at once; `sample_rows` is that of `sampling`.
 """
 
 import torch.nn.functional as F

@@ -1,13 +1,13 @@
-"""Paged attention in plain torch: what runs everywhere, and what faster kernels are compared with.
+"""Paged attention in plain torch: it runs everywhere, and faster kernels are compared with it.
 
 The pool of one layer is [num_blocks, block_size, Hkv, D]; a token's *slot* is block * block_size + offset. Attention
 gathers a request's blocks in the order of its block table and calls torch's fused attention on what it gathered.
 
-There are two ways in. `store_kv`, `decode` and `prefill` take block tables and lengths, like all backends, and read
-nothing that is not a request's own. `prepare` is for a CPU without a compiler: masks and indices are made once a step
-for all layers, whole blocks are read, and what is masked must be finite: 0 * NaN is NaN.
+There are two entries. `store_kv`, `decode` and `prefill` take block tables and lengths, like all backends, and read
+only a request's own tokens. `prepare` is for a CPU without a compiler: masks and indices are made once per step for all
+layers, and whole blocks are read. There masked numbers must be finite: 0 * NaN is NaN.
 
-Measured on the CPU: many requests of one length in a single call are fastest as long as what is gathered fits the
+Measured on the CPU: many requests of one length in a single call are fastest as long as the gathered bytes fit the
 second-level cache. Hence `groups_of`: neighbours in length together, GROUP_BYTES at most.
 """
 
@@ -41,7 +41,7 @@ SLICE_BYTES = 1 << 26  # the same where they are on the device, and only the wid
 def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Write [T, Hkv, D] new keys and values into the pool of a layer, [N, block_size, Hkv, D], at [T] slots.
 
-    A token whose slot is negative is padding: for it slot 0, of the null block, is written with what it holds.
+    A token whose slot is negative is padding: for it slot 0, in the null block, is rewritten unchanged.
     Raises KernelError for arguments that do not fit each other.
     """
     check_store(keys, values, slots, k, v, LIMITS)
@@ -61,11 +61,11 @@ def decode(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+    """B requests with one new token each, [B, Hq, D] queries, read through [B, W] block tables -> [B, Hq, D].
 
-    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
-    many are seen. What lies behind a request's end, in its table and in its last block, may be anything. `out` is
-    written if given. Raises KernelError for arguments that do not fit each other.
+    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. Only the last `window` are
+    seen. What lies after a request's end, in its table and in its last block, may be anything. `out` is written if
+    given. Raises KernelError for arguments that do not fit each other.
     """
     check_decode(q, keys, values, tables, lengths, window, LIMITS)
     out = output_for(q, out)
@@ -89,18 +89,18 @@ def prefill(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
+    """New tokens of B requests, one after the other in [T, Hq, D], read through [B, W] block tables -> [T, Hq, D].
 
     Request b has rows query_starts[b] .. query_starts[b + 1] - 1 of q (`query_starts` [B + 1]), the last of its
-    lengths[b] tokens. Each is looked at as if it were alone: `max_queries` is not needed. A query whose position would
-    be negative is padding, as are rows of no request: they give zeros. `out` is written if given.
+    lengths[b] tokens. Each is computed by itself, so `max_queries` is not used. A query whose position would be
+    negative is padding, as are rows of no request: they give zeros. `out` is written if given.
     Raises KernelError for arguments that do not fit each other.
     """
     check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, LIMITS)
     if not len(tables):
         return output_for(q, out).zero_()
     row = torch.arange(len(q), device=q.device)
-    request = torch.searchsorted(query_starts.long(), row, right=True) - 1  # [T]; B for rows behind the last request
+    request = torch.searchsorted(query_starts.long(), row, right=True) - 1  # [T]; B for rows after the last request
     inside = request < len(tables)
     request = request.clamp(max=len(tables) - 1)
     from_end = query_starts[1:].index_select(0, request) - row  # 1 for a request's last row
@@ -120,16 +120,16 @@ def _decode_rows(
     return out.masked_fill((lengths < 1)[:, None, None], 0)
 
 
-# --- with indices and masks made once a step: on a CPU, where lengths can be looked at ---
+# --- with indices and masks made once per step: on a CPU, where lengths can be read ---
 
 
 def prepare(inputs: AttentionInputs, pool: Pool, config: ModelConfig) -> "AttentionInputs | MaskedStep":
-    """Masks and groups of a step, for all layers; on a GPU, where nobody waits for a length, the inputs as they are."""
+    """Masks and groups of a step, for all layers; on a GPU, where reading lengths would be a wait, the inputs."""
     return MaskedStep(inputs, pool, config) if inputs.slots.is_cpu else inputs
 
 
 class Call(NamedTuple):
-    """What every layer does once: some rows of the step's queries look at what lies in some blocks."""
+    """What every layer does once: some of the step's queries attend to the tokens in some blocks."""
 
     rows: Tensor | slice
     tables: Tensor  # [B, W] block tables
@@ -137,9 +137,9 @@ class Call(NamedTuple):
 
 
 class MaskedStep:
-    """A step's calls: requests with one new token in groups of like length, then chunk by chunk.
+    """A step's calls: requests with one new token in groups of similar length, then chunk by chunk.
 
-    `mask_bytes`: what all masks take.
+    `mask_bytes`: the size of all masks.
     """
 
     def __init__(self, inputs: AttentionInputs, pool: Pool, config: ModelConfig):
@@ -218,9 +218,9 @@ class Group(NamedTuple):
 
 
 def groups_of(widths: Sequence[int], block_bytes: int) -> list[Group]:
-    """Cut rows, in rising order of the blocks they look at, into groups of at most GROUP_BYTES gathered.
+    """Cut rows, in rising order of the blocks they read, into groups of at most GROUP_BYTES gathered.
 
-    `block_bytes`: keys and values of a block in one layer. A request that is larger alone is a group of its own.
+    `block_bytes`: keys and values of a block in one layer. A request that is larger by itself is a group of its own.
     """
     groups, end = [], len(widths)
     while end > 0:

@@ -1,4 +1,4 @@
-"""Paged attention in Triton: the GPU's fast kernels, which the CPU can run too, in Triton's interpreter.
+"""Paged attention in Triton: the fast kernels for a GPU, which Triton's interpreter can run on a CPU.
 
 The pool of one layer is [num_blocks, block_size, Hkv, D], so the D numbers of a token's key in one head are neighbours
 in memory: one row, the unit of all addresses below. Token t of a request lies at
@@ -15,7 +15,7 @@ rows of D loaded, for a request of n tokens in the cache, q of them new, Hq quer
     prefill    2 * n * Hkv * ceil(q / TILE_QUERIES)   at most: a tile of queries shares what it loads, and stops at its
                                                    diagonal (one program per query would load 2 * n * Hq * q)
 
-A table entry is one number more a key and tile. What is masked is not loaded, and a row that sees nothing is zeros:
+A table entry is one more number per key and tile. What is masked is not loaded, and a row that sees nothing is zeros:
 NaN in blocks, block ends or table entries that are not a request's own never reach its output.
 
 Taken: see LIMITS; anything else is a `KernelError` before a kernel starts. Without a GPU set TRITON_INTERPRET=1 before
@@ -40,41 +40,41 @@ MAX_GROUP = 16  # query heads that share a key head
 
 LEAST_SIDE = 16  # of a tile that a tensor core multiplies
 TILE_ROWS = 64  # of a prefill tile: queries x heads of a group
-DECODE_ROWS = 16  # of a decode tile: the heads of a group; what is over multiplies zeros, since a tensor core needs 16
-TILE_KEYS = 64  # keys looked at together, from 64 / block_size blocks or from a part of one
+DECODE_ROWS = 16  # of a decode tile: the heads of a group; the rest multiplies zeros, since a tensor core needs 16
+TILE_KEYS = 64  # keys computed together, from 64 / block_size blocks or from a part of one
 
 
 class Splits(NamedTuple):
-    """How the keys of each request are shared out; from shapes alone, so that a captured CUDA graph holds for all
+    """How the keys of each request are split. It depends only on shapes, so that a captured CUDA graph holds for all
     lengths.
     """
 
     most: int  # that a request can have; 1: nothing is split
-    wanted: int  # so many equal ones, that all processors have work
-    tiles: int  # but none is longer: then there are more
+    wanted: int  # this many equal ones, so that all processors have work
+    tiles: int  # none is longer: then there are more splits
 
 
 class Launch(NamedTuple):
-    """How an attention kernel is compiled: what changes its speed and not its result."""
+    """How an attention kernel is compiled; it changes the speed, not the result."""
 
     rows: int  # of a tile: queries x heads of a group; at least 16, and at least the group
     keys: int  # of a tile
     num_warps: int  # that share a program's work, 32 threads each
-    num_stages: int  # tiles under way at once: the loads of the next ones run while one is computed
+    num_stages: int  # tiles in flight at once: the next ones load while one is computed
 
 
-# Compiled for an H200 (Triton 3.6, bfloat16, D = 128) this takes 96 registers a thread and 39 KiB of shared memory,
-# each program with the 32 KiB of its next tile under way. One of three stages goes to looking up the table, so 4 give
-# the same code as 3, and 5 load two tiles ahead. Where keys are split it would take 168: with fewer it stores 24 bytes
-# a thread on the side, and as many programs as are counted on run at once.
+# Compiled for an H200 (Triton 3.6, bfloat16, D = 128) this takes 96 registers per thread and 39 KiB of shared memory,
+# with the 32 KiB of each program's next tile in flight. One of three stages goes to looking up the table, so 4 give
+# the same code as 3, and 5 load two tiles ahead. Where keys are split it would take 168 registers. With fewer it spills
+# 24 bytes per thread, and the intended number of programs runs at once.
 DECODE_LAUNCH = Launch(DECODE_ROWS, TILE_KEYS, num_warps=4, num_stages=3)
 PROGRAMS_A_PROCESSOR = 4  # at once
-REGISTERS = 128  # a thread of them has at most
-SPLIT_KEYS = 1024  # of a request that one program looks at, one tile after the other; longer ones are split
+REGISTERS = 128  # per thread at most
+SPLIT_KEYS = 1024  # of a request that one program reads, tile by tile; longer ones are split
 MAX_SPLITS = 128
-COMBINED = 16  # splits that are put together at once
-LEAST_REQUESTS = 32  # looked through at once, though there are fewer: 32 threads do it
-CPU_PROCESSORS = 8  # as if the interpreter had as many: enough to have splits to test
+COMBINED = 16  # splits that are combined at once
+LEAST_REQUESTS = 32  # searched at once, though there are fewer: 32 threads do it
+CPU_PROCESSORS = 8  # pretended for the interpreter: enough to have splits to test
 
 
 # --- what callers see ---
@@ -83,8 +83,8 @@ CPU_PROCESSORS = 8  # as if the interpreter had as many: enough to have splits t
 def store_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Write [T, Hkv, D] new keys and values into the pool of a layer, [N, block_size, Hkv, D], at [T] slots.
 
-    A slot is block * block_size + offset; a token whose slot is negative is padding and is not written. That slots (and
-    block tables) stay inside the pool is the caller's to know: looking would mean waiting for the GPU.
+    A slot is block * block_size + offset; a token whose slot is negative is padding and is not written. The caller must
+    keep slots and block tables inside the pool: checking here would mean waiting for the GPU.
     Raises KernelError for what this kernel does not take.
     """
     check_store(keys, values, slots, k, v, LIMITS)
@@ -107,13 +107,12 @@ def decode(
     launch: Launch = DECODE_LAUNCH,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+    """B requests with one new token each, [B, Hq, D] queries, read through [B, W] block tables -> [B, Hq, D].
 
-    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
-    many are seen. `num_splits` programs share the keys of a request and a key head, as equally as tiles allow; without
-    one see `splits_for`. The grid never follows from `lengths`. `launch` changes the speed alone. `out` is written if
-    given.
-    Raises KernelError for what this kernel does not take.
+    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. Only the last `window` are
+    seen. `num_splits` programs share the keys of a request and a key head, as equally as tiles allow; the default is
+    that of `splits_for`. The grid never depends on `lengths`. `launch` changes only the speed. `out` is written if
+    given. Raises KernelError for what this kernel does not take.
     """
     group = check_decode(q, keys, values, tables, lengths, window, LIMITS)
     _check_launch(launch, group)
@@ -130,7 +129,7 @@ def decode(
         splits = splits_for(num_requests * num_kv_heads, max_tiles, processors(q.device), launch.keys)
     else:
         splits = Splits(num_splits, num_splits, max_tiles)
-    parts, logs, num_sharing, requests = out, out, 0, 0  # where nothing is split, results are written at once
+    parts, logs, num_sharing, requests = out, out, 0, 0  # without splits, results are written directly
     if splits.most > 1:
         parts = torch.empty(num_requests, num_heads, splits.most, head_size, dtype=torch.float32, device=q.device)
         logs = torch.empty(num_requests, num_heads, splits.most, dtype=torch.float32, device=q.device)
@@ -165,7 +164,7 @@ def prefill(
     launch: Launch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
+    """New tokens of B requests, one after the other in [T, Hq, D], read through [B, W] block tables -> [T, Hq, D].
 
     Request b has rows query_starts[b] .. query_starts[b + 1] - 1 of q (`query_starts` [B + 1], often cu_seqlens) and
     they are the last of its lengths[b] tokens: what is before them is the cached prefix. `max_queries`: no request has
@@ -192,9 +191,9 @@ def prefill(
 def splits_for(num_programs: int, max_tiles: int, processors: int, tile_keys: int = TILE_KEYS) -> Splits:
     """How to split the keys of requests with up to `max_tiles` tiles each.
 
-    `num_programs` there would be without splitting. Where these are too few for all processors, each request is split
-    so that they are enough; and no split is longer than SPLIT_KEYS, else one long request among many short ones would
-    keep all of them waiting. Two splits of what may be as long are not worth putting together.
+    `num_programs` there would be without splitting. If these are too few for all processors, each request is split so
+    that there are enough. No split is longer than SPLIT_KEYS: otherwise one long request would delay many short ones.
+    Two splits are not worth combining if one program could read as much.
     """
     wanted = max(1, min(PROGRAMS_A_PROCESSOR * processors // num_programs, max_tiles, MAX_SPLITS))
     tiles = max(1, SPLIT_KEYS // tile_keys, triton.cdiv(max_tiles, MAX_SPLITS))
@@ -204,8 +203,8 @@ def splits_for(num_programs: int, max_tiles: int, processors: int, tile_keys: in
 
 # --- kernels ---
 #
-# Triton compiles a kernel anew for numbers that are 1 or multiples of 16, and addresses that are multiples of 16. For
-# what differs from step to step, block tables and the like, that is switched off: nobody waits for a compiler later.
+# Triton recompiles a kernel for numbers that are 1 or multiples of 16, and addresses that are multiples of 16. For
+# arguments that differ from step to step, such as block tables, that is switched off: no later step waits to compile.
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -235,10 +234,10 @@ def _row_offsets(table, position, present, head, NUM_KV_HEADS: tl.constexpr, BLO
 
 @triton.jit
 def _softmax_step(scores, v, best, total, acc, PRECISION: tl.constexpr):
-    """Online softmax: take in [ROWS, KEYS] scores (of base 2) and [KEYS, D] values.
+    """Online softmax: add [ROWS, KEYS] scores (of base 2) and [KEYS, D] values.
 
     `best` is the largest score so far, `total` the sum of 2^(score - best) and `acc` that of the values so weighted.
-    When a larger score comes, what is summed already counts for less: 2^(old best - new best) of it.
+    When a larger score comes, the sums so far are scaled by 2^(old best - new best).
     """
     new_best = tl.maximum(best, tl.max(scores, axis=1))
     base = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing seen yet: -inf - -inf would be NaN
@@ -261,8 +260,8 @@ def _decode_kernel(
 ):  # fmt: skip
     """One key head of one split of a request's keys per program. The last programs of the grid take the first split of
     each request. Those before them share all other splits, however many the lengths make: the work of long requests
-    begins first, and a short one has no program that finds nothing to do. REQUESTS, a power of two: so many are looked
-    through at once to find those splits; 0 if there are none.
+    begins first, and short ones have no idle programs. REQUESTS, a power of two, is how many are searched at once for
+    those splits; 0 if there are none.
     """
     kv_head = tl.program_id(0)
     place = tl.program_id(1)
@@ -294,8 +293,8 @@ def _decode_kernel(
 
 @triton.jit
 def _splits(length, wanted_splits, split_tiles, WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """The first key to be seen and its tile, tiles of a split, and splits: of as many equal ones as are wanted, or of
-    more if these would be longer than `split_tiles`.
+    """The first key to be seen and its tile, tiles per split, and splits: as many equal ones as wanted, or more if
+    these would be longer than `split_tiles`.
     """
     start = tl.maximum(length - WINDOW, 0) if WINDOW else length * 0
     first_tile = start // KEYS
@@ -360,8 +359,8 @@ def _combine_kernel(
     parts, logs, lengths, out, most_splits, wanted_splits, split_tiles,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one request per program: the parts that its splits left, neighbours in memory, each weighted by
-    the share 2^log of all exponentials that it has summed.
+    """One query head of one request per program: the parts of its splits, neighbours in memory, each weighted by 2^log,
+    its share of all exponentials.
     """
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row // NUM_HEADS).to(tl.int32)
@@ -380,7 +379,7 @@ def _combine_kernel(
         part = tl.load(parts + (first + split[:, None]) * D + column[None, :], mask=used[:, None], other=0.0)
         new_best = tl.maximum(best, tl.max(log, axis=0))
         base = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing but scores of -inf: -inf - -inf is NaN
-        weight = tl.exp2(log - base)  # NaN for NaN, which must come out
+        weight = tl.exp2(log - base)  # NaN for NaN, which must reach the output
         rescale = tl.exp2(best - base)
         total = total * rescale + tl.sum(weight, axis=0)
         acc = acc * rescale + tl.sum(part * weight[:, None], axis=0)
@@ -395,8 +394,8 @@ def _prefill_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of neighbouring queries of one request and one key head a program: row r is query r // GROUP of the tile
-    in head r % GROUP of the group, so all rows look at the same keys.
+    """A tile of neighbouring queries of one request and one key head per program: row r is query r // GROUP of the tile
+    in head r % GROUP of the group, so all rows read the same keys.
     """
     TILE_QUERIES: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(1)
@@ -404,7 +403,7 @@ def _prefill_kernel(
     first_row = tl.load(query_starts + request).to(tl.int64)
     num_queries = (tl.load(query_starts + request + 1) - first_row).to(tl.int32)
     length = tl.load(lengths + request).to(tl.int32)
-    tile_of_queries = tl.cdiv(num_queries, TILE_QUERIES) - 1 - tl.program_id(0)  # the last one has most keys
+    tile_of_queries = tl.cdiv(num_queries, TILE_QUERIES) - 1 - tl.program_id(0)  # the last one has the most keys
     if tile_of_queries < 0:
         return  # the grid is as long as the longest request
     first_query = tile_of_queries * TILE_QUERIES
@@ -424,7 +423,7 @@ def _prefill_kernel(
     start = tl.maximum(first_position - WINDOW + 1, 0) if WINDOW else 0
     first_tile = start // KEYS
     end_tile = tl.cdiv(tl.maximum(last_position + 1, 0), KEYS)
-    # A window has two edges: then no tile is taken for whole.
+    # A window has two edges: then no tile counts as whole.
     edge_tile = first_tile if WINDOW else tl.maximum(first_position + 1, 0) // KEYS
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -445,7 +444,7 @@ def _prefill_kernel(
         k = tl.load(keys + offset[:, None] + column[None, :], mask=present[:, None], other=0.0)
         v = tl.load(values + offset[:, None] + column[None, :], mask=present[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION) * scale
-        # 0 * NaN is NaN: a value that is not finite goes into the scores of those who see it, not into the product.
+        # 0 * NaN is NaN: a value that is not finite goes into the scores of queries that see it, not into the product.
         finite = tl.abs(v) < float("inf")
         broken = tl.max(tl.where(finite, 0, 1), axis=1)
         scores = tl.where(broken[None, :] == 1, float("nan"), scores)
@@ -461,7 +460,7 @@ def _prefill_kernel(
     tl.store(out + out_offset[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=real[:, None])
 
 
-# True where the kernels run on the CPU, in Triton's interpreter. What was decorated says so for certain.
+# True where the kernels run on the CPU, in Triton's interpreter: the type of a decorated one is certain.
 INTERPRETED = not isinstance(_store_kernel, triton.runtime.JITFunction)
 
 LIMITS = Limits(
@@ -487,13 +486,13 @@ def _probe_kernel(numbers):
 
 
 def unusable(dtype: torch.dtype, head_size: int, group: int, device: torch.device) -> str | None:
-    """Why no Triton kernel can be launched on this GPU, found out by launching one; None if it can."""
+    """Why no Triton kernel can be launched on this GPU, found by launching one; None if it can."""
     return None if INTERPRETED else _failure(device)
 
 
 @functools.cache
 def _failure(device: torch.device) -> str | None:
-    """Once a process and device: what is missing now is missing later."""
+    """The same, once per process and device: what is missing now is missing later."""
     try:
         answer = _probe(device)
     except Exception as error:  # of the C compiler, of its linker, of the driver, of Triton
@@ -506,7 +505,7 @@ def _failure(device: torch.device) -> str | None:
 
 
 def _probe(device: torch.device) -> int:
-    """What a kernel has written that should write 7. Waits for the device."""
+    """The number written by a kernel that should write 7. Waits for the device."""
     numbers = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device(device):
         _probe_kernel[(1,)](numbers)
@@ -530,12 +529,12 @@ def _check_launch(launch: Launch, group: int) -> None:
 
 
 def _scale(head_size: int) -> float:
-    """1 / sqrt(D), and log2(e) because 2^x is what a GPU computes fastest."""
+    """log2(e) / sqrt(D), because 2^x is what a GPU computes fastest."""
     return math.log2(math.e) / math.sqrt(head_size)
 
 
 def _precision(q: Tensor) -> str:
-    """float32 is multiplied as such: TF32 would drop 13 of its 23 bits."""
+    """float32 is multiplied in full: TF32 would drop 13 of its 23 bits."""
     return "ieee" if q.dtype == torch.float32 else "tf32"
 
 

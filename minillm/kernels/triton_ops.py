@@ -1,11 +1,11 @@
 """The small operations of `ops`, each fused into one Triton kernel: a number is read once, kept in registers, written.
 
-Computed in float32 inside and rounded once at the end, where torch rounds after each operation. What is moved for T
-tokens, beside weights and tables: add_rms_norm reads two [T, hidden] and writes two (torch: three and two); silu_mul
+Computed in float32 and rounded once at the end, where torch rounds after each operation. What is moved for T tokens,
+beside weights and tables: add_rms_norm reads two [T, hidden] and writes two (torch: three and two); silu_mul
 reads two [T, ff] and writes one (torch: three and two); norm_rotate_store reads qkv once and writes it once, q to the
 output, k and v into the pool (torch, with norms: q and k are read five times and written four before k is stored).
 
-Limits, interpreter and checks are those of `triton_kernels`. Sizes of tiles are reasoned, not yet measured.
+Limits, interpreter and checks are those of `triton_kernels`. The sizes of tiles are reasoned, not yet measured.
 """
 
 import torch
@@ -22,7 +22,7 @@ __all__ = ["add_rms_norm", "norm_rotate_store", "sample_rows", "silu_mul"]
 
 MOST_COLUMNS = 16384  # of a row that one program keeps in registers
 SILU_COLUMNS = 1024  # of a silu_mul tile
-HEADS = 8  # of a token that one program of norm_rotate_store takes: enough bytes under way to be worth its beginning
+HEADS = 8  # of a token that one program of norm_rotate_store takes: enough bytes in flight to be worth its start
 
 
 # --- what callers see: see `ops` for what they mean ---
@@ -93,7 +93,7 @@ def _add_rms_norm_kernel(x, residual, weight, out, eps, size, COLUMNS: tl.conste
     real = column < size
     added = tl.load(x + row + column, mask=real, other=0.0).to(tl.float32)
     total = tl.load(residual + row + column, mask=real, other=0.0).to(tl.float32) + added
-    total = total.to(out.dtype.element_ty)  # what the next layer will read is what is normalised
+    total = total.to(out.dtype.element_ty)  # normalise what the next layer will read
     tl.store(residual + row + column, total, mask=real)
     total = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / size + eps)
@@ -107,7 +107,7 @@ def _norm_rotate_store_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     NORMED: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token per program, each as two halves: number i of one is turned with number i of the other.
+    """HEADS heads of one token per program, each as two halves: number i of one is rotated with number i of the other.
 
     What is loaded and computed is the same for q, k and v; what is stored is not.
     """
@@ -149,7 +149,7 @@ def _norm_rotate_store_kernel(
 
 @triton.jit
 def _silu_mul_kernel(gate_up, out, size, COLUMNS: tl.constexpr):
-    """A tile of one token's columns a program."""
+    """A tile of one token's columns per program."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = column < size
@@ -164,5 +164,5 @@ def _silu_mul_kernel(gate_up, out, size, COLUMNS: tl.constexpr):
 
 
 def _warps(columns: int) -> int:
-    """A thread keeps 16 numbers or so of a row."""
+    """A thread keeps about 16 numbers of a row."""
     return min(16, max(1, columns // 512))

@@ -1,7 +1,7 @@
 """Sampling in one pass over the logits, in Triton: `sampling.sample_rows`, with its noise made where it is added.
 
-The logits are read once. With few rows, several programs share one, and a second kernel picks among their best; how
-many follows from shapes alone, so that CUDA graphs can be captured. Rows that are greedy make no noise.
+The logits are read once. With few rows, several programs share one, and a second kernel picks among their best. How
+many depends only on shapes, so that CUDA graphs can be captured. Greedy rows make no noise.
 """
 
 import torch
@@ -13,7 +13,7 @@ from minillm.kernels.checks import check_sample_rows
 from minillm.kernels.triton_kernels import INTERPRETED, LIMITS, processors
 from minillm.sampling import GREEDY_BELOW, NOISE_STRIDE, PHILOX_ROUNDS
 
-SAMPLE_PROGRAMS = 8  # a processor, to share the logits among
+SAMPLE_PROGRAMS = 8  # per processor, to share the logits among
 MOST_PARTS = 64  # of a row of logits
 LOADED = 16  # numbers of which a multiple is loaded together
 
@@ -21,7 +21,7 @@ LOADED = 16  # numbers of which a multiple is loaded together
 def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
     """[R, ids] logits -> [R] token ids, drawn from softmax(logits / temperature), by counted noise. Raises KernelError.
 
-    The same ids as `sampling.sample_rows`, unless two scores are equal but for rounding. Rows of logits may lie apart.
+    The same ids as `sampling.sample_rows`, unless two scores are equal up to rounding. Rows of logits may lie apart.
     """
     check_sample_rows(logits, temperatures, seeds, draws, LIMITS, rows_apart=True)
     num_rows, num_ids = logits.shape
@@ -42,7 +42,7 @@ def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tens
 def readable(logits: Tensor) -> int:
     """How many numbers of each row to load: with some of those between rows they are a multiple of LOADED.
 
-    Without such a gap, or where the memory ends behind the last row's ids, just those.
+    Without such a gap, or where the memory ends after the last row's ids, just those.
     """
     (num_rows, num_ids), stride = logits.shape, logits.stride(0)
     end = logits.storage_offset() + num_rows * stride
@@ -63,7 +63,7 @@ def sample_parts(num_rows: int, num_ids: int, num_processors: int) -> tuple[int,
 
 @triton.jit
 def _log2(x, COMPILED: tl.constexpr):
-    """By the instruction that a GPU has for it, which is off by 2^-22 at most near 1; `tl.log` is some 25 of them."""
+    """By the GPU's own instruction, which is off by at most 2^-22 near 1; `tl.log` is about 25 instructions."""
     if COMPILED:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return tl.log2(x)
@@ -71,7 +71,7 @@ def _log2(x, COMPILED: tl.constexpr):
 
 @triton.jit
 def _gumbel(bits, COMPILED: tl.constexpr):
-    """Noise of 32 random bits, as `sampling.gumbel_noise` makes it, in units of ln 2 and less a constant of all tokens.
+    """Noise of 32 random bits, as `sampling.gumbel_noise` makes it, in units of ln 2 and minus a constant.
 
     Near 0, where the logarithm of 1 - u would be too coarse, a series makes it.
     """
@@ -82,13 +82,13 @@ def _gumbel(bits, COMPILED: tl.constexpr):
 
 @triton.jit
 def _take_better(score, token_id, logits, first, noise, factor, num_read, num_ids, STRIDE: tl.constexpr):
-    """The better of each lane's best so far and its next token, which comes later: of equal ones the first stays.
+    """The better of each lane's best so far and its next token: of equal ones the first stays.
 
     NaN once taken stays, because nothing is larger; it is what a logit that is NaN or +infinity gives.
     """
     own = first + tl.arange(0, STRIDE)
     logit = tl.load(logits + own, mask=own < num_read, other=float("-inf")).to(tl.float32)
-    logit = tl.where(own < num_ids, logit, float("-inf"))  # what is read behind them may be anything
+    logit = tl.where(own < num_ids, logit, float("-inf"))  # what is read after them may be anything
     new = tl.where(logit < float("inf"), logit * factor + noise, float("nan"))
     better = (new > score) | (new != new)
     return tl.where(better, new, score), tl.where(better, own, token_id)
@@ -101,7 +101,7 @@ def _sample_kernel(
     logits, temperatures, seeds, draws, scores, best, row_stride, num_read, num_ids, tiles_a_part,
     STRIDE: tl.constexpr, ROUNDS: tl.constexpr, GREEDY: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row of logits a program: tiles of 4 * STRIDE ids, whose noise STRIDE counts make."""
+    """One part of one row of logits per program: tiles of 4 * STRIDE ids, whose noise STRIDE counts make."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     temperature = tl.load(temperatures + row)

@@ -51,7 +51,7 @@ LIMITS = Limits(
 )
 CAPTURABLE = False  # there is nothing to record: a launch is a call
 FOLDER = Path(__file__).parent
-# Sums may be reordered, so that they fit vectors. Not -ffast-math: NaN must get through, and be found in the logits.
+# Sums may be reordered to fit vectors. Not -ffast-math: NaN must get through, and be found in the logits.
 OPTIONS = (
     "-std=c++17", "-O3", *NATIVE, "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
     "-freciprocal-math", "-fPIC", "-shared",
@@ -76,13 +76,13 @@ def unusable(
 ) -> str | None:
     """Why there are no kernels for this shape of model on this machine; None if there are, and then they are built.
 
-    Without a shape: the operations that know nothing of heads.
+    Without a shape: the operations that do not depend on heads.
     """
     try:
         _library(dtype)
         if head_size is not None:
             _library(dtype, head_size, group)
-    except (KernelError, OSError, RuntimeError) as error:  # RuntimeError: there is no home to keep it in
+    except (KernelError, OSError, RuntimeError) as error:  # RuntimeError: no home folder to keep it in
         return str(error)
     return None
 
@@ -91,7 +91,7 @@ def unusable(
 def without_threads() -> str:
     """Why the kernels compute in one thread, whatever the number of torch's; "" if they share its threads.
 
-    Libraries of GNU's OpenMP are one to the loader, by their name: the one that torch has loaded serves both.
+    The loader takes libraries of GNU's OpenMP for one, by their name: the one that torch has loaded serves both.
     """
     try:
         ctypes.CDLL("libgomp.so.1", os.RTLD_NOLOAD)
@@ -117,7 +117,7 @@ def _library(dtype: torch.dtype, *shape: int) -> ctypes.CDLL:
 
 
 def _text(dtype: torch.dtype, source: str, *shape: int) -> str:
-    """A source as it is compiled: what is fixed in it, the numbers, and the file itself."""
+    """A source as it is compiled: its fixed numbers, number types, and the file itself."""
     macros = zip(("SCALAR", "HEAD_SIZE", "GROUP"), (SCALARS[dtype], *shape), strict=False)
     defined = "".join(f"#define {name} {value}\n" for name, value in macros)
     return defined + "".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text()}' for name in ("numbers.h", source))
@@ -233,7 +233,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def sample_rows(logits: Tensor, temperatures: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
-    """See `sampling.sample_rows`; the same ids, unless two scores are equal but for rounding. Raises KernelError."""
+    """See `sampling.sample_rows`; the same ids, unless two scores are equal up to rounding. Raises KernelError."""
     check_sample_rows(logits, temperatures, seeds, draws, LIMITS)
     return _sample_rows(logits, temperatures, seeds, draws)
 
@@ -275,7 +275,7 @@ def _norm_rotate_store(qkv, num_heads, num_kv_heads, q_weight, k_weight, eps, ro
     return q
 
 
-# The same without a look at the arguments: layers are alike, and what was taken in the first is taken in all.
+# The same without checks: layers are alike, and arguments that fit the first fit all.
 unchecked = SimpleNamespace(
     store_kv=_store_kv,
     decode=_decode,

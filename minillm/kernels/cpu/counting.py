@@ -3,8 +3,8 @@
     out, traffic = counting.decode(q, keys, values, tables, lengths, version=1)
 
 A CPU loads cache lines of 64 bytes and keeps those that it used last, so a load costs something only if its line is not
-among them. Counted are the lines that come into the first cache, if all its `cache_bytes` hold queries, keys and values
-and the oldest line goes first. What else it holds, such as scores and block tables, is left out.
+among them. This counts the lines that come into the first cache, as if all its `cache_bytes` held queries, keys and
+values, and the oldest line went first. Its other contents, such as scores and block tables, are left out.
 """
 
 import ctypes
@@ -95,7 +95,7 @@ def decode(
 
 
 def fetches(lines: np.ndarray, room: int) -> np.ndarray:
-    """For each load the number of the fetch that brought its line, if `room` lines stay: those that were used last."""
+    """For each load, the number of the fetch that brought its line, if the `room` lines used last stay."""
     kept: OrderedDict[int, int] = OrderedDict()  # line -> its fetch, the last one used at the end
     begins = np.flatnonzero(np.diff(lines, prepend=-1))  # loads of a line in a row are one use
     found, num_fetches = [], 0

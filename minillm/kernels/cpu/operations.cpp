@@ -1,4 +1,4 @@
-// The operations of a step in which tokens do not meet, but for those that know of heads. A CPU's time goes into moving
+// The operations of a step in which tokens do not meet, except those that know of heads. A CPU's time goes into moving
 // numbers, so each operation takes together what reads the same ones: each number is read once and written once.
 //
 //   1 add_rms_norm     [rows, size]        the stream, and its norm

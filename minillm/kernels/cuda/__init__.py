@@ -1,7 +1,7 @@
 """Paged attention in plain CUDA C++: the kernels to read. paged_attention.cu has them; this compiles and launches them.
 
 On a GPU NVRTC compiles the source at run time (compiled.py). Without one the same source runs on the CPU, and what each
-thread reads can be counted and drawn (emulator.py, traffic.py). What is launched is decided in launches.py for both.
+thread reads can be counted and drawn (emulator.py, traffic.py). For both, launches.py decides what is launched.
 May import torch, numpy, `checks` and `errors`.
 """
 
@@ -47,12 +47,12 @@ def decode(
     num_splits: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One new token each of B requests, [B, Hq, D] queries, looks through [B, W] block tables -> [B, Hq, D].
+    """B requests with one new token each, [B, Hq, D] queries, read through [B, W] block tables -> [B, Hq, D].
 
-    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. `window`: only the last so
-    many are seen. `version`: 1 to 5, from naive to fast; 1 to 3 take MAX_SCORES keys at most. Version 5 splits the keys
-    of a request and key head over `num_splits` blocks; without one it follows from shapes alone. `out` is written if
-    given. Raises KernelError for what these kernels do not take.
+    `lengths` [B]: keys each request has, the new token's included; 0 (padding) gives zeros. Only the last `window` are
+    seen. `version`: 1 to 5, from naive to fast; 1 to 3 take MAX_SCORES keys at most. Version 5 splits the keys of a
+    request and key head over `num_splits` blocks; the default depends only on shapes. `out` is written if given.
+    Raises KernelError for what these kernels do not take.
     """
     options = window, version, num_splits, out, _processors(q.device), LIMITS
     out, planned = launches.decode(q, keys, values, tables, lengths, *options)
@@ -73,7 +73,7 @@ def prefill(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """New tokens of B requests, one after the other in [T, Hq, D], look through [B, W] block tables -> [T, Hq, D].
+    """New tokens of B requests, one after the other in [T, Hq, D], read through [B, W] block tables -> [T, Hq, D].
 
     Request b has rows query_starts[b] .. query_starts[b + 1] - 1 of q and they are the last of its lengths[b] tokens:
     what is before them is the cached prefix. `max_queries`: no request has more. Each query sees itself and what is
@@ -88,5 +88,5 @@ def prefill(
 
 
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of anything else the checks will say that it is none."""
+    """Multiprocessors of a GPU; the checks will refuse any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

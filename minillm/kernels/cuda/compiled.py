@@ -1,6 +1,6 @@
-"""Launches on a GPU: the source is compiled by NVRTC, which comes with torch for CUDA, once a specialisation.
+"""Launches on a GPU: the source is compiled by NVRTC, which comes with torch for CUDA, once per specialisation.
 
-The first launch of a specialisation compiles, a second or two, and must not be inside the capture of a CUDA graph.
+The first launch of a specialisation compiles for a second or two; it must not be inside the capture of a CUDA graph.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ def _kernels(specialisation: Specialisation, device: int) -> dict:
 def compile_for_gpu(source: str, architecture: str) -> bytes:
     """The machine code (cubin) of the kernels in `source` for GPUs like "sm_90". Needs NVRTC, but no GPU.
 
-    torch.cuda._compile_kernel would do, were it not for the CUDA toolkit's headers, which it insists on.
+    torch.cuda._compile_kernel is not used because it needs the headers of the CUDA toolkit.
     Raises KernelError without NVRTC, or with the compiler's messages.
     """
     nvrtc = _nvrtc()
@@ -58,7 +58,7 @@ def compile_for_gpu(source: str, architecture: str) -> bytes:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    """The library of torch's own CUDA version: beside torch, or the system's, or the toolkit's."""
+    """NVRTC for torch's own CUDA version: beside torch, or the system's, or the toolkit's."""
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0] if torch.version.cuda else '13'}"
     beside_torch = Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}")
     for path in (*beside_torch, Path("/usr/local/cuda/lib64", name), Path(name)):

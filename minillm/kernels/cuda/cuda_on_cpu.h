@@ -2,8 +2,8 @@
 //
 // The same .cu source is compiled as ordinary C++ behind this header. A block's threads are fibers: each has a stack of
 // its own and runs until it waits for others, at a barrier or in a shuffle. Then the next one runs. Blocks follow each
-// other. A warp runs on as far as it can before the next one begins. So a run is the same every time, and what would be
-// a race on a GPU shows as a wrong result in some `order` of the threads. Shared memory begins as NaN in every block.
+// other. A warp runs on as far as it can before the next one begins. So a run is the same every time, and a race on a
+// GPU shows as a wrong result in some `order` of the threads. Shared memory begins as NaN in every block.
 //
 // Each of these ends the run with a message: an access outside all arrays or not aligned to its size, a barrier that
 // not all threads of a block reach, a shuffle without one of the lanes it names.
@@ -242,7 +242,7 @@ static const char* what(const Thread& thread) {
     return text;
 }
 
-// Nobody can go on. True if all wait at one barrier, which then opens; false if all have ended, or never will.
+// No thread can go on. True if all wait at one barrier, which then opens; false if all have ended, or never will.
 static bool open_barrier() {
     const Thread *waiting = nullptr, *other = nullptr;  // other: one that does not wait at the same place
     for (int i = 0; i < num_threads && !waiting; ++i) {
@@ -265,7 +265,7 @@ static bool open_barrier() {
     return false;
 }
 
-// Who comes i-th of `count` that take turns.
+// Which one comes i-th of `count` that take turns.
 static int turn(int i, int count, int order) { return order < 0 ? count - 1 - i : (i + order) % count; }
 
 // Until all threads of a warp wait for other warps: a warp runs ahead of the others as far as barriers let it.
@@ -325,7 +325,7 @@ constexpr int num_arguments(void (*)(Arguments...)) {
 
 }  // namespace cpu
 
-// --- what a kernel says ---
+// --- what a kernel calls ---
 
 #define threadIdx (cpu::current->index)
 #define blockIdx cpu::block_index

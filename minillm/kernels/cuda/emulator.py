@@ -32,7 +32,7 @@ LIMITS = Limits(
     head_sizes=HEAD_SIZES,
     groups=GROUPS,
 )
-PROCESSORS = 8  # as if there were as many: enough to have splits
+PROCESSORS = 8  # pretended: enough to have splits
 BACKWARDS = -1  # an order of a block's threads
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
@@ -42,7 +42,7 @@ OPEN_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 CALL = """extern "C" void call_{name}(void** values) {{ cpu::call({name}, values); }}
 extern "C" int arguments_of_{name}() {{ return cpu::num_arguments({name}); }}
 """
-GAP = 1 << 16  # bytes between arrays, so that what runs over the end of one is not taken for the next
+GAP = 1 << 16  # bytes between arrays, so that a run over the end of one does not reach the next
 ALIGNMENT = 256  # of arrays, as a GPU's allocator aligns them
 
 
@@ -114,8 +114,8 @@ def emulate(
 ) -> Traffic:
     """Run any `extern "C" __global__` kernel that reads and writes through `load` and `store`.
 
-    `arguments` in the kernel's order, by the names that messages and traffic are to use; tensors are written in place.
-    Raises KernelError if the source does not compile or a thread does what it must not.
+    `arguments` in the kernel's order, by the names for messages and traffic; tensors are written in place.
+    Raises KernelError if the source does not compile or a thread breaks a rule (see cuda_on_cpu.h).
     """
     library = _compiled(source)
     function = getattr(library, f"call_{kernel}", None)

@@ -18,12 +18,12 @@ SOURCE = Path(__file__).with_name("paged_attention.cu").read_text()
 SCALARS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 INDICES = {torch.int32: "int", torch.int64: "long long"}
 HEAD_SIZES = (16, 32, 64, 128)  # a team of 32 threads at most loads a row, 16 bytes each
-GROUPS = range(1, 9)  # the queries and sums of a group are in registers, and there are 255 a thread
+GROUPS = range(1, 9)  # the queries and sums of a group are in registers, 255 per thread
 VERSIONS = (1, 2, 3, 4, 5)
 
-THREADS = 128  # a block; the kernels count on it
+THREADS = 128  # per block; the kernels rely on it
 ROWS = 16  # of a prefill block: queries x heads of a group
-MAX_SCORES = 8192  # versions 1 to 3: 32 of the 48 KiB of shared memory that a block has without asking for more
+MAX_SCORES = 8192  # versions 1 to 3: 32 of the 48 KiB of shared memory that a block has by default
 MAX_SPLITS = 32
 KEYS_A_SPLIT = 64  # fewer are not worth a split
 BLOCKS_A_PROCESSOR = 4  # of 128 threads: what fits its registers
@@ -79,7 +79,7 @@ def decode(
     processors: int,
     limits: Limits,
 ) -> tuple[Tensor, list[Launch]]:
-    """What one new token each of B requests looks with, and where the result will be.
+    """The launches for one new token each of B requests, and where the result will be.
 
     Without `num_splits`, version 5 splits so that `processors` have work; a single split is version 4.
     """
@@ -115,7 +115,7 @@ def prefill(
     out: Tensor | None,
     limits: Limits,
 ) -> tuple[Tensor, list[Launch]]:
-    """What the new tokens of B requests look with, and where the result will be."""
+    """The launches for the new tokens of B requests, and where the result will be."""
     group = check_prefill(q, keys, values, tables, query_starts, lengths, max_queries, window, limits)
     _check_aligned(q=q, keys=keys, values=values)
     out = output_for(q, out)
@@ -129,9 +129,9 @@ def prefill(
 
 
 def splits_for(num_blocks: int, max_keys: int, processors: int) -> int:
-    """Into how many parts to split each request's keys, given the blocks there are without.
+    """Into how many parts to split each request's keys, given the blocks without splitting.
 
-    It follows from shapes alone, never from lengths, so that a captured CUDA graph holds for all lengths.
+    It depends on shapes, never on lengths, so that a captured CUDA graph holds for all lengths.
     """
     return max(1, min(BLOCKS_A_PROCESSOR * processors // max(1, num_blocks), max_keys // KEYS_A_SPLIT, MAX_SPLITS))
 
@@ -163,7 +163,7 @@ def _check_version(version: int, num_splits: int | None, splits: int, num_scores
         raise KernelError(f"num_splits {num_splits}: pass 1 to {MAX_SPLITS}, or None to let the shapes decide")
     if version < 4 and num_scores > MAX_SCORES:
         raise KernelError(
-            f"{num_scores} keys a request: version {version} keeps a score of each in shared memory, {MAX_SCORES} at "
+            f"{num_scores} keys per request: version {version} keeps a score of each in shared memory, {MAX_SCORES} at "
             "most; use version 4 or 5"
         )
 

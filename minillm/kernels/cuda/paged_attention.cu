@@ -14,11 +14,11 @@
 //     SCALAR      float, Half or BFloat16: the numbers of q, keys, values and out. All sums are float.
 //     INDEX       int or long long: the numbers of tables, lengths, slots and query_starts
 //     HEAD_SIZE   16, 32, 64 or 128     BLOCK_SIZE  tokens in a block     GROUP  query heads that share a key head
-// Every kernel is launched with THREADS threads per block. `window`: a query sees only the last so many keys; 0: all.
+// Every kernel is launched with THREADS threads per block. A query sees only the last `window` keys; 0: all.
 // What is masked is not loaded, and a query that sees nothing gets zeros.
 //
-// There is no host code and no #include, so that NVRTC can compile this file alone. Global memory is read and written
-// through `load` and `store` only: nothing on a GPU, but where the file is compiled for the CPU they count.
+// There is no host code and no #include, so that NVRTC can compile this file by itself. Global memory is read and written
+// through `load` and `store` only: plain accesses on a GPU, counted where the file is compiled for the CPU.
 
 struct Half { unsigned short bits; };
 struct BFloat16 { unsigned short bits; };
@@ -77,7 +77,7 @@ __device__ float minus_infinity() { return __uint_as_float(0xff800000); }
 // Scores are of base 2: 2^x is what a GPU computes fastest, and 2^(x * log2(e)) = e^x.
 __device__ float score_scale() { return 1.44269504f * rsqrtf(float(HEAD_SIZE)); }
 
-// What exponents are measured from. Nothing seen yet: 0, because -inf - -inf would be NaN.
+// What exponents are relative to. Nothing seen yet: 0, because -inf - -inf would be NaN.
 __device__ float base_of(float best) { return best == minus_infinity() ? 0.0f : best; }
 
 // Sum over `lanes` neighbouring threads, a power of two, known to each of them.
@@ -154,14 +154,14 @@ __device__ void sum_values(
 
 // ---------------------------------------------------------------------------------------------------------------------
 // decode: one new token each of B requests, q [B, Hq, HEAD_SIZE], looks through tables [B, W] at its lengths[b] keys,
-// its own included. Versions 1 to 3 keep a score a key in shared memory, which limits how many keys there may be.
+// its own included. Versions 1 to 3 keep a score per key in shared memory, which limits how many keys there may be.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Version 1: one block of threads per request and query head; a thread takes whole keys.
 //
 // Grid (B, Hq). Memory access: each thread walks along a key of its own, so at every step the 32 threads of a warp read
-// 32 numbers that lie Hkv * HEAD_SIZE numbers apart. Each is in another sector: 32 sectors for one load, of which one
-// number each is used. (The next step finds them in the L1 cache if they are still there.)
+// 32 numbers that lie Hkv * HEAD_SIZE numbers apart. Each is in another sector: 32 sectors for one load, with one number
+// used of each. The next step finds them in the L1 cache if they are still there.
 extern "C" __global__ void decode_v1(
     const SCALAR* q, const SCALAR* keys, const SCALAR* values, const INDEX* tables, const INDEX* lengths, SCALAR* out,
     int q_stride, int table_stride, int window
@@ -356,7 +356,7 @@ __device__ void begin(const SCALAR* queries, Vector* query, Running* running) {
     }
 }
 
-// Version 4: online softmax, and a whole group a block.
+// Version 4: online softmax, and a whole group per block.
 //
 // Grid (B, Hkv). Memory access: every key and value is read once for all GROUP query heads that share it, where
 // versions 1 to 3 read it once for each of them: GROUP times fewer bytes. And there is one pass: key and value of a
@@ -390,7 +390,7 @@ extern "C" __global__ void decode_v4(
 // Grid (B, Hkv, num_splits). Memory access: the same bytes as version 4, from more multiprocessors at once. With few
 // requests version 4 has B * Hkv blocks where a GPU has over a hundred multiprocessors, and those without a block read
 // nothing. Each split leaves its part, normalised, and the logarithm of its sum; `combine` weighs them. That costs one
-// float a number written and read again for each split, which is little beside its keys and values.
+// float per number, written and read again for each split, which is little beside its keys and values.
 extern "C" __global__ void decode_v5(
     const SCALAR* q, const SCALAR* keys, const SCALAR* values, const INDEX* tables, const INDEX* lengths, float* parts,
     float* logs, int q_stride, int table_stride, int window
@@ -413,7 +413,7 @@ extern "C" __global__ void decode_v5(
     for (int head = 0; head < GROUP; ++head) {
         const Merged merged = merge_teams(running[head]);
         const long long part = (own + head) * num_splits + split;
-        // A split without keys says so by -inf and leaves no part.
+        // A split without keys writes -inf and leaves no part.
         const float log = merged.total == 0 ? minus_infinity() : merged.best + log2f(merged.total);
         if (threadIdx.x == 0) store(logs + part, log);
         if (threadIdx.x < HEAD_SIZE && first < end) {
@@ -422,7 +422,7 @@ extern "C" __global__ void decode_v5(
     }
 }
 
-// Version 5's second kernel. Grid (B * Hq): one query head of one request a block, thread d its column d of all parts.
+// Version 5's second kernel. Grid (B * Hq): one query head of one request per block, thread d its column d of all parts.
 extern "C" __global__ void combine(const float* parts, const float* logs, SCALAR* out, int num_splits) {
     const long long row = blockIdx.x;
     const float* own_logs = logs + row * num_splits;

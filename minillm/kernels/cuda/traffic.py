@@ -4,8 +4,8 @@ The 32 threads of a warp execute a load together; that is one *request*. Memory 
 a request costs as many as its threads' addresses touch, however few of their bytes are used. Nsight Compute calls the
 quotient "sectors/request"; at 4 bytes per thread, 4 is the least, unless threads share an address, and 32 the most.
 
-Nothing is counted as cached: a sector that is asked for twice counts twice. What must come from memory at least, with
-the best of caches, is `unique_bytes`.
+Nothing is counted as cached: a sector that is asked for twice counts twice. `unique_bytes` is the least that must come
+from memory, with a perfect cache.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 WARP = 32
 SECTOR = 32  # bytes
 
-# One access of one thread. `address`: bytes from the array's begin, or if that is a slice, from the multiple of 256
+# One access of one thread. `address`: bytes from the array's start, or if that is a slice, from the multiple of 256
 # below it, as a GPU aligns what it allocates: sectors begin at 0, 32, ... `occurrence`: accesses that the thread had
 # made from this line of the source before; `array`: index into Traffic.names.
 RECORD = np.dtype(
@@ -66,11 +66,11 @@ class Traffic:
     sector: int = SECTOR  # bytes that memory delivers together; a CPU's are its cache lines
 
     def loads(self, *names: str) -> Counts:
-        """From these arrays, or from all."""
+        """Counts of the loads from these arrays, or from all."""
         return _count(self.records_of(*names), self.sector)
 
     def stores(self, *names: str) -> Counts:
-        """To these arrays, or to all."""
+        """Counts of the stores to these arrays, or to all."""
         return _count(self.records_of(*names, stored=True), self.sector)
 
     def records_of(self, *names: str, stored: bool = False) -> np.ndarray:
@@ -95,7 +95,7 @@ def joined(parts: list[Traffic]) -> Traffic:
 
 
 def request_ids(records: np.ndarray) -> np.ndarray:
-    """For each access a number that those of the same warp's request share."""
+    """For each access a number, the same for all accesses of one request of a warp."""
     return _packed(records["block"], records["thread"] // WARP, records["line"], records["occurrence"])
 
 
@@ -105,7 +105,7 @@ def _count(records: np.ndarray, sector: int) -> Counts:
     arrays = int(records["array"].max()) + 1
     room = -(-(int(records["address"].max()) + 1) // sector) * sector  # bytes of the largest array, in whole sectors
     place = records["array"] * np.int64(room) + records["address"]
-    # A number an access, that grows with request, array, address and size: sorted, what is equal is together.
+    # A number per access that grows with request, array, address and size: sorting brings equal ones together.
     accesses = np.sort(_packed(request_ids(records), place, records["size"], spans=(arrays * room, _SIZES)))
     asked = accesses[np.diff(accesses, prepend=-1) != 0] % _SIZES
     # Every access is aligned to its size, 16 bytes at most, so it lies in one sector.
@@ -135,7 +135,7 @@ def _unique_bytes(records: np.ndarray) -> int:
 
 
 def _packed(first: np.ndarray, *others: np.ndarray, spans: tuple[int, ...] | None = None) -> np.ndarray:
-    """For each row of some columns of whole numbers one number, in the order of the columns; spans: of the others."""
+    """One number for each row of columns of whole numbers, in the order of the columns; `spans`: of the others."""
     packed = first.astype(np.int64)
     for column, span in zip(others, spans or [int(column.max()) + 1 for column in others], strict=True):
         if (int(packed.max()) + 1) * span >= 1 << 63:
