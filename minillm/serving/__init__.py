@@ -1,4 +1,4 @@
-"""Layer 1: the engine behind an event loop, and what speaks HTTP with its clients. Wants `pip install minillm[serve]`.
+"""Layer 1: the engine behind an event loop, and the HTTP server for its clients. Needs `pip install minillm[serve]`.
 
 May import `player`, `engine` and the rooms below; FastAPI, uvicorn, pydantic and prometheus-client are imported here
 alone. `async_engine`, `child` and `options` need none of them.

@@ -1,7 +1,7 @@
 """From the engine's outputs to what clients get: one way for streams and for whole answers.
 
-An answer is made for each HTTP request. It is given the outputs of the request's prompts as they come, "delta" or
-"final_only", and makes choices of them; what it remembers is what a next part of the same choice needs.
+There is one answer per HTTP request. It gets the outputs of the request's prompts as they come, "delta" or
+"final_only", and makes choices of them. It remembers only what the next part of the same choice needs.
 """
 
 import time
@@ -28,7 +28,7 @@ LEAST_LOGPROB = -9999.0  # instead of minus infinity, for which JSON has no numb
 
 @dataclass
 class Told:
-    """What has been told of a choice so far."""
+    """What has been sent of a choice so far."""
 
     num_tokens: int = 0
     num_characters: int = 0  # of its tokens' texts: where the next one begins
@@ -37,7 +37,7 @@ class Told:
 class Answer:
     """The choices of one request, in the order of its prompts: n for the first, n for the second, and so on."""
 
-    kind = chunk_kind = id_prefix = ""  # what subclasses say
+    kind = chunk_kind = id_prefix = ""  # set by subclasses
 
     def __init__(self, request: SamplingRequest, request_id: str, model: str, tokenizer: Tokenizer | None):
         self.request, self.tokenizer = request, tokenizer
@@ -47,13 +47,13 @@ class Answer:
         self._prompts: dict[int, RequestOutput] = {}  # the first output of each prompt: the only one about the prompt
 
     def whole(self, outputs: Mapping[int, RequestOutput]) -> dict:
-        """The answer that is no stream, from the last output of each prompt."""
+        """The answer in one piece, from the last output of each prompt."""
         choices = [self._choice(*each) for place in sorted(outputs) for each in self._parts(place, outputs[place])]
         empty = {"service_tier": None, "system_fingerprint": None}
         return {**self.head, "choices": choices, "usage": self.usage(), **empty, **self._about_prompt()}
 
     def events(self, place: int, output: RequestOutput) -> Iterator[dict]:
-        """What a stream says of a new output of a prompt."""
+        """The events of a stream for a new output of a prompt."""
         for index, part in self._parts(place, output):
             is_new = index not in self._told
             if not is_new and part.finish_reason is None and not part.token_ids and not part.text:
@@ -71,7 +71,7 @@ class Answer:
                 yield self._event([choice], {})
 
     def last_events(self) -> Iterator[dict]:
-        """What a stream says when all has ended."""
+        """The events at the end of a stream."""
         options = self.request.stream_options
         if options is not None and options.include_usage:
             yield self._event([], {"usage": self.usage()})
@@ -102,7 +102,7 @@ class Answer:
         raise NotImplementedError
 
     def _opening(self, index: int) -> dict | None:
-        """What a stream says of a choice before its text."""
+        """The event of a choice before its text, if it has one."""
         return None
 
     def _about_prompt(self) -> dict:
@@ -111,7 +111,7 @@ class Answer:
 
 
 class CompletionAnswers(Answer):
-    """A text goes on."""
+    """A text is continued."""
 
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl"
@@ -160,7 +160,7 @@ class CompletionAnswers(Answer):
             places = [*zip(rest, prompt.prompt_logprobs[1:], strict=True), *places]
         for token_id, values in places:
             top = {}
-            for each, value in list(values.items())[: self.request.logprobs + 1]:  # the token itself stands first
+            for each, value in list(values.items())[: self.request.logprobs + 1]:  # the token itself comes first
                 top.setdefault(named(each, value), finite(value))  # two tokens may have one text
             add(named(token_id, values[token_id]), finite(values[token_id]), top)
         return found
@@ -217,7 +217,7 @@ def usage_of(num_prompt_tokens: int, num_tokens: int, num_cached_tokens: int) ->
 
 
 def finite(value: Logprob) -> float:
-    """Its logarithm as a number that JSON has."""
+    """Its logarithm as a number that JSON can hold."""
     return max(value.logprob, LEAST_LOGPROB)
 
 
@@ -228,13 +228,13 @@ def named(token_id: int, value: Logprob | None) -> str:
 
 
 def token_logprob(token_id: int, value: Logprob) -> TokenLogprob:
-    """One token as chat answers tell it."""
+    """One token in the form of chat answers."""
     text = named(token_id, value)
     return {"token": text, "logprob": finite(value), "bytes": list(text.encode())}
 
 
 def prompt_logprobs(output: RequestOutput) -> PromptLogprobList:
-    """Those of a prompt, with numbers that JSON has."""
+    """Those of a prompt, with numbers that JSON can hold."""
     return [
         None
         if place is None

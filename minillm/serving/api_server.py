@@ -57,7 +57,7 @@ GENERATING = (*POSTED, 429, 500, 503)
 
 
 def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> FastAPI:
-    """The server's ASGI app. The engine stays the caller's, who shuts it down."""
+    """The server's ASGI app. The caller keeps the engine and shuts it down."""
     options = ServerOptions() if options is None else options
     app = FastAPI(
         title="minillm",
@@ -65,7 +65,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> Fas
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # /metrics and the trace tell more
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # /metrics and the trace say more
     )
     app.state.options = options
     add_error_answers(app)
@@ -78,7 +78,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> Fas
 
 
 def _openapi(app: FastAPI, options: ServerOptions) -> dict:
-    """The description at /openapi.json. Bodies are read by `read_as`: FastAPI does not know them."""
+    """The description at /openapi.json. `read_as` reads the bodies, so FastAPI does not know them."""
     if app.openapi_schema is None:
         text = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, known = models_json_schema([(model, "validation") for model in BODIES], ref_template=REFERENCE)
@@ -98,7 +98,7 @@ def _openapi(app: FastAPI, options: ServerOptions) -> dict:
 
 
 def add_page(app: FastAPI, engine: AsyncEngine) -> None:
-    """The page at / with its files, and what it asks for below /live. None of it is in the OpenAPI text."""
+    """Add the page at / with its files, and what it fetches below /live. None of it is in the OpenAPI text."""
     headers = {"Content-Security-Policy": PAGE_MAY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
     def add(path: str, name: str, kind: str) -> None:
@@ -130,7 +130,7 @@ def answers(model: type, *statuses: int, stream: str | None = None) -> dict:
 
 
 class DirectRoute(APIRoute):
-    """A route whose function wants nothing but the request: to find out what it depends on costs 0.1 ms each time."""
+    """A route whose function needs only the request: resolving dependencies costs 0.1 ms each time."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine]:
         """The function as it is."""
@@ -144,7 +144,7 @@ class Endpoints:
         self.engine, self.options = engine, options
         self.model_name = options.served_model_name or engine.model_name
         self.created = int(time.time())
-        self._ids: set[str] = set()  # of the engine's requests that are under way
+        self._ids: set[str] = set()  # of the engine's requests in progress
 
     @property
     def most_tokens(self) -> int:
@@ -203,7 +203,7 @@ class Endpoints:
             self.check_model(model)
             return JSON(self.card())
 
-        healthy = {200: {"description": "All is well; nothing more is said."}}
+        healthy = {200: {"description": "The server can answer requests; the body is empty."}}
 
         @app.get("/health", responses={**healthy, **documented(405, 503)}, response_class=Response)
         async def health() -> Response:
@@ -266,9 +266,9 @@ class Endpoints:
             self._ids.difference_update(request_ids)
 
     def _take_ids(self, http: Request, count: int) -> list[str]:
-        """The HTTP request's id is the engine's; with several prompts each has its number behind it.
+        """The HTTP request's id is the engine's; with several prompts each has its number after it.
 
-        Clients choose ids, and may choose one that is in use: then this request has another.
+        Clients choose ids, and may choose one that is in use: then this request gets a different one.
         """
         given, number = http.state.request_id, 1
         while True:
@@ -292,10 +292,10 @@ class Endpoints:
     def check_model(self, name: str | None) -> None:
         """Raises APIError, 404, for a model that is not served."""
         if name and name != self.model_name:
-            raise APIError(404, f"there is no such model here; this server has {self.model_name!r}", "model")
+            raise APIError(404, f"this server does not have that model; it has {self.model_name!r}", "model")
 
     def card(self) -> dict:
-        """What is told of the model."""
+        """The model's entry in /v1/models."""
         return {
             "id": self.model_name,
             "object": "model",
@@ -361,5 +361,5 @@ async def _whole(answer: Answer, outputs: AsyncIterator[list[tuple[int, RequestO
         async for batch in outputs:
             last.update(batch)
     num_tokens = sum(len(part.token_ids) for output in last.values() for part in output.outputs)
-    size = num_tokens * (1 + (answer.request.num_logprobs or 0))  # about as many numbers and texts are in the answer
+    size = num_tokens * (1 + (answer.request.num_logprobs or 0))  # about how many numbers and texts the answer has
     return await in_thread(size, lambda: JSON(answer.whole(last)))

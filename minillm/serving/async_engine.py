@@ -1,5 +1,5 @@
-"""One engine, many coroutines: the engine computes on a thread of its own, which alone touches it; coroutines send it
-what they want, and each reads the outputs of its request.
+"""One engine, many coroutines: the engine computes on a thread of its own, the only one that touches it. Coroutines
+send it what to do ("wishes"), and each reads the outputs of its request.
 
     async_engine = AsyncEngine(LLMEngine("storyteller"))
     async for output in async_engine.generate("a", "Once upon a time", SamplingParams(max_tokens=20)):
@@ -9,7 +9,7 @@ what they want, and each reads the outputs of its request.
                       | wish     outputs ^        outputs ^
     engine       |....|add|--- step 1 ---|--- step 2 ---|--- step 3
 
-Between two steps the thread does what was wished for, in order of arrival. After a step all its outputs go to the event
+Between two steps the thread carries out the wishes, in order of arrival. After a step all its outputs go to the event
 loop in one call: waking the loop once for each of 64 requests would take longer than the step.
 """
 
@@ -57,16 +57,16 @@ from minillm.trace import RequestRecord, Trace, record_of, records_of
 
 log = logging.getLogger(__name__)
 LONG_TEXT = 2_000  # characters; longer prompts become tokens on a thread of the pool, so that no step waits for them
-MOST_FAILED_STEPS = 3  # one after the other, before the requests concerned are given up
+MOST_FAILED_STEPS = 3  # in a row, before the requests concerned are ended
 MOST_SINGLE_STEPS = 1_000  # of a paused engine, asked for at once
-KEPT_STEPS = 200  # that a subscriber is told of when it comes
+KEPT_STEPS = 200  # that a new subscriber gets
 MOST_UNREAD_NEWS = 2_000  # steps that a subscriber may lag behind
 PACE_SECONDS = 10.0  # over which it is measured how fast requests end
-LOOK_EVERY = 0.01  # seconds between looks whether all has ended, while draining
+LOOK_EVERY = 0.01  # seconds between checks whether all has ended, while draining
 
 
 class QueueFullError(MiniLLMError):
-    """As many requests wait as may; `retry_after` (seconds, whole) is when there should be room again."""
+    """The queue is full; after `retry_after` seconds, a whole number, there should be room again."""
 
     def __init__(self, message: str, retry_after: int = 1):
         super().__init__(message)
@@ -74,19 +74,19 @@ class QueueFullError(MiniLLMError):
 
 
 class DrainingError(RuntimeError):
-    """The engine ends what it has begun and takes nothing new."""
+    """The engine finishes what it has begun and takes nothing new."""
 
 
 class SlowReaderError(RuntimeError):
-    """A reader left so many outputs unread that its request was ended."""
+    """A reader left too many outputs unread, so its request was ended."""
 
 
 class StepFailedError(RuntimeError):
-    """The model failed in several steps one after the other; the requests that were under way have ended."""
+    """The model failed in several steps in a row; the requests in progress have ended."""
 
 
 def retry_after(num_requests: int, ended: Sequence[float]) -> int:
-    """Whole seconds, 1 to 60, until half of so many requests have ended, at the pace of the last PACE_SECONDS.
+    """Whole seconds, 1 to 60, until half of `num_requests` have ended, at the pace of the last PACE_SECONDS.
 
     `ended` is how many seconds ago requests have ended; at least one is taken to have ended in that time.
     """
@@ -95,7 +95,7 @@ def retry_after(num_requests: int, ended: Sequence[float]) -> int:
 
 
 class AsyncEngine:
-    """An `LLMEngine` for coroutines. It takes the engine over: nobody else may call it from now on."""
+    """An `LLMEngine` for coroutines. It takes the engine over: no other code may call it afterwards."""
 
     @checked
     def __init__(
@@ -108,7 +108,7 @@ class AsyncEngine:
         model_name: str = "storyteller",
     ):
         """`max_queue`: requests that may wait beside the `max_num_seqs` that can run. `max_unread`: outputs of a
-        request that may be unread before it is ended. `metrics` hears of every step and output (see `Metrics`).
+        request that may be unread before it is ended. `metrics` gets every step and output (see `Metrics`).
 
         Raises ConfigError for an engine that keeps no trace: metrics and page are made from it.
         """
@@ -118,10 +118,10 @@ class AsyncEngine:
         self.max_queue, self.max_unread = max_queue, max_unread
         self.metrics, self.model_name = metrics, model_name
         self._wishes: SimpleQueue[tuple[Callable[[], None], Reply | None]] = SimpleQueue()
-        self._lock = threading.Lock()  # so that no wish is made after the last look at them
-        self._ended: WorkerDiedError | None = None  # why no wish is heard any more
+        self._lock = threading.Lock()  # so that no wish is added after the last check for them
+        self._ended: WorkerDiedError | None = None  # why no more wishes are taken
         self._draining = False
-        # What follows is the engine's thread's alone.
+        # What follows belongs to the engine's thread only.
         self._readers: dict[str, Inbox] = {}
         self._subscribers: dict[Inbox, None] = {}
         self._to_tell: dict[asyncio.AbstractEventLoop, list[tuple[Reply, Any]]] = {}
@@ -134,11 +134,11 @@ class AsyncEngine:
         self._recorder = engine.scheduler.recorder
         if metrics is not None:
             metrics.watch(self)
-        self._recorder.news()  # from now on it keeps them
+        self._recorder.news()  # it keeps them from here on
         self._thread = threading.Thread(target=self._run, name="minillm-engine", daemon=True)
         self._thread.start()
 
-    # --- what is known of it; from any thread ---
+    # --- its state; from any thread ---
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -147,7 +147,7 @@ class AsyncEngine:
 
     @property
     def config(self) -> EngineConfig:
-        """As it was started; `control` tells the limits of now."""
+        """The configuration at the start; `control` returns the current limits."""
         return self._engine.config
 
     @property
@@ -196,12 +196,12 @@ class AsyncEngine:
         priority: int = 0,
         output_kind: OutputKind = "delta",
     ) -> AsyncIterator[RequestOutput]:
-        """What `LLMEngine.step` tells of a request, until it is finished; arguments as of `LLMEngine.add_request`.
+        """Yields what `LLMEngine.step` returns for a request, until it is finished; arguments as of `add_request`.
 
-        Outputs that nobody fetched in time come as one. Closing the iterator, or cancelling who waits for it, ends the
-        request with all its outputs before the next step. The first output brings, before anything is allocated, the
-        errors of `add_request`, QueueFullError and DrainingError; any may bring WorkerDiedError, SlowReaderError and
-        StepFailedError. If the request is aborted, the last output has the finish reason "abort".
+        Outputs that were not fetched in time are merged. Closing the iterator, or cancelling the task that waits for
+        it, ends the request with all its outputs before the next step. Waiting for the first output raises, before
+        anything is allocated, the errors of `add_request`, QueueFullError and DrainingError; waiting for any raises
+        WorkerDiedError, SlowReaderError and StepFailedError. An aborted request's last finish reason is "abort".
         """
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         if isinstance(text, str) and len(text) > LONG_TEXT:
@@ -216,8 +216,8 @@ class AsyncEngine:
     async def generate_together(
         self, requests: Sequence[tuple[str, Prompt, SamplingParams | None, int]], output_kind: OutputKind = "delta"
     ) -> AsyncIterator[list[RequestOutput]]:
-        """Several requests (id, prompt, params, priority) for one reader: all that they have brought since it last
-        asked, a request's deltas as one. What ends one with an error ends all; else as `generate`.
+        """Several requests (id, prompt, params, priority) for one reader: yields all outputs since it last asked, the
+        deltas of a request merged. An error in one ends all; otherwise as `generate`.
         """
         arrival_time = self.clock()
         self._check_open()
@@ -233,7 +233,7 @@ class AsyncEngine:
                 self._wish_if_open(partial(self._abandon, inbox))
 
     async def encode(self, prompt: Prompt) -> Tensor:
-        """One vector for a prompt, see `LLM.encode`; between two steps, which wait for it, but never for two of them.
+        """One vector for a prompt, see `LLM.encode`. It is computed between two steps, never two of them in a row.
 
         Raises PromptError, DrainingError, WorkerDiedError.
         """
@@ -244,7 +244,7 @@ class AsyncEngine:
         return await answer.future
 
     async def abort(self, request_id: str) -> bool:
-        """End a request: its reader is told so. False if there is none of this id."""
+        """End a request; its reader is told. False if no request has this id."""
         return await self._ask(lambda: self._engine.abort_request(request_id))
 
     async def check_health(self) -> None:
@@ -254,7 +254,7 @@ class AsyncEngine:
         self._engine.check_health()
         self._check_draining()
 
-    # --- what a class and an operator do with the engine as a whole ---
+    # --- what a teacher or an operator does with the whole engine ---
 
     async def control(
         self,
@@ -265,11 +265,11 @@ class AsyncEngine:
         max_num_batched_tokens: int | None = None,
         batching: str | None = None,
     ) -> dict:
-        """Change how the engine goes on, between two steps; returns how it does, as the "config" of `subscribe`.
+        """Change the engine's settings between two steps; returns them, as the "config" of `subscribe`.
 
-        `paused` halts it, `step` lets a halted one compute so many steps more. The limits may be lower than those it
-        was started with; who runs already runs on, so that they hold once enough have ended. `batching` "static" lets
-        nobody join a batch before its last request has ended. Raises ConfigError, and then nothing has changed.
+        `paused` halts it; `step` is how many steps a halted one computes. The limits may be lower than those it was
+        started with; running requests go on, so the limits hold once enough have ended. With `batching` "static" no
+        request joins a batch before its last request has ended. Raises ConfigError, and then nothing has changed.
         """
 
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
@@ -302,19 +302,19 @@ class AsyncEngine:
         return await asyncio.to_thread(await self._ask(self._recorder.snapshot))
 
     async def subscribe(self) -> AsyncIterator[dict]:
-        """What happens, as it does: the lines of a trace's file, which goes on for as long as the engine does.
+        """Yields what happens, as it does: the lines of a trace's file, for as long as the engine runs.
 
-        They are the header, {"config": …} as of `control`, again after every change, {"request": …} and {"step": …},
-        beginning with the last KEPT_STEPS, {"aborted": [request ids]}, of which a trace says nothing, and {"tokens":
-        {"request_id", "step", "texts"}} of requests whose outputs are "delta". Raises SlowReaderError for one who lags
-        behind, DrainingError at the end.
+        They are the header; {"config": …} as of `control`, again after every change; {"request": …} and {"step": …},
+        beginning with the last KEPT_STEPS; {"aborted": [request ids]}, which a trace does not have; and {"tokens":
+        {"request_id", "step", "texts"}} of requests whose outputs are "delta". Raises SlowReaderError if the reader
+        lags behind, DrainingError at the end.
         """
         async for records in self.follow():
             for record in records:
                 yield record
 
     async def follow(self) -> AsyncIterator[list[dict]]:
-        """The same, all that one step has brought at once."""
+        """The same, with all lines of one step together."""
         inbox = Inbox(MOST_UNREAD_NEWS)
         inbox.on_slow = partial(self._wish_if_open, partial(self._subscribers.pop, inbox, None))
         self._wish(partial(self._follow, inbox), inbox)
@@ -341,7 +341,7 @@ class AsyncEngine:
                 await asyncio.sleep(LOOK_EVERY)
             await self._ask(self._abort_all)
         except WorkerDiedError:
-            return  # with the worker all requests have ended
+            return  # the worker's end has ended all requests
 
     def shutdown(self) -> None:
         """End every request, the thread, and the engine. No effect the second time."""
@@ -355,7 +355,7 @@ class AsyncEngine:
     # --- wishes: from any thread to the engine's ---
 
     def _wish(self, what: Callable[[], None], reply: "Reply | None" = None) -> None:
-        """Have something done between two steps. Raises WorkerDiedError if nobody would."""
+        """Have something done between two steps. Raises WorkerDiedError if the thread has ended."""
         with self._lock:
             if self._ended is not None:
                 raise WorkerDiedError(str(self._ended))
@@ -368,7 +368,7 @@ class AsyncEngine:
             return
 
     async def _ask(self, function: Callable[[], Any]) -> Any:
-        """What the function returns or raises, called between two steps."""
+        """Call the function between two steps; returns or raises what it does."""
         answer = Answer()
         self._wish(lambda: self._tell(answer, function()), answer)
         return await answer.future
@@ -392,7 +392,7 @@ class AsyncEngine:
 
     def _check_draining(self) -> None:
         if self._draining:
-            raise DrainingError("the server is shutting down and takes no new requests; send it to another")
+            raise DrainingError("the server is shutting down and takes no new requests; send this one elsewhere")
 
     # --- the engine's thread ---
 
@@ -406,7 +406,7 @@ class AsyncEngine:
                     self._step()
                 self._note_news()
                 self._hand_over()
-        except BaseException as error:  # a bug of ours: nobody may wait for ever
+        except BaseException as error:  # a bug of ours: no reader may wait for ever
             log.exception("the engine's thread has failed")
             reason = WorkerDiedError(
                 f"the engine's thread has failed ({type(error).__name__}: {error}); start it again"
@@ -434,7 +434,7 @@ class AsyncEngine:
         return self._engine.has_unfinished_requests() and (not self._paused or self._steps_allowed > 0)
 
     def _do_wishes(self) -> None:
-        """All that have been made; without work to do, wait for the next."""
+        """Carry out all wishes; without work to do, wait for the next."""
         must_wait = not self._has_work() and not self._to_encode
         while True:
             try:
@@ -450,7 +450,7 @@ class AsyncEngine:
                 self._tell(reply, error)
 
     def _add(self, inbox: "Inbox", requests: Sequence[tuple], output_kind: OutputKind, arrival_time: float) -> None:
-        """All before the next step: a static batch would begin with the first of them alone."""
+        """Add all before the next step: otherwise a static batch would begin with only the first of them."""
         for request in requests if not inbox.closed else ():
             self._check_open()
             prepared = self._engine.prepare(*request)
@@ -458,7 +458,7 @@ class AsyncEngine:
             self._readers[request[0]] = inbox
 
     def _encode_next(self) -> None:
-        """One vector, whatever their number is: requests go on meanwhile. None for whoever has gone."""
+        """Compute one vector, however many wait: requests go on meanwhile. None for a caller that has gone."""
         while self._to_encode:
             answer, prepared = self._to_encode.popleft()
             if not answer.future.done():
@@ -469,7 +469,7 @@ class AsyncEngine:
                 return
 
     def _abandon(self, inbox: "Inbox") -> None:
-        """Nobody reads these requests any more. Their ids may be somebody else's by now."""
+        """End requests that have lost their reader. Their ids may belong to new requests by now."""
         for request_id in [each for each, reader in self._readers.items() if reader is inbox]:
             self._engine.abort_request(request_id)
 
@@ -480,7 +480,7 @@ class AsyncEngine:
         for request_id in list(self._readers):
             self._engine.abort_request(request_id)
         for inbox in self._subscribers:
-            self._tell(inbox, DrainingError("the engine has ended all that it had begun"))
+            self._tell(inbox, DrainingError("the engine has finished all that it had begun"))
         self._subscribers.clear()
 
     def _step(self) -> None:
@@ -501,7 +501,7 @@ class AsyncEngine:
             self._take(output)
 
     def _step_has_failed(self, error: Exception) -> None:
-        """Nothing of the step has happened, and the next tries again; but not for ever."""
+        """The step has had no effect, and the next one tries again, a limited number of times."""
         self._num_failed_steps += 1
         log.error("step failed (%d of %d in a row)", self._num_failed_steps, MOST_FAILED_STEPS, exc_info=error)
         if self._num_failed_steps < MOST_FAILED_STEPS:
@@ -512,7 +512,7 @@ class AsyncEngine:
         self._num_failed_steps = 0
 
     def _note_news(self) -> None:
-        """What the trace has got goes to the metrics and to subscribers."""
+        """Pass what is new in the trace to the metrics and to subscribers."""
         news = self._recorder.news()
         if self.metrics is not None:
             self.metrics.take_news(news)
@@ -523,8 +523,8 @@ class AsyncEngine:
             self._publish([_line(each) for each in news])
 
     def _take_aborted(self, output: RequestOutput) -> None:
-        self._note_news()  # the metrics may not have heard of its arrival
-        if self._num_failed_steps == MOST_FAILED_STEPS:  # it is not its reader who ends it
+        self._note_news()  # the metrics may not know of its arrival yet
+        if self._num_failed_steps == MOST_FAILED_STEPS:  # not ended by its reader
             for part in output.outputs:
                 part.finish_reason = "error" if part.finish_reason == "abort" else part.finish_reason
         names = [self._recorder.name(output_id(output.request_id, part.index)) for part in output.outputs]
@@ -532,7 +532,7 @@ class AsyncEngine:
         self._take(output)
 
     def _take(self, output: RequestOutput) -> None:
-        """An output goes to its reader, and to the metrics."""
+        """Pass an output to its reader and to the metrics."""
         inbox = self._readers.get(output.request_id)
         if self.metrics is not None and inbox is not None:
             self.metrics.take_output(output, self._recorder.name, is_delta=inbox.merges)
@@ -553,19 +553,19 @@ class AsyncEngine:
         self._to_tell.setdefault(reply.loop, []).append((reply, what))
 
     def _hand_over(self) -> None:
-        """Everything there is to tell, in one call for each event loop."""
+        """Deliver everything, in one call per event loop."""
         told, self._to_tell = self._to_tell, {}
         for loop, items in told.items():
             try:
                 loop.call_soon_threadsafe(_deliver, items)
-            except RuntimeError:  # the loop is closed, and who read there is gone
+            except RuntimeError:  # the loop is closed, and its readers are gone
                 gone = {reply for reply, _ in items}
                 for request_id in [each for each, inbox in self._readers.items() if inbox in gone]:
                     self._engine.abort_request(request_id)
                 for inbox in gone:
                     self._subscribers.pop(inbox, None)
 
-    # --- what subscribers hear ---
+    # --- what subscribers get ---
 
     def _state(self) -> dict:
         scheduler, config = self._engine.scheduler, self._engine.config
@@ -585,13 +585,13 @@ class AsyncEngine:
 
     def _follow(self, inbox: "Inbox") -> None:
         self._check_draining()
-        self._note_news()  # the others hear of it now, and this one in what follows
+        self._note_news()  # the others get it now, and this one in what follows
         self._subscribers[inbox] = None
         unfinished = {self._recorder.name(each) for each in self._engine.scheduler.unfinished_ids()}
         self._tell(inbox, (self._recorder.snapshot(KEPT_STEPS), self._state(), unfinished))
 
     def _texts(self, output: RequestOutput) -> Iterator[dict]:
-        """What a step brought of a request, if it is told token by token."""
+        """The tokens that a step brought for a request, if its outputs are deltas."""
         inbox = self._readers.get(output.request_id)
         for part in output.outputs if inbox is not None and inbox.merges else ():
             name = self._recorder.name(output_id(output.request_id, part.index))
@@ -603,7 +603,7 @@ class AsyncEngine:
 
 
 def missing(records: list[dict], unfinished: set[str]) -> list[str]:
-    """The requests of a trace that neither ended in one of its steps nor are under way."""
+    """The requests of a trace that neither ended in one of its steps nor are in progress."""
     known = {each["request"]["request_id"] for each in records if "request" in each}
     ended = {request_id for each in records if "step" in each for request_id in each["step"].get("finished", ())}
     return sorted(known - ended - unfinished)
@@ -632,7 +632,7 @@ class Answer:
         self.future = self.loop.create_future()
 
     def take(self, what: Any) -> None:
-        if self.future.done():  # who asked was cancelled
+        if self.future.done():  # the caller was cancelled
             return
         if isinstance(what, Exception):
             self.future.set_exception(what)
@@ -644,10 +644,10 @@ class Inbox:
     """What a coroutine of this event loop has not read yet: at most `most`, then SlowReaderError takes their place."""
 
     def __init__(self, most: int, num_requests: int = 1, merges: bool = False):
-        """`merges`: outputs of a request that are read together are read as one."""
+        """`merges`: outputs of a request that are read together are merged."""
         self.loop = asyncio.get_running_loop()
         self.most, self.merges = most, merges
-        self.closed = False  # nobody reads any more
+        self.closed = False  # its reader has gone
         self.is_over = False  # nothing more will come
         self.on_slow: Callable[[], None] | None = None
         self.num_unfinished = num_requests  # of the requests that it is for
@@ -656,7 +656,7 @@ class Inbox:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more will come, and all has been read."""
+        """True if nothing more will come and all has been read."""
         return self.is_over and not self._items
 
     def take(self, what: Any) -> None:
@@ -664,7 +664,7 @@ class Inbox:
             return
         if len(self._items) >= self.most:
             self._items.clear()
-            what = SlowReaderError(f"{self.most} outputs were left unread; read faster, or ask for no stream")
+            what = SlowReaderError(f"{self.most} outputs were left unread; read faster, or do not stream")
             self.on_slow()
         if isinstance(what, RequestOutput):
             self.num_unfinished -= what.finished
@@ -674,13 +674,13 @@ class Inbox:
             self._waiter.set_result(None)
 
     async def get(self) -> list:
-        """All that has come; waits for something. Raises an item that is an exception when those before are read."""
+        """All that has come; waits for something. Raises an item that is an exception once those before it are read."""
         while not self._items:
             self._waiter = self.loop.create_future()
             await self._waiter
         self._waiter = None
         items, self._items = self._items, []
-        if isinstance(items[-1], Exception):  # none comes behind one
+        if isinstance(items[-1], Exception):  # nothing comes after one
             if len(items) == 1:
                 raise items[0]
             self._items = [items.pop()]
@@ -697,7 +697,7 @@ Reply = Answer | Inbox
 
 
 def merged(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    """Two deltas of a request, one behind the other, as one."""
+    """Two consecutive deltas of a request as one."""
     parts = {part.index: part for part in first.outputs}
     for new in second.outputs:
         part = parts.setdefault(new.index, new)

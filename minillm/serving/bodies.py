@@ -16,11 +16,11 @@ from minillm.serving.http_errors import JSON, APIError, from_validation
 log = logging.getLogger("minillm.serving")
 
 QUICK = 32 * 1024  # bytes that are parsed at once; more would hold up the event loop, and are parsed in a thread
-DISCARDED = 2.0  # seconds for which more of a refused body is read, so that its sender comes to read the answer
+DISCARDED = 2.0  # seconds for which more of a refused body is read, so that its sender gets to read the answer
 
 
 class TooLarge(APIError):
-    """413; the client still sends, and would never read an answer after which the connection is closed at once."""
+    """413; the client is still sending, and would never read the answer if the connection were closed at once."""
 
     def __init__(self, most: int):
         super().__init__(
@@ -32,7 +32,7 @@ class TooLarge(APIError):
 
 
 class DiscardingJSON(JSON):
-    """An answer that goes out before its request has come in; what still comes is thrown away for a while."""
+    """An answer that is sent before its request has arrived; the rest is discarded for a while."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -71,7 +71,7 @@ async def read_body(request: Request, most: int, timeout: float) -> bytes:
 def parse_body(data: bytes, models: tuple[type[BaseModel], ...]) -> BaseModel:
     """The first of `models` whose required fields are there, checked. Raises APIError, 400."""
     try:
-        value = pydantic_core.from_json(data, allow_inf_nan=False)  # also refuses broken UTF-8, and nesting without end
+        value = pydantic_core.from_json(data, allow_inf_nan=False)  # also refuses broken UTF-8, and endless nesting
     except ValueError:
         raise APIError(400, "the body is not valid JSON in UTF-8, or is nested too deeply") from None
     given = value.keys() if isinstance(value, dict) else set()
@@ -88,14 +88,14 @@ def _required(model: type[BaseModel]) -> frozenset[str]:
 
 
 async def check_kind_of_body(request: Request) -> None:
-    """Raises APIError, 400, for a body that is not called JSON: a page elsewhere cannot send one that is."""
+    """Raises APIError, 400, for a body not declared as JSON: a page of another site cannot send one that is."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if request.method == "POST" and kind != "application/json" and not kind.endswith("+json"):
         raise APIError(400, "the body must be JSON, sent with the header Content-Type: application/json")
 
 
 async def read_as(request: Request, *models: type[BaseModel]) -> BaseModel:
-    """The checked body, see `parse_body`; says in the log which fields are not known."""
+    """The checked body, see `parse_body`; logs unknown fields."""
     options = request.app.state.options
     await check_kind_of_body(request)
     data = await read_body(request, options.max_body_mib * 2**20, options.body_timeout)

@@ -1,4 +1,4 @@
-"""`minillm serve` in a process of its own, for those who want a server as long as they run themselves."""
+"""`minillm serve` in a process of its own, for programs that need a server for as long as they run."""
 
 import os
 import re
@@ -13,7 +13,7 @@ START_SECONDS = 120.0  # in which the server must be ready
 END_SECONDS = 30.0  # in which it must have ended
 READY = re.compile(r"ready on (http://([\d.]+):(\d+))")
 
-# The child's standard input is a pipe that ends when its parent does, however that comes about.
+# The child's standard input is a pipe that ends when its parent does, however it ends.
 CODE = """
 import os, signal, sys, threading
 
@@ -30,11 +30,11 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 class ServerProcess:
     """A server on a free port of this machine. It ends with `close`, at the end of `with`, or with this process.
 
-    `log` are the lines it has written so far, `address` is http://HOST:PORT, `pid` the process. It asks for no API key.
+    `log` are the lines it has written so far, `address` is http://HOST:PORT, `pid` the process. It needs no API key.
     """
 
     def __init__(self, model: str = "storyteller", options: Sequence[str] = (), *, environment: dict | None = None):
-        """`options` stand behind `minillm serve MODEL`, `environment` beside this process's own.
+        """`options` follow `minillm serve MODEL`, `environment` is added to this process's own.
 
         Returns when it is ready. Raises ConfigError if it does not start.
         """
@@ -51,10 +51,10 @@ class ServerProcess:
         self._reader.start()
         if not self._ready.wait(START_SECONDS) or not self.address:
             self.close()
-            raise ConfigError(f"the server did not start: {self.log[-1] if self.log else 'it said nothing'}")
+            raise ConfigError(f"the server did not start: {self.log[-1] if self.log else 'it wrote nothing'}")
 
     def _read(self) -> None:
-        for line in self._child.stderr:  # to its end, or the server would wait for somebody to read on
+        for line in self._child.stderr:  # to its end, or the server would wait until it is read
             self.log.append(line.rstrip("\n"))
             if found := READY.search(line):
                 self.address, self.host, self.port = found[1], found[2], int(found[3])
@@ -62,7 +62,7 @@ class ServerProcess:
         self._ready.set()
 
     def close(self) -> int:
-        """End it, as SIGTERM does: what it has begun may end. Returns its exit code; no effect the second time."""
+        """End it, as SIGTERM does: requests may finish. Returns its exit code; a second call has no effect."""
         self._child.terminate()
         try:
             self._child.wait(END_SECONDS)

@@ -1,7 +1,7 @@
-"""One client's connection, with an end to everything that a client may leave undone: uvicorn has none for most of it.
+"""One client's connection, with a limit to everything that a client may leave undone: uvicorn limits little of it.
 
 head not sent in time, or too long ......... closed
-more sent before the answer has ended ...... thrown away, and closed after the answer
+more sent before the answer has ended ...... discarded, and closed after the answer
 answer not read ............................ cut off: to close it would wait for the client
 body not sent when the server ends ......... closed
 """
@@ -13,16 +13,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 10.0  # in which the first line and the headers of a request must have arrived
 MOST_HEAD_BYTES = 64 * 1024  # of a head, of a chunk's frame, or of what follows the last chunk
-TURN_SECONDS = 0.01  # in which a loop that was busy comes to read what has arrived
-WRITE_SECONDS = 30.0  # that a client may read nothing of what is there for it
+TURN_SECONDS = 0.01  # in which a loop that was busy gets to read what has arrived
+WRITE_SECONDS = 30.0  # for which a client may read nothing of its answer
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, whose patience has an end. All limits are checked where bytes arrive or leave."""
+    """uvicorn's protocol with time limits. All limits are checked where bytes arrive or leave."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _overhead = 0  # bytes since the request began, or since the last that was body
+    _overhead = 0  # bytes since the request began, or since the last byte of body
 
     @property
     def _is_idle(self) -> bool:
@@ -50,7 +50,7 @@ class PatientProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_idle:  # else it stands behind the body, and nobody reads it
+        if self._is_idle:  # else it comes after the body, and is not read
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
@@ -58,7 +58,7 @@ class PatientProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
-        """What arrives is no HTTP. An answer that has begun, or will, is not mixed with this one."""
+        """What arrives is not HTTP. An answer that has begun, or will, is not mixed with this one."""
         if self._is_idle or (self.cycle.more_body and not self.cycle.response_started):
             super().send_400_response(msg)
         else:
@@ -97,7 +97,7 @@ class PatientProtocol(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
-        """The time is up; but if the event loop was busy for long, the head has arrived and is read first."""
+        """The time is up. But if the event loop was busy for long, the head may have arrived: it is read first."""
         self._head_timer = self.loop.call_later(TURN_SECONDS, self.transport.close)
 
     def _stop_watching_head(self) -> None:
@@ -106,7 +106,7 @@ class PatientProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _watch_writes(self, before: float = math.inf) -> None:
-        """Until all is read that is there to be read. Nothing is added to it meanwhile: it shrinks, or nobody reads."""
+        """Until the buffer is read. Nothing is added meanwhile: if it does not shrink, the client does not read."""
         self._stop_watching_writes()
         unread = self.transport.get_write_buffer_size()
         if unread >= before:

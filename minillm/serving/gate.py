@@ -14,7 +14,7 @@ from minillm.serving.http_errors import APIError
 
 log = logging.getLogger("minillm.serving")
 
-ID = re.compile(r"[A-Za-z0-9_.:=/+-]{1,128}")  # of a request, as a client may give it: it stands in logs and traces
+ID = re.compile(r"[A-Za-z0-9_.:=/+-]{1,128}")  # of a request, as a client may give it: it appears in logs and traces
 OPEN = ("/", "/health", "/metrics", "/version", "/openapi.json")  # answered without a key
 OPEN_FOLDER = "/player/"  # the page's files
 LONGEST_PATH = 200  # characters of it in the log

@@ -1,6 +1,6 @@
-"""What is answered when something is wrong: OpenAI's shape, and never a word of the request's body.
+"""The answers to errors: in OpenAI's shape, and without a word of the request's body.
 
-pydantic and Python's own messages quote what they were given; messages are put together here from places and limits.
+Messages of pydantic and Python quote their input; messages here are made only of places and limits.
 """
 
 import logging
@@ -38,7 +38,7 @@ MEANINGS = {
     405: "The path has other methods.",
     408: "The body did not arrive in time.",
     413: "The body is larger than the server takes.",
-    429: "The queue is full; come again after Retry-After seconds.",
+    429: "The queue is full; try again after Retry-After seconds.",
     500: "The model failed on this request.",
     503: "The engine has ended, or takes no new requests because the server is about to end.",
 }
@@ -66,7 +66,7 @@ class APIError(HTTPException):
         }
 
     def response(self) -> Response:
-        """The whole of it."""
+        """The whole answer."""
         return JSON(self.answer, self.status_code, self.headers)
 
 
@@ -85,7 +85,7 @@ def documented(*statuses: int) -> dict[int, dict]:
 
 
 def from_validation(error: ValidationError, model: type) -> APIError:
-    """400 for a body that is not what it should be: the first field that is wrong, and all that could mend it."""
+    """400 for a wrong body: names the first wrong field, and everything that would make it valid."""
     found = error.errors(include_url=False, include_input=False)
     place = found[0]["loc"][:1]
     reasons = {}  # in order, each once
@@ -113,9 +113,9 @@ def _subject(place: Sequence[str | int], param: str | None) -> str:
 
 
 def from_engine(error: Exception, fields: Sequence[str] = (), prompt_field: str | None = None) -> APIError | None:
-    """The answer to an error of the engine's; None for one that is no answer but a fault of this program.
+    """The answer to an error of the engine; None for an error that is a fault of this program.
 
-    `fields` of the request: the first that the message names is its `param`. `prompt_field` is where prompts stand.
+    `fields` of the request: the first that the message names is its `param`. `prompt_field` is where the prompts are.
     """
     if isinstance(error, APIError):
         return error
@@ -132,7 +132,7 @@ def from_engine(error: Exception, fields: Sequence[str] = (), prompt_field: str 
 
 
 def add_error_answers(app: FastAPI) -> None:
-    """Every error that leaves this app has the same shape."""
+    """Give every error that leaves this app the same shape."""
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

@@ -1,4 +1,4 @@
-"""What the page asks for: what happens in the engine as it happens, and the engine's controls. Routes below /live."""
+"""Routes below /live, for the page: what happens in the engine as it happens, and the engine's controls."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ CONTROLS = ("paused", "step", "max_num_seqs", "max_num_batched_tokens", "batchin
 MOST_BYTES = 4096  # of a body here
 BODY_SECONDS = 10.0  # in which it must have arrived
 LOOK_EVERY = 1.0  # seconds from one look at which replicas there are to the next
-NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nor collected by a proxy before it is passed on
+NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nor buffered by a proxy
 
 
 def router(engine: AsyncEngine) -> APIRouter:
@@ -38,19 +38,19 @@ def router(engine: AsyncEngine) -> APIRouter:
 
     @routes.get("/control")
     async def state() -> JSONResponse:
-        """How the engine is set."""
+        """The engine's settings."""
         return JSONResponse(await engine.control())
 
     @routes.post("/control")
     async def control(http: Request) -> JSONResponse:
-        """Set it; a JSON object with some of: paused, step, max_num_seqs, max_num_batched_tokens, batching."""
+        """Change settings: a JSON object with some of paused, step, max_num_seqs, max_num_batched_tokens, batching."""
         return JSONResponse(await engine.control(**changes_in(await read_body(http, MOST_BYTES, BODY_SECONDS))))
 
     return routes
 
 
 async def _events(engine: AsyncEngine) -> AsyncIterator[str]:
-    """A browser that lags behind is let go of, and comes again by itself."""
+    """A browser that lags behind is disconnected, and reconnects by itself."""
     try:
         async for records in engine.follow():
             yield "".join([f"data: {json.dumps(record)}\n\n" for record in records])
@@ -102,7 +102,7 @@ async def merge_feeds(replicas: Callable[[], Mapping[str, AsyncEngine]]) -> Asyn
 
 
 def changes_in(body: bytes) -> dict:
-    """The settings in a body. Raises ConfigError for what is no JSON object of them."""
+    """The settings in a body. Raises ConfigError if it is not a JSON object of settings."""
     try:
         changes = json.loads(body)
     except (ValueError, RecursionError):

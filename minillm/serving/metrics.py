@@ -1,8 +1,8 @@
-"""What Prometheus asks a server for, by vLLM's names and meanings, counted on the engine's thread from the trace.
+"""The figures that Prometheus reads from a server, with vLLM's names and meanings, counted on the engine's thread.
 
-A step of 64 decodes is counted in 0.07 ms, a hundredth of what it takes: here are plain numbers, which become
-Prometheus' objects only when somebody asks. All these figures are those of `Trace`: a token has the time at which its
-step had been read.
+Counting a step of 64 decodes takes 0.07 ms, a hundredth of the step: the counts are plain numbers, which become objects
+of Prometheus only on request. All figures are those of `Trace`: a token's time is when the results of its step had been
+read.
 """
 
 import threading
@@ -42,8 +42,8 @@ HISTOGRAMS = {
 }
 COUNTERS = {
     "prefix_cache_queries": "Prompt tokens of requests when they were first admitted.",
-    "prefix_cache_hits": "Those among them that need not be computed, because they were in the cache.",
-    "num_preemptions": "Running requests that had to give up their blocks.",
+    "prefix_cache_hits": "Those of them that were not computed, because they were in the cache.",
+    "num_preemptions": "Running requests that lost their blocks to others.",
     "prompt_tokens": "Prompt tokens of requests that have got a token.",
     "generation_tokens": "Tokens generated.",
     "admission_rejections": "Requests refused because the queue was full.",
@@ -51,7 +51,7 @@ COUNTERS = {
 
 
 class Histogram:
-    """How many values there were up to each bound."""
+    """Counts of values up to each bound."""
 
     def __init__(self, bounds: Sequence[float]):
         self.bounds = bounds
@@ -91,7 +91,7 @@ class Metrics:
     """
 
     def __init__(self, prefix: str = "minillm", model_name: str = "storyteller"):
-        """Names begin with `prefix` and a colon: "vllm" is for dashboards that exist."""
+        """Names begin with `prefix` and a colon; "vllm" suits existing dashboards."""
         self.prefix, self.labels = prefix, {"model_name": model_name, "engine": "0"}
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
@@ -104,17 +104,17 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def watch(self, engine: "AsyncEngine") -> None:
-        """Whose queue and cache the gauges tell."""
+        """Set the engine whose queue and cache the gauges show."""
         self._engine = engine
 
     def exposition(self) -> tuple[bytes, str]:
-        """All figures of now as text, and its content type."""
+        """All current figures as text, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
-    # --- on the engine's thread, but for `count_rejection` ---
+    # --- on the engine's thread, except `count_rejection` ---
 
     def take_news(self, news: list[RequestRecord | NotedStep]) -> None:
-        """Requests that have arrived and steps that are over, in their order."""
+        """Count requests that have arrived and steps that are over, in order."""
         for each in news:
             if isinstance(each, NotedStep):
                 self._take_step(each)
@@ -126,7 +126,7 @@ class Metrics:
         end, began = step.more["end_time"], step.more["planned"] or step.more["start_time"]
         for request_id, start, samples in step.computed():
             request = requests.get(request_id)
-            if request is None:  # ended by what its last token meant, and told already
+            if request is None:  # ended by the text of its last token, and counted already
                 continue
             if request.planned is None:
                 request.planned = began
@@ -153,7 +153,7 @@ class Metrics:
                 requests[preemption.request_id].num_preemptions += 1
 
     def take_output(self, output: RequestOutput, name_of: Callable[[str], str], is_delta: bool) -> None:
-        """An output on its way to its reader; `name_of` gives the trace's id for an id of the scheduler."""
+        """Count an output for its reader; `name_of` gives the trace's id for an id of the scheduler."""
         for part in output.outputs if is_delta or output.finished else ():
             if part.finish_reason is not None:
                 self._end(name_of(output_id(output.request_id, part.index)), part.finish_reason)

@@ -1,4 +1,4 @@
-"""What a server is told when it starts, apart from its engine."""
+"""The options of a server, apart from those of its engine."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,13 +10,13 @@ from minillm.errors import ConfigError, Positive, check_fields, check_number
 class ServerOptions:
     """How a server answers. Raises ConfigError for values out of range."""
 
-    host: str = "127.0.0.1"  # this machine alone; 0.0.0.0 = whoever can reach it, then set a key
+    host: str = "127.0.0.1"  # only this machine; 0.0.0.0 = every machine that reaches it: then set a key
     port: Annotated[int, 0] = 8000  # 0 = any that is free
     api_key: str | None = None  # clients must send it as "Authorization: Bearer KEY"; None = MINILLM_API_KEY
     served_model_name: str | None = None  # what clients call the model; None = the name it was loaded by
     max_queue: Positive = 256  # requests that may wait; beyond it the answer is 429
     page: bool = True  # the page at /, on which batching is watched and the engine controlled
-    metrics_prefix: str = "minillm"  # of the names at /metrics; "vllm" for dashboards that exist already
+    metrics_prefix: str = "minillm"  # of the names at /metrics; "vllm" for existing dashboards
     drain_timeout: float = 30.0  # seconds that requests have to end after SIGTERM
     max_body_mib: Positive = 4  # of a request; beyond it the answer is 413
     body_timeout: float = 30.0  # seconds in which a request's body must have arrived

@@ -1,7 +1,7 @@
 """What clients send and get, field by field as OpenAI's API and vLLM have it: types and their limits.
 
-Types are strict: "5" is no number, True no 1, and NaN nothing at all. A field that is not known is kept apart, so that
-it can be named in the log; one that is known and not implemented is refused, rather than answered wrongly.
+Types are strict: "5" is not a number, True is not 1, and NaN is refused. An unknown field is kept apart, so that the
+log can name it. A known field that is not implemented is refused rather than answered wrongly.
 """
 
 from typing import Annotated, Any, Literal, NotRequired
@@ -17,12 +17,12 @@ MOST_BIASES = 1024  # each costs something in every step
 WHOLE_64 = {"ge": -(2**63), "le": 2**63 - 1}
 
 Text = Annotated[str, Field(min_length=1)]
-# fail_fast: a million wrong items are one mistake.
+# fail_fast: a million wrong items count as one error.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**63 - 1)]], Field(min_length=1, fail_fast=True)]
 Prompts = (
     Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MOST_OUTPUTS, fail_fast=True)]
 )
-StopText = Annotated[str, Field(min_length=1, max_length=256)]  # longer and more are searched for in every token
+StopText = Annotated[str, Field(min_length=1, max_length=256)]  # all are searched for after every token
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -74,9 +74,9 @@ class SamplingRequest(Body):
     @model_validator(mode="after")
     def _check_stream(self):
         if self.stream_options is not None and not self.stream:
-            raise refusal("stream_options", "is for streams alone; set stream to true, or leave it out")
+            raise refusal("stream_options", "is only for streams; set stream to true, or leave it out")
         if self.prompt_logprobs is not None and self.stream:
-            raise refusal("prompt_logprobs", "cannot be had from a stream; set stream to false, or leave it out")
+            raise refusal("prompt_logprobs", "is not possible in a stream; set stream to false, or leave it out")
         return self
 
     @property
@@ -94,7 +94,7 @@ class CompletionRequest(SamplingRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Of how many of the likeliest tokens beside each; None = of none at all."""
+        """How many of the likeliest tokens to list beside each; None = no log-probabilities."""
         return self.logprobs
 
 
@@ -124,14 +124,14 @@ class Conversation(Body):
     @model_validator(mode="after")
     def _check_continues(self):
         if self.continue_final_message and self.add_generation_prompt:
-            raise refusal("continue_final_message", "goes on with the last message; set add_generation_prompt to false")
+            raise refusal("continue_final_message", "continues the last message; set add_generation_prompt to false")
         return self
 
 
 class ChatRequest(SamplingRequest, Conversation):
     max_completion_tokens: Positive | None = None  # the newer name of max_tokens; null = as many as fit
     logprobs: bool | None = False
-    top_logprobs: Logprobs | None = None  # of how many of the likeliest tokens beside each; needs `logprobs`
+    top_logprobs: Logprobs | None = None  # how many of the likeliest tokens beside each; needs `logprobs`
     tool_choice: Literal["none", "auto"] | None = None
     response_format: ResponseFormat | None = None
     functions: NotImplementedHere = None

@@ -14,7 +14,7 @@ from minillm.serving.http_errors import APIError, from_engine
 from minillm.serving.protocol import ChatRequest, CompletionRequest, Conversation, Message, Prompts, SamplingRequest
 
 LONG = 2_000  # characters or tokens; more is turned into the other in a thread
-OTHERWISE = {"temperature", "logit_bias", "max_tokens", "prompt_logprobs"}  # not told to SamplingParams as they stand
+OTHERWISE = {"temperature", "logit_bias", "max_tokens", "prompt_logprobs"}  # not passed to SamplingParams as they are
 SAME = {field.name for field in fields(SamplingParams)} & SamplingRequest.model_fields.keys() - OTHERWISE
 
 
@@ -38,7 +38,7 @@ def as_list(prompts: Prompts) -> list[str | list[int]]:
 
 
 async def encoded(prompts: Prompts, tokenizer: Tokenizer | None, most_tokens: int, field: str) -> list[dict]:
-    """Texts and token ids in any form -> the engine's prompts. `field` is where they stood. Raises APIError, 400."""
+    """Texts and token ids in any form -> the engine's prompts. `field` is where they were. Raises APIError, 400."""
     prompts = as_list(prompts)
     if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise APIError(400, "this server has no tokenizer; give token ids", field)
@@ -65,7 +65,7 @@ async def encoded_chat(chat: Conversation, tokenizer: Tokenizer | None) -> tuple
     if tokenizer is None:
         raise APIError(400, "this server has no tokenizer, and so no chat template; send token ids to /v1/completions")
     options = chat.chat_template_kwargs or {}
-    # such as another template, which would be the client's own program
+    # such as a different template, which would be the client's own program
     if options and not arguments_of(tokenizer.apply_chat_template).isdisjoint(options):
         raise APIError(
             400, "chat_template_kwargs may only hold what the model's own template reads", "chat_template_kwargs"
@@ -77,7 +77,7 @@ async def encoded_chat(chat: Conversation, tokenizer: Tokenizer | None) -> tuple
             return put_into_template(messages)
         try:
             return put_into_template(messages)
-        except PromptError:  # most templates read no parts
+        except PromptError:  # most templates do not read parts
             return put_into_template([{**message, **joined(message)} for message in messages])
 
     def put_into_template(messages: Sequence[dict]) -> tuple[str, list[int]]:
@@ -92,20 +92,20 @@ async def encoded_chat(chat: Conversation, tokenizer: Tokenizer | None) -> tuple
     try:
         return await asyncio.to_thread(encode_messages)  # the first one loads the template's language
     except MiniLLMError as error:
-        if error.__cause__ is not None:  # what a template says may hold what it was given
-            error = PromptError("the model's chat template refuses these messages; look at their roles and order")
+        if error.__cause__ is not None:  # a template's message may quote its input
+            error = PromptError("the model's chat template refuses these messages; check their roles and order")
         raise from_engine(error, prompt_field="messages") from None
 
 
 def arguments_of(function: Callable) -> set[str]:
-    """Their names, and those under which it would take others."""
+    """The names of a function's arguments, `*args` and `**kwargs` included."""
     return {*inspect.signature(function).parameters, "self", "kwargs"}
 
 
 def check_length(num_characters: int, tokenizer: Tokenizer | None, most_tokens: int) -> None:
-    """Raises APIError, 400, for a text that cannot fit even if all its tokens were the longest there are.
+    """Raises APIError, 400, for a text that cannot fit even if all its tokens were the longest possible.
 
-    To find the tokens of a megabyte takes seconds.
+    Encoding a megabyte takes seconds.
     """
     if tokenizer is not None and num_characters > most_tokens * longest_token(tokenizer):
         raise APIError(
@@ -115,31 +115,31 @@ def check_length(num_characters: int, tokenizer: Tokenizer | None, most_tokens: 
 
 @cache
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Its characters; a byte of a character counts as one."""
+    """The characters of the longest token; a byte of a character counts as one."""
     return max(map(len, tokenizer.get_vocab()))
 
 
 def length(message: Message) -> int:
-    """About how many characters it has."""
+    """About how many characters a message has."""
     content = message.content or ""
     return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
 
 
 def joined(message: dict) -> dict:
-    """The message's content as one text: its parts, a line each, as vLLM joins them."""
+    """The message with its content as one text: its parts, one per line, as vLLM joins them."""
     content = message.get("content")
     return {"content": "\n".join(part["text"] for part in content)} if isinstance(content, list) else {}
 
 
 async def in_thread(size: int, function: Callable, *args, **named) -> Any:
-    """What the function returns, called in a thread if its work is so large that the event loop would stand still."""
+    """Call the function and return its result; in a thread if its work would block the event loop for too long."""
     return function(*args, **named) if size <= LONG else await asyncio.to_thread(function, *args, **named)
 
 
 def params_of(request: SamplingRequest, num_prompt_tokens: int, most_tokens: int) -> SamplingParams:
-    """What the request asks of sampling. The output is cut to what the context, `most_tokens`, leaves for it.
+    """The sampling parameters of the request. `max_tokens` is cut to what the context, `most_tokens`, leaves for it.
 
-    Raises APIError, 400, for what is out of range or leaves no room.
+    Raises APIError, 400, for values out of range, or if there is no room for an output.
     """
     wanted = getattr(request, "max_completion_tokens", None) or request.max_tokens
     if wanted is not None and wanted > most_tokens:
@@ -147,7 +147,7 @@ def params_of(request: SamplingRequest, num_prompt_tokens: int, most_tokens: int
     room = most_tokens - num_prompt_tokens
     if room < 0:
         raise APIError(
-            400, f"the prompt has {num_prompt_tokens} tokens, the model's context is {most_tokens}", "input_tokens"
+            400, f"the prompt has {num_prompt_tokens} tokens; the model's context is {most_tokens}", "input_tokens"
         )
     if room == 0:
         raise APIError(

@@ -1,7 +1,7 @@
-"""The server's life: it loads and says so layer by layer, serves, and on a signal ends what it has begun.
+"""The server's life: it loads, with a log line per layer, serves, and on a signal finishes what it has begun.
 
-The first SIGTERM or Ctrl-C: nothing new is taken, what runs may end, then the process exits with 0. The second one ends
-it at once. If the worker dies the server stays, answers /health with 503, and says why in its log.
+After the first SIGTERM or Ctrl-C it takes nothing new, lets running requests end, then exits with 0. The second one
+ends it at once. If the worker dies the server stays, answers /health with 503, and logs why.
 """
 
 import asyncio
@@ -30,14 +30,14 @@ from minillm.serving.options import ServerOptions
 
 log = logging.getLogger("minillm.serving")
 CLOSING_SECONDS = 5  # for answers to be sent when all requests have ended
-SWITCH_SECONDS = 50e-6  # for which the event loop may keep the engine waiting for Python's lock, or the engine the loop
+SWITCH_SECONDS = 50e-6  # for which the event loop or the engine may keep the other waiting for Python's lock
 LOG_EVERY = 10.0  # seconds between lines of throughput
 
 
 def serve(model: str, options: ServerOptions, config: EngineConfig, **loading) -> int:
-    """Serve until a signal ends it; returns the exit code. `loading` is what `LLMEngine` takes beside the model.
+    """Serve until a signal ends it; returns the exit code. `loading` are the other arguments of `LLMEngine`.
 
-    Raises ConfigError if the address cannot be had, before anything is loaded, and the errors of `LLMEngine`.
+    Raises ConfigError, before anything is loaded, if it cannot listen at the address, and the errors of `LLMEngine`.
     """
     began = time.perf_counter()
     log_to_stderr()
@@ -66,7 +66,7 @@ def serve(model: str, options: ServerOptions, config: EngineConfig, **loading) -
 
 
 def log_to_stderr() -> None:
-    """Lines of this program, and what uvicorn has to complain of."""
+    """Log this program's lines, and uvicorn's warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name, level in (("minillm", logging.INFO), ("uvicorn", logging.WARNING)):
@@ -76,12 +76,12 @@ def log_to_stderr() -> None:
 
 
 def say(layer: int, part: str, text: str) -> None:
-    """A line that names who speaks: the part, and its layer as the book counts them."""
+    """Log a line with the part it comes from and that part's layer, as the book counts layers."""
     log.info("[layer %d, %s] %s", layer, part, text)
 
 
 def allow_many_connections() -> None:
-    """Each connection is a file to the system, which allows 1,024 unless it is asked."""
+    """Raise the system's limit of files: each connection is one, and the default is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -107,9 +107,9 @@ def bound(host: str, port: int) -> socket.socket:
 def share_the_lock() -> None:
     """Set how two threads that both compute, the engine's and the event loop's, take turns.
 
-    The engine lets go of Python's lock in each of a step's kernels. With Python's 5 ms it would come back only when the
-    loop has sent all tokens of the step before; what should happen beside each other would happen one after the other.
-    Objects that stay are taken out of the collector's rounds, which neither thread could interrupt.
+    The engine releases Python's lock in each kernel of a step. With Python's 5 ms it would get the lock back only after
+    the loop has sent all tokens of the step before, and the two would not overlap. Permanent objects are excluded from
+    garbage collection, which neither thread could interrupt.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
@@ -117,13 +117,13 @@ def share_the_lock() -> None:
 
 
 def address(listener: socket.socket) -> str:
-    """Where clients reach it."""
+    """The URL of the server."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def start_up_lines(engine: AsyncEngine) -> Iterator[tuple[int, str, str]]:
-    """(layer, part, what it says) of everything that a start decides, from the configuration down and up again."""
+    """Yields (layer, part, text) for everything decided at the start, from the configuration down and up again."""
     config, ledger, model = engine.config, engine.ledger, engine.model_config
     settings = ", ".join(f"{field.name}={getattr(config, field.name)}" for field in fields(config))
     yield 1, "LLMEngine", f"engine config: {settings}"
@@ -153,9 +153,9 @@ def start_up_lines(engine: AsyncEngine) -> Iterator[tuple[int, str, str]]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with our answer to signals."""
+    """uvicorn with our own signal handling."""
 
-    ready, began = "ready", 0.0  # what the log says when it listens, with the seconds since it began
+    ready, began = "ready", 0.0  # the log's line when it listens, with the seconds since it began
 
     def __init__(self, app, engine: AsyncEngine, drain_timeout: float):
         config = uvicorn.Config(
@@ -175,7 +175,7 @@ class Server(uvicorn.Server):
         self._tasks: set[asyncio.Task] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, and log it."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._spawn(log_throughput(self.engine))
@@ -191,12 +191,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _cut_off(self) -> None:
-        """Whoever has not taken its answer by now does not get it; a lost connection ends its tasks in order."""
+        """Close connections whose answers are unread; a lost connection ends its tasks in order."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first one ends it in order, the second at once."""
+        """Handle a signal: the first one ends the server in order, the second at once."""
         if self._is_ending:
             os._exit(128 + sig)  # a worker process ends by itself when our end of its socket closes
         self._is_ending = True
@@ -207,7 +207,7 @@ class Server(uvicorn.Server):
         say(
             1,
             "OpenAI server",
-            f"{name}: {engine.num_running} requests run, {engine.num_waiting} wait, and may end within "
+            f"{name}: {engine.num_running} requests run, {engine.num_waiting} wait, and may finish within "
             f"{self.drain_timeout:g} s; nothing new is taken",
         )
         try:
@@ -225,7 +225,7 @@ class Server(uvicorn.Server):
 
 
 async def log_throughput(engine: AsyncEngine) -> None:
-    """A line every LOG_EVERY seconds, while something happens and once after."""
+    """Log a line every LOG_EVERY seconds while something happens, and once after."""
     before, was_busy = dict(engine.metrics.counters), False
     while True:
         await asyncio.sleep(LOG_EVERY)
@@ -238,7 +238,7 @@ async def log_throughput(engine: AsyncEngine) -> None:
 
 
 def throughput_line(engine: AsyncEngine, new: dict[str, int]) -> str:
-    """What has happened in the last LOG_EVERY seconds, and how things stand."""
+    """The line: what has happened in the last LOG_EVERY seconds, and the current state."""
     hits = new["prefix_cache_hits"] / max(1, new["prefix_cache_queries"])
     return (
         f"prompt throughput {new['prompt_tokens'] / LOG_EVERY:.1f} tokens/s, generation throughput "

@@ -19,11 +19,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 async def unless_gone(receive: Receive, work: Coroutine) -> Any:
-    """What `work` returns or raises. Raises ClientGone, with `work` cancelled, as soon as the client disconnects.
+    """Returns or raises what `work` does. Raises ClientGone, and cancels `work`, as soon as the client disconnects.
 
     The request's body must have been read.
     """
@@ -43,15 +43,15 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def ended(*tasks: asyncio.Task) -> None:
-    """Cancel them, and wait until what they do in the end is done."""
+    """Cancel the tasks, and wait until their clean-up is done."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
-    """Server-sent events: what an answer says of its outputs, then [DONE]. An error in the middle is an event as well;
-    what is refused at once is raised while the status can still say so.
+    """Server-sent events: those of an answer's outputs, then [DONE]. A later error is an event as well. An error before
+    the first event is raised, while the status can still be set.
 
     When the client goes, the outputs' source is closed, and with it the engine's requests are ended.
     """
@@ -59,7 +59,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, answer: Answer, outputs: AsyncGenerator[list[tuple[int, RequestOutput]]]):
-        """`outputs` (place of the prompt, output) come in batches. What comes at once is sent at once."""
+        """`outputs` (place of the prompt, output) come in batches. A batch is sent at once."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._answer, self._outputs = answer, outputs
@@ -102,7 +102,7 @@ def event(value: Any) -> bytes:
 
 
 def told(error: Exception) -> dict:
-    """What a client is told of an error after its answer has begun."""
+    """The event for an error after an answer has begun."""
     known = from_engine(error)
     if known is None:
         log.error("a stream failed", exc_info=error)
