@@ -1,8 +1,7 @@
 """minillm: LLM inference from first principles, a course that is also an engine.
 
-The notebooks import from here and from the rooms, the folders beside this file; each says in its `__init__.py` what
-lives there. Names are looked up on first use, so that `import minillm`, the scheduler and `minillm --help` do not load
-torch.
+The notebooks import from here and from the rooms, the folders beside this file; the `__init__.py` of each says what is
+in it. Names are looked up on first use, so that `import minillm`, the scheduler and `minillm --help` do not load torch.
 """
 
 from collections.abc import Callable, Mapping

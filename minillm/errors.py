@@ -3,9 +3,9 @@
 Every error a user can cause is a `MiniLLMError`. Its message names the value that was given, the limit it broke
 and what to change. Each is raised before anything is allocated or computed.
 
-Below the errors stand the checks of arguments that raise them: each takes the name and the value of an argument and
-returns the value in plain Python types, so that numpy's numbers and one-time iterables are gone afterwards. `checked`
-and `check_fields` check all arguments of a function, or all fields of a dataclass, by their annotations.
+Below the errors are the checks of arguments that raise them. Each takes the name and the value of an argument and
+returns the value in plain Python types: numbers of numpy and one-time iterables are converted. `checked` and
+`check_fields` check all arguments of a function, or all fields of a dataclass, by their annotations.
 """
 
 import functools
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MiniLLMError(ValueError):
-    """Base of all errors that are the caller's to fix."""
+    """Base of all errors that the caller can fix."""
 
 
 class ConfigError(MiniLLMError):
@@ -58,7 +58,7 @@ class CacheFullError(MiniLLMError):
 
 
 class OutOfMemoryError(MiniLLMError):
-    """Weights, activations and a usable cache do not fit in the memory there is."""
+    """Weights, activations and a usable cache do not fit in the available memory."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -86,7 +86,7 @@ _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 60
 def shown(value: object) -> str:
     """`repr` of a value, cut to a length that a message can hold; for an object without a usable one, its type."""
     try:
-        return " ".join(_shorten.repr(value).split())  # a tensor's has several lines
+        return " ".join(_shorten.repr(value).split())  # that of a tensor has several lines
     except Exception:  # a repr is the caller's own code
         return f"<{type(value).__name__}>"
 
@@ -133,13 +133,13 @@ MOST_SECONDS = 1e10  # 300 years: beyond, a moment as a float is coarser than th
 
 
 def check_seconds(name: str, value: object, least: float = -MOST_SECONDS) -> float:
-    """A moment on a run's clock, or a stretch of time, in seconds."""
+    """A moment on a run's clock, or a duration, in seconds."""
     limits = f"seconds, from {least:g} to {MOST_SECONDS:g}"
     return check_number(name, value, limits, lambda seconds: least <= seconds <= MOST_SECONDS)
 
 
 def check_choice(name: str, value: object, known: Sequence, *, error: type[MiniLLMError] = ConfigError):
-    """One of `known`, by value and type: 1 equals True and is not meant."""
+    """One of `known`, by value and type: 1 equals True but does not pass for it."""
     for each in known:
         if type(value) is type(each) and value == each:
             return each
@@ -147,7 +147,7 @@ def check_choice(name: str, value: object, known: Sequence, *, error: type[MiniL
 
 
 def check_flag(name: str, value: object, *, error: type[MiniLLMError] = ConfigError) -> bool:
-    """True or False, numpy's included, as a bool; 1 equals True and is not meant."""
+    """True or False, numpy's included, as a bool; 1 equals True but does not pass."""
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     return check_choice(name, value, (False, True), error=error)
@@ -168,7 +168,7 @@ def check_items(name: str, value: object, wanted: str, *, error: type[MiniLLMErr
 
 
 def check_prompt_ids(value: object) -> list[int]:
-    """A prompt as a list of ints, read once. Raises PromptError for what is no sequence of whole numbers."""
+    """A prompt as a list of ints, read once. Raises PromptError unless it is a sequence of whole numbers."""
     if isinstance(value, str):
         raise PromptError(f"the prompt is the text {shown(value[:20])}, not token ids; encode it first")
     if isinstance(value, bytes | bytearray) or not isinstance(value, Sequence):
@@ -187,7 +187,7 @@ def check_token_id(value: object, position: int) -> int:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
-    except (TypeError, RuntimeError, ValueError):  # an array has `__index__` too, and raises what it likes
+    except (TypeError, RuntimeError, ValueError):  # an array has `__index__` too, and may raise anything
         raise PromptError(f"token id {shown(value)} at position {position} is no whole number") from None
 
 
@@ -213,7 +213,7 @@ def checked(
     names = list(inspect.signature(function).parameters)
     kinds = {name: kind for name, kind in function.__annotations__.items() if name in names and name not in skip}
 
-    # Quick where a class is all that is asked, or there is nothing: some functions run in every layer of every step.
+    # Quick where only a class or nothing is required: some functions run in every layer of every step.
     optional = {name for name, kind in kinds.items() if NoneType in get_args(kind)}
     classes = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and kind not in (int, float)}
 
@@ -237,11 +237,11 @@ def check_fields(instance: object, *, error: type[MiniLLMError] = ConfigError) -
     """The same for all fields of a dataclass; the first line of its `__post_init__`."""
     for field in fields(instance):
         value = check_kind(field.name, getattr(instance, field.name), field.type, error=error)
-        object.__setattr__(instance, field.name, value)  # the one moment at which a frozen one is not finished
+        object.__setattr__(instance, field.name, value)  # a frozen instance can only be changed here, while it is made
 
 
 def check_kind(name: str, value: object, kind: object, *, error: type[MiniLLMError] = ConfigError):
-    """A value that is what an annotation says, in plain Python types."""
+    """A value that fits an annotation, in plain Python types."""
     found = _converted(value, kind)
     if found is _REFUSED:
         raise error(f"{name} is {shown(value)}; it must be {_described(kind)}")
@@ -249,7 +249,7 @@ def check_kind(name: str, value: object, kind: object, *, error: type[MiniLLMErr
 
 
 def _converted(value: object, kind: object):
-    """The value as the annotation has it, or _REFUSED."""
+    """The value converted to the annotation, or _REFUSED."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return next((found for part in parts if (found := _converted(value, part)) is not _REFUSED), _REFUSED)
@@ -295,7 +295,7 @@ def _converted_items(value: object, origin: type, parts: tuple):
 
 
 def _described(kind: object) -> str:
-    """How an error names what an annotation asks for."""
+    """The words of an error for what an annotation requires."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(map(_described, parts))
@@ -320,7 +320,7 @@ def _described(kind: object) -> str:
 
 
 def check_device(name: str, value: object) -> "torch.device":
-    """A torch device that is there, from itself or its name; for callers that have loaded torch."""
+    """An existing torch device, from itself or its name; for callers that have loaded torch."""
     import torch
 
     try:
@@ -357,7 +357,7 @@ def read_text(path: str | Path, what: str, *, error: type[MiniLLMError] = Config
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as wrong:
         raise error(f"cannot read {what} {path}: it is not text in UTF-8") from wrong
-    except (OSError, ValueError, TypeError) as wrong:  # ValueError: a zero byte in its name; TypeError: no path at all
+    except (OSError, ValueError, TypeError) as wrong:  # ValueError: a zero byte in its name; TypeError: not a path
         raise error(f"cannot read {what} {shown(path)}: {getattr(wrong, 'strerror', None) or wrong}") from wrong
 
 
@@ -372,7 +372,7 @@ def write_text(path: str | Path, text: str, *, error: type[MiniLLMError] = Confi
 
 
 def check_output_file(name: str, path: str | Path | None, *, error: type[MiniLLMError] = ConfigError) -> None:
-    """That a file can be written there, asked before the work that is to fill it; None is no file and passes."""
+    """Raises unless a file can be written there, before the work that fills it; None, no file, passes."""
     reason = None if path is None else _why_not_writable(Path(path))
     if reason is not None:
         raise error(f"{name} {shown(str(path))} cannot be written: {reason}")

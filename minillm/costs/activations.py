@@ -1,7 +1,7 @@
 """How much memory a forward pass needs besides weights and cache, calculated beforehand.
 
-The calculation knows two moments of a layer at which most is alive: in attention, the table of scores; in the MLP, its
-wide middle. Layers run one after the other, so a deep model needs no more at its peak than a shallow one.
+The calculation knows the two moments of a layer at which most memory is in use: in attention, the table of scores; in
+the MLP, its wide middle. Layers run one after the other, so a deep model needs no more at its peak than a shallow one.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class ActivationBytes:
 
     attention_tokens: int  # token-wise: the stream, queries, keys and values of the chunk's tokens
     scores: int  # tables of chunk x keys scores, and keys repeated for them; 0 in a fused kernel
-    mask: int  # one bool a query-key pair; 0 in a fused kernel
+    mask: int  # one bool per query-key pair; 0 in a fused kernel
     mlp_tokens: int  # token-wise: the stream and the wide middle of the MLP
 
     @property
     def attention(self) -> int:
-        """Alive at once in attention."""
+        """Bytes in use at once in attention."""
         return self.attention_tokens + self.scores + self.mask
 
     @property
@@ -37,7 +37,7 @@ class ActivationBytes:
 def activation_bytes(
     config: ModelConfig, chunk_size: Positive, num_keys: Positive, dtype_bytes: Positive = 2, *, fused: bool = False
 ) -> ActivationBytes:
-    """The bytes that a pass over `chunk_size` tokens needs when they look at `num_keys` tokens, their own included.
+    """The bytes that a pass over `chunk_size` tokens needs when they attend to `num_keys` tokens, their own included.
 
     By default for the readable kernel, `masked_attention`. `fused` is for a kernel that never writes a table of scores
     to memory (FlashAttention, Dao et al. 2022). Norms and the few rows of logits are left out.
@@ -62,7 +62,7 @@ def activation_bytes(
 def chunk_that_fits(
     config: ModelConfig, free_bytes: int, num_prompt_tokens: Positive, dtype_bytes: Positive = 2, *, fused: bool = False
 ) -> int:
-    """The whole prompt if it fits in one pass, else the largest power of two whose last and most expensive chunk fits.
+    """The whole prompt if it fits in one pass, else the largest power of two whose last, most expensive chunk fits.
 
     `free_bytes` is what is left beside the weights *and the cache of the whole prompt*: chunking makes neither smaller.
     Raises ConfigError if there is no prompt, or not even chunks of one token fit.

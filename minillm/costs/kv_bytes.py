@@ -1,11 +1,11 @@
-"""What a token takes in the cache, and tokens in blocks."""
+"""The bytes of a token in the cache, and the blocks of tokens."""
 
 from minillm.errors import Positive, checked
 from minillm.model import ModelConfig
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:
-    """How many blocks that many tokens take; the last one may be partly empty."""
+    """How many blocks `num_tokens` take; the last one may be partly empty."""
     return -(-num_tokens // block_size)
 
 

@@ -15,9 +15,9 @@ from minillm.costs.kv_bytes import blocks_needed, kv_bytes_per_token
 from minillm.errors import ConfigError, Count, OutOfMemoryError, Positive, check_fields, check_number, checked
 from minillm.model import ModelConfig
 
-CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest is left to other programs
-CPU_POOL_BYTES = 4 * 2**30  # most that a pool takes of the machine's memory where nobody says how large it is to be
-ROOM_FOR_PREFIXES = 2  # beside a card the pool holds at most so many times what running requests use, to cache prefixes
+CPU_MEMORY_SHARE = 0.5  # of the memory available beside the weights; the rest is for other programs
+CPU_POOL_BYTES = 4 * 2**30  # the largest pool in the machine's memory unless a size is given
+ROOM_FOR_PREFIXES = 2  # on a card the pool has at most this many times what running requests use, to cache prefixes
 NULL_BLOCKS = 1  # the block that stands for padding
 HOST_SHARE = 0.25  # of the machine's available memory goes to swapped blocks at most, unless they are asked for
 PINNED_PIECE = 2**28  # bytes of one piece of pinned memory: torch rounds each up to a power of two
@@ -35,7 +35,7 @@ class MemoryProfile(NamedTuple):
     available: int  # what can still be allocated where the model runs
     host_available: int  # the same of the machine's own memory; on the CPU the same number
     card_bytes: int | None = None  # the whole card; None on the CPU
-    num_ranks: int = 1  # that hold the model together; the sizes are of each
+    num_ranks: int = 1  # that share the model; the sizes are per rank
 
     @classmethod
     def worst(cls, profiles: Sequence["MemoryProfile"]) -> "MemoryProfile":
@@ -52,7 +52,7 @@ class MemoryProfile(NamedTuple):
     def budget(self, gpu_memory_utilization: float) -> int:
         """Bytes an engine may use, weights included.
 
-        On a card `gpu_memory_utilization` of it, less what others hold there; on the CPU the weights and
+        On a card, `gpu_memory_utilization` of it, less what other programs hold; on the CPU, the weights and
         CPU_MEMORY_SHARE of what is available beside them.
         """
         if self.on_cpu:
@@ -60,7 +60,7 @@ class MemoryProfile(NamedTuple):
         return self.weights + self.available - (self.card_bytes - int(self.card_bytes * gpu_memory_utilization))
 
     def room(self, total: int) -> int:
-        """Bytes of a budget that are left for the cache; 0 if weights and activations alone do not fit."""
+        """Bytes of a budget that are left for the cache; 0 if even weights and activations do not fit."""
         return max(0, total - self.weights - self.activations - self.masks)
 
 
@@ -77,7 +77,7 @@ class MemoryLedger:
     block_size: int  # tokens per block
     num_host_blocks: int = 0  # for requests that are swapped out
     host_is_budget: bool = True  # the host blocks are paid from this budget: the model runs on the CPU
-    num_ranks: int = 1  # that hold the model together; budget and sizes are of each
+    num_ranks: int = 1  # that share the model; budget and sizes are per rank
 
     @property
     def cache(self) -> int:
@@ -86,7 +86,7 @@ class MemoryLedger:
 
     @property
     def host_blocks(self) -> int:
-        """Bytes of the host blocks, wherever they are; beside a card what is really taken for them."""
+        """Bytes of the host blocks, wherever they are; beside a card, the bytes allocated for them."""
         return host_bytes(self.num_host_blocks, self.bytes_per_block, pinned=not self.host_is_budget)
 
     @property
@@ -101,7 +101,7 @@ class MemoryLedger:
 
     @property
     def spent(self) -> dict[str, int]:
-        """Name -> bytes of everything but what is free."""
+        """Name -> bytes of everything except the free part."""
         return {
             "weights": self.weights,
             "cache": self.cache,
@@ -111,11 +111,11 @@ class MemoryLedger:
         }
 
     def check(self) -> None:
-        """Raises OutOfMemoryError if more is spent than there is, and names the posts."""
+        """Raises OutOfMemoryError, which names the items, if more is spent than there is."""
         if self.free < 0:
             posts = ", ".join(f"{name} {mib(size)}" for name, size in self.spent.items() if size)
             raise OutOfMemoryError(
-                f"{self.num_blocks} blocks do not fit: {posts} are {mib(self.total - self.free)} together, there are "
+                f"{self.num_blocks} blocks do not fit: {posts} are {mib(self.total - self.free)} together; there are "
                 f"{mib(self.total)}; lower num_blocks, num_host_blocks or max_num_batched_tokens, or free memory"
             )
 
@@ -176,14 +176,14 @@ class CacheLimits:
 
     @property
     def least_blocks(self) -> int:
-        """The smallest pool in which every request can run: the longest one, alone."""
+        """The smallest pool in which every request can run: the longest one by itself."""
         return self.blocks_per_request + NULL_BLOCKS
 
     def most_blocks(self, profile: MemoryProfile) -> int:
-        """The largest pool that is taken unasked.
+        """The largest pool by default.
 
         On the CPU, whose memory other programs use too: room for all running requests at their longest, CPU_POOL_BYTES
-        at most, but always for one request. Beside a card as much again for prefixes.
+        at most, but always for one request. On a card, as much again for prefixes.
         """
         running = self.max_num_seqs * self.blocks_per_request + NULL_BLOCKS
         if profile.on_cpu:
@@ -194,9 +194,9 @@ class CacheLimits:
 def plan_cache(profile: MemoryProfile, limits: CacheLimits) -> MemoryLedger:
     """How many blocks the engine gets: `limits.num_blocks`, or as many as the budget holds, `most_blocks` at most.
 
-    Blocks asked for by number may take all that is available. Host blocks are as many as those of the pool unless their
-    number is given, but no more than HOST_SHARE of the available memory holds. Raises OutOfMemoryError, before the pool
-    is allocated, if what was asked for does not fit, or less than one request of `max_model_len` does.
+    A given number of blocks may take all that is available. There are as many host blocks as blocks in the pool unless
+    their number is given, but no more than HOST_SHARE of the available memory holds. Raises OutOfMemoryError, before
+    the pool is allocated, if the given number does not fit, or if not even one request of `max_model_len` fits.
     """
     if limits.num_blocks is None:
         total = profile.budget(limits.gpu_memory_utilization)
@@ -232,7 +232,7 @@ def _blocks_that_fit(profile: MemoryProfile, limits: CacheLimits, total: int) ->
 
 
 def _host_blocks(profile: MemoryProfile, num_blocks: int) -> int:
-    """As many as the pool has, if their share of the machine's memory holds them, else as many as that holds."""
+    """As many as the pool has, or as many as fit in HOST_SHARE of the machine's memory."""
     share = int(profile.host_available * HOST_SHARE)
     sizes = range(num_blocks + 1)
     pinned = not profile.on_cpu
@@ -240,7 +240,7 @@ def _host_blocks(profile: MemoryProfile, num_blocks: int) -> int:
 
 
 def host_bytes(num_blocks: int, bytes_per_block: int, pinned: bool) -> int:
-    """What so many host blocks take of the machine's memory: keys and values apart, and if pinned, in `pieces`."""
+    """Bytes of `num_blocks` host blocks in the machine's memory: keys and values apart, and if pinned, in `pieces`."""
     if not pinned:
         return num_blocks * bytes_per_block
     half = bytes_per_block // 2
@@ -280,7 +280,7 @@ def _check_host(profile: MemoryProfile, ledger: MemoryLedger) -> None:
 def available_memory() -> int:
     """Bytes of the machine's memory that can be allocated without swapping, within the limit of a container.
 
-    Where the system does not tell (macOS), all of its memory. Raises ConfigError if it tells neither.
+    All memory where the system does not tell (macOS). Raises ConfigError if it tells neither.
     """
     try:
         available = _kernel_number(Path("/proc/meminfo"), "MemAvailable:") * 1024
@@ -295,7 +295,7 @@ def available_memory() -> int:
 
 
 def _kernel_number(path: Path, key: str) -> int:
-    """The number behind `key` in one of the kernel's tables; OSError if there is none."""
+    """The number after `key` in one of the kernel's tables. Raises OSError if there is none."""
     for line in path.read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1])
@@ -320,7 +320,7 @@ class MemoryFit:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes left for the cache, as an engine plans its memory; 0 if the weights alone do not fit."""
+        """Bytes left for the cache, as an engine plans its memory; 0 if not even the weights fit."""
         sizes = {"weights": self.weight_bytes, "activations": self.reserved_bytes, "masks": 0, "host_available": 0}
         available, block = self.card_bytes - self.weight_bytes, self.bytes_per_token
         profile = MemoryProfile(**sizes, bytes_per_block=block, available=available, card_bytes=self.card_bytes)
@@ -341,7 +341,7 @@ class MemoryFit:
 def what_fits(
     config: ModelConfig, card_bytes: Positive, *, dtype_bytes: Positive = 2, reserved_share: float = 0.1
 ) -> MemoryFit:
-    """What a card of `card_bytes` holds of the model: weights, then as many tokens of cache as go in the rest.
+    """What a card of `card_bytes` holds of the model: weights, then as many tokens of cache as fit in the rest.
 
     `reserved_share` of the card is kept free for activations, as vLLM's gpu_memory_utilization = 0.9 does.
     Raises ConfigError if a size is not positive or the share is outside [0, 1).

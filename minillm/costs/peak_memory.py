@@ -1,4 +1,4 @@
-"""The largest memory that a piece of code held at one moment, measured."""
+"""The most memory that a piece of code held at one moment, measured."""
 
 import weakref
 
@@ -18,8 +18,8 @@ class PeakMemory:
             model(token_ids, positions, attend)
         memory.peak_bytes
 
-    On the CPU every operation of this thread is watched, and a tensor counts from when it is returned until its
-    storage is freed; what a fused kernel allocates and frees inside itself is not seen. On CUDA it is the difference
+    On the CPU every operation of this thread is watched, and a tensor counts from when it is returned until its storage
+    is freed; memory that a fused kernel allocates and frees inside itself is not seen. On CUDA it is the difference
     that the allocator reports.
     """
 
@@ -47,7 +47,7 @@ class PeakMemory:
 
 
 class _StorageWatch(TorchDispatchMode):
-    """Sees every operation; counts the storages it makes, and uncounts them when they die."""
+    """Sees every operation; adds the storages it makes, and subtracts them when they are freed."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class _StorageWatch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch asks: "yes" would import its compiler at the first operation, a second and 100 MiB for nothing."""
+        """False: True would import torch's compiler at the first operation, wasting a second and 100 MiB."""
         return False
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -81,6 +81,6 @@ class _StorageWatch(TorchDispatchMode):
 
 
 def _storages(nested) -> list[torch.UntypedStorage]:
-    """Of all tensors in there, but for packed weights, which show no storage and are never made in a pass."""
+    """Storages of all tensors in there, except packed weights, which show none and are never made in a pass."""
     leaves = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
     return [leaf.untyped_storage() for leaf in leaves]

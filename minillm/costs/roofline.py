@@ -1,6 +1,6 @@
 """How much arithmetic and memory traffic a forward pass costs, counted from the shape alone.
 
-A multiply-add counts as two operations (FLOP), the custom of the field. "Token-wise" is everything but attention:
+A multiply-add counts as two operations (FLOP), as usual in the field. "Token-wise" is everything but attention:
 the projections, the MLP and the output head. Predictions made here are lower bounds; the chapters put measurements
 beside them. Source of the bounds: the roofline model (Williams, Waterman and Patterson 2009).
 """
@@ -15,7 +15,7 @@ from minillm.errors import ConfigError, Count, Positive, checked
 from minillm.model import ModelConfig
 from minillm.trace import StepEvent
 
-MOST_STEPS = 2**20  # that `workload_seconds` goes through one by one
+MOST_STEPS = 2**20  # that `workload_seconds` computes one by one
 
 
 @checked
@@ -34,16 +34,16 @@ def num_layer_parameters(config: ModelConfig) -> int:
 
 @checked
 def tokenwise_flops(config: ModelConfig, num_tokens: Count, num_logit_rows: Count = 1) -> int:
-    """FLOP of the matrix products that treat each token alone; the output head runs for `num_logit_rows` of them."""
+    """FLOP of the matrix products that treat tokens one by one; the output head runs for `num_logit_rows` of them."""
     head = config.vocab_size * config.hidden_size
     return 2 * num_tokens * num_layer_parameters(config) + 2 * num_logit_rows * head
 
 
 @checked
 def attention_flops(config: ModelConfig, score_entries: Count) -> int:
-    """FLOP of QK^T and of weights times V over all layers and heads, for `score_entries` query-key pairs a head.
+    """FLOP of QK^T and of weights times V over all layers and heads, for `score_entries` query-key pairs per head.
 
-    A dense n x n pass has n^2 entries and costs 4 * n^2 * Hq * D a layer; a causal kernel that skips the upper
+    A dense n x n pass has n^2 entries and costs 4 * n^2 * Hq * D per layer; a causal kernel that skips the upper
     triangle has n(n+1)/2.
     """
     return 4 * score_entries * config.query_size * config.num_hidden_layers
@@ -67,14 +67,14 @@ def cached_flops(config: ModelConfig, num_prompt_tokens: Count, num_output_token
 
 
 class StepPrices(NamedTuple):
-    """Seconds that a card needs at least for each part of a step; every time said here is a sum of these.
+    """Seconds that a card needs at least for each part of a step; every time in this module is a sum of these.
 
     Token-wise part: the larger of reading the weights once and multiplying by them. Then attention: the larger of
-    reading the cached keys and values and scoring them. A single new token scores what it reads in less time than it
-    reads it; a prompt's scores are matrix products.
+    reading the cached keys and values and scoring them. For a single new token, scoring takes less time than reading; a
+    prompt's scores are matrix products.
     """
 
-    layers: float  # reading their weights, once a step
+    layers: float  # reading their weights, once per step
     head: float  # reading the output head's, in a step with logits
     token: float  # multiplying one token by the layers' weights
     logit_row: float  # the same by the head's
@@ -83,7 +83,7 @@ class StepPrices(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, card: Card, dtype_bytes: int) -> "StepPrices":
-        """What a model costs on a card, each in all layers."""
+        """The prices of a model on a card, over all layers."""
         head = config.vocab_size * config.hidden_size
         return cls(
             layers=num_layer_parameters(config) * dtype_bytes / card.bandwidth,
@@ -114,7 +114,7 @@ def step_seconds(
     """Least time for one step, see `StepPrices`.
 
     `num_tokens` pass the layers and `num_logit_rows` of them the output head. The keys and values of `cached_tokens`
-    are read, those of all requests summed and the step's own included; `score_entries` are query-key pairs a head.
+    are read, those of all requests summed and the step's own included; `score_entries` are query-key pairs per head.
     """
     prices = StepPrices.of(config, card, dtype_bytes)
     return prices.seconds(num_tokens, num_logit_rows, cached_tokens, score_entries)
@@ -143,7 +143,7 @@ def decode_seconds(
 def causal_entries(start: Count, end: Count) -> int:
     """Query-key pairs of the tokens at positions start .. end - 1, each of which sees itself and all before it."""
     if start > end:
-        raise ConfigError(f"tokens from {start} to {end} are none; use start <= end")
+        raise ConfigError(f"there are no tokens from {start} to {end}; use start <= end")
     return sum_below(end + 1) - sum_below(start + 1)
 
 
@@ -153,8 +153,8 @@ def workload_seconds(
 ) -> float:
     """Least time for requests of (prompt, output) tokens if all run at once: the prompts, then decode step by step.
 
-    The prompts' pass samples the first token of each; a request leaves with its last token. Whether their caches fit
-    into the card's memory together is not asked.
+    The prompts' pass samples the first token of each; a request leaves with its last token. It is not checked whether
+    their caches fit into the card's memory together.
     """
     longest = max((outputs for _, outputs in lengths), default=0)
     if not 1 <= longest <= MOST_STEPS:
@@ -173,8 +173,8 @@ def workload_seconds(
 def trace_seconds(config: ModelConfig, card: Card, steps: Iterable[StepEvent], dtype_bytes: Positive = 2) -> float:
     """Least time for the steps a run has taken, as they were batched there.
 
-    More than `workload_seconds` by what the batching cost: steps that were not full, tokens computed again, weights
-    read for prompts and prompts' cached beginnings read once a chunk.
+    More than `workload_seconds` by the cost of the batching: steps that were not full, recomputed tokens, weights read
+    for prompts, and prompts' cached beginnings read once per chunk.
     """
     prices = StepPrices.of(config, card, dtype_bytes)
     return sum(

@@ -15,12 +15,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """What bounds a device: how much it holds, how fast it reads that, how fast it multiplies."""
+    """The limits of a device: how much it holds, how fast it reads that, how fast it multiplies."""
 
     name: str
     memory_bytes: Positive
     bandwidth: float  # bytes per second from device memory
-    flops: float  # 16-bit matrix multiply-adds, counted as two operations, a second
+    flops: float  # 16-bit matrix multiply-adds per second, each counted as two operations
 
     def __post_init__(self):
         check_fields(self)

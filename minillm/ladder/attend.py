@@ -1,4 +1,4 @@
-"""The `attend` callables that chapters 1 to 7 swap: the one place where tokens meet, with ever less waste."""
+"""The `attend` callables of chapters 1 to 7: the one place where tokens meet, with less and less waste."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ class CausalAttention:
 
 
 class CachedAttention:
-    """Chapter 3 and 4: append this pass's keys and values to a cache, then look at everything in it.
+    """Chapter 3 and 4: append this pass's keys and values to a cache, then attend to everything in it.
 
     One new token is a decode step; several are a prompt or a chunk of one, under a rectangular mask.
     `score_entries` counts the query-key pairs scored, in one head of one layer.
@@ -57,7 +57,7 @@ class CachedAttention:
 
 
 class BlockDiagonalAttention:
-    """Chapter 6: several prompts laid one behind the other, without a cache; nobody sees another prompt's tokens.
+    """Chapter 6: several concatenated prompts, without a cache; no token sees another prompt.
 
     `dense` scores all (sum of lengths)^2 pairs under one block-diagonal mask; otherwise each prompt is attended to by
     itself and only the sum of length^2 pairs are scored, as a variable-length kernel does.
@@ -95,7 +95,7 @@ class Part:
 
 
 class RowAttention:
-    """What chapters 5 and 7 share: new tokens go to rows of the cache, and queries look at a row's keys by position.
+    """What chapters 5 and 7 share: new tokens go to rows of the cache, and queries attend to a row's keys by position.
 
     `score_entries` counts the query-key pairs scored, in one head of one layer.
     """
@@ -118,7 +118,7 @@ class PaddedAttention(RowAttention):
     """Chapter 5: B requests as a rectangle of B rows and L columns, pads in front, flattened to B * L tokens.
 
     Every row is scored against as many keys as the longest request has. Pads are computed like tokens; they are not
-    stored, see nothing and are seen by nobody.
+    stored, see nothing and are not seen.
     """
 
     def __init__(self, config: ModelConfig, cache: RowCache, parts: Sequence[Part], row_length: int, device=None):
@@ -142,9 +142,9 @@ class PaddedAttention(RowAttention):
 
 
 class RaggedAttention(RowAttention):
-    """Chapter 7: new tokens of many requests laid one behind the other, each looking at its own cached keys only.
+    """Chapter 7: concatenated new tokens of many requests, each attending only to its own request's cached keys.
 
-    Requests with a single new token are attended to together, each against as many keys as the longest of them has;
+    Requests with a single new token are computed together, each against as many keys as the longest of them has;
     chunks of prompts one by one. Nothing is padded outside attention.
     """
 

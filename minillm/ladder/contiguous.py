@@ -11,7 +11,7 @@ from minillm.model import Decoder
 from minillm.runtime import ModelOutput, ScheduledRequest, SchedulerOutput, not_finite
 from minillm.sampling import SamplingState, sample, sample_rows
 
-PAD_TOKEN_ID = 0  # what pads are computed as; nobody sees them, so any id does
+PAD_TOKEN_ID = 0  # what pads are computed as; they are not seen, so any id will do
 
 
 class ContiguousExecutor:
@@ -23,17 +23,17 @@ class ContiguousExecutor:
     def __init__(
         self, model: Decoder, max_num_seqs: int, max_model_len: int, sample_rows: Callable[..., Tensor] = sample_rows
     ):
-        """`sample_rows` draws tokens, like that of `sampling`."""
+        """`sample_rows` draws tokens; by default that of `sampling`."""
         self.model = model
         self.sample_rows = sample_rows
         self.cache = RowCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
         self.rows: dict[str, int] = {}
         self.token_ids: dict[str, list[int]] = {}  # prompt and output of every running request
-        self.states: dict[str, tuple[SamplingState, int]] = {}  # of every running one, and the length of its prompt
+        self.states: dict[str, tuple[SamplingState, int]] = {}  # of every running request, and the length of its prompt
 
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
-        """One forward pass over all that is planned; new tokens for the requests whose last token was computed."""
+        """One forward pass over the plan; returns new tokens for the requests whose last token was computed."""
         self._follow(plan)
         if not plan.num_requests:
             return ModelOutput({}, 0)
@@ -75,7 +75,7 @@ class ContiguousExecutor:
         return self.token_ids[scheduled.request_id][scheduled.start : scheduled.end]
 
     def _ragged_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
-        """All new tokens one behind the other, [T]; returns hidden states, each request's last row, score entries."""
+        """All new tokens one after the other, [T]; returns hidden states, each request's last row, score entries."""
         parts = [self._part(scheduled) for scheduled in plan.scheduled]
         token_ids = [token_id for scheduled in plan.scheduled for token_id in self._new_ids(scheduled)]
         positions = [position for part in parts for position in range(part.start, part.end)]
@@ -88,7 +88,7 @@ class ContiguousExecutor:
         return hidden, last_rows, attend.score_entries
 
     def _padded_pass(self, plan: SchedulerOutput) -> tuple[torch.Tensor, list[int], int]:
-        """A rectangle of rows * row_length tokens, pads in front; rows of ended requests are pads alone."""
+        """A rectangle of rows * row_length tokens, pads in front; rows of ended requests are only pads."""
         length = plan.row_length
         rows = [(self._part(scheduled), self._new_ids(scheduled)) for scheduled in plan.scheduled]
         rows += [(Part(self.rows[request_id], 0, 0), ()) for request_id in plan.padding_rows]

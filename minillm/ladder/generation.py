@@ -1,7 +1,7 @@
 """The ladder of ways to generate: each function gives the same tokens as the one before, with less work.
 
-All rungs share one loop; they differ in which tokens a forward pass gets and in the `attend` it is handed.
-They make tokens and text of one output a prompt: `n`, `logprobs` and `prompt_logprobs` are for the engine.
+All rungs share one loop; they differ in which tokens a forward pass gets and in its `attend`.
+They make tokens and text of one output per prompt: `n`, `logprobs` and `prompt_logprobs` are for the engine.
 """
 
 import time
@@ -31,12 +31,12 @@ from minillm.trace import RequestRecord, ScheduledTokens, StepEvent, Trace
 REQUEST_ID = "req 0"  # the one request of a rung that runs one at a time
 
 
-_takes = checked(skip=("prompt_token_ids", "prompts"))  # which `check_request` looks at
+_takes = checked(skip=("prompt_token_ids", "prompts"))  # which `check_request` checks
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What is asked of a model: a Decoder has it, and so may whatever stands in for one."""
+    """What a model needs: a Decoder has it, and a stand-in may have it too."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class NewToken:
-    """What `on_token` is told as soon as a token has been sampled."""
+    """What `on_token` gets as soon as a token has been sampled."""
 
     token_id: int
     text: str  # text that has become final with this token; '' without a tokenizer
@@ -178,7 +178,7 @@ def generate_ragged(
     """Several prompts at once without padding: one row of tokens, positions that restart, a block-diagonal mask.
 
     No cache: every unfinished sequence is fed again in each pass. `dense` scores all pairs of the row under the mask,
-    otherwise each prompt's own pairs only. The results share one trace, and their counters are those of all together.
+    otherwise only each prompt's own pairs. The results share one trace, and their counters are those of all together.
     Raises PromptError or SamplingParamsError before any work; `params` is one for all or one per prompt.
     """
     prompts = check_items("prompts", prompts, "prompts", error=PromptError)
@@ -212,7 +212,7 @@ def generate_ragged(
 
 
 def _ragged_pass(model: Model, sequences: list[list[int]], dense: bool, kernel: Kernel) -> tuple[Tensor, int]:
-    """All sequences one behind the other -> (logits [R, V] of each one's last token, score entries)."""
+    """All sequences one after the other -> (logits [R, V] of each one's last token, score entries)."""
     lengths = [len(sequence) for sequence in sequences]
     attend = BlockDiagonalAttention(model.config, lengths, dense, kernel)
     row = as_tensor([token_id for sequence in sequences for token_id in sequence], model)  # [sum of lengths]

@@ -22,10 +22,10 @@ from minillm.model import ModelConfig
 
 
 class KVCache:
-    """Room for `capacity` tokens of one sequence, allocated once: keys and values of shape [capacity, Hkv, D] a layer.
+    """Room for `capacity` tokens of one sequence, allocated once: [capacity, Hkv, D] keys and values per layer.
 
     `length` counts the tokens whose keys and values are stored in *every* layer. A forward pass over T new tokens
-    calls `append` once a layer and `advance(T)` once at its end; until then the length is unchanged, so a pass that
+    calls `append` once per layer and `advance(T)` once at its end. Until then the length is unchanged, so a pass that
     fails half-way leaves the cache as it was.
     """
 
@@ -39,7 +39,7 @@ class KVCache:
 
     @checked(error=KernelError)
     def append(self, layer: Count, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [T, Hkv, D] keys and values behind the cached ones; return views of all, [length + T, Hkv, D].
+        """Store [T, Hkv, D] keys and values after the cached ones; return views of all, [length + T, Hkv, D].
 
         Raises CacheFullError, and stores nothing, if the T tokens do not fit.
         """
@@ -51,7 +51,7 @@ class KVCache:
         end = self.length + k.shape[0]
         if end > self.capacity:
             raise CacheFullError(
-                f"{k.shape[0]} tokens do not fit behind the {self.length} cached ones: capacity is {self.capacity}; "
+                f"{k.shape[0]} tokens do not fit after the {self.length} cached ones: capacity is {self.capacity}; "
                 "make the cache larger or generate fewer tokens"
             )
         self.keys[layer, self.length : end] = k
@@ -77,7 +77,7 @@ class KVCache:
 class RowCache:
     """One contiguous row of `capacity` tokens for each of `num_rows` requests that run together.
 
-    Every row is reserved for the longest request there may be, used or not: simple, and what chapter 8 does away with.
+    Every row is reserved for the longest possible request, used or not: simple, and what chapter 8 replaces.
     Values start as zeros and return to zeros, because a masked key still multiplies its value: 0 * NaN is NaN.
     """
 

@@ -1,7 +1,7 @@
 """Static, dynamic and merging batching, behind the same `schedule` and `update` as continuous batching.
 
 All three fill a rectangle: one row per request, every row padded to the longest. They differ in when the rectangle
-changes, and in who shares a pass with a prompt.
+changes, and in which requests share a pass with a prompt.
 """
 
 from minillm.engine import Request, Scheduler
@@ -11,22 +11,22 @@ from minillm.runtime import SchedulerOutput
 class StaticScheduler(Scheduler):
     """A batch is formed, padded to its longest prompt, and kept until its last request has ended.
 
-    Up to `max_num_seqs` waiting requests make a batch; nobody joins it later, and the rows of requests that have ended
-    are computed on as padding. Results return when the batch does, so a short request waits for the longest.
+    Up to `max_num_seqs` waiting requests make a batch. No request joins it later, and the rows of ended requests are
+    still computed, as padding. Results return when the batch does, so a short request waits for the longest.
     """
 
     def _fill(self, plan: SchedulerOutput) -> None:
-        """The whole batch, or if there is none a new one."""
+        """Plan the whole batch, or if there is none a new one."""
         forms_batch = not self.running
         compute_rows(plan, self)
         join_rows(plan, self, only_forked=not forms_batch)
 
     def num_waiting(self) -> int:
-        """Requests that have arrived and are not in the batch; who has ended in it is neither."""
+        """Requests that have arrived and are not in the batch; those that have ended in it do not count."""
         return len(self._unfinished) - sum(request.finish_reason is None for request in self.running.values())
 
     def _leave(self, ended: list[Request]) -> list[str]:
-        """Nobody leaves the batch before everybody can; blocks of a paged cache are given back at once."""
+        """No request leaves the batch before all can; blocks of a paged cache are given back at once."""
         if self.is_paged:
             for request in ended:
                 self.block_manager.free(request)
@@ -48,7 +48,7 @@ class DynamicScheduler(Scheduler):
     """
 
     def _fill(self, plan: SchedulerOutput) -> None:
-        """Everybody who runs, and as many of the waiting as there are rows."""
+        """Plan all running requests, and as many of the waiting as there are rows."""
         compute_rows(plan, self)
         join_rows(plan, self)
 
@@ -56,19 +56,19 @@ class DynamicScheduler(Scheduler):
 class MergingScheduler(Scheduler):
     """Requests that join compute their prompts in a pass of their own; then they are rows of the batch like all others.
 
-    No decode is padded to a prompt. The price is passes: nobody decodes in a pass that computes prompts, so every
-    running request waits for it. Prompts that join in the same pass are padded to the longest of them.
+    No decode is padded to a prompt. The price is more passes: no request decodes in a pass that computes prompts, so
+    all running requests wait for it. Prompts that join in the same pass are padded to the longest of them.
     """
 
     def _fill(self, plan: SchedulerOutput) -> None:
-        """Those who join, alone; if nobody can, everybody who runs."""
+        """Plan only requests that join; if none can, all running requests."""
         join_rows(plan, self)
         if not plan.others:
             compute_rows(plan, self)
 
 
 def compute_rows(plan: SchedulerOutput, scheduler: Scheduler) -> None:
-    """One row a running request, as long as it has tokens to compute."""
+    """Plan one row per running request, as long as its tokens to compute."""
     for request in list(scheduler.running.values()):
         if request.finish_reason is not None:
             plan.padding_rows.append(request.request_id)
@@ -78,9 +78,9 @@ def compute_rows(plan: SchedulerOutput, scheduler: Scheduler) -> None:
 
 
 def join_rows(plan: SchedulerOutput, scheduler: Scheduler, only_forked: bool = False) -> None:
-    """As many of those who wait as there are rows and memory; `only_forked`: other outputs of a prompt in the batch.
+    """Admit as many waiting requests as there are rows and memory; `only_forked`: other outputs of a running prompt.
 
-    Nobody joins in a step that had to preempt.
+    No request joins in a step that had to preempt.
     """
     while len(scheduler.running) < scheduler.config.max_num_seqs and not plan.preempted_ids:
         request = scheduler._next_waiting()
@@ -93,5 +93,5 @@ def join_rows(plan: SchedulerOutput, scheduler: Scheduler, only_forked: bool = F
 
 
 def pad_rows(plan: SchedulerOutput) -> None:
-    """All rows get as long as the longest has tokens to compute."""
+    """Pad all rows to the longest one's tokens to compute."""
     plan.row_length = max((part.num_tokens for part in plan.others), default=None)

@@ -1,4 +1,4 @@
-"""The two clocks a run can live on. Both are called for the time, in seconds since they were made."""
+"""The two clocks of a run. Calling one returns the time, in seconds since it was made."""
 
 import time
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from minillm.errors import check_seconds, checked
 
 
 class VirtualClock:
-    """Time that passes only when it is told to: simulations are exact, repeatable and fast."""
+    """Time that only passes when the program says so: simulations are exact, repeatable and fast."""
 
-    device_time_at_zero = 0.0  # simulated devices tell their times by this clock
+    device_time_at_zero = 0.0  # simulated devices give their times by this clock
 
     def __init__(self, now: float = 0.0):
         self.now = check_seconds("now", now)
@@ -29,8 +29,8 @@ class VirtualClock:
 class RealClock:
     """Time that passes by itself; `advance_to` sleeps.
 
-    `timer` is where it comes from. On a machine that others use too, `time.process_time` counts the time this process
-    was computing; it stands still in a sleep, so all requests must then arrive at 0.
+    `timer` is its source. On a shared machine, `time.process_time` counts only the time this process was computing. It
+    stands still in a sleep, so all requests must then arrive at 0.
     """
 
     @checked

@@ -1,6 +1,6 @@
 """How long a step takes, from what it computes: a roofline for any shape and card, and a fit to this machine.
 
-Both are linear in counts read off the plan (`StepWork`), so the reader can say where a step's time goes.
+Both are linear in counts read off the plan (`StepWork`), so they show where a step's time goes.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from minillm.runtime import SchedulerOutput
 
 CARDS = {"4090": RTX_4090, "a10g": A10G, "a100-40gb": A100_40GB, "a100": A100_80GB, "h200": H200}
 MODELS = SHAPES | {"LLaMA-7B": LLAMA_7B, "LLaMA-13B": LLAMA_13B}
-KERNELS_A_LAYER = 9  # norm, qkv, rotate, store, attend, out, norm, gate-up, down: fused as engines do it
+KERNELS_A_LAYER = 9  # norm, qkv, rotate, store, attend, out, norm, gate-up, down: fused as in engines
 LAUNCH_SECONDS = 5e-6  # one kernel launch without a CUDA graph; the usual order of magnitude
 
 
@@ -88,9 +88,9 @@ class StepWork(NamedTuple):
     def of_own_tokens(cls, plan: SchedulerOutput) -> "StepWork":
         """The same without any padding, even where the plan is a rectangle.
 
-        The row of a request that has ended computes a token all the same, which attends to nothing.
+        The row of an ended request still computes a token, which attends to nothing.
         """
-        # From `decodes` itself: `scheduled` would make an object a request.
+        # From `decodes` itself: `scheduled` would make an object per request.
         decodes, pads = len(plan.decodes), len(plan.padding_rows)
         keys = scores = sum(plan.decodes.values()) + decodes
         logit_rows, chunks = decodes, 0
@@ -103,8 +103,8 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of_padded_rows(cls, plan: SchedulerOutput) -> "StepWork":
-        """The work of rectangles, even where the plan has none: its prompts padded to the longest of them, the single
-        tokens beside them, and all of them attending to as many keys as the longest request has.
+        """The work of rectangles, even where the plan has none: prompts padded to the longest, single tokens beside
+        them, and all attending to as many keys as the longest request has.
         """
         if plan.row_length is not None:
             return cls._of_rectangle(plan)
@@ -120,7 +120,7 @@ class StepWork(NamedTuple):
 
 @runtime_checkable
 class CostModel(Protocol):
-    """What the simulated executor asks."""
+    """What the simulated executor needs."""
 
     def work(self, plan: SchedulerOutput) -> StepWork:
         """What the step computes."""
@@ -130,7 +130,7 @@ class CostModel(Protocol):
 
 
 class Roofline:
-    """The least time a card needs, as `costs.StepPrices` has it, and launching the kernels."""
+    """The least time a card needs, by `costs.StepPrices`, and the time to launch the kernels."""
 
     @checked
     def __init__(
@@ -149,14 +149,14 @@ class Roofline:
         return StepWork.of_variable_length_kernel(plan)
 
     def seconds(self, work: StepWork) -> float:
-        """Launches, and then what `costs.step_seconds` says."""
+        """Launches, then `costs.step_seconds`."""
         least = self._prices.seconds(work.computed_tokens, work.logit_rows, work.keys_read, work.score_entries)
         return self.launch_overhead + least
 
 
 @dataclass(frozen=True)
 class WithHost:
-    """Another cost model, and seconds in every step in which the host works and the device does nothing."""
+    """A cost model, plus seconds per step in which the host works and the device is idle."""
 
     costs: CostModel
     host_seconds: float
@@ -166,7 +166,7 @@ class WithHost:
         check_seconds("host_seconds", self.host_seconds, 0)
 
     def work(self, plan: SchedulerOutput) -> StepWork:
-        """What the other counts."""
+        """The work as the inner cost model counts it."""
         return self.costs.work(plan)
 
     def seconds(self, work: StepWork) -> float:
@@ -204,7 +204,7 @@ class Calibrated:
         return StepWork.of(plan)
 
     def seconds(self, work: StepWork) -> float:
-        """Every count times its price; the step itself counts as 1."""
+        """The sum of every count times its price; the step itself counts as 1."""
         return sum(price * count for price, count in zip(self.prices, (1, *work), strict=True))
 
     @property
@@ -216,9 +216,9 @@ class Calibrated:
     def fit(cls, measured: Sequence[tuple[StepWork, float]]) -> "Calibrated":
         """Prices that fit measured (work, seconds) pairs: least squares, no price below 0.
 
-        Errors count in relation to what a first fit says of the step, so that long steps do not outweigh the many
-        short ones; steps that took more than three times as long were disturbed, and are left out. Raises ConfigError
-        for fewer pairs than prices.
+        Errors count relative to a first fit, so that long steps do not outweigh the many short ones. Steps that took
+        more than three times as long as that were disturbed, and are left out. Raises ConfigError for fewer pairs than
+        prices.
         """
         measured = check_items("measured", measured, "(StepWork, seconds) pairs")
         for pair in measured:
@@ -232,7 +232,7 @@ class Calibrated:
 
     @classmethod
     def _fit(cls, measured: Sequence[tuple[StepWork, float]], units: Sequence[float]) -> "Calibrated":
-        """Least squares of the error of each pair, measured in its own unit."""
+        """Least squares of the errors, each in its own unit."""
         rows = [[count / unit for count in (1, *work)] for (work, _), unit in zip(measured, units, strict=True)]
         targets = [seconds / unit for (_, seconds), unit in zip(measured, units, strict=True)]
         return cls(*non_negative_least_squares(rows, targets))
@@ -241,7 +241,7 @@ class Calibrated:
 def non_negative_least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
     """The x >= 0 with the smallest sum of (rows x - targets)^2, by coordinate descent (Franc et al. 2005).
 
-    Each round sets one x after the other to its best value given the rest, 0 if that is negative.
+    Each round sets every x in turn to its best value given the rest, or 0 if that is negative.
     """
     size = len(rows[0])
     scale = [max(abs(row[i]) for row in rows) or 1.0 for i in range(size)]  # columns of one magnitude converge faster

@@ -11,10 +11,10 @@ INVENTED_TOKEN_ID = 0
 class SimulatedExecutor:
     """Advances the clock by what the cost model says, and returns a token for every request that samples.
 
-    A cost model with `host_seconds` has these in its seconds of every step: the host launches, and only then the device
-    computes. The trace tells both.
+    If a cost model has `host_seconds`, they are part of the seconds of every step: the host launches, and only then the
+    device computes. The trace has both.
 
-    The tokens mean nothing, so a request's output ends by `max_tokens` alone: give its length there, with `ignore_eos`.
+    The tokens mean nothing, so an output ends only by `max_tokens`: give its length there, with `ignore_eos`.
     """
 
     @checked
@@ -23,7 +23,7 @@ class SimulatedExecutor:
         self.clock = clock
 
     def execute_model(self, plan: SchedulerOutput) -> ModelOutput:
-        """Let the step's time pass."""
+        """Let the step's time pass; returns its output."""
         work = self.cost_model.work(plan)
         began, host = self.clock(), getattr(self.cost_model, "host_seconds", None)
         if plan.num_requests:

@@ -1,20 +1,20 @@
-"""Why one run of some requests took longer than another, from the two traces alone.
+"""Why one run of some requests took longer than another, from only the two traces.
 
-A trace tells when each step began and ended, what its tokens were computed for and, on an engine, when the device was
-computing. Each run comes down to a few sums, and its time is a formula of them (`_Account.seconds`). Exchanging the
-sums of one run for those of the other, one after the other, gives a factor for each cause; `Decomposition` does so in
-all orders. So the factors multiply to the measured ratio exactly, whatever the formula.
+A trace says when each step began and ended, what its tokens were computed for and, on an engine, when the device was
+computing. Each run comes down to a few sums, and its time is a formula of them (`seconds_of`). Exchanging the sums
+of one run for those of the other, one by one, gives a factor for each cause; `Decomposition` does so in all orders. So
+the factors multiply exactly to the measured ratio, whatever the formula.
 
 - padding: tokens computed because rows of a batch were made equally long;
 - waiting: rows of requests that had their last token, computed on until their batch ended;
-- memory: fewer requests side by side, so that each of a step's tokens carries more of what the step costs anyway;
+- memory: fewer requests side by side, so that each token carries more of a step's fixed cost;
   tokens computed again after a preemption; prompts computed that the other run shared;
 - host: time per step in which nothing is computed;
-- computing: what is left. The work of the steps took so many times as long as the other run's steps would have it;
-- arrivals: time in which no request was there. Only where there was any.
+- computing: what is left: how much longer the steps took than the prices of the other run's steps predict;
+- arrivals: time in which there was no request; only if there was any such time.
 
-What a trace cannot tell: why a batch was small. Too little memory, a limit on rows and few arrivals look the same; see
-`TimeUse.somebody_waited`. Without a device's times the host is only what lies between steps, and what it takes inside
+A trace cannot tell why a batch was small. Too little memory, a limit on rows and few arrivals look the same; see
+`TimeUse.somebody_waited`. Without a device's times, the host is only the time between steps, and the host's time inside
 them counts as computing.
 """
 
@@ -49,17 +49,17 @@ class TimeUse:
     padding: int
     ended: int  # in rows of requests that had their last token
     recompute: int
-    mean_requests: float  # in a step, that still computed something
+    mean_requests: float  # per step, that still computed something
     somebody_waited: float  # share of the steps' time in which an arrived request took no part, 0 to 1
 
     @property
     def host(self) -> float:
-        """Seconds in which a request was there and nothing was computed."""
+        """Seconds in which there was a request but nothing was computed."""
         return max(0.0, self.seconds - self.idle - self.computing)
 
     @classmethod
     def of(cls, trace: Trace) -> "TimeUse":
-        """Of a trace with at least one step."""
+        """The use of time in a trace with at least one step."""
         uses = [step.uses for step in trace.steps]
         rows = [len({part.request_id for part in step.scheduled if part.why != "padding"}) for step in trace.steps]
         durations = math.fsum(step.duration for step in trace.steps)
@@ -77,16 +77,16 @@ class TimeUse:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How much of the ratio of two runs' times each cause is. `explain` makes one."""
+    """How much each cause contributes to the ratio of two runs' times. `explain` makes one."""
 
     a: TimeUse
     b: TimeUse
     decomposition: Decomposition  # its factors have their range over all orders; for `viz.Waterfall.of`
-    price_error: float  # median relative error of the prices on the steps of b, to which they were fitted
+    price_error: float  # median relative error of the prices on the steps of b, which they were fitted to
 
     @property
     def ratio(self) -> float:
-        """Measured: how many times as long a took as b."""
+        """How many times as long a took as b, measured."""
         return self.a.seconds / self.b.seconds
 
     @property
@@ -120,12 +120,12 @@ _SHOWN = {
 
 @checked
 def explain(trace_a: Trace, trace_b: Trace) -> Explanation:
-    """Why run a took so many times as long as run b, of the same requests. b should be the faster one.
+    """Why run a took longer than run b, which served the same requests and should be the faster one.
 
-    The steps of b give a price per step, per token and per cached token; with them the steps of both are priced, and
-    `computing` is how much longer than that a's took. Requests are the same if as many have the same numbers of prompt
-    and output tokens; their ids may differ. Raises ExplainError for a trace that is empty, has lost its beginning or
-    has requests without an end, and for different requests.
+    The steps of b give a price per step, per token and per cached token. These price the steps of both, and `computing`
+    is how much longer than that a's took. Requests are the same if as many have the same numbers of prompt and output
+    tokens; their ids may differ. Raises ExplainError for a trace that is empty, has lost its beginning or has requests
+    without an end, and for different requests.
     """
     check_same_requests(trace_a, trace_b)
     prices = _Prices.fit(trace_b)
@@ -211,7 +211,7 @@ class _Prices:
 
     @classmethod
     def fit(cls, trace: Trace) -> "_Prices":
-        """To a trace's steps, by least squares of relative errors; what took three times as long is left out."""
+        """Prices fitted to a trace's steps by least squares of relative errors, without steps three times as long."""
         steps = [step for step in trace.steps if step.computing > 0]
         first = cls._fit(steps)
         calm = [step for step in steps if step.computing <= 3 * first.seconds(step)]
@@ -227,18 +227,18 @@ class _Prices:
 
 @dataclass(frozen=True)
 class _Account:
-    """A run as sums over its steps; seconds are priced."""
+    """A run as sums over its steps; seconds are at the fitted prices."""
 
     use: TimeUse
     priced: float  # of all steps
     padding: float  # of tokens of padding
     ended: float  # of rows of ended requests
-    ended_steps: float  # so many steps fewer, had others had those rows
+    ended_steps: float  # steps saved if other requests had had those rows
 
     @classmethod
     def of(cls, trace: Trace, prices: _Prices) -> "_Account":
-        """Without tokens of padding a step is shorter. The row of an ended request costs its share of the whole step if
-        somebody waits who could have it; if nobody does, only its tokens.
+        """The sums of a trace. Without padding a step is shorter. The row of an ended request costs its share of the
+        whole step if a waiting request could have it; otherwise only its tokens.
         """
         priced, padding, ended, ended_steps = [], [], [], []
         for step in trace.steps:
@@ -262,8 +262,8 @@ class _Account:
         return self.use.host / self.use.steps
 
     def layers(self, slowness: float, host: float) -> Iterator[float]:
-        """Seconds of the run if its steps were so much slower than priced and the host took so long: of all, then
-        without rows of ended requests, then without padding too.
+        """Seconds of the run for this slowness of its steps and this host time per step: of all, then without rows of
+        ended requests, then without padding too.
         """
         seconds = slowness * self.priced + host * self.use.steps
         yield seconds
@@ -273,7 +273,7 @@ class _Account:
 
 
 def seconds_of(runs: dict[str, _Account]) -> float:
-    """The time of a run that has each cause from another; of a single run, what it took."""
+    """The time of a run that takes each cause from one of `runs`; from a single run, its own time."""
     slowness, host = runs[LEFT].slowness, runs["host"].host_per_step
     *_, least = runs["memory"].layers(slowness, host)
     with_ended, without_ended, _ = runs["waiting"].layers(slowness, host)

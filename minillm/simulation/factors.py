@@ -1,8 +1,8 @@
-"""A slowdown taken apart into its causes: what each is worth, whatever the order in which they are taken away.
+"""A slowdown taken apart into its causes: what each is worth, whatever the order in which they are removed.
 
-What one cause costs depends on which others are there: waiting for the longest request costs more in a large batch. So
-no single order of removal is the truth. The Shapley value (Shapley 1953) is the mean over all orders; beside it stands
-the least and the most over all of them.
+What one cause costs depends on the others: waiting for the longest request costs more in a large batch. So no single
+order of removal is right. The Shapley value (Shapley 1953) is the mean over all orders; beside it are the least and the
+most over all of them.
 """
 
 import math
@@ -24,13 +24,13 @@ class Factor:
     shapley: float  # geometric mean over all orders
     low: float  # least over all orders
     high: float
-    first: float  # of it alone, added to a run without any cause
-    last: float  # of taking it alone away from a run with all
+    first: float  # when added to a run without any cause
+    last: float  # when removed from a run with all
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Seconds of every coalition of causes, and what follows. `of` makes one."""
+    """Seconds of every coalition of causes, and the factors that follow. `of` makes one."""
 
     causes: tuple[str, ...]
     seconds: Mapping[Coalition, float]
@@ -45,7 +45,7 @@ class Decomposition:
     @classmethod
     @checked
     def of(cls, causes: Sequence[str], seconds: Callable[[Coalition], float]) -> "Decomposition":
-        """Ask `seconds(coalition)` for every set of causes, the empty one and all of them included."""
+        """Call `seconds(coalition)` for every set of causes, from none to all of them."""
         check_causes(causes)
         return cls(causes, {coalition: seconds(coalition) for coalition in coalitions(causes)})
 
@@ -67,7 +67,7 @@ class Decomposition:
         """What a cause is worth, over all orders."""
         rest = [other for other in self.causes if other != cause]
         effects = {others: self.effect(cause, others) for others in coalitions(rest)}
-        # Of all orders, this share has just these others before the cause.
+        # This share of all orders has exactly these others before the cause.
         shares = {others: 1 / (len(self.causes) * math.comb(len(rest), len(others))) for others in effects}
         logarithm = math.fsum(shares[others] * math.log(effect) for others, effect in effects.items())
         every = effects.values()
@@ -77,13 +77,13 @@ class Decomposition:
 
     @property
     def factors(self) -> list[Factor]:
-        """One a cause, in the order of `causes`; the product of their Shapley values is `total`."""
+        """One per cause, in the order of `causes`; the product of their Shapley values is `total`."""
         return [self.factor(cause) for cause in self.causes]
 
     def share(self, causes: Iterable[str]) -> float:
-        """How much of the total these causes are, by Shapley values and in logarithms; all together are 1.
+        """The share of these causes in the total, by Shapley values and in logarithms; all together are 1.
 
-        Raises ConfigError if the causes slow nothing down: of no effect there is no share.
+        Raises ConfigError if the causes slow nothing down: then there is nothing to share.
         """
         known = self._known(causes)
         if math.log(self.total) <= 0:
@@ -92,7 +92,7 @@ class Decomposition:
 
     @checked
     def removed(self, order: Sequence[str]) -> list[tuple[str, float]]:
-        """The factors in one order of taking the causes away from a run with all; their product is `total`."""
+        """The factors in one order of removing the causes from a run with all; their product is `total`."""
         if sorted(order) != sorted(self.causes):
             raise ConfigError(f"the order is {list(order)}; it must name each of {list(self.causes)} once")
         left, factors = frozenset(self.causes), []
@@ -104,12 +104,12 @@ class Decomposition:
     def _known(self, causes: Iterable[str]) -> Coalition:
         found = frozenset(causes)
         if unknown := found - set(self.causes):
-            raise ConfigError(f"{sorted(unknown)} are no causes; there are {list(self.causes)}")
+            raise ConfigError(f"{sorted(unknown)} are not causes; there are {list(self.causes)}")
         return found
 
 
 def check_causes(causes: Sequence[str]) -> None:
-    """Raises ConfigError unless they are different, and not so many that their coalitions take for ever."""
+    """Raises ConfigError unless they are different, and few enough to go through all coalitions."""
     if not 1 <= len(set(causes)) == len(causes) <= MOST_CAUSES:
         raise ConfigError(f"causes are {list(causes)}; give 1 to {MOST_CAUSES} different names")
 

@@ -1,9 +1,9 @@
 """The setting in which vLLM was published as up to 24 times as fast as transformers, and what that factor is made of.
 
 Claimed: LLaMA-13B on an A100 with 40 GB and LLaMA-7B on an A10G with 24 GB, lengths drawn from ShareGPT, 14 to 24 times
-the throughput of Hugging Face transformers with one output a prompt, 8.5 to 15 times with three (vLLM's blog, 20 June
+the throughput of Hugging Face transformers with one output per prompt, 8.5 to 15 times with three (vLLM's blog, 20 June
 2023). Here both sides are simulated. Ours is the engine's own scheduler and block manager on a virtual clock. The other
-is what `transformers.generate` did in 2023, as ours with six causes of slowness, each of which can be switched:
+is what `transformers.generate` did in 2023: ours with six causes of slowness, each of which can be switched:
 
 - padding: prompts of a step are computed as a rectangle, as long as the longest of them;
 - waiting: a batch is kept until its last request has ended (static batching);
@@ -12,8 +12,8 @@ is what `transformers.generate` did in 2023, as ours with six causes of slowness
 - padded keys: attention reads as many keys for every row as the longest has;
 - host: the host launches every small operation by itself.
 
-Times are least times (`Roofline`): what both sides lose in real kernels cancels in the ratio as far as it is the same
-share. Left out, because small: the output head's logits for every prompt token, and tables of scores in memory.
+Times are least times (`Roofline`): losses of real kernels cancel in the ratio as far as both sides lose the same share.
+Left out, because small: the output head's logits for every prompt token, and tables of scores in memory.
 """
 
 import math
@@ -55,7 +55,7 @@ from minillm.trace import Trace
 DTYPE_BYTES = 2  # float16
 BLOCK_SIZE = 16  # vLLM's
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 256, 2560  # vLLM's defaults in 2023
-CAUSES = {  # cause -> what does away with it
+CAUSES = {  # cause -> what removes it
     "reservation": "PagedAttention: blocks are handed out as tokens come, and outputs share their prompt's",
     "copying": "a cache that is written where it lies",
     "padded keys": "an attention kernel for rows of different length",
@@ -63,8 +63,8 @@ CAUSES = {  # cause -> what does away with it
     "padding": "ragged batches",
     "host": "fused kernels",
 }
-PAGED_ATTENTION = ("reservation",)  # what nothing but paging does away with
-CLAIMED = {1: (14.0, 24.0), 3: (8.5, 15.0)}  # outputs a prompt -> lowest and highest factor published
+PAGED_ATTENTION = ("reservation",)  # what only paging removes
+CLAIMED = {1: (14.0, 24.0), 3: (8.5, 15.0)}  # outputs per prompt -> lowest and highest factor published
 ABOUT_THREE = (2.5, 3.5)
 
 
@@ -93,11 +93,11 @@ class Assumptions:
     """
 
     lengths: ChatLengths = field(default_factory=ChatLengths)
-    launch_seconds: float = 10e-6  # of the host, an operation, on both sides
+    launch_seconds: float = 10e-6  # of the host, per operation, on both sides
     launches_per_layer: Positive = 40  # of eager transformers
     own_launches_per_layer: int = KERNELS_A_LAYER  # of the engine; 0: a CUDA graph, which vLLM did not have in 2023
-    rows: Positive | None = None  # of the baseline's batch; None: as many as reserving the longest leaves room for
-    reserved_tokens: Positive = 2048  # for every row: the context, as nobody knows how long an output will get
+    rows: Positive | None = None  # of the baseline's batch; None: as many as fit if the longest is reserved
+    reserved_tokens: Positive = 2048  # for every row: the context, since output lengths are unknown
     gpu_memory_utilization: float = 0.9  # of the card, on both sides
 
     def __post_init__(self):
@@ -130,7 +130,7 @@ class BothWays(NamedTuple):
 
     @classmethod
     def of(cls, plan: SchedulerOutput) -> "BothWays":
-        """What is moved is the old cache of everybody who has one, and the new one."""
+        """Moved are the old cache of every request that has one, and the new one."""
         starts = [*plan.decodes.values(), *(part.start for part in plan.others if part.start)]
         ends = [*(start + 1 for start in plan.decodes.values()), *(part.end for part in plan.others if part.start)]
         rows = len(starts) + len(plan.padding_rows)
@@ -140,7 +140,7 @@ class BothWays(NamedTuple):
 
     @property
     def score_entries(self) -> int:
-        """For the trace: those that are needed."""
+        """For the trace: the entries that are needed."""
         return self.own.score_entries
 
 
@@ -159,7 +159,7 @@ class GenerateOf2023:
         return BothWays.of(plan)
 
     def seconds(self, work: BothWays) -> float:
-        """What a step of that work takes."""
+        """The time of a step with this work."""
         tokens = work.padded if "padding" in self.causes else work.own
         keys, moved = (work.padded, work.padded_moved) if "padded keys" in self.causes else (work.own, work.own_moved)
         least = self.prices.seconds(tokens.computed_tokens, tokens.logit_rows, keys.keys_read, keys.score_entries)
@@ -203,7 +203,7 @@ class Published:
         self._seconds: dict[Coalition, float] = {}
 
     def under(self, assumptions: Assumptions) -> "Published":
-        """The same under other assumptions: the same requests, unless the law of their lengths is one of these."""
+        """The same under other assumptions; the requests change only with the law of their lengths."""
         same = {name: getattr(self, name) for name in ("pairs", "n", "arrivals", "rate", "seed")}
         other = Published(self.setting, assumptions, num_requests=len(self.lengths), **same)
         other._works = self._works
@@ -240,7 +240,7 @@ class Published:
         return (self.ledger.num_blocks - 1) * BLOCK_SIZE
 
     def num_rows(self, causes: Iterable[str]) -> int:
-        """Rows of a batch for each of which the longest request is reserved; copying needs every one twice."""
+        """Rows of a batch if each reserves the longest request; copying needs every one twice."""
         if self.assumptions.rows is not None:
             return self.assumptions.rows
         copies = 2 if "copying" in known(causes) else 1
@@ -254,17 +254,17 @@ class Published:
         return self._seconds[causes]
 
     def output_tokens_per_second(self, causes: Iterable[str]) -> float:
-        """Throughput, as benchmarks say it."""
+        """Throughput, as benchmarks report it."""
         return self.n * sum(output for _, output in self.lengths) / self.seconds(causes)
 
     def report(self, causes: Iterable[str]) -> Report:
-        """A run of its own, with latencies: by the clock, whatever the arrivals."""
+        """Report of a separate run on the clock, with latencies, whatever the arrivals."""
         causes, figures = known(causes), ReportBuilder()
         self._run(causes, GenerateOf2023(self.setting, self.assumptions, causes), figures)
         return figures.report()
 
     def trace(self, causes: Iterable[str]) -> Trace:
-        """The trace of such a run. It tells what the host takes of each step."""
+        """The trace of such a run. It contains the host's time of each step."""
         causes = known(causes)
         return self._run(causes, GenerateOf2023(self.setting, self.assumptions, causes), trace=True)
 
@@ -317,21 +317,21 @@ class Published:
 
 
 class Noting:
-    """A cost model that keeps the work of every step, and lets no time pass."""
+    """A cost model that keeps the work of every step, while no time passes."""
 
     def __init__(self, cost_model: GenerateOf2023):
         self.cost_model = cost_model
         self.works: list[BothWays] = []
 
     def work(self, plan: SchedulerOutput) -> BothWays:
-        """Counted, and kept if anything is computed."""
+        """The counts of a step, kept if anything is computed."""
         work = self.cost_model.work(plan)
         if plan.num_requests:
             self.works.append(work)
         return work
 
     def seconds(self, work: BothWays) -> float:
-        """None: when requests arrive at once, plans do not depend on it."""
+        """No time: when requests arrive at once, plans do not depend on it."""
         return 0.0
 
 
@@ -358,7 +358,7 @@ class Band:
 
 
 def varied(assumptions: Assumptions) -> dict[str, dict[str, Assumptions]]:
-    """What is varied -> the lower and the higher assumption, in words, and as such."""
+    """What is varied -> the lower and the higher assumption, by their description."""
 
     def lengths(**changes: float) -> Assumptions:
         return replace(assumptions, lengths=replace(assumptions.lengths, **changes))
@@ -395,7 +395,7 @@ def sensitivity(published: Published) -> list[Band]:
 
 
 class Variant(NamedTuple):
-    """A baseline that somebody could have measured, and the factor against it."""
+    """A baseline that could have been measured, and the factor against it."""
 
     rows: int
     launches_per_layer: int
@@ -405,16 +405,16 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Under which assumptions the claim holds, where the factor is about 3, and what of it is not PagedAttention."""
+    """Under which assumptions the claim holds, where the factor is about 3, and which part is not PagedAttention."""
 
     claimed: tuple[float, float]
     total: float
     holds: list[Variant]  # baselines that are slower by a factor within the claim
-    about_three: dict[str, float]  # of causes that together come to about 3, in words, the factor
+    about_three: dict[str, float]  # causes that together come to about 3, in words -> the factor
     without: Mapping[str, float]  # the factor against a baseline from which one cause has been taken away
-    paged_share: float  # of the total, in logarithms, by Shapley values: what only paging does away with
+    paged_share: float  # of the total, in logarithms, by Shapley values: what only paging removes
     not_paged: float  # the factor of all other causes together, by Shapley values
-    as_measured: tuple[float, float]  # the total, if our side were as far from its least time as `observations` were
+    as_measured: tuple[float, float]  # the total, if our side were as far from its least time as in `observations`
 
     def as_dict(self) -> dict:
         """Everything, for JSON."""
@@ -425,10 +425,10 @@ class Verdict:
 def verdict(
     published: Published, rows: Sequence[Positive] = (1, 2, 4, 8, 16, 32), launches: Sequence[Positive] = (25, 40, 50)
 ) -> Verdict:
-    """Judge the claim for this setting. Raises ConfigError if nothing was claimed for so many outputs a prompt.
+    """Judge the claim for this setting. Raises ConfigError if nothing was claimed for `n` outputs per prompt.
 
-    The baselines tried have so many `rows` and `launches` a layer, with and without copying; more rows than reserving
-    the longest leaves room for are those of somebody who knew the lengths.
+    The baselines tried have these `rows` and `launches` per layer, with and without copying. More rows than fit with
+    the longest reserved mean that the lengths were known.
     """
     claimed = CLAIMED[check_choice("n", published.n, tuple(CLAIMED))]
     variants = []
@@ -457,7 +457,7 @@ def verdict(
 
 
 def under_load(published: Published, rates: Iterable[float]) -> dict[str, dict[float, Report]]:
-    """Reports of both sides for prompts that come as a Poisson stream, by side and rate: for `viz.LoadCurves`.
+    """Reports of both sides for prompts that arrive as a Poisson stream, by side and rate: for `viz.LoadCurves`.
 
     The requests of a report are outputs: `n` for each prompt.
     """
@@ -482,7 +482,7 @@ def under_load(published: Published, rates: Iterable[float]) -> dict[str, dict[f
 
 @dataclass(frozen=True)
 class Observation:
-    """What somebody measured and published in or about 2023, beside what is simulated for it."""
+    """A measurement published in or about 2023, and its simulation."""
 
     what: str
     source: str
@@ -490,7 +490,7 @@ class Observation:
     measured: float
     simulated: float
     is_engine: bool  # vLLM, which ours stands for; else transformers
-    is_fitted: bool = False  # an assumption was taken from it, so that it proves nothing
+    is_fitted: bool = False  # an assumption was taken from it, so it proves nothing
 
     @property
     def ratio(self) -> float:
@@ -508,8 +508,8 @@ NM_VLLM = "neuralmagic/nm-vllm, benchmark of vLLM 0.2.0, commit 4c041221"
 def observations(num_requests: Positive = 500) -> list[Observation]:
     """Both sides beside measurements of others. They say how far real kernels and hosts are from the least times.
 
-    In the third, somebody ran vLLM's own script for both sides on the published card, with a model of this size: it
-    gave 6.1 times, with a batch of 4 for transformers.
+    The third comes from vLLM's own script, run for both sides on the published card with a model of this size: it gave
+    6.1 times, with a batch of 4 for transformers.
     """
     one = Assumptions(rows=1)
     found = []

@@ -1,8 +1,8 @@
 """What a run achieved: throughput, latencies, goodput, waste. Read from a Trace, or gathered while the run goes on.
 
 Times are seconds. TTFT runs from a request's arrival to its first token, ITL from one token to the next, E2E from the
-arrival to the moment the request leaves the batch: in a static batch that is when the whole batch ends. A token has
-the time at which the step that computed it ended, not that at which somebody was told (see `minillm.trace.events`).
+arrival to the moment the request leaves the batch: in a static batch that is when the whole batch ends. A token's time
+is the end of the step that computed it, not the moment it was delivered (see `minillm.trace.events`).
 """
 
 import math
@@ -68,7 +68,7 @@ class Report:
     useful_tokens: int  # those of them that were neither padding nor computed a second time
     mean_waiting: float  # requests waiting, averaged over the makespan
     slo: SLO
-    dropped: str = ""  # what was before the steps reported, which are then the last of a longer run
+    dropped: str = ""  # what came before the reported steps, if these are the last of a longer run
 
     @property
     def utilisation(self) -> float:
@@ -125,7 +125,7 @@ def report(trace: Trace, slo: SLO = SLO()) -> Report:  # noqa: B008 - frozen
 
 
 class ReportBuilder:
-    """Gathers the figures step by step, in memory that grows with the requests under way, not with the steps."""
+    """Gathers the figures step by step, in memory that grows with the requests in progress, not with the steps."""
 
     def __init__(self, slo: SLO = SLO(), dropped: str = ""):  # noqa: B008 - frozen
         self.slo = slo
@@ -134,7 +134,7 @@ class ReportBuilder:
         self._ttft, self._itl, self._e2e = Counter(), Counter(), Counter()  # seconds -> how often
         self._num_requests = self._num_finished = self._num_good = 0
         self._num_steps = self._output_tokens = self._computed = self._useful = 0
-        self._waiting_seconds = 0.0  # requests waiting times how long
+        self._waiting_seconds = 0.0  # waiting requests times seconds
         self._begin, self._end = math.inf, -math.inf
 
     def arrive(self, request_id: str, arrival_time: float) -> None:
@@ -144,15 +144,15 @@ class ReportBuilder:
         self._begin = min(self._begin, arrival_time)
 
     def begin_at(self, moment: float) -> None:
-        """The time that is reported begins here, whenever the requests arrived."""
+        """Start the reported time here, whenever the requests arrived."""
         self._begin = moment
 
     def began_before(self, request_id: str) -> None:
-        """The first token of this request was before the first step."""
+        """Note that this request's first token came before the first step."""
         self._under_way[request_id].knows_first_token = False
 
     def add(self, plan: SchedulerOutput, updates: StepUpdate, left: Iterable[str], end: float, waiting: int) -> None:
-        """A step of a run without a trace: its plan, its updates, who left, when it ended, how many wait."""
+        """Add a step of a run without a trace: its plan, updates, the requests that left, its end, how many wait."""
         sampled = [each for each, token_id in updates.token_ids.items() if token_id is not None]
         useful = plan.num_tokens - sum(part.num_recomputed for part in plan.scheduled)
         self.add_step(plan.start_time, end, plan.num_computed_tokens, useful, sampled, left, waiting)
@@ -167,7 +167,7 @@ class ReportBuilder:
         finished: Iterable[str],
         waiting: int,
     ) -> None:
-        """A step from `start` to `end`: tokens computed and useful, whose new tokens came, who left, how many wait."""
+        """Add a step: tokens computed and useful, requests with new tokens, those that left, how many wait."""
         self._num_steps += 1
         self._computed += computed
         self._useful += useful
@@ -222,7 +222,7 @@ class ReportBuilder:
 
 
 class _Progress:
-    """The times of one request under way."""
+    """The times of one request in progress."""
 
     __slots__ = ("arrival", "knows_first_token", "first_token", "last_token", "num_tokens")
 
@@ -234,7 +234,7 @@ class _Progress:
 
     @property
     def mean_itl(self) -> float:
-        """0 for a single token."""
+        """Mean time between tokens; 0 for a single token."""
         return (self.last_token - self.first_token) / max(1, self.num_tokens - 1)
 
 

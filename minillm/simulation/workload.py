@@ -67,13 +67,13 @@ def lognormal(median: float, sigma: float, longest: Positive, shortest: Positive
 
 @dataclass(frozen=True)
 class ChatLengths:
-    """Lengths of prompts and outputs as in a collection of chats, told by its two means: both are log-normal.
+    """Lengths of prompts and outputs as in a collection of chats with two given means: both are log-normal.
 
-    What is fixed by publications: the means of ShareGPT, 161.31 tokens in and 337.99 out (Kwon et al. 2023, figure 11),
-    and what vLLM's `benchmark_throughput.py` leaves out of it: fewer than 4 tokens on either side, prompts beyond
-    1,024, pairs beyond 2,048. What is not published, and assumed here: the shape of the law, the two deviations of the
-    logarithm (how heavy the tails are), and that prompt and output do not depend on each other but by the last limit.
-    The medians follow: with them, what is left has the means.
+    Published: the means of ShareGPT, 161.31 tokens in and 337.99 out (Kwon et al. 2023, figure 11), and what vLLM's
+    `benchmark_throughput.py` leaves out of it: fewer than 4 tokens on either side, prompts beyond 1,024, pairs beyond
+    2,048. Not published, and assumed here: the shape of the law, the two deviations of the logarithm (how heavy the
+    tails are), and that prompt and output are independent except for the last limit. The medians follow: they make the
+    lengths that are kept have the means.
     """
 
     prompt_mean: float = 161.31
@@ -96,7 +96,7 @@ class ChatLengths:
         self.medians()  # raises if there are none
 
     def pairs(self, num_requests: Count, seed: int) -> list[tuple[int, int]]:
-        """That many (prompt, output) lengths; the same seed gives the same, and more requests only append."""
+        """`num_requests` pairs (prompt, output); the same seed gives the same, and more requests only append."""
         prompt_median, output_median = self.medians()
         rng = random.Random(f"chat lengths {seed}")
         pairs = []
@@ -107,7 +107,7 @@ class ChatLengths:
         return pairs
 
     def medians(self) -> tuple[float, float]:
-        """Of the two laws before anything is left out. Raises ConfigError if no law has these means."""
+        """Medians of the two laws before anything is left out. Raises ConfigError if no law has these means."""
         return _chat_medians(self)
 
 
@@ -136,7 +136,7 @@ def _median(what: str, mean: float, most: float, mean_of: Callable[[float], floa
     if not most / 100 < middle < most:
         raise ConfigError(
             f"a mean {what} of {mean:g} tokens needs a law with a median of {middle:.3g}, of which limits up to "
-            f"{most:g} leave little; use a mean farther from the limits"
+            f"{most:g} keep little; use a mean farther from the limits"
         )
     return middle
 
@@ -150,7 +150,7 @@ def _mean_between(median: float, sigma: float, low: float, high: float) -> float
     """Mean of a log-normal law of which only what lies between two bounds is kept."""
     below, above = _shares(median, sigma, low, high)
     weighted_below, weighted_above = _shares(median * math.exp(sigma**2), sigma, low, high)
-    if above - below < 1e-12:  # all but nothing is kept, at the bound that is nearer
+    if above - below < 1e-12:  # almost nothing is kept: the nearer bound
         return low if median < low else high
     return median * math.exp(sigma**2 / 2) * (weighted_above - weighted_below) / (above - below)
 
@@ -161,7 +161,7 @@ def _quantile(median: float, sigma: float, low: float, high: float, share: float
 
 
 def _drawn(rng: random.Random, median: float, sigma: float, low: int, high: int) -> int:
-    """Drawn again until it lies within the bounds, as a benchmark leaves out what does not."""
+    """Draw until a length lies within the bounds, as a benchmark leaves out the others."""
     while True:
         length = math.exp(min(rng.normalvariate(math.log(median), sigma), 700))  # exp would overflow beyond
         if low - 0.5 <= length < high + 0.5:
@@ -177,7 +177,7 @@ def _check_lengths(low: float, high: float) -> None:
 
 
 def all_at_once() -> Iterator[float]:
-    """Everybody at time 0."""
+    """All requests at time 0."""
     while True:
         yield 0.0
 
@@ -193,7 +193,7 @@ def poisson(rate: float, rng: random.Random) -> Iterator[float]:
 
 
 def bursts(size: int, every: float) -> Iterator[float]:
-    """`size` requests together, every so many seconds. Raises ConfigError unless both are positive."""
+    """`size` requests together, `every` seconds apart. Raises ConfigError unless both are positive."""
     check_kind("size", size, Positive)
     _check_positive("seconds between bursts", every)
     index = 0
@@ -222,8 +222,8 @@ def make_requests(
 ) -> list[Request]:
     """Requests in order of arrival, their lengths drawn independently.
 
-    `arrivals`: "at once"; "poisson" with `rate` requests per second; "bursts" of `burst_size` requests, as far apart as
-    makes `rate` per second. Raises ConfigError for bad values.
+    `arrivals`: "at once"; "poisson" with `rate` requests per second; "bursts" of `burst_size` requests, spaced to give
+    `rate` per second. Raises ConfigError for bad values.
     """
     rng = random.Random(f"lengths {seed}")
     arriving = _arriving(num_requests, arrivals, rate, burst_size, seed)
@@ -251,8 +251,8 @@ def course_requests(
     4,647 tokens of prompt and 3,188 of output. Fewer requests are the first of the 64, and more only append.
 
     With `vocab_size` prompts are random token ids below it, for a model to compute; without, the ids 0, 1, 2, ... The
-    lengths are drawn before the first token, so they are the same for every vocabulary. `arrivals`, `rate` (requests a
-    second) and `burst_size` as in `make_requests`, whose errors it raises.
+    lengths are drawn before the first token, so they are the same for every vocabulary. `arrivals`, `rate` (requests
+    per second) and `burst_size` as in `make_requests`, whose errors it raises.
     """
     rng = random.Random(seed)
     prompt_length = lognormal(math.exp(4.0), 0.8, 256, shortest=8)
@@ -279,7 +279,7 @@ def prefixed_requests(
     burst_size: Positive = 16,
     seed: int = 0,
 ) -> list[Request]:
-    """`num_each` requests for each of some system prompts, in a random order: a prompt is one of them and a question.
+    """`num_each` requests for each of some system prompts, in a random order: each adds a question to a system prompt.
 
     No two questions, and no two system prompts, begin with the same token. `arrivals` as in `make_requests`, whose
     errors it raises.
@@ -296,7 +296,7 @@ def prefixed_requests(
 
 
 def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, seed: int) -> list[float]:
-    """When each of so many requests arrives. Raises ConfigError if they are too many, or the last is too late."""
+    """When each of `num_requests` arrives. Raises ConfigError if they are too many, or the last is too late."""
     if num_requests > MOST_REQUESTS:
         raise ConfigError(f"num_requests is {num_requests}; memory has room for about {MOST_REQUESTS}")
     times: list[float] = []
@@ -331,9 +331,7 @@ def made_request(
     n: Positive = 1,
     **more,
 ) -> Request:
-    """A request whose outputs, `n` of them, have exactly the given length; its prompt is the ids 0, 1, 2, ..., which
-    mean nothing.
-    """
+    """A request with `n` outputs of exactly the given length; its prompt is the meaningless ids 0, 1, 2, ..."""
     params = _exactly(num_output_tokens, n)
     return Request(request_id, range(num_prompt_tokens), params, arrival_time=arrival_time, **more)
 
@@ -352,18 +350,18 @@ def load_requests(path: str | Path) -> list[Request]:
     """Requests from JSON lines, in order of arrival: one object each with `num_prompt_tokens` and `num_output_tokens`.
 
     Optional: `request_id`, `arrival_time` (seconds, 0), `priority` (0). The second request that is called "a" becomes
-    "a#2", so that they may even be under way together. Raises ConfigError, naming the line.
+    "a#2", so that both may even run together. Raises ConfigError, naming the line.
     """
     lines = read_text(path, "the requests in").splitlines()
     requests = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not requests:
-        raise ConfigError(f"{path} holds no requests; write one JSON object a line")
+        raise ConfigError(f"{path} holds no requests; write one JSON object per line")
     _tell_apart(requests)
     return sorted(requests, key=lambda request: request.arrival_time)
 
 
 def _tell_apart(requests: Iterable[Request]) -> None:
-    """Number those that are called like one before them."""
+    """Number those that have the id of one before them."""
     taken: set[str] = set()
     times = Counter[str]()
     for request in requests:
@@ -379,7 +377,7 @@ def _read_line(path: str | Path, number: int, line: str) -> Request:
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
-        raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
+        raise ConfigError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(given, dict) or not given.keys() <= {"request_id", *_FILE_FIELDS}:
         raise ConfigError(f"{where} must be an object with the fields request_id, {', '.join(_FILE_FIELDS)} only")
     values = {name: given.get(name, default) for name, default in _FILE_FIELDS.items()}

@@ -1,9 +1,9 @@
 """A Trace as Chrome's trace events, to be opened in https://ui.perfetto.dev or chrome://tracing.
 
 One thread per request: its whole life as one event, with waiting and each of its steps nested in it, and a mark where
-it was preempted; one thread for the steps and, where the trace tells, one each for the host, which plans and launches
-them, and the device, which computes them; counters above, also of the blocks of a paged pool. Format: "Trace Event
-Format" (Duffy, Google 2016); times are microseconds from the trace's beginning, exact to the nanosecond.
+it was preempted. One thread for the steps and, if the trace has their times, one each for the host, which plans and
+launches them, and the device, which computes them. Counters are above, also of the blocks of a paged pool. Format:
+"Trace Event Format" (Duffy, Google 2016); times are microseconds from the trace's beginning, exact to the nanosecond.
 """
 
 import json
@@ -27,7 +27,7 @@ def save_chrome_trace(trace: Trace, path: str | Path) -> Path:
 def chrome_trace(trace: Trace) -> dict:
     """The JSON object of a trace: metadata first, then events and counters in order of time."""
     times = [step.start_time for step in trace.steps]
-    if not trace.dropped_steps:  # else it is not known what those who came before have done
+    if not trace.dropped_steps:  # else the counts before the first step are unknown
         times += [record.arrival_time for record in trace.requests]
     clock = _Clock(min(times, default=0.0))
     parts = _parts_by_request(trace)
@@ -51,7 +51,7 @@ class _Clock:
 
 
 def _names(trace: Trace) -> Iterator[dict]:
-    """Metadata: what the process and the threads are called, and in which order they stand."""
+    """Metadata: names of the process and the threads, and the order of the threads."""
     name = f"minillm ({trace.dropped})" if trace.dropped else "minillm"
     yield {"ph": "M", "pid": PROCESS, "tid": STEPS, "name": "process_name", "args": {"name": name}}
     names = {STEPS: "steps"}
@@ -87,7 +87,7 @@ def _host_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
 
 
 def _device_events(trace: Trace, clock: _Clock) -> Iterator[dict]:
-    """What the device does, one step after the other; its clock may be a little off the host's."""
+    """The steps on the device, one after the other; its clock may differ a little from the host's."""
     now = 0
     for step in trace.steps:
         if step.device is not None:

@@ -4,12 +4,12 @@ A run, whether of the ladder, the engine or the simulator, appends one `StepEven
 metrics read the `Trace` and nothing else, so the same figure draws a simulated run, a CPU run and a GPU run.
 Position 0 is a request's first token.
 
-All times are seconds on one clock, the run's own, which begins at 0 when the scheduler or engine is made. A token has
-the time at which the step that computed it ended: then its id has been read, whether or not anybody has been told. So
-TTFT and ITL say when tokens were computed, under every way of batching. A request has ended when it leaves the batch
-with its result: with its last token, except in a static batch, where it leaves with all others.
+All times are seconds on one clock, the run's own, which begins at 0 when the scheduler or engine is made. A token's
+time is the end of the step that computed it: then its id has been read, whether or not it has been delivered. So TTFT
+and ITL say when tokens were computed, under every way of batching. A request has ended when it leaves the batch with
+its result: with its last token, except in a static batch, where it leaves with all others.
 
-A new field stands below `KW_ONLY` and has a default. `files` reads and writes it by its annotation.
+A new field goes below `KW_ONLY` and has a default. `files` reads and writes it by its annotation.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from typing import Literal, NamedTuple
 from minillm.errors import Count
 
 Why = Literal["prefill", "decode", "recompute", "padding"]
-WASTE = ("padding", "recompute")  # tokens computed for nothing, or for the second time
+WASTE = ("padding", "recompute")  # wasted tokens, and tokens computed a second time
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
     """What is known of a request when it arrives."""
 
-    request_id: str  # unique in the trace: "a#2" is the second request there that its caller named "a"
+    request_id: str  # unique in the trace: "a#2" is the second request whose caller named it "a"
     arrival_time: float  # seconds
     num_prompt_tokens: Count
     _: KW_ONLY
@@ -56,17 +56,17 @@ class Uses(NamedTuple):
     """What the tokens of a step were computed for; the four sum to all of them."""
 
     useful: int
-    padding: int  # beside the tokens of a request that goes on: its row is as long as the longest
+    padding: int  # in the rows of unfinished requests, which are as long as the longest row
     ended: int  # in the rows of requests that had their last token before the step
     recompute: int  # had been computed before a preemption
 
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """A running request that gave its blocks to others before the step."""
+    """A running request that lost its blocks to others before the step."""
 
     request_id: str
-    mode: Literal["recompute", "swap"]  # what will bring its keys and values back
+    mode: Literal["recompute", "swap"]  # how its keys and values will come back
     num_tokens: Count  # tokens whose keys and values left the pool
 
 
@@ -88,10 +88,10 @@ class BlockUse:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """One forward pass: who took part with how many tokens, and what was left waiting.
+    """One forward pass: which requests took part with how many tokens, and what was left waiting.
 
-    Where the next step is launched before this one's tokens are read, it starts, as told here, when they have been:
-    from `start_time` to `end_time` no two steps overlap. What host and device do meanwhile is in the last three fields.
+    If a step is launched before the tokens of the one before are read, its `start_time` is when they have been read: no
+    two steps overlap from `start_time` to `end_time`. The last three fields say what host and device do meanwhile.
 
     (*) At `end_time`. If the next step has been planned by then (it has a `planned`), what it takes and writes counts.
     """
@@ -141,7 +141,7 @@ class StepEvent:
 
     @property
     def computing(self) -> float:
-        """Seconds of the step in which the device computed it; all of them if the trace tells no device's times."""
+        """Seconds of the step in which the device computed it; all of them if the trace has no times of a device."""
         if self.device is None:
             return self.duration
         began, ended = max(self.device[0], self.start_time), min(self.device[1], self.end_time)
@@ -152,8 +152,8 @@ class StepEvent:
 class Trace:
     """Requests in order of arrival and steps in order of time.
 
-    A run that goes on for long keeps its last steps only: `dropped_steps` were before the first one here, and
-    `dropped_requests` had ended with them.
+    A long run keeps only its last steps: `dropped_steps` came before the first one here, and `dropped_requests` ended
+    with them.
     """
 
     requests: list[RequestRecord] = field(default_factory=list)
@@ -194,7 +194,7 @@ class Trace:
                     yield step, part
 
     def token_times(self, request_id: str) -> list[float]:
-        """When each output token of the request came into being, in seconds on the run's clock."""
+        """When each output token of the request was computed, in seconds on the run's clock."""
         return [step.end_time for step, part in self.parts(request_id) for _ in range(part.num_sampled)]
 
     def knows_first_token(self, record: RequestRecord, part: ScheduledTokens) -> bool:

@@ -4,9 +4,8 @@
     {"request": {"request_id": "a", "arrival_time": 0.0, "num_prompt_tokens": 7}}
     {"step": {"step": 0, "start_time": 0.0, "end_time": 0.2, "scheduled": [{"request_id": "a", ...}]}}
 
-The names are those of `events`; fields at their default are left out, so a file from before a field was there
-can still be read. Where only the last steps were kept, the header says so: "dropped_steps", "dropped_requests". Times
-are written in full.
+The names are those of `events`. Fields at their default are left out, so a file older than a field can still be read.
+If only the last steps were kept, the header says so: "dropped_steps", "dropped_requests". Times are written in full.
 """
 
 import json
@@ -41,14 +40,14 @@ def trace_lines(trace: Trace) -> list[str]:
 
 
 def records_of(trace: Trace) -> Iterator[dict]:
-    """The same before they become text: the header, and what each other line says."""
+    """The same as objects: the header, then one for each other line."""
     yield {"format": FORMAT, "version": VERSION} | {name: n for name in DROPPED if (n := getattr(trace, name))}
     yield from ({"request": record_of(request)} for request in trace.requests)
     yield from ({"step": record_of(step)} for step in trace.steps)
 
 
 def record_of(event: RequestRecord | StepEvent) -> dict:
-    """What a line says of an event: the fields that are not at their default, as JSON has them."""
+    """An event as the object of a line: the fields that are not at their default, as JSON values."""
     values = {}
     for field in fields(event):
         value = getattr(event, field.name)
@@ -58,7 +57,7 @@ def record_of(event: RequestRecord | StepEvent) -> dict:
 
 
 def _json(value):
-    """A field's value as JSON has it: a dataclass as an object, a tuple as a list."""
+    """A field's value as a JSON value: a dataclass as an object, a tuple as a list."""
     if is_dataclass(value):
         return record_of(value)
     return [_json(each) for each in value] if isinstance(value, tuple) else value
@@ -74,7 +73,7 @@ def load_trace(path: str | Path) -> Trace:
 
 
 def _read_header(path: str | Path, line: str) -> dict[str, int]:
-    """What the first line says was dropped."""
+    """The counts of dropped steps and requests in the first line."""
     try:
         header = json.loads(line)
     except (ValueError, RecursionError):
@@ -149,7 +148,7 @@ class _Line:
         return kind(**{field.name: self._value(field, values[field.name]) for field in known if field.name in values})
 
     def _value(self, field: Field, value: object):
-        """What a field of a dataclass holds, from its JSON value: an object there, or each in a list, is one too."""
+        """A dataclass field's value from its JSON value; objects, also in lists, are dataclasses too."""
         if isinstance(value, list | dict) and (kind := next(filter(is_dataclass, get_args(field.type)), None)):
             value = [self._read(kind, each) for each in value] if isinstance(value, list) else self._read(kind, value)
         return check_kind(field.name, value, field.type, error=self._error)

@@ -1,7 +1,7 @@
-"""The way of one request through the three layers, in the eight steps of the book, as far as its trace tells it.
+"""The way of one request through the three layers, in the eight steps of the book, as far as its trace goes.
 
-The trace begins where the engine gets the request and ends where it gives the tokens back: of the HTTP server's steps,
-1 to 3, only the server's log tells the time, in the line with the same id.
+The trace begins where the engine gets the request and ends where it returns the tokens. Times of the HTTP server's
+steps, 1 to 3, are only in the server's log, in the line with the same id.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ class Stage(NamedTuple):
 
     number: int  # 1 to 8
     layer: int | None  # 1 to 3; None is outside of all
-    part: str  # who acts
-    seconds: float | None  # since the request's arrival; None if the trace does not tell
+    part: str  # which one acts
+    seconds: float | None  # since the request's arrival; None if the trace does not have it
     what: str
 
 
@@ -38,7 +38,7 @@ def find_request(trace: Trace, request_id: str) -> RequestRecord:
 
 
 def stages_of(trace: Trace, record: RequestRecord) -> list[Stage]:
-    """The eight steps of a request. Steps 5 to 7 are told of its first pass through the model, and then of all."""
+    """The eight steps of a request. Steps 5 to 7 describe its first pass through the model, step 8 all passes."""
     parts, arrival = list(trace.parts(record.request_id)), record.arrival_time
     stages = [
         Stage(1, None, "user", None, "sends the request"),
@@ -52,7 +52,7 @@ def stages_of(trace: Trace, record: RequestRecord) -> list[Stage]:
     planned = step.start_time if step.planned is None else step.planned
     stages.append(Stage(5, 2, "Scheduler", planned - arrival, _chosen(trace, record, step, part)))
     began, ended = (step.start_time, step.end_time) if step.device is None else step.device
-    handed = began if step.launched is None else min(began, step.launched)  # where it computes here, it returns later
+    handed = began if step.launched is None else min(began, step.launched)  # in this process, launching returns later
     stages.append(Stage(6, 2, "ModelExecutor", handed - arrival, "hands the plan to the worker"))
     what = f"prepares inputs and block tables, computes for {(ended - began) * 1e3:.2f} ms, samples"
     stages.append(Stage(7, 3, "Worker", began - arrival, what))
@@ -74,7 +74,7 @@ def _chosen(trace: Trace, record: RequestRecord, step: StepEvent, part: Schedule
 def _told(trace: Trace, record: RequestRecord, parts: list, sampled: list) -> tuple[float | None, str]:
     preemptions = sum(each.request_id == record.request_id for step in trace.steps for each in step.preempted)
     if not sampled:
-        return None, f"nothing yet: no token has come of {len(parts)} passes"
+        return None, f"nothing yet: {len(parts)} passes have brought no token"
     first, last = sampled[0][0], sampled[-1][0]
     passes = len({step.step for step, _ in parts})
     text = f"first token; then {len(sampled) - 1} more"
@@ -90,7 +90,7 @@ def _told(trace: Trace, record: RequestRecord, parts: list, sampled: list) -> tu
 
 
 def journey_lines(trace: Trace, request_id: str) -> Iterator[str]:
-    """The steps as text, a line each. Raises UnknownRequestError."""
+    """The steps as text, one per line. Raises UnknownRequestError."""
     record = find_request(trace, request_id)
     yield f"request {record.request_id}, arrived at {record.arrival_time:.4f} s of the engine's clock"
     yield f"{'step':4}  {'layer':5}  {'part':16}  {'after':>11}  what happens"
