@@ -139,7 +139,7 @@ ROUTERS: Mapping[str, type[Router]] = {
 }
 
 
-def make_router(name: str) -> Router:
-    """A router by its name. Raises ConfigError for an unknown one."""
+def make_router(name: str, block_size: int = BLOCK_SIZE) -> Router:
+    """A router by its name, for engines with blocks of this size. Raises ConfigError for an unknown one."""
     check_choice("router", name, tuple(ROUTERS))
-    return ROUTERS[name]()
+    return ROUTERS[name](**{"block_size": block_size} if name == "prefix-aware" else {})

@@ -1,4 +1,4 @@
-"""The HTTP server's endpoints: OpenAI's API as vLLM answers it. One `Endpoints` serves one AsyncEngine."""
+"""The HTTP server's endpoints: OpenAI's API as vLLM answers it. One `Endpoints` serves one engine."""
 
 import asyncio
 import base64
@@ -21,7 +21,6 @@ from minillm.errors import MiniLLMError
 from minillm.player import FILES, FOLDER
 from minillm.serving import live
 from minillm.serving.answers import Answer, ChatAnswers, CompletionAnswers, usage_of
-from minillm.serving.async_engine import AsyncEngine
 from minillm.serving.bodies import check_kind_of_body, read_as
 from minillm.serving.gate import Gate
 from minillm.serving.http_errors import JSON, APIError, add_error_answers, documented, from_engine
@@ -46,6 +45,7 @@ from minillm.serving.protocol import (
     Version,
 )
 from minillm.serving.requests import as_list, encoded, encoded_chat, in_thread, params_of, prompts_of
+from minillm.serving.served_engine import ServedEngine
 from minillm.serving.streams import ClientGone, EventStream, unless_gone
 
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizePrompt, TokenizeChat, DetokenizeRequest)
@@ -56,7 +56,7 @@ POSTED = (400, 401, 404, 405, 408, 413)
 GENERATING = (*POSTED, 429, 500, 503)
 
 
-def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> FastAPI:
+def create_app(engine: ServedEngine, options: ServerOptions | None = None) -> FastAPI:
     """The server's ASGI app. The caller keeps the engine and shuts it down."""
     options = ServerOptions() if options is None else options
     app = FastAPI(
@@ -97,7 +97,7 @@ def _openapi(app: FastAPI, options: ServerOptions) -> dict:
     return app.openapi_schema
 
 
-def add_page(app: FastAPI, engine: AsyncEngine) -> None:
+def add_page(app: FastAPI, engine: ServedEngine) -> None:
     """Add the page at / with its files, and what it fetches below /live. None of it is in the OpenAPI text."""
     headers = {"Content-Security-Policy": PAGE_MAY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
@@ -140,7 +140,7 @@ class DirectRoute(APIRoute):
 class Endpoints:
     """What is served, and what the endpoints share."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions):
+    def __init__(self, engine: ServedEngine, options: ServerOptions):
         self.engine, self.options = engine, options
         self.model_name = options.served_model_name or engine.model_name
         self.created = int(time.time())
@@ -212,12 +212,12 @@ class Endpoints:
 
         text = {200: {"description": "Prometheus' text format.", "content": {CONTENT_TYPE_LATEST: {}}}}
 
-        @app.get("/metrics", responses={**text, **documented(404, 405)}, response_class=Response)
+        @app.get("/metrics", responses={**text, **documented(404, 405, 503)}, response_class=Response)
         async def metrics() -> Response:
-            if self.engine.metrics is None:
+            found = await self.engine.exposition()
+            if found is None:
                 raise APIError(404, "this server keeps no metrics")
-            content, kind = await asyncio.to_thread(self.engine.metrics.exposition)
-            return Response(content, media_type=kind)
+            return Response(found[0], media_type=found[1])
 
         @app.get("/version", responses=answers(Version, 405))
         async def version() -> Response:

@@ -50,6 +50,7 @@ from minillm.errors import (
     check_flag,
     check_whole,
     checked,
+    shown,
 )
 from minillm.model import ModelConfig, Tokenizer
 from minillm.sampling import SamplingParams
@@ -297,9 +298,15 @@ class AsyncEngine:
 
         return await self._ask(change)
 
-    async def trace(self) -> Trace:
-        """What is recorded so far; no step waits for it to be made."""
+    async def trace(self, replica: str | None = None) -> Trace:
+        """What is recorded so far; no step waits for it to be made. Raises ConfigError if a replica is named."""
+        if replica is not None:
+            raise ConfigError(f"replica is {shown(replica)}; there is one engine here: leave the name out")
         return await asyncio.to_thread(await self._ask(self._recorder.snapshot))
+
+    async def exposition(self) -> tuple[bytes, str] | None:
+        """The figures of `metrics` as text, and its content type."""
+        return None if self.metrics is None else await asyncio.to_thread(self.metrics.exposition)
 
     async def subscribe(self) -> AsyncIterator[dict]:
         """Yields what happens, as it does: the lines of a trace's file, for as long as the engine runs.

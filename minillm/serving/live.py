@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from minillm.errors import ConfigError
-from minillm.serving.async_engine import AsyncEngine, DrainingError, SlowReaderError
+from minillm.serving.async_engine import DrainingError, SlowReaderError
 from minillm.serving.bodies import read_body
+from minillm.serving.served_engine import ServedEngine
 from minillm.trace import trace_lines
 
 CONTROLS = ("paused", "step", "max_num_seqs", "max_num_batched_tokens", "batching")
@@ -21,7 +22,7 @@ LOOK_EVERY = 1.0  # seconds from one look at which replicas there are to the nex
 NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nor buffered by a proxy
 
 
-def router(engine: AsyncEngine) -> APIRouter:
+def router(engine: ServedEngine) -> APIRouter:
     """GET /live/events, /live/trace and /live/control, and POST /live/control."""
     routes = APIRouter(prefix="/live", tags=["page"])
 
@@ -31,9 +32,9 @@ def router(engine: AsyncEngine) -> APIRouter:
         return StreamingResponse(_events(engine), media_type="text/event-stream", headers=NOT_KEPT)
 
     @routes.get("/trace", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}})
-    async def trace() -> StreamingResponse:
-        """What has been recorded, as a file that `minillm trace` reads."""
-        lines = await asyncio.to_thread(trace_lines, await engine.trace())
+    async def trace(replica: str | None = None) -> StreamingResponse:
+        """What has been recorded, as a file that `minillm trace` reads; by one of several replicas."""
+        lines = await asyncio.to_thread(trace_lines, await engine.trace(replica))
         return StreamingResponse((line + "\n" for line in lines), media_type="application/jsonl", headers=NOT_KEPT)
 
     @routes.get("/control")
@@ -49,7 +50,7 @@ def router(engine: AsyncEngine) -> APIRouter:
     return routes
 
 
-async def _events(engine: AsyncEngine) -> AsyncIterator[str]:
+async def _events(engine: ServedEngine) -> AsyncIterator[str]:
     """A browser that lags behind is disconnected, and reconnects by itself."""
     try:
         async for records in engine.follow():
@@ -58,21 +59,21 @@ async def _events(engine: AsyncEngine) -> AsyncIterator[str]:
         return
 
 
-async def merge_feeds(replicas: Callable[[], Mapping[str, AsyncEngine]]) -> AsyncIterator[list[dict]]:
+async def merge_feeds(replicas: Callable[[], Mapping[str, ServedEngine]]) -> AsyncIterator[list[dict]]:
     """What `AsyncEngine.follow` tells of each replica, as one feed: every record says whose it is, as "replica".
 
     `replicas` gives those of now by their names, and is asked again and again: a new one is followed from its header
-    on; {"replica": name, "gone": True} comes when the feed of one has ended, for whatever reason. Raises what
-    `replicas` raises, and SlowReaderError for one who lags behind.
+    on; {"replica": name, "gone": True} comes when one is no longer there, or its feed has ended for whatever reason.
+    Raises what `replicas` raises, and SlowReaderError for one who lags behind.
     """
-    news, readers, look_at = asyncio.Queue(1), {}, 0.0
+    news, readers, left, look_at = asyncio.Queue(1), {}, set(), 0.0
 
-    async def read(name: str, engine: AsyncEngine) -> None:
+    async def read(name: str, engine: ServedEngine) -> None:
         told = False
         try:
             async with aclosing(engine.follow()) as feed:
                 async for records in feed:
-                    await news.put([record | {"replica": name} for record in records])
+                    await news.put([{"replica": name, **record} for record in records])
                     told = True
         except SlowReaderError:
             raise
@@ -88,13 +89,19 @@ async def merge_feeds(replicas: Callable[[], Mapping[str, AsyncEngine]]) -> Asyn
                     readers.pop(name).result()
             if time.monotonic() >= look_at:
                 look_at = time.monotonic() + LOOK_EVERY
-                new = {name: engine for name, engine in replicas().items() if name not in readers}
+                now = replicas()
+                new = {name: engine for name, engine in now.items() if name not in readers}
                 readers |= {name: asyncio.create_task(read(name, engine)) for name, engine in new.items()}
+                for name in readers.keys() - now.keys():
+                    readers.pop(name).cancel()
+                    left.add(name)
+                    yield [{"replica": name, "gone": True}]
             try:
                 records = await asyncio.wait_for(news.get(), LOOK_EVERY)
             except TimeoutError:
                 continue
-            yield records
+            if records[0]["replica"] not in left:
+                yield records
     finally:
         for reader in readers.values():
             reader.cancel()

@@ -8,11 +8,13 @@ read.
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
 from minillm.engine import NotedStep, RequestOutput, output_id
@@ -48,6 +50,16 @@ COUNTERS = {
     "generation_tokens": "Tokens generated.",
     "admission_rejections": "Requests refused because the queue was full.",
 }
+
+
+def together(texts: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """The expositions of replicas, by name, as one: every sample gets the label `replica`, every family stands once."""
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            samples = [each._replace(labels={**each.labels, "replica": replica}) for each in family.samples]
+            families.setdefault(family.name, Metric(family.name, family.documentation, family.type)).samples += samples
+    return generate_latest(SimpleNamespace(collect=families.values)), CONTENT_TYPE_LATEST
 
 
 class Histogram:
