@@ -95,6 +95,12 @@ def schedule_overtaking(running, waiting, budget, max_num_seqs):
     return plan + _greedily(sorted(waiting, key=lambda pair: pair[1])[: max_num_seqs - len(running)], left)
 
 
+def schedule_waiting_first(running, waiting, budget, max_num_seqs):
+    """In front of running prompts, behind the decodes."""
+    decodes, prompts = ([pair for pair in running if (pair[1] == 1) == is_decode] for is_decode in (True, False))
+    return _greedily(decodes + waiting[: max(0, max_num_seqs - len(running))] + prompts, budget)
+
+
 def schedule_only_decodes_while_any_run(running, waiting, budget, max_num_seqs):
     return schedule(running, [] if running else waiting, budget, max_num_seqs)
 
@@ -107,8 +113,9 @@ def schedule_only_decodes_while_any_run(running, waiting, budget, max_num_seqs):
         (schedule_in_order_of_admission, "Decodes come before the rest of a prompt"),
         (schedule_without_a_budget, "expected  [('c', 10)]"),
         (schedule_without_a_limit_of_requests, "Admit no request beyond max_num_seqs"),
-        (schedule_overtaking, "D gets the 190 that are left"),
-        (schedule_only_decodes_while_any_run, "D gets the 190 that are left"),
+        (schedule_overtaking, "First come, first served: D does not overtake C"),
+        (schedule_only_decodes_while_any_run, "990 tokens of the budget stay free, and A gets none of them"),
+        (schedule_waiting_first, "and each group keeps its order: a before b"),
         (lambda *args: None, "got       None"),
         (lambda *args: [request_id for request_id, _ in schedule(*args)], "got       ['a', 'b']"),
         (lambda running, waiting, budget, seats: running[5], "raised    IndexError"),
@@ -230,6 +237,14 @@ def one_too_many(prompts, max_tokens, *others):
     return serve(prompts, {name: num + 1 for name, num in max_tokens.items()}, *others)
 
 
+def one_too_few(prompts, max_tokens, *others):
+    return serve(prompts, {name: max(1, num - 1) for name, num in max_tokens.items()}, *others)
+
+
+def with_the_prompt(prompts, *others):
+    return {name: [*prompts[name], *ids] for name, ids in serve(prompts, *others).items()}
+
+
 def without_the_prompt(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
     return machine.compute({name: [ids[-1]] for name, ids in prompts.items()})
 
@@ -259,15 +274,29 @@ def counts_every_row(prompts, max_tokens, budget, max_num_seqs, schedule, machin
     [
         (one_at_a_time, "All three share each pass"),
         (first_batch_first, "another one may run in the next pass"),
-        (one_too_many, "the pass over the prompt already gives it"),
+        (one_too_many, "'once' has 2 new tokens, and max_tokens allows 1"),
+        (one_too_few, "'once' ends after 3 tokens, and may have 4"),
+        (with_the_prompt, "The answer of 'once' begins with its prompt"),
         (without_the_prompt, "compute each token once"),
         (counts_every_row, "row of an earlier chunk"),
-        (serve_on(lambda machine: Changed(machine, forget=lambda name: None)), "1 caches left"),
-        (serve_on(lambda machine: Changed(machine, eos_token_ids=[-1])), "eos_token_ids"),
+        (serve_on(lambda machine: Changed(machine, forget=lambda name: None)), "Call machine.forget(id)"),
+        (serve_on(lambda machine: Changed(machine, eos_token_ids=[-1])), "goes on behind 0, which is one of"),
         (lambda *args: list(serve(*args).values()), "got       {}"),
         (lambda *args: None, "got       None"),
     ],
-    ids=["alone", "static", "one more", "last token", "chunks", "keeps caches", "no eos", "a list", "nothing"],
+    ids=[
+        "alone",
+        "static",
+        "one more",
+        "one less",
+        "prompt too",
+        "last token",
+        "chunks",
+        "keeps caches",
+        "no eos",
+        "a list",
+        "nothing",
+    ],
 )
 def test_serve_continuously_refuses(wrong, told):
     assert told in message(checks.serve_continuously, wrong)

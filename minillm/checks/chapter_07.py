@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -40,7 +41,9 @@ def schedule_step(function: Callable) -> None:
     cases = list(_schedule_cases())
     for case in cases:
         got = call("schedule_step", function, case, describe)
-        if _as_plan(got) != dict(case.expected):
+        if (plan := _as_plan(got)) != dict(case.expected):
+            _, hint = _broken(plan, *case.args) or (None, _wasteful(plan, *case.args))
+            case = replace(case, hint=hint or case.hint)
             raise CheckFailed(failure("schedule_step", case, f"got       {describe(got)}", describe(case.expected)))
     yours, reference = _score(_ReadersScheduler(function)), _score(_reference())
     for name, hint in (
@@ -129,31 +132,52 @@ class _ReadersScheduler(Scheduler):
         budget, seats = self.config.max_num_batched_tokens, self.config.max_num_seqs
         case = Case((list(running), list(waiting), budget, seats), None, "")
         answer = call("schedule_step", self.function, case, describe)
-        tokens, remaining = _as_plan(answer), dict(running + waiting)
-        broken = None
-        if tokens is None or not tokens.keys() <= remaining.keys():
-            broken = "(id, num_tokens) pairs of the requests given, each of them once", "Use the ids you were given."
-        elif any(not 0 < num <= remaining[request_id] for request_id, num in tokens.items()):
-            broken = "for each request at most what remains of it", "min(remaining, what is left of the budget)."
-        elif sum(tokens.values()) > budget:
-            broken = f"at most {budget} tokens together", "Subtract each request's tokens from the budget."
-        elif len(running) + sum(request_id in tokens for request_id, _ in waiting) > seats:
-            broken = (
-                f"at most {seats} requests that run",
-                "Running requests that compute nothing in this step count too.",
-            )
-        elif any(request_id in tokens for request_id, _ in list(waiting)[_admitted(tokens, waiting) :]):
-            broken = (
-                "no request overtakes another in the queue",
-                "Stop admitting at the first request that gets nothing.",
-            )
-        elif not tokens:
+        tokens = _as_plan(answer)
+        broken = _broken(tokens, *case.args)
+        if not (broken or tokens):
             broken = "at least one token", "While any request runs or waits, an empty step would repeat for ever."
         if broken is not None:
             rule, hint = broken
             told = failure("schedule_step", Case(case.args, rule, hint), f"got       {describe(answer)}", rule)
             raise CheckFailed(told)
         return tokens
+
+
+def _broken(tokens: Plan | None, running: list, waiting: list, budget: int, seats: int) -> tuple[str, str] | None:
+    """The rule that a plan breaks, and a hint; None if it breaks none."""
+    remaining = dict(running + waiting)
+    if tokens is None or not tokens.keys() <= remaining.keys():
+        return "(id, num_tokens) pairs of the requests given, each of them once", "Use the ids you were given."
+    if any(not 0 < num <= remaining[request_id] for request_id, num in tokens.items()):
+        return "for each request at most what remains of it", "min(remaining, what is left of the budget)."
+    if sum(tokens.values()) > budget:
+        return f"at most {budget} tokens together", "Subtract each request's tokens from the budget."
+    if len(running) + sum(request_id in tokens for request_id, _ in waiting) > seats:
+        hint = "Admit no request beyond max_num_seqs. Running requests that compute nothing in this step count too."
+        return f"at most {seats} requests that run", hint
+    if any(request_id in tokens for request_id, _ in waiting[_admitted(tokens, waiting) :]):
+        return "no request overtakes another in the queue", "Stop admitting at the first request that gets nothing."
+    return None
+
+
+def _wasteful(tokens: Plan, running: list, waiting: list, budget: int, seats: int) -> str | None:
+    """What is wrong with a plan that breaks no limit: a request goes out of turn, or tokens of the budget stay free."""
+    in_turn = sorted(running, key=lambda pair: pair[1] > 1) + waiting[: max(0, seats - len(running))]
+    cut = next((i for i, (request_id, remaining) in enumerate(in_turn) if tokens.get(request_id, 0) < remaining), None)
+    if cut is None:
+        return None
+    (name, remaining), left = in_turn[cut], budget - sum(tokens.values())
+    for later, _ in in_turn[cut + 1 :]:
+        if later not in tokens:
+            continue
+        if name in dict(waiting):
+            return f"First come, first served: {later} does not overtake {name}."
+        if remaining == 1:
+            return f"Decodes come before the rest of a prompt: {name} gets its token before {later} gets any."
+        return f"Running requests go before waiting ones, and each group keeps its order: {name} before {later}."
+    if left and remaining > left:
+        return f"{left} tokens of the budget stay free. A prompt that is too long for them gets {left} tokens: a chunk."
+    return f"{left} tokens of the budget stay free, and {name} gets none of them." if left else None
 
 
 def _admitted(tokens: Plan, waiting: Sequence[tuple[str, int]]) -> int:
@@ -265,6 +289,7 @@ def serve_continuously(function: Callable) -> None:
         [Case(args, _served_by(_serve)(*args), hint) for args, hint in cases],
         same=lambda got, expected: same_value(list(got), list(expected)) and got.outputs == expected.outputs,
         show=_show_served,
+        advise=_fault_of_loop,
     )
 
 
@@ -281,6 +306,26 @@ def _served_by(function: Callable) -> Callable:
         return Served(outputs, machine.num_passes, machine.num_tokens, len(machine.caches))
 
     return served
+
+
+def _fault_of_loop(got: Served | None, case: Case) -> str | None:
+    """What a loop did wrong, where its outputs or its counts show it."""
+    if got is None:
+        return None
+    if got.outputs == case.expected.outputs:
+        return "Call machine.forget(id) as soon as a request has ended." if got.num_caches else None
+    prompts, max_tokens, *_ = case.args
+    for name, wanted in case.expected.outputs.items():
+        ids = got.outputs.get(name) or []
+        if ids[: len(prompts[name])] == list(prompts[name]):
+            return f"The answer of {name!r} begins with its prompt: return the new tokens alone."
+        if len(ids) > len(wanted) and ids[: len(wanted)] == wanted:
+            if len(wanted) < max_tokens[name]:
+                return f"{name!r} goes on behind {wanted[-1]}, which is one of machine.eos_token_ids."
+            return f"{name!r} has {len(ids)} new tokens, and max_tokens allows {len(wanted)}."
+        if ids and ids == wanted[: len(ids)] and len(ids) < len(wanted):
+            return f"{name!r} ends after {len(ids)} tokens, and may have {len(wanted)}."
+    return None
 
 
 def _show_served(served: Served | None) -> str:
