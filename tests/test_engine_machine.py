@@ -776,7 +776,7 @@ class LosesHostBlocks(BlockManager):
 
 class TrustsTheHash(BlockManager):
     def _hits(self, request):
-        for prefix in self._prefixes(request, (request.num_tokens - 1) // self.block_size):
+        for prefix in extend_prefixes(request, (request.num_tokens - 1) // self.block_size, self.block_size):
             if prefix.key not in self._block_of_key:
                 return
             yield self._block_of_key[prefix.key]
@@ -785,7 +785,7 @@ class TrustsTheHash(BlockManager):
 class ComparesTheLastBlockOnly(BlockManager):
     def _hits(self, request):
         most = (request.num_tokens - 1) // self.block_size
-        for prefix in self._prefixes(request, most)[:most]:
+        for prefix in extend_prefixes(request, most, self.block_size)[:most]:
             block = self._block_of_key.get(prefix.key)
             if block is None or self._content[block].token_ids != prefix.token_ids:
                 return

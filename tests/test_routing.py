@@ -16,6 +16,7 @@ from minillm.engine import (
     Router,
     Scheduler,
     SchedulerConfig,
+    extend_prefixes,
     make_router,
 )
 from minillm.errors import ConfigError
@@ -117,8 +118,8 @@ def test_a_prompt_shorter_than_a_block_leaves_nothing_behind():
 
 
 def test_keys_are_those_of_the_engine_and_another_salt_is_another_prefix():
-    manager, request = BlockManager(64, 16), Request("r", list(prompt(0, 70)), _one_token(), cache_salt="mine")
-    keys = [prefix.key for prefix in manager._prefixes(request, 4)]
+    request = Request("r", list(prompt(0, 70)), _one_token(), cache_salt="mine")
+    keys = [prefix.key for prefix in extend_prefixes(request, 4, 16)]
     assert list(PrefixAware(16)._keys(request.prompt_token_ids, "mine")) == keys
     assert not set(PrefixAware(16)._keys(request.prompt_token_ids, "")) & set(keys)
 
@@ -139,7 +140,7 @@ def test_an_unknown_router_is_named():
 
 def shared(num_prefixes: int = 24, num_each: int = 12, rate: float = 40.0, **more) -> list[Request]:
     lengths = fixed(512), uniform(8, 40), lognormal(30, 0.8, 120)
-    return prefixed_requests(num_prefixes, num_each, *lengths, arrivals="poisson", rate=rate, **more)
+    return list(prefixed_requests(num_prefixes, num_each, *lengths, arrivals="poisson", rate=rate, **more))
 
 
 def replicas(number: int, num_blocks: int | None = None) -> list[Replica]:

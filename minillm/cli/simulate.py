@@ -6,6 +6,7 @@ What takes long to import is imported when it is needed, so that `minillm --help
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from minillm.engine import ROUTERS, SCHEDULING_POLICIES
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_several(arguments: argparse.Namespace, cost_model, config, requests: list) -> int:
+def run_several(arguments: argparse.Namespace, cost_model, config, requests: Iterable) -> int:
     """The same with replicas behind a router. Raises ConfigError for what only one engine does."""
     from minillm.engine import make_router
     from minillm.simulation import Replica, run_replicas
@@ -105,9 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     return run(parser.parse_args(argv))
 
 
-def requests_of(arguments: argparse.Namespace) -> list:
-    """The requests of the file, or made-up ones."""
-    from minillm.simulation import load_requests, make_requests, prefixed_requests
+def requests_of(arguments: argparse.Namespace) -> Iterable:
+    """The requests of the file, or made-up ones, made as they arrive."""
+    from minillm.simulation import load_requests, prefixed_requests, stream_requests
 
     if arguments.file:
         return load_requests(arguments.file)
@@ -117,7 +118,7 @@ def requests_of(arguments: argparse.Namespace) -> list:
         each = -(-arguments.requests // arguments.system_prompts)
         system = length_draw(arguments.system_prompt_length)
         return prefixed_requests(arguments.system_prompts, each, system, *lengths, **arriving)
-    return make_requests(arguments.requests, *lengths, **arriving)
+    return stream_requests(arguments.requests, *lengths, **arriving)
 
 
 def length_draw(text: str):

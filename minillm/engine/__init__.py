@@ -9,7 +9,7 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
-        "block_manager": "BlockManager",
+        "block_manager": "BlockManager Prefix extend_prefixes",
         "engine_config": "EngineConfig",
         "llm": "LLM",
         "llm_engine": "LLMEngine",
@@ -19,6 +19,6 @@ __getattr__, __dir__, __all__ = hand_on(
         "recorder": "NotedStep",
         "request": "Request output_id",
         "routing": "PowerOfTwo PrefixAware ROUTERS RoundRobin Router make_router",
-        "scheduler": "ADMISSIONS Scheduler SchedulerConfig StepUpdate",
+        "scheduler": "ADMISSIONS Scheduler SchedulerConfig StepUpdate id_in_use",
     },
 )

@@ -60,6 +60,20 @@ class Prefix:
         self.key = hash_block(salt.encode("utf-8", "surrogatepass") if parent is None else parent.key, token_ids)
 
 
+def extend_prefixes(
+    request: Request,
+    num_blocks: int,
+    block_size: int,
+    make: Callable[[Prefix | None, str, tuple[int, ...]], Prefix] = Prefix,
+) -> list[Prefix]:
+    """The request's prefixes of at least `num_blocks` full blocks; each is made once in its life."""
+    prefixes = request.prefix_keys
+    for start in range(len(prefixes) * block_size, num_blocks * block_size, block_size):
+        token_ids = tuple(request.token_ids(start, start + block_size))
+        prefixes.append(make(prefixes[-1] if prefixes else None, request.cache_salt, token_ids))
+    return prefixes
+
+
 def same_prefix(a: Prefix | None, b: Prefix | None) -> bool:
     """Whether two prefixes are of the same salt and token-identical from position 0; equal hashes do not suffice."""
     while a is not b:
@@ -174,7 +188,7 @@ class BlockManager:
         full = num_computed_tokens // self.block_size
         if full <= table.num_registered or not table.registers:
             return
-        prefixes = self._prefixes(request, full)
+        prefixes = extend_prefixes(request, full, self.block_size)
         for i in range(table.num_registered, full):
             if prefixes[i].key not in self._block_of_key:
                 self._register(table.block_ids[i], prefixes[i])
@@ -337,14 +351,6 @@ class BlockManager:
                 else:
                     self._cached[block] = None
 
-    def _prefixes(self, request: Request, num_blocks: int) -> list[Prefix]:
-        """The request's prefixes of at least `num_blocks` full blocks; each is hashed once in its life."""
-        prefixes, size = request.prefix_keys, self.block_size
-        for i in range(len(prefixes), num_blocks):
-            token_ids = tuple(request.token_ids(i * size, (i + 1) * size))
-            prefixes.append(Prefix(prefixes[-1] if prefixes else None, request.cache_salt, token_ids))
-        return prefixes
-
     def _cached_prefix(self, request: Request) -> list[int]:
         """The registered blocks that the request's tokens begin with, leaving at least one token to compute.
 
@@ -356,16 +362,17 @@ class BlockManager:
     def _hits(self, request: Request) -> Iterator[int]:
         most = (request.num_tokens - 1) // self.block_size
         parent = None  # what the previous hit is registered as
-        for prefix in self._prefixes(request, most)[:most]:
+        for prefix in extend_prefixes(request, most, self.block_size)[:most]:
             block = self._block_of_key.get(prefix.key)
             if block is None:
                 return
             found = self._content[block]
-            if found.token_ids != prefix.token_ids or found.salt != prefix.salt:
-                return
-            if not same_prefix(found.parent, parent):
-                return
-            found.parent = parent  # equal: the next comparison ends here, so that a chain is walked once
+            if found is not prefix:
+                if found.token_ids != prefix.token_ids or found.salt != prefix.salt:
+                    return
+                if not same_prefix(found.parent, parent):
+                    return
+                found.parent = parent  # equal: the next comparison ends here, so that a chain is walked once
             parent = found
             yield block
 

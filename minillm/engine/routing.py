@@ -12,6 +12,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from minillm.engine.block_manager import hash_block
 from minillm.errors import ConfigError, Count, Positive, check_choice, checked
@@ -79,6 +80,7 @@ class PrefixAware(Router):
         """`block_size`: of the engines. `most_remembered`: blocks of each replica, about as many as its pool has."""
         self.block_size, self.most_ahead, self.most_remembered = block_size, most_ahead, most_remembered
         self._otherwise = PowerOfTwo(seed)
+        self._hash_block = lru_cache(most_remembered)(hash_block)  # what many prompts begin with is hashed once
         self._sent: dict[Hashable, OrderedDict[bytes, None]] = {}  # to each replica, longest ago first
         self._holders: dict[bytes, set[Hashable]] = {}  # the same, by block
 
@@ -97,7 +99,7 @@ class PrefixAware(Router):
         """The keys of the prompt's full blocks, as the block manager has them."""
         key = salt.encode("utf-8", "surrogatepass")
         for end in range(self.block_size, len(token_ids) + 1, self.block_size):
-            key = hash_block(key, token_ids[end - self.block_size : end])
+            key = self._hash_block(key, tuple(token_ids[end - self.block_size : end]))
             yield key
 
     def _longest(self, keys: Sequence[bytes]) -> set[Hashable]:

@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = hand_on(
         "running": "BATCHING compare_batching fresh run",
         "workload": (
             "COURSE_SEED ChatLengths course_requests fixed load_requests lognormal made_request make_requests poisson "
-            "prefixed_requests uniform"
+            "prefixed_requests stream_requests uniform"
         ),
     },
 )

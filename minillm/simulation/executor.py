@@ -28,6 +28,7 @@ class SimulatedExecutor:
         began, host = self.clock(), getattr(self.cost_model, "host_seconds", None)
         if plan.num_requests:
             self.clock.advance(self.cost_model.seconds(work))
-        token_ids = {part.request_id: INVENTED_TOKEN_ID for part in plan.scheduled if part.samples}
+        token_ids = dict.fromkeys(plan.decodes, INVENTED_TOKEN_ID)
+        token_ids.update((part.request_id, INVENTED_TOKEN_ID) for part in plan.others if part.samples)
         device_times = None if host is None else (min(began + host, self.clock()), self.clock())
         return ModelOutput(token_ids, work.score_entries, device_times=device_times)

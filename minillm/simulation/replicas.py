@@ -7,16 +7,19 @@ arrivals are gone through in the order of time, so a router knows of a request's
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from minillm.costs import what_fits
-from minillm.engine import BlockManager, Request, Router, Scheduler, SchedulerConfig
-from minillm.errors import Positive, checked
+from minillm.engine import BlockManager, Prefix, Request, Router, Scheduler, SchedulerConfig, extend_prefixes, id_in_use
+from minillm.errors import Positive, PromptError, checked
 from minillm.simulation.clock import VirtualClock
 from minillm.simulation.cost_model import Roofline
 from minillm.simulation.executor import SimulatedExecutor
 from minillm.simulation.reporting import SLO, Report, ReportBuilder
+from minillm.simulation.running import in_order
 
 BLOCK_SIZE = 16
+MOST_PREFIXES = 1 << 16  # blocks, used last by any prompt, that need no hashing when the next prompt has them
 
 
 class Replica:
@@ -68,23 +71,27 @@ class ReplicasReport:
 def run_replicas(
     replicas: Iterable[Replica],
     router: Router,
-    requests: Iterable[Request],
+    requests: Iterable,
     slo: SLO = SLO(),  # noqa: B008 - frozen
 ) -> ReplicasReport:
     """Let `requests` arrive at their times, send each where the router says, and compute until all have ended.
 
-    Raises PromptError for a request that can never run, and ConfigError if there is no replica.
+    An iterator of requests, in order of arrival, is read as time goes on, and an ended request is not kept: so memory
+    does not limit their number. Other iterables may be in any order. Raises PromptError for a request that can never
+    run or whose id is in use, and ConfigError if there is no replica.
     """
     replicas = list(replicas)
     loads, figures = dict.fromkeys(range(len(replicas)), 0), ReportBuilder(slo)
-    pending = sorted(requests, key=lambda request: request.arrival_time)[::-1]  # the next one last
-    routed, under_way = [0] * len(replicas), {}  # request id -> the request; those of one prompt (n > 1) have one each
-    asked = {request.request_id for request in pending}
+    arriving = in_order(requests)
+    upcoming = next(arriving, None)
+    make_prefix = lru_cache(MOST_PREFIXES)(Prefix)
+    routed = [0] * len(replicas)
+    under_way: dict[str, Request | None] = {}  # None for the second to the n-th output of a prompt
     prompt_tokens = cached_tokens = 0
     events: list[tuple[float, int]] = []  # when a step of a replica ends, or the first one of it begins
-    while pending or events:
-        if pending and (not events or pending[-1].arrival_time <= events[0][0]):
-            request = pending.pop()
+    while upcoming is not None or events:
+        if upcoming is not None and (not events or upcoming.arrival_time <= events[0][0]):
+            request, upcoming = upcoming, next(arriving, None)
             number = router.choose(loads, request.prompt_token_ids, request.cache_salt)
             replica = replicas[number]
             routed[number] += 1
@@ -92,10 +99,13 @@ def run_replicas(
                 replica.clock.advance_to(request.arrival_time)
                 replica.is_awake = True
                 heapq.heappush(events, (replica.clock(), number))
+            extend_prefixes(request, request.num_prompt_tokens // BLOCK_SIZE, BLOCK_SIZE, make_prefix)
             replica.scheduler.add_request(request)
             for each in (request, *request.children):
+                if each.request_id in under_way:
+                    raise PromptError(id_in_use(each.request_id))
                 loads[number] += 1
-                under_way[each.request_id] = each
+                under_way[each.request_id] = request if each is request else None
                 figures.arrive(each.request_id, request.arrival_time)
             continue
         _, number = heapq.heappop(events)
@@ -103,7 +113,7 @@ def run_replicas(
         for request_id in replica.ended:
             request = under_way.pop(request_id)
             loads[number] -= 1
-            if request_id in asked:  # outputs of the same prompt share its blocks, whatever the router did
+            if request is not None:  # outputs of the same prompt share its blocks, whatever the router did
                 prompt_tokens += request.num_prompt_tokens
                 cached_tokens += request.num_cached_tokens
         replica.ended = []

@@ -1,10 +1,12 @@
 """One loop for real runs and simulations: requests arrive by the clock, steps are made until all have ended."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from minillm.engine import Request, Scheduler, SchedulerConfig, StepUpdate
-from minillm.errors import check_choice, checked
+from minillm.errors import ConfigError, check_choice, check_kind, checked
 from minillm.ladder import DynamicScheduler, StaticScheduler
 from minillm.runtime import ModelOutput
 from minillm.runtime import SchedulerOutput as Plan
@@ -35,7 +37,7 @@ class Executor(Protocol):
 def run(
     scheduler: Scheduler,
     executor: Executor,
-    requests: Iterable[Request],
+    requests: Iterable,
     clock: Clock,
     *,
     figures: ReportBuilder | None = None,
@@ -43,19 +45,21 @@ def run(
 ) -> Trace | None:
     """Let `requests` arrive at their times and compute until all have ended; returns the scheduler's trace.
 
+    An iterator of requests, in order of arrival, is read as time goes on; other iterables may be in any order.
     `clock` is the scheduler's; a simulated executor advances it, a real one lets it run. `figures` gathers a report
     without a trace. `on_step` is told of every step. Raises PromptError for a request that can never run.
     """
-    pending = sorted(requests, key=lambda request: request.arrival_time)[::-1]  # the next one last, among equals too
-    while pending or scheduler.has_unfinished_requests():
-        while pending and pending[-1].arrival_time <= clock():
-            request = pending.pop()
+    arriving = in_order(requests)
+    upcoming = next(arriving, None)
+    while upcoming is not None or scheduler.has_unfinished_requests():
+        while upcoming is not None and upcoming.arrival_time <= clock():
+            request, upcoming = upcoming, next(arriving, None)
             scheduler.add_request(request)
             if figures is not None:
                 for each in (request, *request.children):
                     figures.arrive(each.request_id, request.arrival_time)
         if not scheduler.has_unfinished_requests():
-            clock.advance_to(pending[-1].arrival_time)
+            clock.advance_to(upcoming.arrival_time)
             continue
         plan = scheduler.schedule()
         updates = scheduler.update(plan, executor.execute_model(plan))
@@ -64,6 +68,29 @@ def run(
         if on_step is not None:
             on_step(plan, updates)
     return scheduler.trace
+
+
+def in_order(requests: Iterable) -> Iterator[Request]:
+    """`requests` in order of arrival. An iterator is not read ahead, so it has to be in that order.
+
+    Raises ConfigError, at once or when it comes to it, for what is no request, and for an iterator in another order.
+    """
+    if not isinstance(requests, Iterator):
+        requests = sorted(check_kind("requests", requests, Iterable[Request]), key=attrgetter("arrival_time"))
+    return _in_order(requests)
+
+
+def _in_order(requests: Iterable) -> Iterator[Request]:
+    last = -math.inf
+    for request in requests:
+        check_kind("requests", request, Request)
+        if request.arrival_time < last:
+            raise ConfigError(
+                f"request {request.request_id!r} arrives at {request.arrival_time} s, the one before it at {last} s; "
+                "sort them, or give a list, which is sorted here"
+            )
+        last = request.arrival_time
+        yield request
 
 
 class BatchingRun(NamedTuple):

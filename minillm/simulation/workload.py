@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 @checked
-def make_requests(
+def stream_requests(
     num_requests: Positive,
     prompt_length: Draw,
     output_length: Draw,
@@ -219,15 +220,20 @@ def make_requests(
     rate: float = 1.0,
     burst_size: Positive = 16,
     seed: int = 0,
-) -> list[Request]:
-    """Requests in order of arrival, their lengths drawn independently.
+) -> Iterator[Request]:
+    """Requests in order of arrival, their lengths drawn independently; each is made when it is taken.
 
     `arrivals`: "at once"; "poisson" with `rate` requests per second; "bursts" of `burst_size` requests, spaced to give
     `rate` per second. Raises ConfigError for bad values.
     """
     rng = random.Random(f"lengths {seed}")
     arriving = _arriving(num_requests, arrivals, rate, burst_size, seed)
-    return [made_request(f"req {i}", at, prompt_length(rng), output_length(rng)) for i, at in enumerate(arriving)]
+    return (made_request(f"req {i}", at, prompt_length(rng), output_length(rng)) for i, at in enumerate(arriving))
+
+
+def make_requests(num_requests: Positive, prompt_length: Draw, output_length: Draw, **arriving) -> list[Request]:
+    """`stream_requests` as a list, with its options and errors."""
+    return list(stream_requests(num_requests, prompt_length, output_length, **arriving))
 
 
 COURSE_SEED = 7  # of the workload that the course and its benchmarks serve
@@ -252,12 +258,12 @@ def course_requests(
 
     With `vocab_size` prompts are random token ids below it, for a model to compute; without, the ids 0, 1, 2, ... The
     lengths are drawn before the first token, so they are the same for every vocabulary. `arrivals`, `rate` (requests
-    per second) and `burst_size` as in `make_requests`, whose errors it raises.
+    per second) and `burst_size` as in `stream_requests`, whose errors it raises.
     """
     rng = random.Random(seed)
     prompt_length = lognormal(math.exp(4.0), 0.8, 256, shortest=8)
     output_length = lognormal(math.exp(3.8), 0.9, 256, shortest=4)
-    arriving = _arriving(num_requests, arrivals, rate, burst_size, seed)
+    arriving = list(_arriving(num_requests, arrivals, rate, burst_size, seed))
     lengths = [(prompt_length(rng), output_length(rng)) for _ in arriving]
     requests = []
     for i, (at, (prompt, output)) in enumerate(zip(arriving, lengths, strict=True)):
@@ -278,41 +284,46 @@ def prefixed_requests(
     rate: float = 1.0,
     burst_size: Positive = 16,
     seed: int = 0,
-) -> list[Request]:
+) -> Iterator[Request]:
     """`num_each` requests for each of some system prompts, in a random order: each adds a question to a system prompt.
 
-    No two questions, and no two system prompts, begin with the same token. `arrivals` as in `make_requests`, whose
-    errors it raises.
+    Each request is made when it is taken. No two questions, and no two system prompts, begin with the same token.
+    `arrivals` as in `stream_requests`, whose errors it raises.
     """
+    arriving = _arriving(num_prefixes * num_each, arrivals, rate, burst_size, seed)
     rng = random.Random(f"prefixes {seed}")
-    prefixes = [range(first := MOST_REQUESTS * (i + 1), first + prefix_length(rng)) for i in range(num_prefixes)]
-    asked = [number for number in range(num_prefixes) for _ in range(num_each)]
+    starts = range(MOST_REQUESTS, MOST_REQUESTS * (num_prefixes + 1), MOST_REQUESTS)
+    prefixes = [tuple(range(start, start + prefix_length(rng))) for start in starts]
+    asked = array("I", (number for number in range(num_prefixes) for _ in range(num_each)))
     rng.shuffle(asked)
-    requests = []
-    for i, at in enumerate(_arriving(len(asked), arrivals, rate, burst_size, seed)):
+
+    def request(i: int, at: float) -> Request:
         token_ids = [*prefixes[asked[i]], i, *range(question_length(rng) - 1)]
-        requests.append(Request(f"req {i}", token_ids, _exactly(output_length(rng), 1), arrival_time=at))
-    return requests
+        return Request(f"req {i}", token_ids, _exactly(output_length(rng), 1), arrival_time=at)
+
+    return (request(i, at) for i, at in enumerate(arriving))
 
 
-def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, seed: int) -> list[float]:
-    """When each of `num_requests` arrives. Raises ConfigError if they are too many, or the last is too late."""
+def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, seed: int) -> Iterator[float]:
+    """When each of `num_requests` arrives. Raises ConfigError if they are too many, and where one is too late."""
     if num_requests > MOST_REQUESTS:
         raise ConfigError(f"num_requests is {num_requests}; memory has room for about {MOST_REQUESTS}")
-    times: list[float] = []
-    for at in islice(arrival_times(arrivals, rate, burst_size, seed), num_requests):
-        if at > MOST_SECONDS:
-            raise ConfigError(
-                f"at a rate of {rate} per second request {len(times)} of {num_requests} arrives beyond "
-                f"{MOST_SECONDS:g} s, where time is too coarse to measure a step; raise the rate"
-            )
-        times.append(at)
-    return times
+    times = arrival_times(arrivals, rate, burst_size, seed)
+    return (_in_time(at, i, num_requests, rate) for i, at in enumerate(islice(times, num_requests)))
+
+
+def _in_time(at: float, number: int, num_requests: int, rate: float) -> float:
+    if at > MOST_SECONDS:
+        raise ConfigError(
+            f"at a rate of {rate} per second request {number} of {num_requests} arrives beyond "
+            f"{MOST_SECONDS:g} s, where time is too coarse to measure a step; raise the rate"
+        )
+    return at
 
 
 @checked
 def arrival_times(arrivals: str, rate: float, burst_size: Positive, seed: int) -> Iterator[float]:
-    """The endless sequence of arrival times, in seconds, that `make_requests` takes from."""
+    """The endless sequence of arrival times, in seconds, that `stream_requests` takes from."""
     _check_positive("rate", rate)
     if arrivals == "at once":
         return all_at_once()
