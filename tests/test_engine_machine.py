@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 from minillm.costs.kv_bytes import blocks_needed
 from minillm.engine import block_manager
-from minillm.engine.block_manager import BlockManager
+from minillm.engine.block_manager import BlockManager, extend_prefixes
 from minillm.engine.queue import SCHEDULING_POLICIES
 from minillm.engine.request import Request
 from minillm.engine.scheduler import PREEMPTION_MODES, InFlight, Scheduler, SchedulerConfig

@@ -1,6 +1,7 @@
 """Which replica gets a request, and what that brings: routers alone, and behind them simulated replicas."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -19,7 +20,7 @@ from minillm.engine import (
     extend_prefixes,
     make_router,
 )
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, PromptError
 from minillm.simulation import (
     Replica,
     ReportBuilder,
@@ -203,6 +204,69 @@ def test_an_end_is_known_when_its_step_has_ended_and_not_before():
     router = Watching(RoundRobin())
     run_replicas(replicas(1), router, [request.copy() for request in requests])
     assert [loads[0] for loads, _ in router.told] == [0, 1, 0]
+
+
+RECORDED = {  # requests of each replica, cached tokens, steps, TTFT p99 in seconds: before requests were streamed
+    "round-robin": ((72, 72, 72, 72), 54592, 3628, 0.060248137989),
+    "power-of-two": ((72, 71, 75, 70), 47584, 3673, 0.056574258714),
+    "prefix-aware": ((72, 84, 60, 72), 134384, 3892, 0.045873989702),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_results_are_those_of_a_list_built_first(name, stream):
+    requests = shared()
+    got = run_replicas(replicas(4, 300), make_router(name), iter(requests) if stream else requests[::-1])
+    *exact, p99 = RECORDED[name]
+    assert [got.num_routed, got.cached_tokens, got.report.num_steps] == exact
+    assert got.report.ttft.p99 == pytest.approx(p99, rel=1e-9)
+
+
+def test_an_iterator_is_not_read_ahead():
+    """At most one request is taken that has not arrived yet."""
+    taken, engines = [], replicas(2)
+
+    def arriving():
+        for i in range(30):
+            now = max(engine.clock() for engine in engines)
+            taken.append(now > i - 2)
+            yield Request(f"r{i}", range(64), _one_token(), arrival_time=float(i))
+
+    assert run_replicas(engines, RoundRobin(), arriving()).report.num_finished == 30
+    assert len(taken) == 30 and all(taken[2:])
+
+
+def test_memory_does_not_grow_with_the_number_of_requests(monkeypatch):
+    """Beyond what percentiles need, and what a router and a pool remember, nothing is kept of an ended request."""
+    monkeypatch.setattr("minillm.simulation.replicas.MOST_PREFIXES", 64)
+    peaks = []
+    for num_each in (30, 120, 480):
+        requests = prefixed_requests(8, num_each, fixed(512), fixed(40), fixed(4), arrivals="poisson", rate=100.0)
+        engines, router = replicas(2, 200), PrefixAware(most_remembered=64)
+        tracemalloc.start()
+        run_replicas(engines, router, requests)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    added = 8 * (480 - 120)
+    assert (peaks[2] - peaks[1]) / added < 250  # bytes; the token ids of one prompt alone take 4,400
+
+
+def test_an_iterator_in_another_order_is_refused():
+    requests = iter([made_request("a", 2.0, 8, 1), made_request("b", 1.0, 8, 1)])
+    with pytest.raises(ConfigError, match=r"'b' arrives at 1.0 s, the one before it at 2.0 s; sort them"):
+        run_replicas(replicas(1), RoundRobin(), requests)
+
+
+def test_what_is_no_request_is_refused():
+    for wrong in (iter(["a"]), ["a"], 7):
+        with pytest.raises(ConfigError, match="requests is"):
+            run_replicas(replicas(1), RoundRobin(), wrong)
+
+
+def test_one_id_on_two_replicas_at_once_is_refused():
+    with pytest.raises(PromptError, match="request id 'a' is in use"):
+        run_replicas(replicas(2), RoundRobin(), [made_request("a", 0.0, 8, 9), made_request("a", 0.0, 8, 9)])
 
 
 def _one_token():
