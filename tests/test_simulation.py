@@ -198,7 +198,7 @@ def test_requests_go_to_a_file_and_back(tmp_path):
     ("text", "complaint"),
     [
         ("", "holds no requests"),
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1 is not JSON"),
         ("[]", "must be an object"),
         ('{"num_prompt_tokens": 3, "num_output_tokens": 0}', "num_output_tokens is 0"),
         ('{"num_prompt_tokens": 3}', "num_output_tokens is None"),

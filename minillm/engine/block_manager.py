@@ -60,13 +60,8 @@ class Prefix:
         self.key = hash_block(salt.encode("utf-8", "surrogatepass") if parent is None else parent.key, token_ids)
 
 
-def extend_prefixes(
-    request: Request,
-    num_blocks: int,
-    block_size: int,
-    make: Callable[[Prefix | None, str, tuple[int, ...]], Prefix] = Prefix,
-) -> list[Prefix]:
-    """The request's prefixes of at least `num_blocks` full blocks; each is made once in its life."""
+def extend_prefixes(request: Request, num_blocks: int, block_size: int, make: Callable = Prefix) -> list[Prefix]:
+    """The request's prefixes of at least `num_blocks` full blocks; each is made once in its life, as `Prefix` does."""
     prefixes = request.prefix_keys
     for start in range(len(prefixes) * block_size, num_blocks * block_size, block_size):
         token_ids = tuple(request.token_ids(start, start + block_size))
