@@ -13,7 +13,7 @@ MODULES = ("palette.js", "replay.js", "trace-player.js")  # each imports from th
 FILES = {
     "index.html": "text/html; charset=utf-8",
     **dict.fromkeys(("trace-player.css", "page.css"), "text/css; charset=utf-8"),
-    **dict.fromkeys((*MODULES, "feed.js", "page.js"), "text/javascript; charset=utf-8"),
+    **dict.fromkeys((*MODULES, "feed.js", "replicas.js", "page.js"), "text/javascript; charset=utf-8"),
 }
 IMPORT = re.compile(r"^import .*\n", re.MULTILINE)
 PAGE = """\

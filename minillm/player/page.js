@@ -6,6 +6,7 @@
 import { events, records } from "./feed.js";
 import { PALETTE } from "./palette.js";
 import { Run, plural } from "./replay.js";
+import { Replicas } from "./replicas.js";
 import { make } from "./trace-player.js";
 
 const BEGINNINGS = ["Once upon a time there was a little fox", "One day Tom found a red kite",
@@ -21,7 +22,8 @@ const RED = matchMedia("(prefers-reduced-motion: reduce)");
 const at = (id) => document.getElementById(id);
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 let config = {}; // as the feed told last
-const hearing = new Set(); // functions that get every record of the feed
+const hearing = new Set(); // functions that get every record of the feed, with several replicas those of the shown one
+const replicas = new Replicas(at("replicas"), at("live"), showReplica);
 
 // --- talking to the server ---
 
@@ -70,8 +72,9 @@ async function follow() {
     try {
       for await (const record of records("live/events", { headers: authorization() })) {
         failures = 0;
+        if (record.replica === undefined) at("live").add(record);
+        else if (!replicas.add(record)) continue;
         if (record.config) take(record.config);
-        at("live").add(record);
         for (const hear of hearing) hear(record);
       }
     } catch (error) {
@@ -80,9 +83,21 @@ async function follow() {
         continue;
       }
     }
+    replicas.disconnected();
     at("connection").textContent = "not connected; trying again …";
     await wait(RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]);
   }
+}
+
+// A replica has been chosen among several; which way they batch is not this page's to say.
+function showReplica(name, run) {
+  at("compare").hidden = at("controls").hidden = true;
+  at("live-title").textContent = `Replica ${name}`;
+  if (run.config.model) take(run.config);
+  measure({ format: true });
+  for (const { id, arrival } of run.requests) measure({ request: { request_id: id, arrival_time: arrival } });
+  for (const step of run.steps) measure({ step });
+  drawSparks();
 }
 
 // The engine's settings have changed, here or elsewhere.

@@ -65,8 +65,8 @@ class TracedRequest {
 }
 
 export class Run {
-  constructor({ live = false } = {}) {
-    this.live = live;
+  constructor({ live = false, most = MOST_STEPS } = {}) {
+    Object.assign(this, { live, most });
     this.header = {};
     this.config = {};
     this.requests = [];
@@ -128,7 +128,7 @@ export class Run {
   }
 
   addStep(step) {
-    if (this.live && this.steps.length >= MOST_STEPS) this.forget(MOST_STEPS / 2);
+    if (this.live && this.steps.length >= this.most) this.forget(this.most / 2);
     const index = this.steps.length;
     const byRequest = new Map();
     for (const part of step.scheduled) {

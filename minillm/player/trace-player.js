@@ -56,7 +56,7 @@ async function fetched(url) {
 }
 
 // A canvas drawn in CSS pixels.
-function brush(canvas, width, height) {
+export function brush(canvas, width, height) {
   const scale = window.devicePixelRatio || 1;
   const [w, h] = [Math.round(width * scale), Math.round(height * scale)];
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
@@ -68,7 +68,7 @@ function brush(canvas, width, height) {
 }
 
 // Diagonal lines over a box, so that no state is told by colour alone.
-function hatch(pen, x, y, width, height, color, apart = 5) {
+export function hatch(pen, x, y, width, height, color, apart = 5) {
   pen.save();
   pen.beginPath();
   pen.rect(x, y, width, height);
@@ -84,18 +84,18 @@ function hatch(pen, x, y, width, height, color, apart = 5) {
   pen.restore();
 }
 
-function fill(pen, color, x, y, width, height) {
+export function fill(pen, color, x, y, width, height) {
   pen.fillStyle = color;
   pen.fillRect(x, y, width, height);
 }
 
-function frame(pen, color, x, y, width, height, thick = 1) {
+export function frame(pen, color, x, y, width, height, thick = 1) {
   pen.strokeStyle = color;
   pen.lineWidth = thick;
   pen.strokeRect(x, y, width, height);
 }
 
-function write(pen, text, x, y, color, size = 10, align = "center") {
+export function write(pen, text, x, y, color, size = 10, align = "center") {
   pen.fillStyle = color;
   pen.font = `600 ${size}px ui-monospace, monospace`;
   pen.textAlign = align;
@@ -157,7 +157,7 @@ export class TracePlayer extends HTMLElement {
   load(run) {
     this.pause();
     this.run = run;
-    this.position = 0;
+    this.position = run.live ? this.#end : 0;
     this.#following = run.live;
     this.#pinned = this.#hovered = this.#block = null;
     this.parts.spacer.replaceChildren();
@@ -178,12 +178,13 @@ export class TracePlayer extends HTMLElement {
     if (this.run.steps.length < before) { // the older half of a long run was let go
       this.#position = Math.max(0, this.#position - (before + 1 - this.run.steps.length));
     }
-    if (this.#following) this.#position = Math.max(0, this.run.steps.length - (this.run.open ? 1 : 0));
+    if (this.#following) this.#position = this.#end;
     this.redraw();
   }
 
   // --- where it stands ---
 
+  get #end() { return Math.max(0, this.run.steps.length - (this.run.open ? 1 : 0)); } // of a live run: the present
   get position() { return this.#position; }
   set position(value) {
     this.#position = Math.max(0, Math.min(this.run.steps.length, Math.round(value)));
