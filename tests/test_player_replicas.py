@@ -72,7 +72,7 @@ def served(*names: str):
 
 
 def lane(page: Page, name: str) -> Locator:
-    return page.get_by_role("button", name=re.compile(f"^Replica {name}:"))
+    return page.get_by_role("button", name=re.compile(f"^{name}:"))
 
 
 def counts_of(engine) -> dict[str, str]:
@@ -142,8 +142,10 @@ def test_each_lane_says_what_its_engine_counts(chromium):
 
 def test_the_pressed_lane_is_the_one_in_the_big_view(chromium):
     with served("one", "two") as (together, address), opened(chromium, address) as page:
+        expect(page.locator(".replica .who > b")).to_have_text(["one", "two"])
+        lane(page, "one").click()
         expect(lane(page, "one")).to_have_attribute("aria-pressed", "true")
-        expect(page.locator("#live-title")).to_have_text("Replica one")
+        expect(page.locator("#live-title")).to_have_text("The engine of one")
         expect(page.locator("#compare")).to_be_hidden()
         expect(page.locator("#controls")).to_be_hidden()
         page.get_by_role("button", name="8 stories").click()
@@ -153,7 +155,7 @@ def test_the_pressed_lane_is_the_one_in_the_big_view(chromium):
         page.keyboard.press("Enter")
         expect(lane(page, "two")).to_have_attribute("aria-pressed", "true")
         expect(lane(page, "one")).to_have_attribute("aria-pressed", "false")
-        expect(page.locator("#live-title")).to_have_text("Replica two")
+        expect(page.locator("#live-title")).to_have_text("The engine of two")
         expect(page.locator("#live .sentence")).to_have_text("Nothing has run yet.")
         expect(page.locator("#ttft-value")).to_have_text("–")
         page.get_by_role("button", name="8 stories").click()
@@ -168,11 +170,12 @@ def test_the_pressed_lane_is_the_one_in_the_big_view(chromium):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_replica_that_goes_says_so_and_a_new_one_appears(chromium, theme):
     with served("one", "two") as (together, address), opened(chromium, address, color_scheme=theme) as page:
+        lane(page, "one").click()
         send(page, STORY)
         together.stop("two")
         expect(lane(page, "two").locator(".state")).to_have_text("gone", timeout=LONG_MS)
         expect(lane(page, "two")).to_have_class(re.compile("missing"))
-        expect(lane(page, "two")).to_have_attribute("aria-label", re.compile("gone, at last 0 of 4 places work"))
+        expect(lane(page, "two")).to_have_attribute("aria-label", re.compile("gone, last state: 0 of 4 places work"))
         expect(page.locator("#replicas [role=status]")).to_have_text("1 replica running; two gone.")
         together.start("three")
         expect(lane(page, "three")).to_be_visible(timeout=LONG_MS)

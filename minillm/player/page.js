@@ -92,7 +92,7 @@ async function follow() {
 // A replica has been chosen among several; which way they batch is not this page's to say.
 function showReplica(name, run) {
   at("compare").hidden = at("controls").hidden = true;
-  at("live-title").textContent = `Replica ${name}`;
+  at("live-title").textContent = `The engine of ${name}`;
   if (run.config.model) take(run.config);
   measure({ format: true });
   for (const { id, arrival } of run.requests) measure({ request: { request_id: id, arrival_time: arrival } });
@@ -459,5 +459,7 @@ at("clock-time").addEventListener("input", () => {
 });
 hearing.add(measure);
 signs();
-theme(localStorage.getItem("minillm-theme"));
+const themed = () => theme(localStorage.getItem("minillm-theme"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", themed);
+themed();
 follow();

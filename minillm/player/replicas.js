@@ -8,6 +8,7 @@ const MOST_STEPS = 5000; // kept of each replica
 const MOST_MISSING = 3; // lanes of replicas that do not run any more
 const DRAW_MS = 250; // between two drawings
 const [TALL, CELL] = [32, 16]; // px: height of a strip, side of a cell at most
+const ORDER = { numeric: true }; // of names: 10 after 9
 
 const percent = (share) => (share === null ? "–" : `${Math.round(100 * share)} %`);
 
@@ -68,7 +69,7 @@ class Lane {
 
   draw(pressed) {
     const { counts, missing, button } = this;
-    const doing = this.run.config.paused ? "paused" : counts.running ? "computes" : "idle";
+    const doing = this.run.config.paused ? "paused" : counts.running ? "running" : "idle";
     const held = `${counts.used.toLocaleString("en")} of ${counts.blocks.toLocaleString("en")}`;
     const shown = { places: `${counts.running} of ${counts.places}`, queue: counts.waiting.toLocaleString("en"),
       blocks: `${held} used, ${counts.cached.toLocaleString("en")} cached`, hits: percent(counts.hits) };
@@ -79,11 +80,11 @@ class Lane {
     const hits = counts.hits === null ? "no prompt yet" : `${percent(counts.hits)} prefix hits`;
     const said = [`${counts.running} of ${plural(counts.places, "place")} work`, `queue ${counts.waiting}`,
       `${held} blocks used`, hits];
-    button.setAttribute("aria-label", `Replica ${this.name}: ${missing ? `${missing}, at last ` : ""}${said.join(", ")}`);
+    button.setAttribute("aria-label", `${this.name}: ${missing ? `${missing}, last state: ` : ""}${said.join(", ")}`);
     this.queue.strip.style.setProperty("--share", Math.min(1, counts.waiting / counts.places));
     this.hits.strip.style.setProperty("--share", counts.hits ?? 0);
     const style = getComputedStyle(button);
-    const names = ["ink", "soft", "line", "blank", "dim"];
+    const names = ["line", "soft", "blank"];
     const colors = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`)]));
     this.#drawPlaces(counts.places, colors);
     this.#drawBlocks(counts.blocks, colors);
@@ -102,16 +103,19 @@ class Lane {
   }
 
   // The pool in the order of its numbers: full cells are in tables, low ones are cached, empty ones free.
-  #drawBlocks(count, { line, dim, blank, soft }) {
+  #drawBlocks(count, { line, soft, blank }) {
     const view = this.run.view(this.run.steps.length), owners = view?.owners(), first = view?.numNull ?? 1;
     cells(this.blocks.strip, count, (pen, cell, x, y, size, each) => {
-      const blocks = Array.from({ length: Math.min(each, count - cell * each) }, (_, at) => first + cell * each + at);
-      const used = blocks.find((block) => owners?.has(block)), side = size - (size > 5 ? 2 : 1);
-      const cached = blocks.some((block) => view?.now.cached.has(block));
+      const from = first + cell * each, to = Math.min(from + each, first + count), side = size - (size > 5 ? 2 : 1);
+      let owner = null, cached = false;
+      for (let block = from; block < to && !owner; block++) {
+        owner = owners?.get(block)?.[0];
+        cached ||= Boolean(view?.now.cached.has(block));
+      }
       fill(pen, blank, x, y, side, side);
-      if (used !== undefined) fill(pen, this.run.byId.get(owners.get(used)[0].id)?.color ?? soft, x, y, side, side);
-      else if (cached) fill(pen, size > 5 ? soft : dim, x, y + side / 2, side, side / 2);
-      if (size > 5) frame(pen, used === undefined ? line : soft, x, y, side, side, 0.7);
+      if (owner) fill(pen, this.run.byId.get(owner.id)?.color ?? soft, x, y, side, side);
+      else if (cached) fill(pen, soft, x, y + side / 2, side, side / 2);
+      if (size > 5) frame(pen, owner ? soft : line, x, y, side, side, 0.7);
     });
   }
 }
@@ -123,14 +127,14 @@ function cells(canvas, count, paint) {
   let size = CELL;
   while (size > 3 && fits(size) < count) size -= 1;
   const each = Math.max(1, Math.ceil(count / fits(size))), columns = Math.max(1, Math.floor(width / size));
-  const number = Math.ceil(count / each), pen = brush(canvas, width, TALL);
+  const number = Math.ceil(count / each), pen = brush(canvas, width, Math.ceil(number / columns) * size + 1);
   for (let cell = 0; cell < number; cell++) {
     paint(pen, cell, (cell % columns) * size + 0.5, Math.floor(cell / columns) * size + 0.5, size, each);
   }
 }
 
 export class Replicas {
-  #lanes = new Map(); // name -> its lane, in the order in which they came
+  #lanes = new Map(); // name -> its lane, in the order of the names
   #shown = null; // the lane in the big view
   #timer = 0;
 
@@ -141,7 +145,6 @@ export class Replicas {
     this.status = section.querySelector("[role=status]");
     new ResizeObserver(() => this.redraw()).observe(section);
     document.addEventListener("themechange", () => this.redraw());
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
   }
 
   // A record that names its replica; returns whether that is the one in the big view.
@@ -149,8 +152,8 @@ export class Replicas {
     const { replica: name } = record, isNew = !this.#lanes.has(name);
     if (isNew) {
       const lane = new Lane(name, () => this.show(lane));
-      this.#lanes.set(name, lane);
-      this.list.append(lane.element);
+      this.#lanes = new Map([...this.#lanes, [name, lane]].sort(([one], [two]) => one.localeCompare(two, "en", ORDER)));
+      this.list.insertBefore(lane.element, this.list.children[[...this.#lanes.keys()].indexOf(name)] ?? null);
       this.section.hidden = false;
     }
     const lane = this.#lanes.get(name), before = lane.missing;
