@@ -61,7 +61,7 @@ test: $(READY)
 SLOW := planted_bug or keeps_its_promises or for_a_gpu or worker_process or says_the_same or same_bytes or frame or drawable
 SLOW += or test_triton or test_fused_ops or test_sample_rows or test_cpu_kernels or test_cuda_kernels or test_kernel
 SLOW += or test_device_runner or test_engine_end or test_llm_machine or test_parity or test_poisoned or test_memory
-SLOW += or test_bench or test_browser or test_player_browser or test_player_page or test_notebooks or test_course_tools or test_student_copies or test_storyteller or test_config_surgery
+SLOW += or test_bench or test_browser or test_player_browser or test_player_page or test_player_replicas or test_notebooks or test_course_tools or test_student_copies or test_storyteller or test_config_surgery
 SLOW += or does_not_grow or memory_is_flat or asks_for_a_restart or closes_the_pipe or in_another_process or little_more_memory
 SLOW += or test_path or test_worker or test_tensor_parallel or test_server or test_faults or test_interrupts or odd_value or any_mix or a_failed_step or any_tokens_stream or are_the_whole_text
 

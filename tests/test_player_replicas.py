@@ -222,7 +222,8 @@ def test_lanes_without_a_connection_say_so_and_come_back(chromium):
         expect(page.locator("#replicas [role=status]")).to_have_text("2 replicas running.")
         page.route("**/live/events", lambda route: route.fulfill(status=503))
         together.cut = True
-        send(page, STORY)  # whose records end the feed
+        with page.expect_response("**/live/events"):
+            send(page, STORY)  # whose records end the feed
         expect(lane(page, "one").locator(".state")).to_have_text("not connected", timeout=LONG_MS)
         expect(page.locator("#replicas [role=status]")).to_have_text(
             "0 replicas running; one not connected, two not connected."
