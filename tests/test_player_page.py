@@ -27,21 +27,11 @@ KEY = "a key of this test"
 
 @contextmanager
 def served(api_key: str | None = None):
-    """The address of a server with an engine of its own."""
-    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_blocks=257)
-    engine = serving.AsyncEngine(LLMEngine("storyteller", config=config), model_name="storyteller")
-    try:
-        with uvicorn_of(engine, api_key) as address:
-            yield address
-    finally:
-        engine.shutdown()
-
-
-@contextmanager
-def uvicorn_of(engine, api_key: str | None = None):
-    """The address of a server of this engine, in a thread of this process."""
+    """The address of a server in a thread of this process."""
     from minillm.serving.api_server import create_app
 
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_blocks=257)
+    engine = serving.AsyncEngine(LLMEngine("storyteller", config=config), model_name="storyteller")
     app = create_app(engine, serving.ServerOptions(api_key=api_key))
     options = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(options)
@@ -56,6 +46,7 @@ def uvicorn_of(engine, api_key: str | None = None):
     finally:
         server.should_exit = True
         thread.join(20)
+        engine.shutdown()
 
 
 @pytest.fixture(scope="module")

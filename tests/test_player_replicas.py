@@ -9,13 +9,12 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from minillm.engine import EngineConfig, LLMEngine
+from minillm import serving
+from minillm.engine import EngineConfig, LLMEngine, RoundRobin
+from served import served
 from test_browser import CHROMIUM
 from test_player_browser import assert_in_order
-from test_player_page import LONG_MS, asked, chromium, idle, opened, serving, until, uvicorn_of
-
-live = pytest.importorskip("minillm.serving.live")
-metrics = pytest.importorskip("minillm.serving.metrics")
+from test_player_page import LONG_MS, asked, chromium, idle, opened, until
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 __all__ = ["chromium"]  # a fixture
@@ -23,52 +22,46 @@ BLOCKS = 97
 STORY = "Once upon a time there was a little fox who lived in a forest by the river, and every day it went to look"
 
 
-class Together:
-    """Several engines as one for the app: requests go to them in turn, and their feeds are merged."""
+class Cluster(serving.ClusterEngine):
+    """Engines of this process behind a router that takes them in turn; they can be started and ended."""
 
-    def __init__(self, names: list[str]):
-        self.replicas, self.turn, self.cut = {}, 0, False
+    def __init__(self, names: tuple[str, ...]):
+        self.engines, self.is_cut = {}, False
         for name in names:
             self.start(name)
-
-    def __getattr__(self, name: str):
-        return getattr(next(iter(self.replicas.values())), name)
+        about = serving.About.of(self.engines[names[0]])
+        super().__init__(about, lambda: dict(self.engines), RoundRobin())
 
     def start(self, name: str) -> None:
         config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, max_model_len=256, num_blocks=BLOCKS)
-        kept = metrics.Metrics()
-        self.replicas[name] = serving.AsyncEngine(LLMEngine("storyteller", config=config), metrics=kept)
+        engine = LLMEngine("storyteller", config=config)
+        self.engines[name] = serving.AsyncEngine(engine, metrics=serving.Metrics())
 
     def stop(self, name: str) -> None:
-        self.replicas.pop(name).shutdown()
+        self.engines.pop(name).shutdown()
 
     async def follow(self):
-        async for records in live.merge_feeds(lambda: self.replicas):
-            if self.cut:
-                self.cut = False
+        async for records in super().follow():
+            if self.is_cut:
+                self.is_cut = False
                 return
             yield records
 
-    def generate_together(self, requests, output_kind="delta"):
-        engines = list(self.replicas.values())
-        self.turn += 1
-        return engines[(self.turn - 1) % len(engines)].generate_together(requests, output_kind)
-
-    def control(self, name: str, **changes) -> None:
+    def set(self, name: str, **changes) -> None:
         with ThreadPoolExecutor(1) as pool:  # this thread's loop is playwright's
-            pool.submit(asyncio.run, self.replicas[name].control(**changes)).result()
+            pool.submit(asyncio.run, self.engines[name].control(**changes)).result()
 
 
 @contextmanager
-def served(*names: str):
+def running(*names: str):
     """Engines of these names, and the address of their server."""
-    together = Together(names)
+    cluster = Cluster(names)
     try:
-        with uvicorn_of(together) as address:
-            yield together, address
+        with served(serving.create_app(cluster)) as address:
+            yield cluster, address
     finally:
-        for name in list(together.replicas):
-            together.stop(name)
+        for name in list(cluster.engines):
+            cluster.stop(name)
 
 
 def lane(page: Page, name: str) -> Locator:
@@ -87,9 +80,9 @@ def counts_of(engine) -> dict[str, str]:
     }
 
 
-def assert_agrees(page: Page, together: Together) -> dict[str, dict[str, str]]:
+def assert_agrees(page: Page, cluster: Cluster) -> dict[str, dict[str, str]]:
     """Every lane says what its engine counts; returns that."""
-    found = {name: counts_of(engine) for name, engine in together.replicas.items()}
+    found = {name: counts_of(engine) for name, engine in cluster.engines.items()}
     for name, counts in found.items():
         for kind, text in counts.items():
             expect(lane(page, name).locator(f".{kind} b")).to_have_text(text, timeout=LONG_MS)
@@ -113,41 +106,40 @@ def send(page: Page, prompt: str) -> None:
 
 
 def test_each_lane_says_what_its_engine_counts(chromium):
-    with served("one", "two") as (together, address), opened(chromium, address) as page:
+    with running("one", "two") as (cluster, address), opened(chromium, address) as page:
         expect(page.locator(".replica")).to_have_count(2)
         expect(page.locator("#replicas [role=status]")).to_have_text("2 replicas running.")
-        assert_agrees(page, together)
+        assert_agrees(page, cluster)
         for _ in range(4):  # the second time in each, its beginning is in the cache
             send(page, STORY)
-        wait_for(page, lambda: all(not engine.num_running for engine in together.replicas.values()))
-        found = assert_agrees(page, together)
+        wait_for(page, lambda: all(not engine.num_running for engine in cluster.engines.values()))
+        found = assert_agrees(page, cluster)
         assert all(0 < int(counts["hits"].removesuffix(" %")) < 100 for counts in found.values())
-        for name in together.replicas:
-            together.control(name, paused=True)
+        for name in cluster.engines:
+            cluster.set(name, paused=True)
             page.get_by_role("button", name="8 stories").click()
-        wait_for(page, lambda: all(engine.num_waiting == 8 for engine in together.replicas.values()))
-        together.control("one", step=3)
-        wait_for(page, lambda: together.replicas["one"].num_running == 4)
+        wait_for(page, lambda: all(engine.num_waiting == 8 for engine in cluster.engines.values()))
+        cluster.set("one", step=3)
+        wait_for(page, lambda: cluster.engines["one"].num_running == 4)
         page.wait_for_timeout(500)
-        found = assert_agrees(page, together)
+        found = assert_agrees(page, cluster)
         assert (found["one"]["places"], found["one"]["queue"]) == ("4 of 4", "4")
         assert (found["two"]["places"], found["two"]["queue"]) == ("0 of 4", "8")
         assert "4 of 4 places work, queue 4" in lane(page, "one").get_attribute("aria-label")
         assert_in_order(page)
-        for name in together.replicas:
-            together.control(name, paused=False)
-        wait_for(page, lambda: all(not engine.num_running for engine in together.replicas.values()))
-        assert_agrees(page, together)
+        for name in cluster.engines:
+            cluster.set(name, paused=False)
+        wait_for(page, lambda: all(not engine.num_running for engine in cluster.engines.values()))
+        assert_agrees(page, cluster)
 
 
 def test_the_pressed_lane_is_the_one_in_the_big_view(chromium):
-    with served("one", "two") as (together, address), opened(chromium, address) as page:
+    with running("one", "two") as (cluster, address), opened(chromium, address) as page:
         expect(page.locator(".replica .who > b")).to_have_text(["one", "two"])
         lane(page, "one").click()
         expect(lane(page, "one")).to_have_attribute("aria-pressed", "true")
         expect(page.locator("#live-title")).to_have_text("The engine of one")
         expect(page.locator("#compare")).to_be_hidden()
-        expect(page.locator("#controls")).to_be_hidden()
         page.get_by_role("button", name="8 stories").click()
         expect(page.locator("#live .sentence")).to_have_text("8 requests finished.", timeout=LONG_MS)
         rate = page.locator("#ttft-value").text_content()
@@ -165,26 +157,26 @@ def test_the_pressed_lane_is_the_one_in_the_big_view(chromium):
         expect(page.locator("#ttft-value")).to_have_text(rate)
         assert asked(page, "run.totals.at(-1).finished") == 8
         assert asked(page, "position") == asked(page, "run.steps.length")
+        page.get_by_role("button", name="Pause").click()  # the settings are those of all
+        for name in cluster.engines:
+            expect(lane(page, name).locator(".state")).to_have_text("paused")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_replica_that_goes_says_so_and_a_new_one_appears(chromium, theme):
-    with served("one", "two") as (together, address), opened(chromium, address, color_scheme=theme) as page:
+    with running("one", "two") as (cluster, address), opened(chromium, address, color_scheme=theme) as page:
         lane(page, "one").click()
         send(page, STORY)
-        together.stop("two")
+        cluster.stop("two")
         expect(lane(page, "two").locator(".state")).to_have_text("gone", timeout=LONG_MS)
         expect(lane(page, "two")).to_have_class(re.compile("missing"))
         expect(lane(page, "two")).to_have_attribute("aria-label", re.compile("gone, last state: 0 of 4 places work"))
         expect(page.locator("#replicas [role=status]")).to_have_text("1 replica running; two gone.")
-        together.start("three")
+        cluster.start("three")
         expect(lane(page, "three")).to_be_visible(timeout=LONG_MS)
         expect(page.locator("#replicas [role=status]")).to_have_text("2 replicas running; two gone.")
-        together.start("two")  # under the name of before
-        expect(lane(page, "two").locator(".state")).to_have_text("idle", timeout=LONG_MS)
-        expect(page.locator("#replicas [role=status]")).to_have_text("3 replicas running.")
-        assert_agrees(page, together)
-        together.stop("one")  # the one in the big view, which keeps its last state
+        assert_agrees(page, cluster)
+        cluster.stop("one")  # the one in the big view, which keeps its last state
         expect(lane(page, "one").locator(".state")).to_have_text("gone", timeout=LONG_MS)
         assert asked(page, "run.totals.at(-1).finished") == 1
         page.wait_for_timeout(300)
@@ -193,7 +185,7 @@ def test_a_replica_that_goes_says_so_and_a_new_one_appears(chromium, theme):
 
 @pytest.fixture(scope="module")
 def eight():
-    with served(*(f"replica-{number}" for number in range(8))) as (_, address):
+    with running(*(f"replica-{number}" for number in range(8))) as (_, address):
         yield address
 
 
@@ -218,17 +210,17 @@ def test_eight_lanes_fit_at_every_width(chromium, eight, theme, width):
 
 
 def test_lanes_without_a_connection_say_so_and_come_back(chromium):
-    with served("one", "two") as (together, address), opened(chromium, address, refused=503) as page:
+    with running("one", "two") as (cluster, address), opened(chromium, address, refused=503) as page:
         expect(page.locator("#replicas [role=status]")).to_have_text("2 replicas running.")
         page.route("**/live/events", lambda route: route.fulfill(status=503))
-        together.cut = True
+        cluster.is_cut = True
         with page.expect_response("**/live/events"):
             send(page, STORY)  # whose records end the feed
         expect(lane(page, "one").locator(".state")).to_have_text("not connected", timeout=LONG_MS)
         expect(page.locator("#replicas [role=status]")).to_have_text(
             "0 replicas running; one not connected, two not connected."
         )
-        together.stop("two")
+        cluster.stop("two")
         page.unroute("**/live/events")
         expect(lane(page, "one").locator(".state")).to_have_text("idle", timeout=LONG_MS)
         expect(page.locator("#replicas [role=status]")).to_have_text("1 replica running; two not connected.")

@@ -89,9 +89,10 @@ async function follow() {
   }
 }
 
-// A replica has been chosen among several; which way they batch is not this page's to say.
+// A replica has been chosen among several. The two ways are not compared: each burst goes to one replica only.
 function showReplica(name, run) {
-  at("compare").hidden = at("controls").hidden = true;
+  at("compare").hidden = true;
+  at("controls").querySelector("legend").textContent = "Settings of all replicas now";
   at("live-title").textContent = `The engine of ${name}`;
   if (run.config.model) take(run.config);
   measure({ format: true });
