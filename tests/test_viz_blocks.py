@@ -521,7 +521,7 @@ def paged(*block_ids: int, first_block: int = 0, num_tokens: int = 4) -> Trace:
         (lambda: BlockTables.of_step(paged(1), 4, 2), r"step 2 is outside the trace's steps 0\.\.1"),
         (lambda: pool_states(paged(1), 2), "up to token 4 with 1 block of 2"),
         (lambda: pool_states(paged(1), 0), "block_size is 0"),
-        (lambda: pool_states(paged(1, first_block=1), 4), "from entry 1 on, it has 0"),
+        (lambda: pool_states(paged(1, first_block=1), 4), "from entry 1, but it has 0"),
         (lambda: pool_states(paged(0), 4), "names block 0; blocks to hand out are 1 to 0"),
         (lambda: pool_states(paged(7), 4, num_blocks=7), "names block 7; blocks to hand out are 1 to 6"),
         (lambda: PoolState(4, 9, {"a": [1]}, {"a": 5}), "'a' holds 5 tokens in 1 block of 4"),

@@ -1,6 +1,6 @@
 """Pictures of masks, runs and measurements: each as plain text, as a figure and, where steps matter, as a stepper.
 
-May import anything of minillm; only notebooks, checks and the command line import it. Text needs no matplotlib.
+May import anything of minillm; only notebooks, checks and the command line import it. Text does not need matplotlib.
 """
 
 from minillm.viz.base import (

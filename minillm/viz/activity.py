@@ -1,4 +1,4 @@
-"""What every request does when, read from a Trace: the boxes that timelines draw and the letters they write."""
+"""What each request does in each step, read from a Trace: the boxes and letters of timelines."""
 
 import math
 from collections import Counter, defaultdict
@@ -13,7 +13,7 @@ from minillm.viz.palette import STATES, WAITING
 UNITS = ("s", "steps", "tokens")
 MOST_COLUMNS = 100  # of a text timeline
 
-SHORTEST_WAIT = 0.002  # share of the whole run; a shorter wait is the time it takes to call the model
+SHORTEST_WAIT = 0.002  # share of the whole run; a shorter wait is only the overhead of calling the model
 
 # A request that does several things in one step shows the first of these.
 PRECEDENCE = ("recompute", "prefill", "decode", "padding")
@@ -29,9 +29,9 @@ class Box:
     end: float
     first_step: int
     last_step: int
-    num_tokens: int = 0  # pushed through the model for it, padding included
+    num_tokens: int = 0  # computed for it, padding included
     num_padding: int = 0  # those of them that are padding
-    padding_share: float = 0.0  # of the box: the mean over its steps, each as long as it is wide
+    padding_share: float = 0.0  # of the box: the mean over its steps, weighted by width
 
     @property
     def width(self) -> float:
@@ -44,16 +44,16 @@ class Box:
 
     @property
     def letter(self) -> str:
-        """The state's letter; in lower case where the row is filled up with padding."""
+        """The state's letter; in lower case if the row also has padding."""
         letter = STATES[self.state].letter
         return letter.lower() if self.partly_padding else letter
 
 
 class Activity:
-    """The boxes of a run in one unit: "s" true to time, "steps" each as wide as the next, "tokens" by computed tokens.
+    """The boxes of a run in one unit: "s" is to scale, "steps" are equally wide, "tokens" counts computed tokens.
 
-    Computed tokens are those pushed through the model, padding included. Raises PictureError for an unknown unit, and
-    for a trace without steps or requests.
+    Computed tokens include padding. Raises PictureError for an unknown unit, and
+        for a trace without steps or requests.
     """
 
     def __init__(self, trace: Trace, unit: str = "s"):
@@ -129,7 +129,7 @@ class Activity:
         return self._true_to_time(request_id, boxes) if self.unit == "s" else boxes
 
     def _true_to_time(self, request_id: str, boxes: list[Box]) -> list[Box]:
-        """Waiting lasts from the arrival, or the end of the step before, to the start of the next step."""
+        """Waiting lasts from the arrival, or the end of the previous step, to the start of the next step."""
         computing = [box for box in boxes if box.state not in WAITING]
         states = self.states(request_id)
         stretched: list[Box] = []
@@ -150,7 +150,7 @@ class Activity:
     # --- latencies ---
 
     def ttft(self, request_id: str) -> float | None:
-        """Time to first token in this unit; None if the request got none, or the trace does not tell any more."""
+        """Time to first token in this unit; None if the request got none, or its first step was dropped."""
         sampled = self._sampling_steps(request_id)
         if not sampled:
             return None
@@ -188,7 +188,7 @@ class Activity:
         return f"{value:.2f} s" if value >= 1 else f"{milliseconds:.{0 if milliseconds >= 99.95 else 1}f} ms"
 
     def letters(self, request_id: str, column: float, num_columns: int) -> str:
-        """One letter for each stretch of `column` units: what the request computes there most, else whether it waits.
+        """One letter for each stretch of `column` units: the state that takes most of it, or else waiting.
 
         Blank before the arrival; a point once it has finished.
         """
@@ -226,7 +226,7 @@ class Activity:
 
 
 def legend(activities: Sequence[Activity]) -> str:
-    """The letters that occur in any of them, with their names."""
+    """The letters that occur in any of the timelines, with their names."""
     used = set().union(*(activity.states_used() for activity in activities))
     names = [f"{state.letter} {state.name}" for key, state in STATES.items() if key in used]
     boxes = [box for activity in activities for box in activity.boxes_of_all()]
@@ -235,7 +235,7 @@ def legend(activities: Sequence[Activity]) -> str:
 
 
 def parts_by_request(trace: Trace) -> dict[str, dict[int, list[ScheduledTokens]]]:
-    """For each request the index of each step it took part in, with what it computed there."""
+    """For each request: the index of each step it took part in, with its part of that step."""
     found: dict[str, dict[int, list[ScheduledTokens]]] = defaultdict(dict)
     for index, step in enumerate(trace.steps):
         for part in step.scheduled:
@@ -244,7 +244,7 @@ def parts_by_request(trace: Trace) -> dict[str, dict[int, list[ScheduledTokens]]
 
 
 def preemptions_by_request(trace: Trace) -> dict[str, dict[int, str]]:
-    """For each preempted request the steps, by index, before which that happened, with the state it waits in."""
+    """For each preempted request: the index of the step before which it happened, and the state it waits in."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for index, step in enumerate(trace.steps):
         for each in step.preempted:

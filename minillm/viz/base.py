@@ -20,10 +20,10 @@ from minillm.viz.palette import BLACK, State
 
 MAX_WIDTH = 9.0  # inches; a notebook's and a README's column
 DOTS_PER_INCH = 120
-TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11, 10, 9  # points; nothing is printed smaller than the last
-TEXT_SIGNS = "#.*-_/o+"  # letters of states that stand in the text form alone; a figure shows the box
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11, 10, 9  # points; the last is the smallest in use
+TEXT_SIGNS = "#.*-_/o+"  # letters of states only in the text form; a figure shows the box
 LEGEND_LINE = 0.22  # inches, the height of a line of a legend
-SWATCH, SIGN = 0.55, 0.068  # inches that a legend's box and each sign of its name take
+SWATCH, SIGN = 0.55, 0.068  # inches: a legend's box, and each sign of its name
 
 # Behind an SVG, instead of the white rectangle that matplotlib draws first: words stay readable on a dark page.
 PLATE = '<rect width="100%" height="100%" rx="6" style="fill: #ffffff"/>'
@@ -51,13 +51,13 @@ class PictureError(MiniLLMError):
 class Picture(ABC):
     """One picture in three forms: `text()`, `figure()` and, where `num_steps` > 0, `stepper()`.
 
-    A picture is made from data alone and never changes. As the last line of a notebook cell it shows itself.
+    A picture depends only on its data and never changes. As the last line of a notebook cell it is displayed.
     """
 
     title: str | None = None
     num_steps: int = 0
     _title_pad: float = 8  # points between title and axes
-    _legend_inches: float = 0.0  # of the height, what a legend takes that several panels may have in common
+    _legend_inches: float = 0.0  # of the height: a legend that several panels can share
 
     @abstractmethod
     def text(self) -> str:
@@ -69,7 +69,7 @@ class Picture(ABC):
 
     @abstractmethod
     def _draw(self, axes, step: int | None = None) -> None:
-        """Draw into `axes`; with `step`, as it stands at that step. The title is set by the caller."""
+        """Draw into `axes`; with `step`, the state at that step. The caller sets the title."""
 
     def caption(self, step: int) -> str:
         """One sentence about step `step`; it is also the frame's alternative text."""
@@ -84,7 +84,7 @@ class Picture(ABC):
         return figure
 
     def stepper(self, interval: int = 1000):
-        """A widget with a play button and a slider over the steps; `interval` is milliseconds a frame.
+        """A widget with a play button and a slider over the steps; `interval` is milliseconds per frame.
 
         Raises PictureError if the picture has no steps.
         """
@@ -104,7 +104,7 @@ class Picture(ABC):
         return re.sub(r'<path d="[^"]*" style="fill: #ffffff"/>', PLATE, drawn, count=1).encode()
 
     def save(self, path: str | Path, step: int | None = None) -> Path:
-        """Write the figure (.svg or .png) or the text (.txt) to `path`. Raises PictureError for another ending."""
+        """Write the figure (.svg or .png) or the text (.txt) to `path`. Raises PictureError for other endings."""
         path = Path(path)
         writers = {".svg": self.svg, ".png": self.png, ".txt": lambda step: (self.text() + "\n").encode()}
         if path.suffix not in writers:
@@ -117,7 +117,7 @@ class Picture(ABC):
         return self.title or type(self).__name__
 
     def _x_end(self) -> float | None:
-        """Where a scale of x ends that begins at 0 and can be shared; None if there is none."""
+        """The end of an x axis that begins at 0 and can be shared; None if there is none."""
         return None
 
     def _fill(self, figure, step: int | None) -> None:
@@ -164,8 +164,8 @@ class Picture(ABC):
 class Panels(Picture):
     """Several pictures in one: next to each other as long as they fit the page, then on a new line.
 
-    `columns` = 1 puts them above each other; `share_x` gives timelines one scale. Stepping steps them all; one that
-    has fewer steps than the others waits at its last.
+    `columns` = 1 puts them above each other; `share_x` gives timelines one scale. The stepper steps all of them; one
+    with fewer steps than the others stays at its last step.
     """
 
     def __init__(
@@ -216,18 +216,18 @@ class Panels(Picture):
         for place, picture in zip(self._places(figure), self.pictures, strict=True):
             axes = figure.add_subplot(place)
             if ends and None not in ends:
-                axes.set_xlim(0, max(ends))  # a picture keeps to a scale it finds
+                axes.set_xlim(0, max(ends))  # a picture keeps limits that are already set
             picture._draw(axes, None if step is None else min(step, picture.num_steps - 1))
             picture._set_title(axes)
         if self._shares_legend():
             figure.shared_legend.draw(figure, self._legend_height())
 
     def _shares_legend(self) -> bool:
-        """Whether several panels have a legend: then it is drawn once, below all of them."""
+        """Whether several panels have a legend: it is then drawn once, below all of them."""
         return sum(picture._legend_inches > 0 for picture in self.pictures) > 1
 
     def _panel_sizes(self) -> list[list[tuple[float, float]]]:
-        """Row by row the width and height of every panel, without a legend that is drawn once."""
+        """Per row, the width and height of each panel, without a legend that is drawn once."""
         shared = self._shares_legend()
 
         def size(picture: Picture) -> tuple[float, float]:
@@ -284,7 +284,7 @@ def _rows_that_fit(pictures: Sequence[Picture], columns: int | None) -> Iterator
 
 @contextmanager
 def drawing_style():
-    """matplotlib's own defaults and ours on top, whatever the reader has set; put back afterwards."""
+    """matplotlib's defaults and our style, regardless of the reader's settings, which are restored afterwards."""
     from matplotlib import style
 
     with style.context(["default", STYLE]):
@@ -292,7 +292,7 @@ def drawing_style():
 
 
 def new_figure(width: float, height: float):
-    """An empty Figure of that size in inches, on an Agg canvas of its own."""
+    """An empty Figure of this size in inches, on its own Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -302,34 +302,34 @@ def new_figure(width: float, height: float):
 
 
 def image_tag(png: bytes, alt: str) -> str:
-    """A picture with its alternative text in HTML, which every viewer of notebooks shows; a bare PNG loses the text."""
+    """HTML of a PNG with its alternative text. Viewers of notebooks drop the text of a bare PNG."""
     data = base64.b64encode(png).decode()
     return f'<img style="max-width: 100%" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def add_box(axes, x: float, y: float, width: float, height: float, state: State, *, letter: bool = False, **patch):
-    """A rectangle with the colour and hatch of `state`, and if asked its letter; returns the Rectangle."""
+    """Add a rectangle with the colour, hatch and, if asked, letter of `state`; returns the Rectangle."""
     from matplotlib.patches import Rectangle
 
     style = {"facecolor": state.color, "edgecolor": state.ink if state.hatch else "white", "hatch": state.hatch}
     box = axes.add_artist(Rectangle((x, y), width, height, **{**style, "linewidth": 0.6, **patch}))
-    box.set_in_layout(False)  # it lies within the axes, and asking each box for its place is slow
+    box.set_in_layout(False)  # it lies within the axes, and measuring every box is slow
     if letter:
         add_letter(axes, x + width / 2, y + height / 2, state)
     return box
 
 
 def add_letter(axes, x: float, y: float, state: State, *, patch: bool = True) -> None:
-    """The letter of `state` around a point, readable on its hatch; without a `patch` where there is none beneath."""
+    """Write the letter of `state` at a point. With `patch`, a background keeps it readable on a hatch."""
     behind = {"facecolor": state.color, "edgecolor": "none", "pad": 1.2} if patch else None
     letter = axes.text(x, y, state.letter, ha="center", va="center", size=SMALL_SIZE, color=state.ink, bbox=behind)
     letter.set_in_layout(False)
 
 
 def add_legend(axes, states: Sequence[State], y: float, extra: str = ""):
-    """The states' boxes with name and, if they have one, letter in a line below the axes, `y` points under it.
+    """The states' boxes with their names and letters, in a line `y` points below the axes.
 
-    Signs of the text form (#, ., *) are left out. Returns the artist; None where several panels share one legend, which
+    Signs of the text form (#, ., *) are left out. Returns the artist, or None if several panels share one legend, which
     `Panels` draws below the last of them.
     """
     shared = getattr(axes.get_figure(), "shared_legend", None)
@@ -345,14 +345,14 @@ def add_legend(axes, states: Sequence[State], y: float, extra: str = ""):
 
 
 class SharedLegend:
-    """What the legends of several panels say, once: each state with its letter, if any panel shows that."""
+    """One legend for several panels: each state once, with its letter if any panel shows it."""
 
     def __init__(self) -> None:
         self.states: dict[tuple[str, str, str], State] = {}
         self.extra = ""
 
     def add(self, states: Sequence[State], extra: str = "") -> None:
-        """The legend of one panel."""
+        """Add the legend of one panel."""
         for state in states:
             known = self.states.setdefault((state.name, state.color, state.hatch), state)
             if not known.letter:
@@ -360,7 +360,7 @@ class SharedLegend:
         self.extra = self.extra or extra
 
     def draw(self, figure, inches: float) -> None:
-        """At the foot of the figure, in a strip of that height which the panels leave free, or a higher one."""
+        """Draw it at the foot of the figure, in a strip of at least this height, which the panels leave free."""
         lines = legend_lines(list(self.states.values()), MAX_WIDTH - 1.2)
         higher = max(0.0, LEGEND_LINE * len(lines) + 0.04 - inches)
         figure.set_figheight(figure.get_figheight() + higher)
@@ -382,7 +382,7 @@ def legend_lines(states: Sequence[State], width: float) -> list[list[State]]:
 
 
 def _legend_box(lines: Sequence[Sequence[State]], extra: str):
-    """Lines of a legend, and `extra` behind the last state; its upper left corner is yet to be anchored."""
+    """Lines of a legend, with `extra` after the last state. The caller anchors its upper left corner."""
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, VPacker
 
     entries = [[_legend_entry(state) for state in states] for states in lines]
@@ -413,7 +413,7 @@ def _text_area(label: str):
 
 
 def literal(label: str) -> str:
-    """`label` for matplotlib, which would otherwise read two dollar signs as a formula."""
+    """`label` escaped for matplotlib, which takes text between two dollar signs for a formula."""
     return label.replace("$", r"\$")
 
 
@@ -421,49 +421,49 @@ def literal(label: str) -> str:
 
 
 def token_label(token: str) -> str:
-    """A token as its label: leading and other blanks and line ends made visible."""
+    """A token as its label, with visible blanks and line ends."""
     visible = str(token).replace(" ", "␣").replace("\r", "⇤").replace("\n", "↵").replace("\t", "⇥")
     return visible or "∅"
 
 
 def token_labels(labels: Sequence[str] | None, count: int, what: str) -> list[str] | None:
-    """The labels made visible. Raises PictureError unless there is one for each of `count` (`what`)."""
+    """The labels with visible blanks. Raises PictureError unless there are `count`; `what` is their name in it."""
     if labels is None:
         return None
     if len(labels) != count:
-        raise PictureError(f"{len(labels)} labels were given for {count} {what}; give one a token, or None")
+        raise PictureError(f"{len(labels)} labels were given for {count} {what}; give one per token, or None")
     return [token_label(label) for label in labels]
 
 
 def titled(title: str | None, dropped: str) -> str | None:
-    """The title of a picture, with what its trace has dropped."""
+    """The title of a picture, with a note on the steps its trace has dropped."""
     return title if not dropped else f"{title} ({dropped})" if title else dropped
 
 
 def noted(text: str, dropped: str) -> str:
-    """The text of a picture, with a line on what its trace has dropped."""
+    """The text of a picture, with a line on the steps its trace has dropped."""
     return f"{text}\n{dropped}" if dropped else text
 
 
 def request_label(request_id: str) -> str:
-    """ "req 1" for the id "1"; an id that begins with a letter stands for itself."""
+    """ "req 1" for the id "1"; an id that begins with a letter is not changed."""
     return f"req {request_id}" if request_id[:1].isdigit() else request_id
 
 
 def text_width(text: str) -> int:
-    """Columns `text` takes in a fixed-width font: two for wide East Asian signs, none for combining marks."""
+    """The columns of `text` in a fixed-width font: two for wide East Asian characters, none for combining marks."""
     wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
     return len(text) + wide - sum(unicodedata.combining(sign) > 0 for sign in text)
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:
-    """`text` filled with blanks to `width` columns; with `right`, moved to the right end."""
+    """`text` padded with blanks to `width` columns; with `right`, right-aligned."""
     blanks = " " * (width - text_width(text))
     return blanks + text if right else text + blanks
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of words, the first to the left and the others to the right, under a header and a rule."""
+    """A table under a header and a rule: the first column left-aligned, the others right-aligned."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(text_width, column)) for column in columns]
 
@@ -481,7 +481,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number to read: whole numbers in full, others to at least `digits` significant digits; "–" for None and NaN."""
+    """A number as text: whole numbers in full, others to at least `digits` significant digits; "–" for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -495,7 +495,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def decimal_bytes(count: float) -> str:
-    """Bytes in powers of ten, as disks and bandwidths are sold: 5242880 -> "5.24 MB"."""
+    """Bytes in powers of ten, as for disks and bandwidths: 5242880 -> "5.24 MB"."""
     return _scaled_bytes(count, 1000, ("B", "kB", "MB", "GB", "TB"))
 
 
@@ -505,7 +505,7 @@ def binary_bytes(count: float) -> str:
 
 
 def both_bytes(count: float) -> str:
-    """Both countings: "5.24 MB (5.00 MiB)"."""
+    """Bytes in both units: "5.24 MB (5.00 MiB)"."""
     return f"{decimal_bytes(count)} ({binary_bytes(count)})" if count >= 1000 else decimal_bytes(count)
 
 

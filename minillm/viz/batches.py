@@ -1,4 +1,4 @@
-"""What a forward pass is filled with: tokens of prefill, decode and padding against a budget; padded rectangles."""
+"""The tokens of a forward pass: prefill, decode and padding against a budget; padded rectangles."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ MAX_LETTERED = 40  # tokens per row up to which each token of a rectangle has it
 
 
 class Bar(NamedTuple):
-    """Some consecutive steps, and the mean of what each of them computed."""
+    """Some consecutive steps, and the mean tokens per step of each kind."""
 
     first_step: int
     last_step: int
@@ -45,7 +45,7 @@ class Bar(NamedTuple):
 
 
 class BatchComposition(Picture):
-    """A bar a forward pass: its tokens of decode, prefill, recomputation and padding, against the token budget.
+    """A bar per forward pass: tokens of decode, prefill, recomputation and padding, against the token budget.
 
     `budget` is the scheduler's `max_num_batched_tokens`; None leaves the line out. In long runs a bar is the mean of
     several passes. Steps = forward passes. Raises PictureError for a trace without steps or a budget below 1.
@@ -66,7 +66,7 @@ class BatchComposition(Picture):
         self.kinds = [kind for kind in KINDS if any(tokens[kind] for tokens in self.tokens)]
 
     def bars(self, most: int) -> list[Bar]:
-        """All steps in at most `most` bars, each of equally many steps but the last."""
+        """All steps in at most `most` bars; all but the last have the same number of steps."""
         every = -(-self.num_steps // most)
         groups = [range(first, min(first + every, self.num_steps)) for first in range(0, self.num_steps, every)]
         return [
@@ -156,7 +156,7 @@ class BatchComposition(Picture):
             )  # fmt: skip
 
     def _label_steps(self, axes, bars: list[Bar]) -> None:
-        """A number in the middle of every bar, or of every fifth, ...; grouped ones say where they begin."""
+        """Number every bar, or every fifth, ...; a bar of several steps gets the number of its first."""
         every = next(every for every in (1, 2, 5, 10, 20) if len(bars) <= 25 * every or every == 20)
         places = range(0, len(bars), every)
         axes.set_xticks([place + 0.5 for place in places], [f"{bars[place].first_step:,}" for place in places])
@@ -167,7 +167,7 @@ class BatchComposition(Picture):
 
 
 def tokens_by_kind(step: StepEvent) -> Counter[str]:
-    """How many tokens a step computes of each kind."""
+    """How many tokens of each kind a step computes."""
     tokens = Counter[str]()
     for part in step.scheduled:
         tokens[part.why] += part.num_tokens
@@ -179,7 +179,7 @@ def _range(bar: Bar) -> str:
 
 
 def _with_edge(letters: str, edge: int | None) -> str:
-    """The bar with a stroke where the budget ends."""
+    """The bar with a mark where the budget ends."""
     if edge is None:
         return letters
     return letters.ljust(edge)[:edge] + "|" + letters[edge:]
@@ -193,11 +193,11 @@ class Row(NamedTuple):
 
     label: str
     num_tokens: int  # real ones
-    why: str = "prefill"  # what they are computed for
+    why: str = "prefill"  # the reason they are computed
 
 
 class PaddingRectangle(Picture):
-    """A padded batch of one forward pass: a row per request, pads in front and hatched, what was useful counted.
+    """A padded batch of one forward pass: a row per request with hatched pads in front, and the share of useful tokens.
 
     `lengths` are the real tokens of each row; `padded_length` is the length of all rows, by default the longest.
     `labels` name the rows. `PaddingRectangle.of_step` takes a step of a trace. Raises PictureError if a row does not
@@ -217,15 +217,15 @@ class PaddingRectangle(Picture):
         room: tuple[int, int] | None = None,
         legend: Sequence[State] | None = None,
     ):
-        """`why` says for each row whether its tokens are "prefill" (the default), "decode" or "recompute".
+        """`why` says per row whether its tokens are "prefill" (default), "decode" or "recompute".
 
-        `room`: rows and tokens that the figure has space for, so that the steps of a run come out alike. `legend`: the
+        `room`: rows and tokens that the figure has space for, so that all steps of a run have one scale. `legend`: the
         states to explain, by default those that occur.
         """
         labels = [request_label(str(index)) for index in range(len(lengths))] if labels is None else list(labels)
         why = ["prefill"] * len(lengths) if why is None else list(why)
         if not lengths or len(labels) != len(lengths) or len(why) != len(lengths):
-            raise PictureError(f"{len(lengths)} rows, {len(labels)} labels and {len(why)} reasons; give one each a row")
+            raise PictureError(f"{len(lengths)} rows, {len(labels)} labels and {len(why)} reasons; give each per row")
         self.padded_length = max(lengths) if padded_length is None else padded_length
         if min(lengths) < 0 or max(lengths) > self.padded_length or self.padded_length < 1:
             raise PictureError(
@@ -262,11 +262,11 @@ class PaddingRectangle(Picture):
 
     @property
     def num_useful(self) -> int:
-        """Real tokens."""
+        """Real tokens computed."""
         return sum(row.num_tokens for row in self.rows)
 
     def summary(self) -> str:
-        """What was computed, what of it useful, what padding."""
+        """How many tokens were computed, how many were useful, and how many were padding."""
         padding = self.num_tokens - self.num_useful
         shape = f"{len(self.rows)} × {self.padded_length} = {plural(self.num_tokens, 'computed token')}"
         return f"{shape}: {self.num_useful:,} useful ({self.num_useful / self.num_tokens:.1%}), {padding:,} padding"
@@ -342,7 +342,7 @@ class PaddingRectangle(Picture):
 
 
 class PaddingSteps(StepStrip):
-    """The rectangles of a padded trace, formed anew as requests join and leave; some of them, or one per step.
+    """The rectangles of a padded trace, which change as requests join and leave; some of them, or one per step.
 
     Steps = forward passes. Raises PictureError if the trace has no steps, or one that is no rectangle.
     """

@@ -1,4 +1,4 @@
-"""The block-diagonal mask of ragged batching, step by step: who joins adds a block, who leaves takes it away."""
+"""The block-diagonal mask of ragged batching, step by step: each request has a block while it runs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,12 +22,12 @@ from minillm.viz.grids import BORDER
 from minillm.viz.palette import BLACK, GREY, KEPT, MAY_LOOK, MAY_NOT, NEW
 from minillm.viz.strip import StepStrip
 
-MAX_MARKED = 40  # tokens a side up to which each cell has its mark; and 100 up to which the text has a grid
+MAX_MARKED = 40  # tokens per side up to which each cell has its mark; the text has a grid up to 100
 MAX_WRITTEN = 100
 LOOKS = replace(MAY_LOOK, name="looks")
 CACHED = replace(KEPT, letter="o", name="key from the cache")
 COMPUTED = replace(NEW, letter="+", name="key of this pass")
-HEADER = 2.2  # cells above the mask: whose keys they are, and where they come from
+HEADER = 2.2  # cells above the mask: the request of each key, and whether the key is cached
 
 
 class Block(NamedTuple):
@@ -50,8 +50,8 @@ class Block(NamedTuple):
 class BlockMask(Picture):
     """A row per token computed in this step, a column per key: those computed now and those from the cache.
 
-    Above the columns stands whose keys they are, and which of them are cached. `room`: rows and columns that the figure
-    has space for. Raises PictureError if there is no block.
+    Above the columns are the requests whose keys they are, and marks for cached keys. `room`: rows and columns that the
+    figure has space for. Raises PictureError if there is no block.
     """
 
     _legend_inches = 0.3
@@ -74,7 +74,7 @@ class BlockMask(Picture):
         self.title = title
 
     def _large(self) -> bool:
-        """Too many tokens for a cell each."""
+        """Whether there are too many tokens to draw single cells."""
         return max(self.room) > MAX_MARKED
 
     def _starts(self) -> list[tuple[int, int]]:
@@ -92,7 +92,7 @@ class BlockMask(Picture):
         return torch.block_diag(*(rectangular(block.num_new, block.num_tokens) for block in self.blocks)).bool()
 
     def summary(self) -> str:
-        """The mask's size, and what of it is needed."""
+        """The mask's size, and how many of its entries are True."""
         needed, entries = sum(block.num_scores for block in self.blocks), self.num_new * self.num_tokens
         return f"{self.num_new} × {self.num_tokens} mask, {needed:,} of {entries:,} entries True"
 
@@ -121,7 +121,7 @@ class BlockMask(Picture):
         return f"{self.title + ': ' if self.title else ''}block-diagonal mask, tokens {blocks}; {self.summary()}"
 
     def _cell(self) -> float:
-        """Inches of a side of a cell."""
+        """Side of a cell, in inches."""
         return min(0.3, self.inches / self.room[1])
 
     def _size(self) -> tuple[float, float]:
@@ -144,7 +144,7 @@ class BlockMask(Picture):
         self._label_axes(axes)
 
     def _draw_block(self, axes, block: Block, top: int, left: int) -> None:
-        """The block's keys above, the staircase of what its rows look at, and a frame around it."""
+        """Draw the block's keys above, the staircase of keys that its rows look at, and a frame around it."""
         from matplotlib.patches import Polygon, Rectangle
 
         for first, count, state in ((0, block.num_cached, CACHED), (block.num_cached, block.num_new, COMPUTED)):
@@ -165,7 +165,7 @@ class BlockMask(Picture):
             axes.add_patch(Rectangle((left, top), block.num_tokens, block.num_new, fill=False, zorder=3, **frame))
 
     def _draw_cells(self, axes) -> None:
-        """Cell borders, and a dot where a token looks."""
+        """Draw cell borders, and a dot where a token looks."""
         lines = {"color": BORDER, "linewidth": 0.4, "zorder": 2}
         axes.hlines(range(1, self.num_new), 0, self.num_tokens, **lines).set_in_layout(False)
         axes.vlines(range(1, self.num_tokens), 0, self.num_new, **lines).set_in_layout(False)
@@ -180,7 +180,7 @@ class BlockMask(Picture):
             axes.scatter(*zip(*dots, strict=True), s=size, color=LOOKS.ink, linewidth=0, zorder=3)
 
     def _label_axes(self, axes) -> None:
-        """Each request's name beside its rows and above its keys, where there is room; how many entries, below."""
+        """Each request's name beside its rows and above its keys, if there is room; the number of entries below."""
         names = [literal(request_label(block.request_id)) for block in self.blocks]
         places = [
             (row + block.num_new / 2, name)
@@ -205,8 +205,8 @@ class BlockMask(Picture):
 class BlockMaskSteps(StepStrip):
     """The block-diagonal mask of each step of a trace; the steps in which a request joins or leaves, or one per step.
 
-    A block has the request's cached tokens and those it computes; padding has no place in it. `steps` chooses the
-    frames of the static picture. Steps = forward passes. Raises PictureError for a trace without steps.
+    A block has the request's cached tokens and those it computes, without padding. `steps` chooses the frames of the
+    static picture. Steps = forward passes. Raises PictureError for a trace without steps.
     """
 
     def __init__(self, trace: Trace, *, steps: Sequence[int] | None = None, title: str | None = None):
@@ -232,7 +232,7 @@ class BlockMaskSteps(StepStrip):
 
 
 def blocks_of(trace: Trace) -> list[list[Block]]:
-    """The blocks of every step, in order of admission. A request that is preempted loses its block until it returns."""
+    """The blocks of every step, in order of admission. A preempted request has none until it resumes."""
     found: list[list[Block]] = []
     cached: dict[str, int] = {}
     for step in trace.steps:
@@ -248,7 +248,7 @@ def blocks_of(trace: Trace) -> list[list[Block]]:
 
 
 def _new_tokens(step: StepEvent) -> dict[str, tuple[int, int]]:
-    """For each request that computes something: where its new tokens start, and how many they are."""
+    """For each request that computes something: the start and the number of its new tokens."""
     new: dict[str, tuple[int, int]] = {}
     for part in step.scheduled:
         if part.why != "padding":

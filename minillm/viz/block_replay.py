@@ -1,4 +1,4 @@
-"""The block tables and the pool of a paged run at every step, found again from its Trace alone."""
+"""The block tables and the pool of a paged run at every step, reconstructed from its Trace."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,19 @@ FATES = {
 
 @dataclass(frozen=True)
 class PoolState:
-    """Every block table, and what the blocks of the pool hold, at one moment.
+    """All block tables, and the contents of the pool's blocks, at one moment.
 
     Raises PictureError if a table names a block outside the pool, or is too short for its tokens.
     """
 
-    block_size: int  # slots of a block: tokens whose keys and values it can hold
+    block_size: int  # slots per block: tokens whose keys and values it can hold
     num_blocks: int  # of the whole pool, the null block included
-    tables: Mapping[str, Sequence[int]]  # request id -> physical block of each logical one
+    tables: Mapping[str, Sequence[int]]  # request id -> the physical block of each logical block
     num_tokens: Mapping[str, int]  # request id -> tokens that its blocks hold, those being written included
-    written: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # positions written now, the end excluded
-    cached: Sequence[int] = ()  # in no table, but kept for requests that begin alike; first the one to go first
+    written: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # written in this step, the end excluded
+    cached: Sequence[int] = ()  # in no table, kept for requests with the same prefix; next to evict first
     contents: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # cached block -> request and logical block
-    fates: Mapping[str, str] = field(default_factory=dict)  # of every request in order of arrival; "" with a table
+    fates: Mapping[str, str] = field(default_factory=dict)  # request -> status, by arrival; "" with a table
     ending: Sequence[str] = ()  # requests that end with this step
     copies: Sequence[tuple[int, int]] = ()  # blocks copied before the step: (from, to)
     num_null: int = 1  # blocks that stand for padding; the first of the pool
@@ -44,7 +44,7 @@ class PoolState:
             if strange:
                 raise PictureError(
                     f"the table of {request_id!r} names block {strange[0]}; "
-                    f"blocks to hand out are {self.num_null} to {self.num_blocks - 1}"
+                    f"blocks that can be allocated are {self.num_null} to {self.num_blocks - 1}"
                 )
             if self.num_tokens[request_id] > len(table) * self.block_size:
                 raise PictureError(
@@ -53,7 +53,7 @@ class PoolState:
                 )
 
     def owners(self, block: int) -> list[str]:
-        """The requests whose tables name a physical block; their number is its ref count."""
+        """The requests whose tables contain a physical block; their number is its ref count."""
         return [request_id for request_id, table in self.tables.items() if block in table]
 
     def used(self) -> set[int]:
@@ -71,7 +71,7 @@ class PoolState:
         return max((self._in_block(each, self.num_tokens[each], block) for each in self.owners(block)), default=0)
 
     def slots_written(self, block: int) -> tuple[int, int] | None:
-        """Which slots of a physical block this step writes, the end excluded; None if it writes none."""
+        """The slots of a physical block that this step writes, the end excluded; None if it writes none."""
         for request_id, (start, end) in self.written.items():
             if block in self.tables.get(request_id, ()):
                 slots = self._in_block(request_id, start, block), self._in_block(request_id, end, block)
@@ -85,7 +85,7 @@ class PoolState:
         return min(max(position - before, 0), self.block_size)
 
     def content(self, block: int) -> tuple[str, int] | None:
-        """The request and the logical block of it that a physical block holds; None if it holds nothing."""
+        """The request and its logical block that a physical block holds; None if it holds nothing."""
         owners = self.owners(block)
         if owners:
             return owners[0], list(self.tables[owners[0]]).index(block)
@@ -93,7 +93,7 @@ class PoolState:
 
     @property
     def use(self) -> BlockUse:
-        """How many blocks are used, cached, free and null."""
+        """The number of used, cached, free and null blocks."""
         used, cached = len(self.used()), len(self.cached)
         return BlockUse(used, cached, self.num_blocks - self.num_null - used - cached, null=self.num_null)
 
@@ -104,7 +104,7 @@ class PoolState:
 
     @property
     def num_saved(self) -> int:
-        """Blocks that more would be needed if nothing were shared."""
+        """How many more blocks would be needed without sharing."""
         return sum(map(len, self.tables.values())) - len(self.used())
 
 
@@ -115,11 +115,11 @@ def pool_states(
     tokens: Mapping[str, Sequence[str]] | None = None,
     num_blocks: int | None = None,
 ) -> list[PoolState]:
-    """The pool while each step runs, requests that end with it included, and at the end what the last step left.
+    """The pool during each step, requests that end with it included, and then the pool after the last step.
 
-    `tokens` (request id -> its tokens, prompt and output) tells blocks of the same content apart from others, of which
-    only the first is kept in the cache; without it, all are taken for different. `num_blocks` is read from the trace if
-    that has it. Raises PictureError for a trace without block tables, and for a `block_size` that does not fit them.
+    With `tokens` (request id -> its tokens, prompt and output), blocks of the same content are recognised, and only the
+    first is kept in the cache; without it, all contents count as different. `num_blocks` is read from the trace if it
+    has it. Raises PictureError for a trace without block tables, and for a `block_size` that does not fit them.
     """
     replay = Replay(trace, block_size, tokens=tokens, num_blocks=num_blocks)
     during = []
@@ -131,11 +131,11 @@ def pool_states(
 
 
 class Replay:
-    """Goes through a trace and keeps the block tables: `begin` a step, look, `end` it, and so on in their order.
+    """Goes through a trace and keeps the block tables: for each step in order `begin`, `state`, `end`.
 
-    What the trace does not say: a forked request shows its table from its first step on; an aborted one loses it with
-    the step after the one in which it is seen last, or with that one if its result was discarded. After a failed step,
-    which is not in the trace, a request keeps its old table until it is seen again.
+    Some things are not in the trace. A forked request shows its table from its first step on. An aborted one loses its
+    table one step after its last, or with its last if the result was discarded. After a failed step, which is not in
+    the trace, a request keeps its old table until its next step.
     """
 
     def __init__(
@@ -163,24 +163,24 @@ class Replay:
         self.written: dict[str, tuple[int, int]] = {}
         self.fates = {record.request_id: "waiting" for record in trace.requests}
         self._references = Counter[int]()
-        self._cached: dict[int, None] = {}  # first the one to go first
-        self._registered: dict[object, int] = {}  # content -> the block known for it
-        self._content: dict[int, tuple[object, tuple[str, int]]] = {}  # such a block -> content, request, logical block
-        self._swapped_in: set[str] = set()  # their blocks are not known by content until another one is full
+        self._cached: dict[int, None] = {}  # the next to evict first
+        self._registered: dict[object, int] = {}  # content -> the block registered for it
+        self._content: dict[int, tuple[object, tuple[str, int]]] = {}  # block -> content, request, logical block
+        self._swapped_in: set[str] = set()  # their blocks are not registered until another one is full
         self._lost, self._discarded = _never_seen_again(trace)
 
     def begin(self, index: int) -> None:
-        """Step `index` runs: preemptions, changes of tables, tokens written."""
+        """Begin step `index`: preemptions, changes of tables, tokens written."""
         step = self.trace.steps[index]
         self._lose(self._lost.get(index - 1, ()))
         for each in step.preempted:
             self._preempt(each)
         for part in step.scheduled:
-            if part.why != "padding" or self.fates[part.request_id] != "finished":  # else it had no table any more
+            if part.why != "padding" or self.fates[part.request_id] != "finished":  # otherwise it had no table
                 self._take_part(part)
 
     def end(self, index: int) -> None:
-        """Step `index` has run: full blocks are known by their content, requests that ended give theirs back."""
+        """End step `index`: register full blocks by their content, and free the blocks of requests that ended."""
         step = self.trace.steps[index]
         self._lose(self._discarded.get(index, ()))
         for request_id, (start, end) in self.written.items():
@@ -199,7 +199,7 @@ class Replay:
             del self._registered[self._content.pop(block)[0]]
 
     def state(self, step: StepEvent | None = None) -> PoolState:
-        """The pool as it stands; `step` is the one that runs."""
+        """The pool now; `step` is the running step."""
         return PoolState(
             self.block_size,
             self.num_blocks,
@@ -235,7 +235,7 @@ class Replay:
         fate, self.fates[request_id] = self.fates[request_id], ""
         if part.first_block > len(table):
             raise PictureError(
-                f"the trace changes the table of {request_id!r} from entry {part.first_block} on, it has {len(table)}"
+                f"the trace changes the table of {request_id!r} from entry {part.first_block}, but it has {len(table)}"
             )
         if fate.startswith("swapped"):
             self._swapped_in.add(request_id)
@@ -251,7 +251,7 @@ class Replay:
         self.written[request_id] = (self.written.get(request_id, (part.start, 0))[0], part.end)
 
     def _change(self, table: list[int], first: int, block_ids: Sequence[int], first_new: int) -> None:
-        """New entries from `first` on; what blocks held is lost from logical block `first_new` on."""
+        """Set the entries from `first` on; from logical block `first_new` on, old contents are lost."""
         self._references.update(block_ids)
         dropped, table[first:] = table[first:], block_ids
         self._let_go(dropped)
@@ -261,7 +261,7 @@ class Replay:
                 del self._registered[self._content.pop(block)[0]]
 
     def _register(self, request_id: str, index: int) -> None:
-        """A full block is known by its content from now on, unless another block is."""
+        """Register a full block by its content, unless another block is registered for it."""
         block = self.tables[request_id][index]
         end = (index + 1) * self.block_size
         tokens = self._tokens.get(request_id, ())
@@ -271,7 +271,7 @@ class Replay:
             self._content[block] = content, (request_id, index)
 
     def _release(self, request_id: str) -> None:
-        """The request's blocks go back, the last first."""
+        """Free the request's blocks, the last first."""
         self._let_go(self.tables.pop(request_id, [])[::-1])
         self.num_tokens.pop(request_id, None)
         self.written.pop(request_id, None)
@@ -290,9 +290,9 @@ def _check_block_size(block_size: int) -> None:
 
 
 def _never_seen_again(trace: Trace) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Aborted requests, who took part, did not end, and are not heard of again, by the step they were last seen in.
+    """Aborted requests, by the step they were last seen in: they took part, did not end, and do not appear again.
 
-    First those who were aborted after it; then those aborted while it was computed, whose part was discarded.
+    First those that were aborted after it; then those aborted while it was computed, whose part was discarded.
     """
     last = {}  # request id -> step, and whether its part was discarded
     for index, step in enumerate(trace.steps):

@@ -1,4 +1,4 @@
-"""Block tables and the pool they point into: who holds which physical block, what it holds, what is shared.
+"""Block tables and the pool: which request holds which physical block, what the block holds, what is shared.
 
 Everything is read from a Trace (`BlockTables.of_step`, `BlockTableSteps`), or given as a `PoolState`.
 """
@@ -27,35 +27,35 @@ from minillm.viz.block_replay import PoolState, pool_states
 from minillm.viz.palette import BLACK, CACHED, EMPTY, FREE, GREY, LIGHT_GREY, OWNER_COLORS, WHITE, State
 from minillm.viz.strip import StepStrip
 
-MOST_BLOCKS = 256  # of a pool that can be drawn block by block
+MOST_BLOCKS = 256  # the largest pool that is drawn block by block
 MOST_LISTED = 32  # blocks up to which each has a line of its own in the text, and its slots in the figure
 MOST_REQUESTS = 10  # tables drawn
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LABELS = (9, 8, 7, 6, 5, 4)  # letters of a token in the figure, as many as there is room for; a longer one is cut
-LETTER, BESIDE = 0.07, 0.09  # inches that a letter takes, and what is free beside a word
+LABELS = (9, 8, 7, 6, 5, 4)  # letters of a token in the figure, depending on the room; a longer one is cut
+LETTER, BESIDE = 0.07, 0.09  # inches: a letter, and the space beside a word
 MARGIN, LITTLE = 0.3, 0.12  # inches left and right of a drawing, together; and of a frame beside others
-WIDTH, LEAST = MAX_WIDTH - MARGIN, 5.6  # inches: the drawing at most, and so that its legend has room
-NARROW = MAX_WIDTH / 3 - LITTLE  # inches: a frame of which three stand side by side
-TOP = 0.3  # inches: what stands above tables and pool
-LINE, HEADING, BELOW = 0.32, 0.27, 0.09  # inches: a line of blocks, what stands above a table, what is free below it
-HEIGHT, MORE = 0.25, 0.22  # inches: a block; a line that says how many requests are left out
-BAND = 0.08  # inches: of a shared block's height, in the colours of all its owners
-ENTRY, ENTRY_WIDTH, ENTRY_LEFT = 0.2, 0.34, 0.42  # inches: an entry of a table, and what stands left of it
+WIDTH, LEAST = MAX_WIDTH - MARGIN, 5.6  # inches: the widest drawing, and the narrowest that has room for its legend
+NARROW = MAX_WIDTH / 3 - LITTLE  # inches: a frame, three side by side
+TOP = 0.3  # inches above tables and pool
+LINE, HEADING, BELOW = 0.32, 0.27, 0.09  # inches: a line of blocks, a table's heading, the space below it
+HEIGHT, MORE = 0.25, 0.22  # inches: a block; the line on requests left out
+BAND = 0.08  # inches: part of a shared block's height, in the colours of all its owners
+ENTRY, ENTRY_WIDTH, ENTRY_LEFT = 0.2, 0.34, 0.42  # inches: an entry of a table, and the space left of it
 TABLES, ARROWS = 1.55, 0.55  # inches: tables, and from there to the pool
 POOL_NUMBER = 0.3  # inches: room for "12" before a block of the pool
-SMALL, COLUMNS = 0.36, 20  # inches: a small block; and how many stand in a line
+SMALL, COLUMNS = 0.36, 20  # inches: a small block; blocks per line
 MOST_ROWS = 16  # of the pool beside the tables
 MOST_HEIGHT = 8.0  # inches of tables beside the pool; else blocks are drawn small
-FEW_FREE = 2  # free blocks in a row that have a line each; more have one together
+FEW_FREE = 2  # adjacent free blocks that have a line each; more share one
 
 
 class BlockTables(Picture):
-    """Every request's block table, with arrows into the physical pool, at one moment; `state` says what is where.
+    """Every request's block table, with arrows into the physical pool, at the moment given by `state`.
 
     A request has a letter and a colour; a block shared by several has a band in the colours of all and its ref count.
     Slots that the step writes are framed; empty slots of used blocks are hatched; a block that was copied has an arrow
-    to its copy. `tokens` (request id -> its tokens) is written into the slots where there is room. Several free blocks
-    in a row have one line. `BlockTables.of_step` takes a step of a trace. Raises PictureError for a pool of more than
+    to its copy. `tokens` (request id -> its tokens) are written into the slots if there is room. Several adjacent free
+    blocks have one line. `BlockTables.of_step` takes a step of a trace. Raises PictureError for a pool of more than
     256 blocks.
     """
 
@@ -71,8 +71,8 @@ class BlockTables(Picture):
         idle: Collection[int] | None = None,
         narrow: bool = False,
     ):
-        """`room`: requests that get a place, and blocks that the figure has space for in the table of each, so that
-        the steps of a run come out alike; `idle`: the blocks that are free in all of them; by default those of `state`.
+        """`room`: requests that get a place, and the blocks for which each of their tables has space, so that all steps
+        of a run have one scale. `idle`: the blocks that are free in all steps. By default both are those of `state`.
         `narrow`: as a frame beside others, with the tables as lists of numbers above the pool.
         """
         if state.num_blocks > MOST_BLOCKS:
@@ -111,7 +111,7 @@ class BlockTables(Picture):
         num_blocks: int | None = None,
         title: str | None = None,
     ) -> "BlockTables":
-        """While step `step` of a trace runs, by default the last one; `len(trace.steps)` is what that one leaves.
+        """The pool during step `step` of a trace, by default the last; `len(trace.steps)` is the state after the last.
 
         Raises PictureError for a step that is not in the trace, and as `pool_states` does.
         """
@@ -124,7 +124,7 @@ class BlockTables(Picture):
     # --- words ---
 
     def summary(self) -> str:
-        """Blocks by use, what sharing saves, and what is empty."""
+        """Blocks by use, blocks saved by sharing, and empty slots."""
         state, use = self.state, self.state.use
         parts = [f"{use.used} used", f"{use.cached} cached", f"{use.free} free", f"{use.null} null"]
         slots = use.used * state.block_size
@@ -137,12 +137,12 @@ class BlockTables(Picture):
         return "; ".join(lines)
 
     def copies(self) -> str:
-        """The blocks that were copied before the step wrote; empty if none were."""
+        """The blocks that were copied before the step; empty if none were."""
         pairs = [f"block {source} copied to {target}" for source, target in self.state.copies]
         return ", ".join(pairs)
 
     def _shown(self) -> list[str]:
-        """The requests that get a place; of very many, those with a table."""
+        """The requests that get a place; if they are too many, those with a table."""
         if len(self.room) <= MOST_REQUESTS:
             return list(self.room)
         return [request_id for request_id in self.room if request_id in self.state.tables][:MOST_REQUESTS]
@@ -151,7 +151,7 @@ class BlockTables(Picture):
         return f"{self.title + ': ' if self.title else ''}block tables and pool: {self.summary()}"
 
     def heading(self, request_id: str) -> str:
-        """A request's name unless it is its letter, and how it stands."""
+        """A request's name unless it is its letter, and its status."""
         name = "" if request_id == self.letters[request_id] else f"{request_label(request_id)}: "
         return name + self._standing(request_id)
 
@@ -168,7 +168,7 @@ class BlockTables(Picture):
         return ", ".join(parts)
 
     def _widths(self) -> list[int]:
-        """For each place in a block the letters of the longest token that may stand there; 0 without tokens."""
+        """Letters of the longest token in each slot of a block; 0 without tokens."""
         size = self.state.block_size
         widths = [0] * size
         for texts in self.tokens.values():
@@ -177,7 +177,7 @@ class BlockTables(Picture):
         return widths
 
     def _label(self, block: int, slot: int) -> str:
-        """The token in a slot; "" if nobody said which."""
+        """The token in a slot; "" if no tokens were given."""
         content = self.state.content(block)
         if content is None:
             return ""
@@ -186,7 +186,7 @@ class BlockTables(Picture):
         return tokens[position] if position < len(tokens) else ""
 
     def owner(self, block: int) -> str:
-        """The letters of a block's owners and its ref count, or what it is instead."""
+        """The letters of a block's owners and its ref count, or "cached", "free" or "null"."""
         state = self.state
         letters = [self.letters[request_id] for request_id in state.owners(block)]
         if len(letters) > 1:
@@ -199,7 +199,7 @@ class BlockTables(Picture):
         return self.owner(block).replace(" ", "")
 
     def _short_heading(self, request_id: str) -> str:
-        """What of the heading fits above a table: what is written now has a frame."""
+        """The part of the heading that fits above a table; slots written now have a frame instead."""
         words = self.heading(request_id).split(", ")
         return words[0] + (", ends" if request_id in self.state.ending else "")
 
@@ -223,7 +223,7 @@ class BlockTables(Picture):
         return "  ".join(f"{index}→{block} {self._text_slots(block)}" for index, block in enumerate(table))
 
     def _text_slots(self, block: int) -> str:
-        """The tokens of a block, or a sign a slot."""
+        """The tokens of a block, or one sign per slot."""
         filled = self.state.filled(block)
         labels = [self._label(block, slot) for slot in range(filled)]
         if all(labels):
@@ -244,13 +244,13 @@ class BlockTables(Picture):
         return [*lines, f"# held   + written now   {EMPTY.letter} empty"]
 
     def _signs(self, block: int) -> str:
-        """A sign a slot: # held, + written now, . empty."""
+        """One sign per slot: # held, + written now, . empty."""
         filled, written = self.state.filled(block), self.state.slots_written(block) or (0, 0)
         signs = "".join("+" if written[0] <= slot < written[1] else "#" for slot in range(filled))
         return signs + EMPTY.letter * (self.state.block_size - filled)
 
     def _text_map(self) -> list[str]:
-        """A sign a block: its owner's letter, the number of its owners if they are several."""
+        """One sign per block: its owner's letter, or the number of its owners if there are several."""
         signs = "".join(self._sign(block) for block in range(self.state.num_blocks))
         lines = [f"{first:5}  {signs[first : first + 50]}" for first in range(0, len(signs), 50)]
         return ["block", *lines, f"a letter: the owner   2–9: ref count   * cached   {FREE.letter} free   0 null"]
@@ -265,11 +265,11 @@ class BlockTables(Picture):
 
     def _size(self) -> tuple[float, float]:
         margin = LITTLE if self.narrow else MARGIN
-        notes = 3 if self.is_frame and not self.narrow else len(self._notes())  # as many in all steps of a run
+        notes = 3 if self.is_frame and not self.narrow else len(self._notes())  # the same number in all steps of a run
         return self._layout.width + margin, self._layout.height + 0.22 * notes + 0.1 + self._legend_inches
 
     def _notes(self) -> list[str]:
-        """What stands below the pool."""
+        """The notes below the pool."""
         if self.narrow:
             use = self.state.use
             copies = ", ".join(f"{source} → {target}" for source, target in self.state.copies)
@@ -312,13 +312,13 @@ class BlockTables(Picture):
         return [state for state, count in kinds if count]
 
     def _draw_name(self, axes, request_id: str, y: float) -> None:
-        """A request's letter in its colour, around the height `y`."""
+        """Write a request's letter in its colour at height `y`."""
         state = State(self.letters[request_id], request_id, self._color(request_id))
         add_box(axes, 0.02, y - 0.1, 0.2, 0.2, state, linewidth=0)
         self._write(axes, 0.12, y, state.letter, ha="center", fontweight="bold")
 
     def _draw_list(self, axes, request_id: str, top: float) -> float:
-        """A request's table as numbers in a line, from `top` on; returns where the next one begins."""
+        """Draw a request's table as numbers in a line at `top`; returns the top of the next one."""
         table = self.state.tables.get(request_id)
         self._draw_name(axes, request_id, top + 0.12)
         words = f"[{', '.join(map(str, table))}]" if table is not None else self._short_heading(request_id)
@@ -326,7 +326,7 @@ class BlockTables(Picture):
         return top + HEADING
 
     def _draw_table(self, axes, request_id: str, top: float) -> float:
-        """A request's heading and table, from `top` on; returns where the next one begins."""
+        """Draw a request's heading and table at `top`; returns the top of the next one."""
         layout = self._layout
         self._draw_name(axes, request_id, top + 0.12)
         for index, block in enumerate(self.state.tables.get(request_id, ())):
@@ -338,12 +338,12 @@ class BlockTables(Picture):
             else:
                 self._draw_entry(axes, request_id, index, block, top + HEADING + index * ENTRY)
         heading = (self.heading if layout.small else self._short_heading)(request_id)
-        behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.6}  # no arrow of a table above goes through it
+        behind = {"facecolor": WHITE, "edgecolor": "none", "pad": 0.6}  # hides arrows of the tables above
         self._write(axes, 0.3, top + 0.12, heading, zorder=5, bbox=behind)
         return top + HEADING + layout.table_height(self.room[request_id]) + BELOW
 
     def _draw_entry(self, axes, request_id: str, index: int, block: int, top: float) -> None:
-        """An entry of a table: the logical block, in a box the physical one, and an arrow to it."""
+        """Draw an entry of a table: the logical block, the physical block in a box, and an arrow to it."""
         from matplotlib.colors import to_rgb
         from matplotlib.patches import FancyArrowPatch
 
@@ -357,12 +357,12 @@ class BlockTables(Picture):
         x, y = self._layout.place(block)
         ends = (right + 0.03, middle), (x - POOL_NUMBER + 0.04, y + HEIGHT / 2)
         form = {"arrowstyle": "-|>", "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0, "linewidth": 0.8, "zorder": 2}
-        color = [0.65 * part for part in to_rgb(self._color(request_id))]  # darker, so that yellow reads on white
+        color = [0.65 * part for part in to_rgb(self._color(request_id))]  # darker, so that yellow is readable on white
         arrow = axes.add_patch(FancyArrowPatch(*ends, color=color, clip_on=False, **form))
         arrow.set(gid="points", in_layout=False)
 
     def _draw_copy(self, axes, source: int, target: int) -> None:
-        """An arrow from a block to its copy, right of both."""
+        """Draw an arrow from a block to its copy, right of both."""
         from matplotlib.patches import FancyArrowPatch
 
         right = self._layout.pool[0] + self._layout.block + 0.22
@@ -373,7 +373,7 @@ class BlockTables(Picture):
         axes.add_patch(arrow).set(gid="copy", in_layout=False)
 
     def _draw_pool_row(self, axes, row: range) -> None:
-        """A block with its number and its owners, or several free ones in a line."""
+        """Draw a block with its number and owners, or several free blocks in one line."""
         x, y = self._layout.place(row[0])
         if len(row) > 1:
             words = f"{_span(row)}: {len(row)} blocks {FREE.name}"
@@ -385,7 +385,7 @@ class BlockTables(Picture):
         self._write(axes, x + 0.06 + self._layout.block, y + HEIGHT / 2, self._short_owner(row[0]), **style)
 
     def _draw_pool_block(self, axes, block: int) -> None:
-        """A small block, with a sign for its owner."""
+        """Draw a small block with a sign for its owner."""
         x, y = self._layout.place(block)
         if block % COLUMNS == 0:
             self._write(axes, x - 0.06, y + HEIGHT / 2, str(block), ha="right")
@@ -397,7 +397,7 @@ class BlockTables(Picture):
         self._write(axes, x + self._layout.block / 2, y + HEIGHT / 2, sign, ha="center", bbox=behind, zorder=6)
 
     def _draw_block(self, axes, block: int, x: float, y: float) -> None:
-        """The slots of a block: in the colour of its owner, or a band of all of them; framed where written."""
+        """Draw a block's slots in its owner's colour, or with a band of all owners' colours; frame written ones."""
         state, edges, width = self.state, self._layout.edges, self._layout.block
         filled, owners = state.filled(block), state.owners(block)
         colors = [self._color(owner) for owner in owners[:3]] or [CACHED.color if filled else WHITE]
@@ -445,8 +445,8 @@ class BlockTables(Picture):
 class BlockTableSteps(StepStrip):
     """The block tables and the pool of a run; some of its steps, or one after the other in the stepper.
 
-    Steps = forward passes, and behind them what the last one left. `tokens` (request id -> its tokens) is written into
-    the slots. By default up to six steps are chosen, in which a block table changes. Raises PictureError as
+    Steps = forward passes, and then the state after the last one. `tokens` (request id -> its tokens) are written into
+    the slots. By default up to six steps in which a block table changes are chosen. Raises PictureError as
     `pool_states` and `BlockTables` do.
     """
 
@@ -462,7 +462,7 @@ class BlockTableSteps(StepStrip):
     ):
         self.states = pool_states(trace, block_size, tokens=tokens, num_blocks=num_blocks)
         most = {each: max(state.num_tokens.get(each, 0) for state in self.states) for each in tokens or {}}
-        self.tokens = {each: texts[: most[each]] for each, texts in (tokens or {}).items()}  # the last is never held
+        self.tokens = {each: texts[: most[each]] for each, texts in (tokens or {}).items()}  # never holds the last
         self.room = _room(self.states)
         super().__init__(trace, [(state.tables, state.fates) for state in self.states], steps, title)
 
@@ -480,7 +480,7 @@ class BlockTableSteps(StepStrip):
 
 
 def owner_letters(request_ids: Sequence[str]) -> dict[str, str]:
-    """A letter for each request: its id where all ids are letters, else A, B, C, ... in the order given."""
+    """A letter for each request: its id if all ids are letters, else A, B, C, ... in the order given."""
     ids = list(dict.fromkeys(request_ids))
     if all(each in LETTERS and len(each) == 1 for each in ids):
         return {each: each for each in ids}
@@ -488,7 +488,7 @@ def owner_letters(request_ids: Sequence[str]) -> dict[str, str]:
 
 
 def _room(states: Sequence[PoolState]) -> dict[str, int]:
-    """Every request, in order of arrival where that is known, and the most blocks its table has."""
+    """Every request, in order of arrival if that is known, and the largest number of blocks in its table."""
     room: dict[str, int] = {}
     for state in states:
         for request_id in [*state.fates, *state.tables]:
@@ -497,7 +497,7 @@ def _room(states: Sequence[PoolState]) -> dict[str, int]:
 
 
 def pool_rows(num_blocks: int, idle: Collection[int]) -> list[range]:
-    """The blocks of a pool one by one, and those of `idle` that are more than two in a row together."""
+    """The blocks of a pool one by one, but runs of more than two `idle` ones together."""
     rows: list[range] = []
     block = 0
     while block < num_blocks:
@@ -515,15 +515,15 @@ def _span(row: range) -> str:
     return f"{row[0]}–{row[-1]}" if len(row) > 1 else str(row[0])
 
 
-# --- where everything stands in the figure, in inches ---
+# --- the layout of the figure, in inches ---
 
 
 @dataclass(frozen=True)
 class _Layout:
     width: float
     height: float
-    edges: tuple[float, ...]  # where the slots of a block begin and end; block size + 1
-    letters: int  # of a token that is written into its slot, at most
+    edges: tuple[float, ...]  # of the slots of a block; block size + 1
+    letters: int  # the most of a token that are written into its slot
     small: bool  # blocks so small that their number or owner is written onto them
     pool: tuple[float, float]  # left and upper end of the pool
     pool_cell: float  # from one column of the pool to the next
@@ -535,12 +535,12 @@ class _Layout:
         return self.edges[-1]
 
     def place(self, block: int) -> tuple[float, float]:
-        """Left and upper end of a block of the pool: below each other, or like words if they are small."""
+        """Left and upper end of a block of the pool: one per line, or small ones in lines like text."""
         column, row = divmod(block, COLUMNS)[::-1] if self.small else self.lines[block]
         return self.pool[0] + column * self.pool_cell, self.pool[1] + row * LINE
 
     def table_height(self, num_blocks: int) -> float:
-        """Of a table without its heading."""
+        """Height of a table without its heading."""
         return LINE * -(-num_blocks // COLUMNS) if self.small else ENTRY * num_blocks
 
 
@@ -553,10 +553,10 @@ def _layout(
     more: bool,
     narrow: bool,
 ) -> _Layout:
-    """The widest slots with which tables and pool fit next to each other; small blocks, the pool below, if none do.
+    """The layout with the widest slots for which tables and pool fit side by side; else small blocks, the pool below.
 
-    `widths`: letters for which each slot has room, if possible; `owners`: letters behind a block. `more`: a line below
-    the tables says how many requests are left out. `narrow`: the tables are lines above the pool.
+    `widths`: letters for which each slot has room, if possible; `owners`: letters to the right of a block. `more`: a
+    line below the tables says how many requests are left out. `narrow`: the tables are lines above the pool.
     """
     below_tables = MORE if more else 0.0
     if state.num_blocks > MOST_LISTED:

@@ -24,8 +24,8 @@ from minillm.viz.palette import BLACK, GREY, HELD, SERIES_COLORS, SERIES_HATCHES
 
 KINDS = ("predicted", "measured")
 
-ABOVE = {"textcoords": "offset points", "size": SMALL_SIZE, "annotation_clip": False}  # of words above the axes
-MOST_TICK_LETTERS = 48  # that fit below the x axis
+ABOVE = {"textcoords": "offset points", "size": SMALL_SIZE, "annotation_clip": False}  # for words above the axes
+MOST_TICK_LETTERS = 48  # letters that fit below the x axis
 
 
 class Look(NamedTuple):
@@ -52,14 +52,14 @@ class Look(NamedTuple):
 
 
 class Curves(Picture):
-    """Several series over the same x: predicted ones dashed, measured ones with markers, each named at its end.
+    """Several series over the same x: predicted ones are dashed, measured ones have markers; names are at the ends.
 
-    `series` maps a name to as many values as `x` has; None or NaN leaves a gap. `kinds` says which series is
-    "predicted" or "measured"; one that is not in it is measured unless its name contains "predict". `ratio` = (a, b)
-    adds a column a / b to the text. `limits` (name -> y) are lines across, `marks` (a series' name, or any other -> x)
-    upright ones, `points` (name -> (x, y)) dots. `sides` = (x, left, right) divides the picture at x and names both
-    halves. `thick` is the series that the others add up to. Raises PictureError for unequal lengths, unknown names, or
-    a log axis with values ≤ 0.
+    `series` maps a name to as many values as `x` has; None or NaN leaves a gap. `kinds` maps a series to "predicted" or
+    "measured"; without an entry it is measured unless its name contains "predict". `ratio` = (a, b) adds a column a / b
+    to the text. `limits` (name -> y) are horizontal lines, `marks` (name -> x) vertical lines, `points` (name -> (x,
+    y)) dots; a mark may have a series' name. `sides` = (x, left, right) divides the picture at x and names both halves.
+    `thick` is the series that the others add up to. Raises PictureError for unequal lengths, unknown names, or a log
+    axis with values ≤ 0.
     """
 
     marks_say = ""  # before the name of a marked series
@@ -120,7 +120,7 @@ class Curves(Picture):
         return "\n".join([self.table(), *self._notes()])
 
     def table(self) -> str:
-        """The values in plain text, without what is marked."""
+        """The values in plain text, without the notes."""
         header = [self.x_label, *self.series]
         rows = [
             [number(value), *(number(values[i]) for values in self.series.values())] for i, value in enumerate(self.x)
@@ -132,7 +132,7 @@ class Curves(Picture):
         return f"{self.y_label}\n{text_table(header, rows)}"
 
     def _notes(self) -> list[str]:
-        """What is marked beside the series, in words."""
+        """Limits, marks, points and sides in words."""
         notes = [f"{name}: {self.y_label} {number(y)}" for name, y in self.limits.items()]
         notes += [f"{name}: at {self.x_label} {number(x)}" for name, x in self.marks.items()]
         notes += [f"{name}: at {number(x)}, {number(y)}" for name, (x, y) in self.points.items()]
@@ -187,7 +187,7 @@ class Curves(Picture):
             self._draw_sides(axes, *self.sides)
 
     def _draw_ticks(self, axes) -> None:
-        """Plain numbers; on a logarithmic x, the values that were measured, as many as have room for their labels."""
+        """Plain numbers; on a logarithmic x axis the measured values, as many as have room for their labels."""
         from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
         for axis, is_log in ((axes.xaxis, self.log_x), (axes.yaxis, self.log_y)):
@@ -195,7 +195,7 @@ class Curves(Picture):
             if is_log:
                 axis.set_minor_formatter(NullFormatter())
         heights = [y for values in self.series.values() for y in values if not math.isnan(y)]
-        if self.log_y and heights and max(heights) < 100 * min(heights):  # powers of ten alone would be one number
+        if self.log_y and heights and max(heights) < 100 * min(heights):  # powers of ten give one tick
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         if self.log_x and len(self.x) <= 12:
             every = 1 + sum(len(_tick_label(x)) + 1 for x in self.x) // MOST_TICK_LETTERS
@@ -203,8 +203,8 @@ class Curves(Picture):
             axes.xaxis.set_minor_locator(NullLocator())
 
     def _label_ends(self, axes, ends: list[tuple[float, float, str, str]]) -> None:
-        """Each series' name to the right of the axes, at the height of its end; those that would touch are moved."""
-        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # from here on the scales stand still
+        """Write each series' name right of the axes, at the height of its end; names that would touch are moved."""
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # from here on the scales are fixed
         to_fraction = axes.transData + axes.transAxes.inverted()
         line = 0.06  # height of a line of small type as a share of the axes
         lowest = -math.inf
@@ -221,7 +221,7 @@ class Curves(Picture):
             )  # fmt: skip
 
     def _draw_marks(self, axes) -> None:
-        """Upright lines, and above the axes the names of the series they belong to, a line each."""
+        """Draw vertical lines, and above the axes the names of their series, one per line."""
         places = sorted(set(self.marks.values()))
         for index, place in enumerate(places):
             names = [name for name, x in self.marks.items() if x == place]
@@ -234,7 +234,7 @@ class Curves(Picture):
             )  # fmt: skip
 
     def _draw_points(self, axes) -> None:
-        """Dots, and their names to the upper left, or to the right of one at the left end."""
+        """Draw dots, and their names to the upper left, or to the right of a dot at the left end."""
         for name, place in self.points.items():
             axes.plot(*place, "o", color=BLACK, markersize=6, zorder=4)
             side = "left" if place[0] <= self.x[0] else "right"
@@ -244,7 +244,7 @@ class Curves(Picture):
             )  # fmt: skip
 
     def _draw_sides(self, axes, x: float, left: str, right: str) -> None:
-        """A line between two halves, their names above it on either side."""
+        """Draw a line between two halves, and their names above it on either side."""
         axes.axvline(x, color=GREY, linewidth=1.2, linestyle=":")
         for side, words in (("right", f"← {left}  "), ("left", f"  {right} →")):
             axes.annotate(
@@ -255,7 +255,7 @@ class Curves(Picture):
 class CacheGrowth(Picture):
     """Tokens in the key-value cache, and their bytes, after each step of a trace. Steps = forward passes.
 
-    `bytes_per_token` = 2 · layers · KV heads · head size · bytes a number. Raises PictureError if it is < 1 or the
+    `bytes_per_token` = 2 · layers · KV heads · head size · bytes per number. Raises PictureError if it is < 1 or the
     trace has no steps.
     """
 
@@ -279,7 +279,7 @@ class CacheGrowth(Picture):
         return noted(text_table(["step", "cached tokens", "bytes", "decimal", "binary"], rows), self.dropped)
 
     def _listed(self) -> list[int]:
-        """All steps of a short run; of a long one about twenty, the last always."""
+        """All steps of a short run; of a long one about twenty, always including the last."""
         every = -(-self.num_steps // 20)
         return sorted({*range(0, self.num_steps, every), self.num_steps - 1})
 
@@ -321,12 +321,12 @@ class CacheGrowth(Picture):
 
 
 class Bars(Picture):
-    """Horizontal bars of counts, in one part each or stacked from several, against limits.
+    """Horizontal bars of counts, plain or stacked, against limits.
 
     `values`: name -> a number, or name -> {part -> number}. `limits`: name -> number, drawn as lines across; the text
-    then says which bars fit. `form` writes a number (e.g. `decimal_bytes`). Parts named in `waste` are grey and
-    hatched. The axis ends at `x_end`, where given: the whole of a share, or what panels side by side have in common.
-    `width` is in inches, without the bars' names. Raises PictureError if there is no value, one below 0, or one beyond
+    then says which bars fit. `form` formats a number (e.g. `decimal_bytes`). Parts named in `waste` are grey and
+    hatched. `x_end` is the end of the axis, for a share its whole, or a common end of panels side by side. `width` is
+    in inches, without the bars' names. Raises PictureError if there is no value, one below 0, or one beyond
     `x_end`.
     """
 
@@ -363,7 +363,7 @@ class Bars(Picture):
         return 20 if self.limits else 8
 
     def total(self, name: str) -> float:
-        """All parts of one bar together."""
+        """The sum of all parts of one bar."""
         return sum(self.values[name].values())
 
     def text(self) -> str:
@@ -415,7 +415,7 @@ class Bars(Picture):
             )  # fmt: skip
 
     def _look(self, part: str) -> dict:
-        """The colour and hatch of a part: a series', or of waste."""
+        """The colour and hatch of a part: those of a series, or of waste."""
         if part in self.waste:
             hatch = _of(WASTE_HATCHES, self.waste.index(part))
             return {"facecolor": WHITE, "edgecolor": GREY, "hatch": hatch, "linewidth": 0.6}
@@ -443,10 +443,10 @@ def _decimal_unit(most: float) -> tuple[str, int]:
 
 
 def _whole(label: str) -> str:
-    """The label of a tick without decimals that say nothing: "50.00 GB" -> "50 GB"."""
+    """The label of a tick without zero decimals: "50.00 GB" -> "50 GB"."""
     return re.sub(r"\.0+(?!\d)", "", label)
 
 
 def _tick_label(value: float) -> str:
-    """Whole numbers in full, others as short as they can be."""
+    """Whole numbers in full, others in their shortest form."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,g}"

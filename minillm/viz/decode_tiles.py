@@ -1,7 +1,7 @@
-"""Tiles and splits of paged decode: which program of the Triton kernel looks at which keys, in which blocks.
+"""Tiles and splits of paged decode: which program of the Triton kernel reads which keys, in which blocks.
 
 The schedule follows `_decode_kernel` of kernels/triton_kernels.py, written again in plain Python so that the
-picture needs no Triton; a test has the kernel say which keys each of its programs reads.
+picture needs no Triton. A test compares the keys that each program of the kernel reads.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,19 @@ TILE_KEYS = 64  # of the kernel
 
 SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of the splits
 MOST_SPLITS = len(SIGNS)
-MOST_TILES = 128  # of keys in a row
+MOST_TILES = 128  # of keys, in one row
 MOST_ROWS = 16  # requests or programs drawn
 MOST_SIGNS = 96  # in a line of text
-ROW, HEIGHT, TABLE = 0.62, 0.26, 0.2  # inches: from request to request, a tile's height, its blocks below it
+ROW, HEIGHT, TABLE = 0.62, 0.26, 0.2  # inches: from request to request, a tile's height, the blocks below it
 NAME, NOTE = 0.62, 1.75  # inches: room left and right of the keys
 WIDE = 0.13  # inches a box needs for its letter
 NUMBER = 0.085  # inches that a digit takes
 
 
 def decode_tiles(length: int, num_splits: int, tile_keys: int = TILE_KEYS, window: int | None = None) -> list[range]:
-    """For each split of a request with `length` keys, the tiles of keys it looks at; tile t begins at t * tile_keys.
+    """For each split of a request with `length` keys, the tiles of keys it reads; tile t begins at t * tile_keys.
 
-    Tiles that hold a key to be seen are shared out evenly; the last splits may get none.
+    Tiles with a visible key are divided evenly among the splits; the last splits may get none.
     """
     first = max(0, length - window) // tile_keys if window else 0
     end = -(-length // tile_keys)
@@ -47,11 +47,11 @@ def decode_tiles(length: int, num_splits: int, tile_keys: int = TILE_KEYS, windo
 
 
 class DecodeTiles(Picture):
-    """The programs of the split-KV decode kernel: one for each request, KV head and split, over the keys they read.
+    """The programs of the split-KV decode kernel, one per request, KV head and split, over the keys they read.
 
-    `lengths`: keys of each request, 0 for a padding row. `tables`: each request's block table; its physical blocks
-    are then named below the tiles. `window`: only so many of the last keys are seen. Raises PictureError for lengths
-    below 0, more than 16 requests or 128 tiles, or a table too short for its request.
+    `lengths`: keys of each request, 0 for a padding row. `tables`: each request's block table; the numbers of its
+    physical blocks are then written below the tiles. Only the last `window` keys are seen. Raises PictureError for
+    lengths below 0, more than 16 requests or 128 tiles, or a table too short for its request.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class DecodeTiles(Picture):
         needed = [-(-length // self.block_size) for length in self.lengths]
         short = tables is not None and any(len(table) < count for table, count in zip(tables, needed, strict=False))
         if short or (tables is not None and len(tables) != len(needed)):
-            raise PictureError(f"give one table a request; they need {needed} blocks of {self.block_size}")
+            raise PictureError(f"give one table per request; they need {needed} blocks of {self.block_size}")
 
     # --- words ---
 
     def keys(self, request: int, tile: int) -> range:
-        """The keys of a tile that are loaded: those in front of the window or behind the end are not."""
+        """The keys of a tile that are loaded: those within the window, and before the end."""
         length, first = self.lengths[request], tile * self.tile_keys
         start = max(0, length - self.window) if self.window else 0
         return range(max(first, start), min(first + self.tile_keys, length))
@@ -110,7 +110,7 @@ class DecodeTiles(Picture):
         return [self.tables[request][entry] for entry in entries] if self.tables else list(entries)
 
     def summary(self) -> str:
-        """The grid, and how long its longest program is."""
+        """The grid, and the length of its longest program."""
         shares = [len(tiles) for splits in self.splits for tiles in splits]
         total, idle = len(shares) * self.num_kv_heads, shares.count(0) * self.num_kv_heads
         grid = f"{plural(len(self.lengths), 'request')} × {plural(self.num_kv_heads, 'KV head')} × "
@@ -155,7 +155,7 @@ class DecodeTiles(Picture):
         return "\n".join([*self._chart(), self.summary(), "", table] if rows else [*self._chart(), self.summary()])
 
     def _chart(self) -> list[str]:
-        """A line per request: the sign of the split that reads there, several signs a tile if there is room."""
+        """A line per request: the sign of the split that reads there, several signs per tile if there is room."""
         per_tile = 4 if 5 * self.num_tiles <= MOST_SIGNS and self.tile_keys % 4 == 0 else 1
         step = self.tile_keys // per_tile
         width = len(f"req {len(self.lengths) - 1}")
@@ -186,11 +186,11 @@ class DecodeTiles(Picture):
         return ROW if self._named() else ROW - TABLE
 
     def _scale(self) -> float:
-        """Inches a key."""
+        """Inches per key."""
         return (MAX_WIDTH - NAME - NOTE - 0.3) / (self.num_tiles * self.tile_keys)
 
     def _named(self) -> bool:
-        """Whether blocks are wide enough for the numbers of their physical blocks."""
+        """Whether blocks are wide enough for their physical numbers."""
         digits = max((len(str(block)) for table in self.tables or () for block in table), default=9)
         return self.block_size * self._scale() > NUMBER * digits + 0.04
 
@@ -259,5 +259,5 @@ class DecodeTiles(Picture):
 
 
 def span(numbers: range) -> str:
-    """Numbers in words: "64–127"; one number for itself."""
+    """A range in words: "64–127"; for a single number, the number."""
     return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

@@ -1,4 +1,4 @@
-"""Two diagrams that readers return to: the engine, part by part, and a decoder layer with its shapes and weights."""
+"""Two diagrams: the engine, part by part, and a decoder layer with its shapes and weights."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -33,13 +33,13 @@ class _Diagram(Picture):
 
 
 class Part(NamedTuple):
-    """A box of the engine: the chapter that builds it, what it does, and where it stands.
+    """A box of the engine: the chapter that builds it, what it does, and its place in the drawing.
 
     `place` is (x, y, width, height) in inches. `inside` is the part that it belongs to.
     """
 
     chapter: str
-    what: str  # a line end counts in the figure alone
+    what: str  # line ends apply only in the figure
     place: tuple[float, float, float, float]
     inside: str = ""
 
@@ -74,15 +74,15 @@ ARROWS: tuple[tuple[Point, ...], ...] = (
     ((6.1, 3.38), (6.1, 2.88)),
 )
 NOTES = {"writes": (5.65, 3.13, "right"), "reads": (6.2, 3.13, "left")}
-EXAMPLE = {"A": 6, "B": 4, "C": 5}  # requests, and how many tokens they have
+EXAMPLE = {"A": 6, "B": 4, "C": 5}  # request -> its number of tokens
 SQUARE = 0.2  # inches, of a token
 
 
 class EngineDiagram(_Diagram):
-    """The whole engine: a request's way to its tokens, each box with the number of the chapter that builds it.
+    """The whole engine: the path from a request to its tokens; each box has the number of the chapter that builds it.
 
-    `today` names the part that is lit, with what is inside it; the others fade. None shows all alike. Raises
-    PictureError for a part that there is not.
+    `today` names the part that is highlighted, with the parts inside it; the others fade. None shows all alike. Raises
+    PictureError for an unknown part.
     """
 
     _height = 4.9
@@ -93,7 +93,7 @@ class EngineDiagram(_Diagram):
         self.today, self.title = today, title
 
     def is_lit(self, name: str) -> bool:
-        """Whether today is about this part, or about the one that it is inside."""
+        """Whether `today` is this part, or the part that it is inside."""
         return self.today in (name, PARTS[name].inside)
 
     def text(self) -> str:
@@ -140,7 +140,7 @@ class EngineDiagram(_Diagram):
                 self._draw_tokens(axes, x + 0.14, y + 1.06 + row * 0.25, request, count, faded)
 
     def _draw_tokens(self, axes, x: float, y: float, request: str, count: int, faded: bool) -> None:
-        """So many squares of a request, its letter in the first."""
+        """Draw `number` squares of a request, with its letter in the first."""
         color = WHITE if faded else OWNER_COLORS[list(EXAMPLE).index(request)]
         for place in range(count):
             _draw_box(axes, (x + place * SQUARE, y, SQUARE, SQUARE), color, edge=GREY, line=0.6, corner=0)
@@ -155,7 +155,7 @@ def _in_a_line(words: str) -> str:
 
 
 class Stage(NamedTuple):
-    """What happens to the tokens of a pass: the shape that comes out, and the weights that it takes."""
+    """What happens to the tokens of a pass: the shape of the result, and the weights it uses."""
 
     names: tuple[str, ...]  # of boxes side by side
     what: str
@@ -165,7 +165,7 @@ class Stage(NamedTuple):
 
     @property
     def is_sum(self) -> bool:
-        """Whether it adds what went around: a sign instead of a box."""
+        """Whether it adds the residual: a sign instead of a box."""
         return self.names == ("+",)
 
     @property
@@ -218,16 +218,16 @@ def stages(config: ModelConfig) -> dict[str, list[Stage]]:
 def _product(
     names: tuple[str, ...], what: str, shape: str, outputs: str, num_inputs: int, num_outputs: int, num_biases: int
 ) -> Stage:
-    """A matrix for each name, of `num_outputs` columns together, which `outputs` spells out."""
+    """One matrix per name, with `num_outputs` columns together; `outputs` writes that number as a formula."""
     product = f"{num_inputs:,} × {outputs}" + (f" + {num_biases:,}" if num_biases else "")
     return Stage(names, what, shape, num_inputs * num_outputs + num_biases, product)
 
 
 ROW = 0.36  # inches, of a stage
-SPINE, BOX_LEFT, BOX_WIDTH = 1.4, 0.62, 1.56  # inches: the way of the tokens, and the boxes on it
-WHAT, SHAPE, COUNT = 2.36, 4.3, 8.8  # inches: where columns of words begin; the last one ends there
-AROUND = 0.44  # inches: where the residual goes around
-MOST_SIGNS = 36  # of a product
+SPINE, BOX_LEFT, BOX_WIDTH = 1.4, 0.62, 1.56  # inches: the line of the tokens, and the boxes on it
+WHAT, SHAPE, COUNT = 2.36, 4.3, 8.8  # inches: where columns of words begin; where the last one ends
+AROUND = 0.44  # inches: the line of the residual
+MOST_SIGNS = 36  # characters of a product
 
 
 class LayerDiagram(_Diagram):
@@ -247,12 +247,12 @@ class LayerDiagram(_Diagram):
 
     @property
     def layer_weights(self) -> int:
-        """In one layer."""
+        """Weights of one layer."""
         return sum(stage.weights for stage in self.stages["layer"])
 
     @property
     def num_weights(self) -> int:
-        """In the whole model."""
+        """Weights of the whole model."""
         outside = sum(stage.weights for part in ("before", "after") for stage in self.stages[part])
         return self.config.num_hidden_layers * self.layer_weights + outside
 
@@ -299,7 +299,7 @@ class LayerDiagram(_Diagram):
             _write(axes, COUNT, y + (0.9 * line - 0.2) * ROW, count, ha="right", weight="bold")
 
     def _draw_frame(self, axes, ways: Sequence[float]) -> None:
-        """Around the layer, with the two ways around its halves."""
+        """Draw a frame around the layer, with the residual around each half."""
         top, bottom = ways[0] - 0.92 * ROW, ways[-1] + 0.62 * ROW
         _draw_box(axes, (0.1, top, WIDTH - 0.2, bottom - top), WHITE, edge=GREY, line=1.0)
         begin = ways[0]
@@ -327,7 +327,7 @@ class LayerDiagram(_Diagram):
 
 
 def _counted(stage: Stage) -> str:
-    """ "128 × 256 = 32,768"; a number stands alone without a product, or with one that is too long."""
+    """ "128 × 256 = 32,768"; only the number if there is no product, or one that is too long."""
     count = f"{stage.weights:,}"
     if not stage.weights or stage.product == count:
         return stage.product
@@ -336,7 +336,7 @@ def _counted(stage: Stage) -> str:
 
 
 def _places(names: Sequence[str]) -> Iterator[tuple[float, float, str]]:
-    """Left end and width of the box of each name, all together as wide as one box."""
+    """Left end and width of the box of each name; together they are as wide as one box."""
     gap = 0.06
     width = (BOX_WIDTH - gap * (len(names) - 1)) / len(names)
     for place, name in enumerate(names):
@@ -358,7 +358,7 @@ def _draw_box(axes, place: tuple[float, float, float, float], fill: str, *, edge
 
 
 def _draw_arrow(axes, points: Sequence[Point]) -> None:
-    """A line through the points, with its head at the last."""
+    """Draw a line through the points, with an arrow's head at the last."""
     axes.plot(*zip(*points[:-1], strict=True), color=GREY, linewidth=1.2, solid_capstyle="butt", zorder=1)
     style = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", points[-1], points[-2], arrowprops=style, zorder=1).set_in_layout(False)

@@ -14,14 +14,14 @@ NUM_OUTPUT_TOKENS = 12
 
 
 def causal_mask() -> Picture:
-    """Who may look at whom among the seven tokens of the course's running example."""
+    """Which token may look at which, among the seven tokens of the course's running example."""
     from minillm.attention import causal
 
     return MaskGrid(causal(len(TOKENS)), TOKENS, title="A token sees itself and what came before")
 
 
 def batching() -> Picture:
-    """The course's 64 requests under static and continuous batching: the same model, cache and places, for real."""
+    """A run of the course's 64 requests under static and continuous batching, with the same model, cache and places."""
     from minillm import load_model
     from minillm.engine import SchedulerConfig
     from minillm.ladder import ContiguousExecutor
@@ -43,19 +43,19 @@ def batching() -> Picture:
 
 
 def timeline() -> Picture:
-    """The storyteller goes on from the running example; drawn in steps, so that no clock is in the picture."""
+    """The storyteller continues the running example; drawn in steps, so that the picture does not depend on times."""
     from minillm import SamplingParams, encode, generate_cached, load_model, token_texts
 
     model, tokenizer = load_model("storyteller")
     params = SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
     result = generate_cached(model, encode(tokenizer, RUNNING_EXAMPLE), params, tokenizer=tokenizer)
     tokens = {result.trace.requests[0].request_id: token_texts(tokenizer, result.token_ids, result.prompt_token_ids)}
-    title = f"The prompt's {len(result.prompt_token_ids)} tokens in one pass, then one token a pass"
+    title = f"The prompt's {len(result.prompt_token_ids)} tokens in one pass, then one token per pass"
     return Timeline(result.trace, unit="steps", sampled_tokens=tokens, title=title)
 
 
 def block_tables() -> Picture:
-    """The running example and another request in blocks of 4 tokens, in the middle of being written."""
+    """The running example and another request in blocks of 4 tokens, while their tokens are written."""
     from minillm.viz.block_replay import PoolState
     from minillm.viz.blocks import BlockTables
 
@@ -66,7 +66,7 @@ def block_tables() -> Picture:
 
 
 def memory_access() -> Picture:
-    """One load of keys by a warp in versions 1 and 2 of the CUDA kernel, as its emulation on the CPU records it."""
+    """One load of keys by a warp in versions 1 and 2 of the CUDA kernel, recorded by its emulation on the CPU."""
     import torch
 
     from minillm.kernels import emulator

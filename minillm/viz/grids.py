@@ -1,4 +1,4 @@
-"""Grids of tokens by tokens: who may look at whom, and how much weight each look gets."""
+"""Grids of tokens by tokens: which token may look at which, and with how much weight."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +30,7 @@ from minillm.viz.palette import (
     ink_on,
 )
 
-MAX_MARKED = 40  # cells a side up to which each cell gets its own mark and border
+MAX_MARKED = 40  # cells per side up to which each cell gets its own mark and border
 BORDER = "#BBBBBB"
 LETTER_WIDTH = 0.085  # inches, of the small type
 MAX_TEXT_WIDTH = 100  # columns of plain text up to which the key labels stand above their cells
@@ -40,7 +40,7 @@ class TokenGrid(Picture):
     """A grid [T_query, T_key]: row = the token that looks, column = the token it looks at. Steps = rows."""
 
     legend = ""
-    across, down = "looks at →", "looking\ntoken ↓"  # what the columns and the rows are
+    across, down = "looks at →", "looking\ntoken ↓"  # names of the columns and the rows
 
     def __init__(self, values, query_labels, key_labels, title, highlight_row):
         self.values = as_rows(values)
@@ -74,7 +74,7 @@ class TokenGrid(Picture):
         lines = []
         if sum(widths) + 2 * len(widths) + label_width <= MAX_TEXT_WIDTH:
             lines.append(pad(self.across, label_width, right=True) + "  " + _joined(heads, widths))
-        else:  # too wide: cells close together, and the labels are those of the rows
+        else:  # too wide: cells close together, with labels only for the rows
             widths = [text_width(cells[0][0])] * self.num_keys
             if self.key_labels and self.key_labels != self.query_labels:
                 lines.append(f"{self.across} " + " ".join(self.key_labels))
@@ -109,7 +109,7 @@ class TokenGrid(Picture):
         raise NotImplementedError
 
     def _mark_cells(self, axes, highlight: int | None) -> None:
-        """What says the same as the colour does."""
+        """Mark the cells with signs that mean the same as the colours."""
         raise NotImplementedError
 
     def _draw(self, axes, step: int | None = None) -> None:
@@ -119,7 +119,7 @@ class TokenGrid(Picture):
         small = max(self.num_queries, self.num_keys) <= MAX_MARKED
         edges = {"edgecolors": BORDER, "linewidth": 0.6} if small else {"rasterized": True}
         axes.pcolormesh(self._colors(highlight), **edges)
-        width = max(self.num_keys, (self._size()[0] - self._left()) / self._cell_size())  # no cell larger than said
+        width = max(self.num_keys, (self._size()[0] - self._left()) / self._cell_size())  # limits the size of a cell
         axes.set(xlim=(0, width), ylim=(self.num_queries, 0), aspect="equal", anchor="NW")
         if small:
             self._mark_cells(axes, highlight)
@@ -150,12 +150,12 @@ class TokenGrid(Picture):
 class MaskGrid(TokenGrid):
     """A bool mask [T_query, T_key]: green with a dot = may look, white = may not.
 
-    `mask` is a tensor, an array or nested lists. Labels are tokens as the tokenizer cuts them (" upon"); where only one
-    axis is labelled, the other takes its labels from it: a square mask all of them, fewer rows than columns the last.
+    `mask` is a tensor, an array or nested lists. Labels are tokens as the tokenizer cuts them (" upon"). If only one
+    axis has labels, the other takes them from it: all for a square mask, the last ones if there are fewer rows.
     `highlight_row` and `highlight_column` frame one of each. `requests` (name -> tokens, in the order of the row)
     frames the block of each and tints its tokens. `cell` is the side of a cell in inches. Steps = rows. Raises
-    PictureError if there are not as many labels as rows or columns, for a row or column that is not there, if the mask
-    is empty or ragged, or the requests do not have its tokens.
+    PictureError if the labels are not as many as rows or columns, for a row or column out of range, if the mask is
+    empty or ragged, or if the requests' tokens are not as many as the mask's.
     """
 
     legend = f"{MAY_LOOK.letter} {MAY_LOOK.name}   {MAY_NOT.letter} {MAY_NOT.name}"
@@ -204,7 +204,7 @@ class MaskGrid(TokenGrid):
         return f"{super().text()}\nrows and columns of {', '.join(blocks)}"
 
     def _draw_requests(self, axes) -> None:
-        """A frame around each request's block, its name in the empty corner, and its tokens on its tint."""
+        """Draw a frame around each request's block, its name in the empty corner, and its tokens on its tint."""
         from matplotlib.patches import Rectangle
 
         start = 0
@@ -253,7 +253,7 @@ class MaskGrid(TokenGrid):
 
 
 class CutMask(MaskGrid):
-    """A square mask cut into two chunks above row `cut`, and the corner that the first chunk does not need in grey.
+    """A square mask cut into two chunks above row `cut`, with the corner that the first chunk does not need in grey.
 
     Arguments, steps and errors are otherwise those of `MaskGrid`; a cut that is not between two rows is refused.
     """
@@ -266,7 +266,7 @@ class CutMask(MaskGrid):
             raise PictureError(f"cut is {cut}; it must lie between two of the {self.num_queries} rows of a square mask")
         self.cut = cut
         for row in self.values[:cut]:
-            row[cut:] = [None] * (self.num_keys - cut)  # neither may look nor may not
+            row[cut:] = [None] * (self.num_keys - cut)  # not part of either chunk's mask
 
     def _cell_text(self, value) -> str:
         return DROPPED.letter if value is None else super()._cell_text(value)
@@ -292,9 +292,9 @@ class CutMask(MaskGrid):
 
 
 class InfluenceGrid(MaskGrid):
-    """What was measured, not what is allowed: bool [T_row, T_token], whether a row changes if a token is replaced.
+    """Measured influence: bool [T_row, T_token], True if the row changes when the token is replaced.
 
-    Through several layers influence reaches further than a mask lets a token look. Arguments, steps and errors are
+    Through several layers influence reaches further than the mask of one layer. Arguments, steps and errors are
     those of `MaskGrid`.
     """
 
@@ -315,9 +315,9 @@ class InfluenceGrid(MaskGrid):
 
 
 class AttentionWeights(TokenGrid):
-    """Attention weights [T_query, T_key], floats from 0 to 1: the greener, the heavier; numbers up to 8 tokens.
+    """Attention weights [T_query, T_key], floats from 0 to 1: greener is heavier; with numbers for up to 8 tokens.
 
-    Labels as in `MaskGrid`. Raises PictureError also for a weight outside 0..1 (a softmax gives none).
+    Labels as in `MaskGrid`. Raises PictureError also for a weight outside 0..1, which no softmax gives.
     """
 
     legend = "each row sums to 1"
@@ -356,7 +356,7 @@ class AttentionWeights(TokenGrid):
         return max(self.num_queries, self.num_keys) <= self.max_numbered
 
     def _colors(self, highlight: int | None):
-        return _blend(self.values, None)  # a paler row would show smaller weights than it has: the frame must do
+        return _blend(self.values, None)  # a paler row would show wrong weights, so there is only the frame
 
     def _mark_cells(self, axes, highlight: int | None) -> None:
         from matplotlib.colors import to_hex
@@ -369,7 +369,7 @@ class AttentionWeights(TokenGrid):
 
 
 def as_rows(values) -> list[list]:
-    """A tensor, an array or nested sequences as a list of equally long rows. Raises PictureError if it is none."""
+    """A tensor, an array or nested sequences as a list of equally long rows. Raises PictureError for anything else."""
     rows = values.tolist() if hasattr(values, "tolist") else values
     try:
         rows = [list(row) for row in rows]
@@ -391,14 +391,14 @@ def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _ticks(count: int, labels: list[str] | None) -> tuple[list[float], list[str]]:
-    """Positions and names: all labels, or else numbers, so few that they do not touch."""
+    """Positions and names of ticks: all labels, or else numbers, few enough not to touch."""
     every = 1 if labels or count <= 20 else 5 if count <= MAX_MARKED else 10 ** (len(str(count - 1)) - 1)
     shown = range(0, count, every)
     return [place + 0.5 for place in shown], [literal(labels[place]) if labels else str(place) for place in shown]
 
 
 def _blend(shares: list[list[float]], highlight: int | None):
-    """Green by share, from white (0) to full (1); rows other than the highlighted one paler. [rows, columns, 3]."""
+    """Colours [rows, columns, 3]: from white (0) to full green (1); rows other than the highlighted one are paler."""
     import numpy as np
     from matplotlib.colors import to_rgb
 

@@ -1,4 +1,4 @@
-"""The way of one request through the three layers: the book's eight steps, and how often each of them happens."""
+"""The path of one request through the three layers: the book's eight steps, and how often each happens."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ LANES = {None: "user", 1: "1  interfaces", 2: "2  model authoring", 3: "3  runti
 COLORS = dict(zip(LANES, (WHITE, *PART_COLORS[:3]), strict=True))
 COLUMN, LANE = 0.98, 0.72  # inches from step to step, from lane to lane
 WIDTH, HEIGHT = 0.5, 0.42  # of a box, in columns and lanes
-MIDDLE = 0.06 - HEIGHT / 2  # of a box, lanes from its lane's
+MIDDLE = 0.06 - HEIGHT / 2  # of a box, in lanes from the middle of its lane
 NAME = 0.33  # lanes from the middle of a box down to its name
 
 
@@ -19,7 +19,7 @@ class LayerPath(Picture):
     """The eight steps of a request, each in the lane of its layer, and below them how often it happens.
 
     Steps 1 to 4 happen once. Steps 5 to 7 happen in every pass that the request takes part in; step 8 for each token.
-    `times` adds when each step began, for the first pass: that differs from run to run. Raises UnknownRequestError.
+    `times` adds when each step began, for the first pass; times differ from run to run. Raises UnknownRequestError.
     """
 
     def __init__(self, trace: Trace, request_id: str, *, times: bool = False, title: str | None = None):
@@ -89,7 +89,7 @@ class LayerPath(Picture):
         box.set_gid(f"step {stage.number}")
         add_letter(axes, column, row + MIDDLE, state)
         words = {"ha": "center", "va": "center", "size": SMALL_SIZE, "color": BLACK}
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # no arrow goes through a name
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # hides arrows behind a name
         axes.text(column, row + NAME, literal(stage.part), bbox=behind, **words).set_in_layout(False)
         if self.times and stage.seconds is not None:
             began = seconds_in_words(stage.seconds)

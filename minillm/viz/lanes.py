@@ -1,7 +1,6 @@
-"""What host and device do at the same time: the lanes of a run, and one by one launches against a graph's.
+"""What host and device do at the same time: the lanes of a run, and single launches against a graph.
 
-Everything is seconds: of a Trace whose steps say when they were launched and when the device had them, or of kernels
-that were measured or assumed.
+All times are seconds: of a Trace whose steps have `launched` and `device` times, or of kernels, measured or assumed.
 """
 
 from collections import Counter
@@ -33,16 +32,16 @@ from minillm.viz.palette import BLACK, COMPUTES, IDLE, PREPARES, READS, WAITS, S
 HOST, DEVICE = "host", "device"
 AXES_WIDTH = 7.6  # inches
 LANE = 0.52  # inches from lane to lane
-HEIGHT = 0.62  # of a lane, the share that a box takes
+HEIGHT = 0.62  # of a box, as a share of its lane
 WIDE = 0.17  # inches a box needs for its label
 BESIDE = 0.45  # lanes from the middle of a lane to a number above or below its boxes
 NARROW = 0.03  # inches below which a box has no border
-TOUCH = 1e-9  # seconds; what is no further apart touches
+TOUCH = 1e-9  # seconds; spans no further apart than this touch
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 class Span(NamedTuple):
-    """A stretch of one lane in one state."""
+    """A stretch of time of one lane in one state."""
 
     start: float  # seconds
     end: float
@@ -55,23 +54,23 @@ class Span(NamedTuple):
 
 
 class DeviceUse(NamedTuple):
-    """How much of a stretch of time the device computed."""
+    """For how much of a stretch of time the device computed."""
 
     seconds: float  # in all
     busy: float
-    gaps: tuple[float, ...]  # seconds of each stretch in which it did not
+    gaps: tuple[float, ...]  # seconds of each stretch in which it was idle
 
     @property
     def idle_share(self) -> float:
-        """From 0 to 1."""
+        """The idle part of the time, from 0 to 1."""
         return 1 - self.busy / self.seconds if self.seconds else 0.0
 
 
 class LaneChart(Picture):
-    """Lanes of spans over one axis of time, which begins with the first span; one lane is "device", and shows its gaps.
+    """Lanes of spans on one time axis, which begins with the first span; the lane "device" also shows its gaps.
 
     `lanes`: name -> spans in order of time, which do not overlap within a lane. `window` = (start, end) in seconds
-    shows that part alone. Raises PictureError if there is no span in it, no such lane, or spans of one lane overlap.
+    shows only that part. Raises PictureError if it has no span, no lane is "device", or spans of one lane overlap.
     """
 
     def __init__(
@@ -98,19 +97,19 @@ class LaneChart(Picture):
     # --- words ---
 
     def device_use(self) -> DeviceUse:
-        """Over the time that is drawn."""
+        """The device's use over the time that is drawn."""
         gaps = tuple(span.seconds for span in self.lanes[DEVICE] if span.state is IDLE)
         return DeviceUse(self.end, self.end - sum(gaps), gaps)
 
     def summary(self) -> str:
-        """How long it takes and how much of it the device is idle."""
+        """The whole time, and the share of it in which the device is idle."""
         use = self.device_use()
         longest = f", the longest {seconds_in_words(max(use.gaps))}" if len(use.gaps) > 1 else ""
         idle = f"{seconds_in_words(sum(use.gaps))} in {plural(len(use.gaps), 'gap')}{longest}" if use.gaps else "no gap"
         return f"{seconds_in_words(self.end)}, device idle {use.idle_share:.0%}: {idle}"
 
     def totals(self) -> str:
-        """How long each lane is in each of its states."""
+        """For how long each lane is in each of its states."""
         parts = []
         for name, spans in self.lanes.items():
             amounts: Counter[State] = Counter()
@@ -133,7 +132,7 @@ class LaneChart(Picture):
         return "\n".join([*lines, f"a column is {seconds_in_words(column)};   {legend}", self.totals(), self.summary()])
 
     def _states(self) -> list[State]:
-        """Those that occur, lane by lane; that nothing is done comes last."""
+        """The states that occur, lane by lane; idle comes last."""
         states = dict.fromkeys(span.state for spans in self.lanes.values() for span in spans)
         return sorted(states, key=lambda state: state is IDLE)
 
@@ -180,12 +179,12 @@ class LaneChart(Picture):
 
 
 class HostDeviceLanes(LaneChart):
-    """Host and device of a run: who works and who waits, step by step; the numbers are the steps'.
+    """Host and device of a run, step by step: when each works and when it waits; the numbers are the steps'.
 
-    The host schedules, prepares and launches a step, waits until the device has it, reads the tokens and updates; in
-    between it is the caller's. What computes in the host's own thread does so while it is launched. `first_step` and
-    `num_steps` choose consecutive steps: from when the one before has been read until the last has, so that as many are
-    read, whatever is launched meanwhile. Raises PictureError for a trace whose steps have no `launched` and `device`
+    The host schedules, prepares and launches a step, waits until the device is done, reads the tokens and updates. In
+    between, the caller's code runs. A model in the host's own thread computes during the launch. `first_step` and
+    `num_steps` choose consecutive steps: from the end of reading the previous step to the end of reading the last, so
+    that exactly `num_steps` are read. Raises PictureError for a trace whose steps have no `launched` and `device`
     times, and for steps that are not in it.
     """
 
@@ -217,7 +216,7 @@ class HostDeviceLanes(LaneChart):
             self._number_beside(axes, [span for span in self.lanes[HOST] if span.state is state], side)
 
     def _number_beside(self, axes, spans: Sequence[Span], side: int) -> None:
-        """Boxes too narrow for the number of their step have it above (side -1) or below, if there is room for all."""
+        """Write step numbers above (side -1) or below boxes that are too narrow for them, if there is room for all."""
         scale = AXES_WIDTH / axes.get_xlim()[1]
         middles = [(span.start + span.end) / 2 for span in spans]
         widest = max((len(span.label) for span in spans), default=0) * WIDE / 2 + 0.05
@@ -231,7 +230,7 @@ class HostDeviceLanes(LaneChart):
 
 
 def host_spans(steps: Sequence[StepEvent]) -> list[Span]:
-    """What the host does in a run, in order: launch a step; wait for one and read it."""
+    """The host's spans in order: it launches a step, waits for one, reads it."""
     spans, now = [], float("-inf")
     moments = [(step.launched, 0, index) for index, step in enumerate(steps)]
     moments += [(step.end_time, 1, index) for index, step in enumerate(steps)]
@@ -249,7 +248,7 @@ def host_spans(steps: Sequence[StepEvent]) -> list[Span]:
 
 
 def device_spans(steps: Iterable[StepEvent]) -> list[Span]:
-    """What the device does in a run. It takes one step after the other, whatever the rounding of its clock says."""
+    """The device's spans. It takes one step after the other, so overlaps from rounding of its clock are removed."""
     spans, free = [], float("-inf")
     for index, step in enumerate(steps):
         start = max(free, step.device[0])
@@ -259,31 +258,31 @@ def device_spans(steps: Iterable[StepEvent]) -> list[Span]:
 
 
 def device_use(trace: Trace) -> DeviceUse:
-    """Of a whole run, from the beginning of its first step to the end of its last; see HostDeviceLanes for errors."""
+    """Use of the device from the begin of a run's first step to the end of its last; errors as in HostDeviceLanes."""
     return HostDeviceLanes(trace).device_use()
 
 
 def _has_room(span: Span, scale: float) -> bool:
-    """Whether its label fits into its box; `scale` = inches per second."""
+    """Whether the span's label fits into its box; `scale` = inches per second."""
     label = span.label or span.state.letter
     return span.state is not IDLE and span.seconds * scale >= WIDE + 0.08 * (len(label) - 1)
 
 
 def _says_letter(span: Span, scale: float) -> bool:
-    """Whether its box shows the letter of its state."""
+    """Whether the span's box shows the letter of its state."""
     return not span.label and _has_room(span, scale)
 
 
 def _clipped(spans: Iterable[Span], begin: float, end: float) -> Iterable[Span]:
-    """The parts between `begin` and `end`, on a clock that starts with `begin`."""
+    """The parts of spans between `begin` and `end`, relative to `begin`."""
     for span in spans:
         start, stop = max(span.start, begin), min(span.end, end)
-        if stop > start + TOUCH or (start, stop) == span[:2]:  # whole ones stay, however short
+        if stop > start + TOUCH or (start, stop) == span[:2]:  # whole spans stay, however short
             yield span._replace(start=start - begin, end=stop - begin)
 
 
 def _with_gaps(spans: Sequence[Span], end: float) -> Iterable[Span]:
-    """The spans, and between them that nothing is done."""
+    """The spans, with idle ones in the gaps."""
     now = 0.0
     for span in spans:
         if span.start > now + TOUCH:
@@ -295,7 +294,7 @@ def _with_gaps(spans: Sequence[Span], end: float) -> Iterable[Span]:
 
 
 def _letters(spans: Iterable[Span], column: float, count: int) -> str:
-    """For each stretch of `column` seconds the letter of what takes most of it; blank if nothing does."""
+    """For each stretch of `column` seconds the letter of the state that takes most of it; blank if none."""
     shares: list[Counter[str]] = [Counter() for _ in range(count)]
     for span in spans:
         for index in range(int(span.start / column), min(count, int(span.end / column) + 1)):

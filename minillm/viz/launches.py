@@ -1,4 +1,4 @@
-"""Many small kernels: launched one by one, where the host may be too slow for the device, or all at once as a graph."""
+"""Many small kernels: launched one by one, which may be too slow for the device, or all at once as a graph."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,17 +21,17 @@ from minillm.viz.palette import BLACK, IDLE, LIGHT_GREY, PART_COLORS, State, ink
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LAUNCHES = State("L", "launches", LIGHT_GREY, BLACK)
 MOST_NAMES = 6  # kernels with a letter and a colour of their own
-GAP_SECONDS = 1e-6  # from the end of one kernel to the begin of the next: the order of magnitude on today's cards
+GAP_SECONDS = 1e-6  # from the end of one kernel to the start of the next: the order of magnitude on today's cards
 
 
 class LaunchOverhead(Panels):
-    """Above, each of the kernels is launched by the host; below, one launch starts them all as a CUDA graph.
+    """Above, the host launches each kernel; below, one launch starts all of them as a CUDA graph.
 
-    `kernels`: (name, seconds on the device) in order, measured or assumed. `launch_seconds`: what the host needs for
-    one launch; the device begins a kernel when it has been launched, and `gap_seconds` after the one before has ended.
-    `graph_seconds`: what the host needs to launch the graph. `enlarged`: of so many kernels that they could not be told
-    apart, those to show; both ways in all are then two bars. Raises PictureError without kernels, for a time below 0,
-    or for kernels to enlarge that are not there.
+    `kernels`: (name, seconds on the device) in order, measured or assumed. `launch_seconds`: the host's time for one
+    launch. The device begins a kernel once it is launched and `gap_seconds` have passed since the previous one ended.
+    `graph_seconds`: the host's time to launch the graph. `enlarged`: if there are too many kernels to tell apart, those
+    to draw; the totals are then two bars. Raises PictureError without kernels, for a time below 0, or for kernels to
+    enlarge that do not exist.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LaunchOverhead(Panels):
         return LaneChart({HOST: host, DEVICE: device}, title="launched as a CUDA graph: 1 launch")
 
     def _enlarged(self, kernels: range) -> Sequence[Picture]:
-        """Both ways in all, then as long as some kernels take that are launched one by one, of either."""
+        """The totals of both ways, then an excerpt of each, as long as the kernels to enlarge take one by one."""
         if not kernels or not 0 <= kernels[0] <= kernels[-1] < len(self.kernels):
             raise PictureError(f"kernels {kernels} to enlarge: there are 0 to {len(self.kernels) - 1}")
         spans = [[span for span in chart.lanes[DEVICE] if span.state is not IDLE] for chart in self.charts]
@@ -99,7 +99,7 @@ class LaunchOverhead(Panels):
         ]
 
     def summary(self) -> str:
-        """Both times, and what the kernels take alone."""
+        """Both times, and the time of the kernels alone."""
         eager, graph = (chart.end for chart in self.charts)
         alone = sum(seconds for _, seconds in self.kernels)
         return (
@@ -115,7 +115,7 @@ class LaunchOverhead(Panels):
 
 
 class _DeviceTotals(Picture):
-    """A bar per chart: how long its device is in each state, and in all."""
+    """A bar per chart: the time its device spends in each state, and in total."""
 
     _legend_inches = LEGEND_LINE
 
@@ -164,7 +164,7 @@ class _DeviceTotals(Picture):
 
 
 def _seconds_by_state(spans: Sequence[Span]) -> dict[State, float]:
-    """In order of appearance, idle last."""
+    """Seconds per state in order of appearance, idle last."""
     totals: dict[State, float] = {}
     for span in spans:
         totals[span.state] = totals.get(span.state, 0.0) + span.seconds

@@ -1,5 +1,5 @@
-"""Throughput and latency, against the load offered and against each other: where a server stops keeping up, and where
-it breaks its promise.
+"""Throughput and latency, against the offered load and against each other: the load from which a server cannot keep up,
+and the load from which it misses its latency target.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,30 +11,30 @@ from minillm.viz.base import SMALL_SIZE, Panels, Picture, PictureError, literal,
 from minillm.viz.curves import Curves, Look
 from minillm.viz.palette import BLACK, SERIES_COLORS, WHITE
 
-KEEPS_UP = 0.9  # of the share of the load that is served at best is served up to the knee
+KEEPS_UP = 0.9  # up to the knee, at least this part of the best share of the load is served
 
 
 class LoadPoint(NamedTuple):
     """One run of a load test."""
 
-    loop: str  # "open": requests come at a rate of their own; "closed": so many clients, each waits for its answer
+    loop: str  # "open": requests arrive at a given rate; "closed": each client waits for its answer
     offered: float | None  # requests per second; None in a closed loop
     served: float  # requests per second
     latency: float  # seconds
 
     @property
     def saturated(self) -> bool:
-        """Whether a queue grew during the run, so that its latency says how long the run was."""
+        """Whether a queue grew during the run, so that the latency depends on the length of the run."""
         return self.offered is not None and self.served < KEEPS_UP * self.offered
 
 
 class ThroughputLatency(Picture):
-    """Latency, on a logarithmic axis, against requests served per second: a line for each system, a point for each run.
+    """Latency, on a logarithmic axis, against requests served per second: a line per system, a point per run.
 
-    `systems` maps a name to the `LoadPoint`s of it, in the order of the load. Points of a saturated system are hollow,
-    closed loops are dashed, `limit` (seconds) is a line across. `best` are the most requests each serves within it, by
-    points that are not saturated. Raises PictureError without points, for a loop that is neither open nor closed, or a
-    latency that is not above 0.
+    `systems` maps a name to its `LoadPoint`s in the order of the load. Points of a saturated system are hollow, closed
+    loops are dashed, `limit` (seconds) is a line across. `best` are the most requests per second that each serves
+    within the limit, without saturated points. Raises PictureError without points, for a loop that is neither open nor
+    closed, or a latency that is not above 0.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ThroughputLatency(Picture):
         return "\n".join([*(line.rstrip() for line in table.splitlines()), *self.summary().splitlines()])
 
     def summary(self) -> str:
-        """The most that each serves within the limit, a line each; "" without a limit."""
+        """The most requests per second that each serves within the limit, one line each; "" without a limit."""
         names = {name: f"{name} (closed loop)" if self._is_closed(name) else name for name in self.systems}
         return "\n".join(
             f"{names[name]}: within {self.limit:g} s {_in_words(most)}" for name, most in self.best.items()
@@ -118,13 +118,14 @@ class ThroughputLatency(Picture):
 
 
 class LoadCurves(Panels):
-    """Above, requests served against requests offered, both per second; below, latencies on a logarithmic axis.
+    """Above, served against offered requests, both per second; below, latencies on a logarithmic axis.
 
     `throughput` and `latencies` map a name to as many values as `offered` has; latencies are seconds. The share served
-    is throughput / offered (below 1 in a short run even without a queue, as it ends with a drain); the knee is the last
-    load up to which it is at least `keeps_up` times the best share of its series. `slo` (seconds) is a line across; of
-    each latency in `judged` (by default those of the highest percentile, else the last) the last load within it is
-    marked. Raises PictureError if lengths disagree, loads do not rise from above 0, or a name is unknown.
+    is throughput / offered. In a short run it is below 1 even without a queue, because the last requests are still
+    computed after the load has ended. The knee is the last load up to which it is at least `keeps_up` times the best
+    share of its series. `slo` (seconds) is a line across; for each latency in `judged` the last load within it is
+    marked. `judged` is by default the latencies of the highest percentile, else the last one. Raises PictureError if
+    lengths disagree, loads do not rise from above 0, or a name is unknown.
     """
 
     def __init__(
@@ -175,9 +176,9 @@ class LoadCurves(Panels):
         slo: float | None = None,
         title: str | None = None,
     ) -> "LoadCurves":
-        """From {way of batching: {offered load: `simulation.report.Report`}}; all ways with the same loads.
+        """From {batching: {offered load: `simulation.reporting.Report`}}; all with the same loads.
 
-        `time` is one of the report's "ttft", "itl", "e2e".
+        `time` is one of the report's "ttft", "itl" and "e2e".
         """
         loads = sorted(next(iter(reports.values()), ()))
         if not loads or any(sorted(runs) != loads for runs in reports.values()):
@@ -191,7 +192,7 @@ class LoadCurves(Panels):
         return cls(loads, throughput, latencies, slo=slo, latency_label=time.upper(), title=title)
 
     def _look(self, name: str, index: int, throughputs: list[str]) -> Look:
-        """A latency looks like the throughput whose name its own begins with; dotted if it is not judged."""
+        """A latency is drawn like the throughput whose name its own begins with, and dotted if it is not judged."""
         owners = [place for place, owner in enumerate(throughputs) if f"{name} ".startswith(f"{owner} ")]
         return Look(owners[0] if owners else index, dotted=name not in self.judged)
 
@@ -204,7 +205,7 @@ class LoadCurves(Panels):
         return self._last(values, lambda load, value: value <= self.slo)
 
     def _last(self, values: Sequence[float | None], is_good: Callable[[float, float], bool]) -> float | None:
-        """The last load up to which all values are good; None if already the first is not."""
+        """The last load up to which all values are good; None if the first is not."""
         good = takewhile(lambda pair: pair[1] is not None and is_good(*pair), zip(self.offered, values, strict=True))
         return max((load for load, _ in good), default=None)
 

@@ -1,7 +1,7 @@
-"""Which thread reads which address: one instruction of a warp over the memory it moves.
+"""Which thread reads which address: one instruction of a warp and the memory it moves.
 
-A GPU runs 32 threads, the *lanes* of a warp, in step, and moves memory in sectors of 32 bytes: whatever of a sector
-nobody asked for is wasted. What was read is in the Traffic that runtime/kernels/cuda/emulator.py returns.
+A GPU runs 32 threads, the *lanes* of a warp, in lockstep, and moves memory in sectors of 32 bytes. The bytes of a
+sector that no lane requested are wasted. The loads come from the Traffic that kernels/cuda/emulator.py returns.
 """
 
 from collections import Counter, defaultdict
@@ -17,13 +17,13 @@ from minillm.viz.palette import ASKED, BLACK, GREY, UNASKED, WHITE, State
 
 WARP = 32  # lanes
 SECTOR = 32  # bytes
-GAP = 10  # bytes' worth of room between sectors that are not neighbours in memory
-MOST_ENTRIES = 32  # of lane numbers in a line of text
-MOST_LINES = 12  # of sectors in the text
+GAP = 10  # space, in bytes, between sectors that are not neighbours in memory
+MOST_ENTRIES = 32  # lane numbers in a line of text
+MOST_LINES = 12  # lines of sectors in the text
 MOST_SECTORS = 64  # drawn; 32 lanes that each read up to 16 bytes touch no more
 WIDTH = MAX_WIDTH - 0.4  # inches
 LANE, BETWEEN, MEMORY = 0.24, 0.62, 0.3  # inches: height of the lanes, of the arrows below them, of the sectors
-ENLARGED = 0.5  # inches from the sectors to one that is drawn again, larger
+ENLARGED = 0.5  # inches from the sectors to the enlarged one
 WIDE = 0.17  # inches a box needs for a lane's number
 NUMBER = 0.085  # inches that a digit takes
 READER = State("", "lane", "#FFFFFF", BLACK)
@@ -31,13 +31,14 @@ RESTING = State("", "lane that reads nothing", "#DDDDDD", GREY)
 
 
 class WarpAccess(Picture):
-    """One instruction of a warp: 32 lanes above, the sectors of memory it moves below, and who reads what.
+    """One instruction of a warp: 32 lanes above, below them the sectors of memory that it moves, and which lane reads
+    what.
 
-    `places`: lane -> (address, size) of what it reads, bytes from the array's beginning; lanes that are not in it rest.
-    Sectors that are neighbours in memory touch. Where they are too narrow to show who reads which bytes, the first is
-    drawn again, larger. Several pictures `stacked` have one scale, so that a longer strip is more traffic; with
-    `share_x=False` each has the largest that fits. Raises PictureError for a lane, address or size that cannot be, and
-    for more than 64 sectors.
+    `places`: lane -> (address, size) of its read, in bytes from the array's beginning; other lanes read nothing.
+    Sectors that are neighbours in memory touch. If they are too narrow to show which lane reads which bytes, the first
+    is drawn again, larger. Several pictures `stacked` have one scale, so that a longer strip is more traffic; with
+    `share_x=False` each has the largest scale that fits. Raises PictureError for an impossible lane, address or size,
+    and for more than 64 sectors.
     """
 
     _legend_inches = 0.25
@@ -71,7 +72,7 @@ class WarpAccess(Picture):
         occurrence: int = 0,
         title: str | None = None,
     ) -> "WarpAccess":
-        """What a warp's lanes load from an array when a source line does so for the `occurrence`-th time, from 0.
+        """What a warp's lanes load from an array when a source line runs for the `occurrence`-th time, from 0.
 
         `traffic` is the emulator's; `line` by default the first from which the warp loads that array. Raises
         PictureError if there is no such load.
@@ -92,7 +93,7 @@ class WarpAccess(Picture):
         return cls({thread % WARP: (address, size) for thread, address, size in places}, title=title)
 
     def _find_readers(self) -> dict[int, list[int]]:
-        """For each unit of memory that is asked for, the lanes that do; units are counted from the array's start."""
+        """For each requested unit of memory, the lanes that request it; units are counted from the array's start."""
         readers: dict[int, list[int]] = defaultdict(list)
         for lane, (address, size) in sorted(self.lanes.items()):
             for unit in range(address // self.unit, (address + size) // self.unit):
@@ -101,7 +102,7 @@ class WarpAccess(Picture):
 
     @property
     def bytes_asked(self) -> int:
-        """Different bytes: what several lanes read is asked for once."""
+        """Requested bytes; a byte that several lanes read counts once."""
         return self.unit * len(self._readers)
 
     @property
@@ -112,7 +113,7 @@ class WarpAccess(Picture):
     # --- words ---
 
     def summary(self) -> str:
-        """What is asked for and what is moved."""
+        """Bytes requested and bytes moved."""
         share = percent(self.bytes_asked / self.bytes_moved)
         return (
             f"{plural(len(self.lanes), 'lane')} × {self._sizes()} ask for {self.bytes_asked:,} different bytes; "
@@ -146,7 +147,7 @@ class WarpAccess(Picture):
         return "\n".join([*kept, *more, key, self.distance(), self.summary()])
 
     def _lines(self) -> list[str]:
-        """The sectors in order of address; neighbours share a line as far as there is room."""
+        """The sectors in order of address; neighbours share a line if there is room."""
         per_line = max(1, MOST_ENTRIES * self.unit // SECTOR)
         rows: list[list[int]] = []
         for sector in self.sectors:
@@ -178,7 +179,7 @@ class WarpAccess(Picture):
         return LANE + BETWEEN + MEMORY + 0.24 + (ENLARGED + MEMORY) * self._enlarges()
 
     def _enlarges(self) -> bool:
-        """Whether what is asked for would be too narrow to be read."""
+        """Whether the requested bytes would be too narrow to read."""
         return self.unit * WIDTH / self._x_end() < WIDE and self.unit < SECTOR
 
     def _x_end(self) -> float:
@@ -215,7 +216,7 @@ class WarpAccess(Picture):
             words, (0, 0), (0, -2), xycoords="axes fraction", textcoords="offset points", va="top", size=SMALL_SIZE,
             annotation_clip=False,
         )  # fmt: skip
-        legend = [replace(state, letter="") for state in (ASKED, UNASKED)]  # in the boxes stand lanes
+        legend = [replace(state, letter="") for state in (ASKED, UNASKED)]  # the boxes contain lane numbers
         add_legend(axes, legend, y=34, extra="thin frame: a sector of 32 bytes; neighbours in memory touch")
 
     def _draw_arrow(self, axes, x: float, address: int, size: int) -> None:
@@ -241,7 +242,7 @@ class WarpAccess(Picture):
             self._write(axes, left, top + MEMORY + 0.11, f"{SECTOR * sector:,}", color=GREY, ha="left")
 
     def _draw_enlarged(self, axes) -> None:
-        """The first sector again, entry by entry, and whose each is."""
+        """Draw the first sector again, entry by entry, with the lane that reads each."""
         first, bottom = self.sectors[0], LANE + BETWEEN + MEMORY
         top, entry = bottom + ENLARGED, 0.24 * axes.get_xlim()[1] / WIDTH
         units = range(first * SECTOR // self.unit, (first + 1) * SECTOR // self.unit)

@@ -1,4 +1,4 @@
-"""How much memory the versions of a kernel move, beside what their threads ask for and what has to move at least."""
+"""How much memory the versions of a kernel move, beside the bytes their threads request and the least possible."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,13 @@ from minillm.viz.base import SMALL_SIZE, Picture, PictureError, decimal_bytes, l
 from minillm.viz.palette import BLACK, PART_COLORS, WHITE, ink_on
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")  # of the parts
-LITTLE = 0.08  # of what a version moves; an array below that in all versions has no part of its own
+LITTLE = 0.08  # share of a version's bytes; an array below it in all versions has no part of its own
 
 
 class MemoryTraffic(Picture):
-    """The traffic of several versions of a kernel: bytes asked for, bytes moved, and each byte once.
+    """The traffic of several versions of a kernel: bytes requested, bytes moved, and each byte once.
 
-    `versions`: name -> the emulator's Traffic; both bars have a part for each array that is more than a little of it.
+    `versions`: name -> the emulator's Traffic. Both bars have a part for each array above 8 % in some version.
     Raises PictureError if there is no version, or one that moved nothing.
     """
 
@@ -83,7 +83,7 @@ class MemoryTraffic(Picture):
 
 
 def _parts(versions: Mapping[str, object]) -> dict[str, dict[str, tuple[int, int]]]:
-    """array -> version -> bytes asked for and moved; arrays that are little in every version are one part together."""
+    """array -> version -> bytes requested and moved; arrays that are small in all versions are one part together."""
     parts: dict[str, dict[str, tuple[int, int]]] = {}
     others = dict.fromkeys(versions, (0, 0))
     wholes = {name: traffic.loads().bytes_moved for name, traffic in versions.items()}
@@ -100,7 +100,7 @@ def _parts(versions: Mapping[str, object]) -> dict[str, dict[str, tuple[int, int
 
 
 def times_once(counts) -> str:
-    """How many times more is moved than every byte once: "36×"."""
+    """Bytes moved, relative to moving every byte once: "36×"."""
     return f"{number(counts.bytes_moved / counts.unique_bytes)}×"
 
 

@@ -1,4 +1,4 @@
-"""What several runs of the same requests do step by step: one panel per quantity, over one axis of steps."""
+"""Several runs of the same requests, step by step: one panel per quantity, on one axis of steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 class RunOverview(Picture):
-    """Quantities of several runs, step by step and below each other; where a run ends, its line does.
+    """Quantities of several runs, step by step, one panel per quantity; a line ends where its run ends.
 
     `panels`: quantity -> run -> a value per step; a run has as many in every panel. Raises PictureError if there is
     nothing to draw, a run is missing from a panel, or its lengths differ.
@@ -60,7 +60,7 @@ class RunOverview(Picture):
         self._set_title(panels[0])
 
     def _name_runs(self, axes) -> None:
-        """Above the first panel, where each run ends, its name and how many steps it took."""
+        """Write each run's name and number of steps above the first panel, at the end of the run."""
         for index, (run, steps) in enumerate(self.runs.items()):
             color = SERIES_COLORS[index % len(SERIES_COLORS)]
             axes.axvline(steps, color=color, linewidth=1, linestyle=DASHES[index % len(DASHES)])

@@ -1,8 +1,8 @@
 """The colours of all pictures, and the letter and hatch that go with each state, so that colour is never alone.
 
-One colour has one meaning in the whole course (`MEANINGS`). The strong ones are those of Okabe and Ito (2008), told
-apart in every common kind of colour blindness, with a darker green. Lines and bars have five darker ones of their own,
-in which a name on white is readable.
+One colour has one meaning in the whole course (`MEANINGS`). The strong colours are those of Okabe and Ito (2008), with
+a darker green: they differ in all common kinds of colour blindness. Lines and bars have five darker colours, in which a
+name on white is readable.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ VERMILLION = "#D55E00"
 YELLOW = "#F0E442"
 SLATE = "#8FA3B0"
 PURPLE, PALE_PURPLE = "#CC79A7", "#EBC9DC"
-GREY = "#595959"  # of hatches and words, readable on the next two
+GREY = "#595959"  # for hatches and words, readable on the next two
 LIGHT_GREY = "#DDDDDD"
 PALE_GREY = "#EEEEEE"
 VIOLET, RED, TEAL, BROWN, MAGENTA = "#5B2A86", "#B3263A", "#006B75", "#7A5200", "#B0358B"
 
-# Of requests, beside their letters: pale, so that none is taken for a state.
+# For requests, beside their letters: pale, so that none is mistaken for a state.
 OWNER_COLORS = ("#A5D8F3", "#F4A9BC", "#EAD68B", "#C9B6EA", "#D6A78C", "#BDBA92")
-# Of the parts of one thing, beside their letters: a step's kernels, a request's splits, an engine's layers.
+# For the parts of one thing, beside their letters: a step's kernels, a request's splits, an engine's layers.
 PART_COLORS = ("#F0E9F7", "#DCCDEB", "#C4ADDC", "#A98BCB", "#8560B0", VIOLET)
 
 # Lines and bars take these in turn; the markers make them readable without colour.
@@ -51,13 +51,13 @@ MEANINGS = {
 
 
 def contrast(color: str, other: str) -> float:
-    """How well one colour reads on the other, from 1 to 21 (WCAG 2.2, "contrast ratio"). Colours are "#RRGGBB"."""
+    """How readable one colour is on the other, from 1 to 21 (WCAG 2.2, "contrast ratio"). Colours are "#RRGGBB"."""
     low, high = sorted(map(_luminance, (color, other)))
     return (high + 0.05) / (low + 0.05)
 
 
 def ink_on(color: str) -> str:
-    """Black or white, whichever reads better on `color`: a contrast of 4.58 at least, whatever the colour."""
+    """Black or white, whichever is more readable on `color`; the contrast is at least 4.58 for any colour."""
     return max((WHITE, BLACK), key=lambda ink: contrast(ink, color))
 
 
@@ -69,7 +69,7 @@ def _luminance(color: str) -> float:
 
 @dataclass(frozen=True)
 class State:
-    """What a box shows: a letter for the text form, and for the figure a fill, an ink that reads on it, a hatch."""
+    """How a state is shown: a letter for the text form, and for the figure a fill, a readable ink and a hatch."""
 
     letter: str
     name: str
@@ -78,7 +78,7 @@ class State:
     hatch: str = ""
 
 
-# What a request does in a step (timelines). The keys are the `why` of `trace.ScheduledTokens`, ways to wait, the end.
+# What a request does in a step (timelines). The keys: the `why` of `trace.ScheduledTokens`, ways to wait, the end.
 STATES = {
     "waiting": State("w", "waiting", LIGHT_GREY, GREY, ".."),
     "preempted": State("!", "preempted", YELLOW, BLACK, "\\\\"),
@@ -104,14 +104,14 @@ NEW = State("N", "new", SKY_BLUE, BLACK)
 AGAIN = State("R", "computed again", VERMILLION, BLACK, "///")
 KEPT = State("c", "from the cache", PALE_GREY, GREY)
 
-# Who may look at whom (mask grids).
+# Which token may look at which (mask grids).
 MAY_LOOK = State("#", "may look", GREEN, WHITE)
 MAY_NOT = State(".", "may not", WHITE, GREY)
 DROPPED = State("x", "cut off, was empty", LIGHT_GREY, GREY, "xx")
 CHANGED = State("#", "changed", GREEN, WHITE)  # influence, measured
 SAME = State(".", "stayed the same", WHITE, GREY)
 
-# What a kernel's program does with a tile of keys (tiles), and what of a sector's bytes is asked for (memory access).
+# What a kernel's program does with a tile of keys (tiles), and which bytes of a sector are requested (memory access).
 SEEN = State("#", "seen", GREEN, WHITE)
 MASKED = State("/", "loaded, but masked", WHITE, GREY, "///")
 NOT_LOADED = State(".", "not loaded", WHITE, GREY, "..")

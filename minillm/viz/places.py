@@ -1,4 +1,4 @@
-"""Who holds which place of the batch, step by step: what a batch wastes shows as holes."""
+"""Which request holds which place of the batch, step by step; waste shows as holes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -18,8 +18,8 @@ from minillm.viz.base import (
 )
 from minillm.viz.palette import BLACK, GREY, STATES, State
 
-ROW, BETWEEN, WIDTH = 0.085, 0.42, 8.8  # inches: of a place, from run to run, of the whole
-MARGIN = 1.13  # the axis goes on beyond the longest run, so that its steps can be written there
+ROW, BETWEEN, WIDTH = 0.085, 0.42, 8.8  # inches: height of a place, space between runs, whole width
+MARGIN = 1.13  # the axis is longer than the longest run, to have room for its number of steps
 
 
 class Stay(NamedTuple):
@@ -33,10 +33,10 @@ class Stay(NamedTuple):
 
 
 class Places(Picture):
-    """Several runs of the same requests above each other, a row for each place of the batch, an axis of steps.
+    """Several runs of the same requests above each other, with a row per place of the batch and an axis of steps.
 
-    A request has the first place that is free, from its first step to its last. Where a place computes nothing but
-    padding it is hatched, and where nobody has it, empty. Raises PictureError for a trace without steps.
+    A request gets the first free place, from its first step to its last. A place is hatched while it computes only
+    padding, and empty while no request holds it. Raises PictureError for a trace without steps.
     """
 
     def __init__(self, traces: Mapping[str, Trace], *, title: str | None = None):
@@ -49,7 +49,7 @@ class Places(Picture):
         self.title = title
 
     def share_useful(self, name: str) -> float:
-        """Of all places in all steps of a run, how many computed a token that somebody wanted."""
+        """The share of places, over all steps of a run, that computed a useful token."""
         useful = sum(stay.end - stay.start for stay in self.stays[name] if stay.state != "padding")
         return useful / (self.num_places[name] * self.steps[name])
 
@@ -67,7 +67,7 @@ class Places(Picture):
         return noted("\n\n".join([*charts, f"a column is {plural(int(column), 'step')}; {key}"]), self.dropped)
 
     def _sign(self, found: list[Stay], place: int, start: float, end: float) -> str:
-        """The letter of what takes most of these steps; a blank for none."""
+        """The letter of the state that takes most of these steps; a blank for none."""
         shares: dict[str, float] = {}
         for stay in found:
             if stay.place == place and stay.start < end and stay.end > start:
@@ -121,12 +121,12 @@ class Places(Picture):
 
 
 def stays(steps: Sequence[StepEvent]) -> list[Stay]:
-    """Which place each request has, and what it does there."""
+    """The place of each request, and its states there."""
     states: dict[str, dict[int, str]] = {}
     for number, step in enumerate(steps):
         for part in step.scheduled:
             doing = states.setdefault(part.request_id, {})
-            if doing.get(number, "padding") == "padding":  # beside real tokens padding does not show
+            if doing.get(number, "padding") == "padding":  # padding beside real tokens is not shown
                 doing[number] = part.why
     free_from: list[int] = []  # of each place
     found = []

@@ -1,4 +1,4 @@
-"""The same requests under several ways of batching, above each other on one axis."""
+"""The same requests under several batching policies, above each other on one axis."""
 
 from collections.abc import Mapping
 
@@ -8,14 +8,14 @@ from minillm.viz.base import SMALL_SIZE, Panels, PictureError, add_legend, plura
 from minillm.viz.palette import BLACK
 from minillm.viz.timeline import AXES_WIDTH, Timeline, legend_states
 
-MARGIN = 1.12  # the axis goes on beyond the longest run, so that its makespan can be written there
-MOMENTS = 60  # frames of the stepper, at the most
+MARGIN = 1.12  # the axis is longer than the longest run, to have room for its makespan
+MOMENTS = 60  # frames of the stepper, at most
 
 
 class PolicyTimelines(Panels):
     """Timelines of several traces on one common axis, with one legend, and the makespan of each marked.
 
-    `unit` = "s" (true to time), "tokens" (computed tokens, padding included: the same on every machine) or "steps".
+    `unit` = "s" (to scale), "tokens" (computed tokens with padding, the same on every machine) or "steps".
     Steps = moments of the common axis. Raises PictureError if there is no trace, or an empty one.
     """
 
@@ -78,7 +78,7 @@ class PolicyTimelines(Panels):
 
 
 class _CompactTimeline(Timeline):
-    """A low timeline without its own legend, which ends in a mark of the makespan."""
+    """A low timeline without its own legend, with a mark at the makespan."""
 
     is_last = False
     _title_pad = 5
@@ -92,17 +92,17 @@ class _CompactTimeline(Timeline):
         self.title = f"{titled(name, trace.dropped)}: {self.measures()}"
 
     def measures(self) -> str:
-        """The makespan and what was computed."""
+        """The makespan and the computed tokens."""
         makespan = [] if self.unit == "tokens" else [self.amount(self.end())]
         useful = f"{self.num_useful:,} useful ({self.num_useful / self.num_tokens:.1%})"
         return ", ".join([*makespan, plural(self.num_tokens, "computed token"), useful])
 
     def step_at(self, moment: float) -> int:
-        """The last step that has begun by then."""
+        """The last step that has begun by `moment`."""
         return max(0, sum(start < moment * (1 - 1e-9) for start, _ in self._spans) - 1)
 
     def progress(self, moment: float) -> str:
-        """How many requests have ended by then."""
+        """How many requests have ended by `moment`."""
         done = sum(self._spans[finish][1] <= moment * (1 + 1e-9) for finish in self._finish.values())
         return f"{done} of {len(self.request_ids)} finished"
 

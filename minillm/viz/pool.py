@@ -1,4 +1,4 @@
-"""Where the memory of a cache goes: a pool of blocks over a run, and reserving for the maximum against paging."""
+"""Where the memory of a cache goes: a pool of blocks over a run, and reservation for the maximum against paging."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ MODES = {"recompute": STATES["preempted"], "swap": STATES["swapped"]}
 
 
 class PoolMoment(NamedTuple):
-    """The pool after some consecutive steps: means over them, in blocks, and the preemptions before them."""
+    """The pool after some consecutive steps: means in blocks, and the preemptions before them."""
 
     first_step: int
     last_step: int
@@ -41,9 +41,9 @@ class PoolMoment(NamedTuple):
 class PoolUse(Picture):
     """A bar per forward pass: the blocks of a paged pool after it, used, cached and free; preemptions marked.
 
-    With asynchronous scheduling the next pass is planned by then: what it took and wrote is in the bar.
-    Of the used blocks the part that holds no token is hatched: internal fragmentation. In long runs a bar is the mean
-    of several passes. Read from the trace alone, but for `block_size`. Steps = forward passes. Raises PictureError for
+    With asynchronous scheduling the next pass is already planned, and the bar includes what it takes and writes. The
+    part of used blocks that holds no token, the internal fragmentation, is hatched. In long runs a bar is the mean of
+    several passes. Only `block_size` is not read from the trace. Steps = forward passes. Raises PictureError for
     a trace without block tables, or with a step that does not say how the blocks are used.
     """
 
@@ -55,7 +55,7 @@ class PoolUse(Picture):
         if without:
             raise PictureError(f"step {without[0]} of the trace does not say how the blocks of the pool are used")
         self.block_size = block_size
-        self.num_blocks = trace.steps[0].blocks.total - trace.steps[0].blocks.null  # that can be handed out
+        self.num_blocks = trace.steps[0].blocks.total - trace.steps[0].blocks.null  # that can be allocated
         self.title = title
         self.num_steps = len(trace.steps)
         self.moments = []
@@ -68,19 +68,19 @@ class PoolUse(Picture):
             if begun:
                 replay.begin(index + 1)
             use = step.blocks
-            empty = min(replay.num_empty / block_size, use.used)  # after a failed step it shows tables that are gone
+            empty = min(replay.num_empty / block_size, use.used)  # after a failed step it has obsolete tables
             blocks = {"held": use.used - empty, "empty": empty, "cached": use.cached, "free": use.free}
             self.moments.append(PoolMoment(index, index, blocks, Counter(each.mode for each in step.preempted)))
 
     @property
     def empty_share(self) -> float:
-        """Of all slots in used blocks, over all steps, the share that held no token: internal fragmentation, 0 to 1."""
+        """Internal fragmentation over all steps: the share of slots in used blocks that held no token, 0 to 1."""
         empty = sum(moment.blocks["empty"] for moment in self.moments)
         used = empty + sum(moment.blocks["held"] for moment in self.moments)
         return empty / used if used else 0.0
 
     def bars(self, most: int) -> list[PoolMoment]:
-        """All steps in at most `most` bars, each of equally many steps but the last."""
+        """All steps in at most `most` bars; all but the last have the same number of steps."""
         every = -(-self.num_steps // most)
         groups = [self.moments[first : first + every] for first in range(0, self.num_steps, every)]
         return [
@@ -127,7 +127,7 @@ class PoolUse(Picture):
         return f"{text_table(header, rows)}\n{'   '.join(notes)}\n{self.summary()}"
 
     def _letters(self, bar: PoolMoment, scale: float) -> str:
-        """A letter a block; of each used block the held or the empty part, whichever is larger in sum so far."""
+        """One letter per `1 / scale` blocks, rounded so that the sums are right."""
         letters, total = "", 0.0
         for kind, state in KINDS.items():
             total += bar.blocks[kind]
@@ -187,7 +187,7 @@ class PoolUse(Picture):
                 below += bar.blocks[kind]
 
     def _draw_marks(self, axes, index: int, bar: PoolMoment) -> None:
-        """Above a bar the letter of each way in which requests were preempted."""
+        """Write above a bar the letter of each preemption mode that occurred."""
         letters = [MODES[mode].letter for mode in sorted(bar.preempted)]
         if letters:
             axes.text(
@@ -196,7 +196,7 @@ class PoolUse(Picture):
             ).set_in_layout(False)  # fmt: skip
 
     def _say_if_empty(self, axes, index: int, bar: PoolMoment, num_bars: int) -> None:
-        """Into a column without used blocks: all that ran have ended, or were preempted before it."""
+        """Label a column without used blocks: all running requests have ended, or were preempted before it."""
         if bar.blocks["held"] + bar.blocks["empty"] == 0 and num_bars <= 60:
             words = {"rotation": 90, "ha": "center", "va": "center", "size": SMALL_SIZE, "zorder": 5}
             axes.text(index + 0.5, 0.4 * self.num_blocks, "none runs", **words).set_in_layout(False)
@@ -219,15 +219,15 @@ def _modes(modes: Counter[str]) -> str:
     return f" ({', '.join(f'{count} {mode}' for mode, count in sorted(modes.items()))})" if modes else ""
 
 
-# --- reserving against paging ---------------------------------------------------------------------------------------
+# --- reservation against paging ---------------------------------------------------------------------------------------
 
 
 class Share(NamedTuple):
-    """What the slots of a memory are taken up with; they sum to its size."""
+    """Slots of a memory by their content; they sum to its size."""
 
     held: int  # hold a token's keys and values
-    empty: int  # set aside for a request, without a token: internal fragmentation
-    external: int  # free, but in gaps too small for any request that waits: external fragmentation
+    empty: int  # reserved for a request, without a token: internal fragmentation
+    external: int  # free, but in gaps too small for any waiting request: external fragmentation
     free: int
 
     @property
@@ -237,12 +237,12 @@ class Share(NamedTuple):
 
 
 class ReservedAgainstPaged(Panels):
-    """The same requests in the same memory twice: slots reserved up to the longest possible length, and blocks.
+    """The same requests in the same memory twice: with slots reserved for the longest possible length, and with blocks.
 
-    All from measured numbers: `tokens`, what each request holds or would hold; `reserved`, the slots set aside for it,
-    and `blocks`, the length of its block table, both without those for whom there is no room; `capacity`, the slots of
-    the memory; `external`, free slots in gaps too small for any of those that wait. Raises PictureError if a
-    request holds more than it has, has no tokens given, or all together exceed the capacity.
+    All numbers are measured. `tokens`: the tokens each request holds or would hold. `reserved`: its reserved slots;
+    `blocks`: the length of its block table; both only for requests that have room. `capacity`: the slots of the memory.
+    `external`: free slots in gaps too small for any waiting request. Raises PictureError if a request holds more tokens
+    than it has slots, has no tokens given, or all together exceed the capacity.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class ReservedAgainstPaged(Panels):
 
 
 class _MemoryRows(Picture):
-    """A bar per request, held and empty, and one for the whole memory."""
+    """A bar per request with held and empty slots, and one for the whole memory."""
 
     _legend_inches = 0.25
 
@@ -373,7 +373,7 @@ class _MemoryRows(Picture):
         if slots > held:
             add_box(axes, held, row + 0.1, slots - held, 0.8, dense, linewidth=0).set_gid(f"{request_id}:empty")
         add_box(axes, 0, row + 0.1, slots, 0.8, FREE, facecolor="none", edgecolor=BLACK, hatch="", linewidth=0.8)
-        if self.block_size and self.block_size > 0.015 * self.scale:  # narrower blocks would be all edges
+        if self.block_size and self.block_size > 0.015 * self.scale:  # narrower blocks would be only edges
             for edge in range(self.block_size, slots, self.block_size):
                 axes.plot([edge, edge], [row + 0.1, row + 0.9], color=BLACK, linewidth=0.8)
 

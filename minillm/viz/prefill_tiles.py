@@ -1,7 +1,7 @@
-"""Tiles of paged prefill: which keys a program of the Triton kernel loads for its queries, and which tiles it skips.
+"""Tiles of paged prefill: the keys that a program of the Triton kernel loads for its queries, and the tiles it skips.
 
 The schedule follows `_prefill_kernel` of kernels/triton_kernels.py, written again in plain Python so that the
-picture needs no Triton; a test has the kernel say which keys each of its programs reads.
+picture needs no Triton. A test compares the keys that each program of the kernel reads.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from minillm.viz.base import SMALL_SIZE, Picture, PictureError, add_box, add_leg
 from minillm.viz.decode_tiles import span
 from minillm.viz.palette import BLACK, GREY, MASKED, NOT_LOADED, SEEN, State
 
-TILE_ROWS, TILE_KEYS = 64, 64  # of the kernel in 16 bits; in float32 it takes half of each
+TILE_ROWS, TILE_KEYS = 64, 64  # of the kernel in 16 bits; in float32 they are half as large
 MOST_PROGRAMS, MOST_TILES = 24, 128  # drawn
 
 
 class QueryTile(NamedTuple):
-    """One program of the prefill kernel: neighbouring queries of one request, in one KV head."""
+    """One program of the prefill kernel: consecutive queries of one request, in one KV head."""
 
     first_query: int  # among the request's new tokens
     end_query: int
     tiles: range  # of keys that it loads
-    edge: int  # from this tile on, keys are masked; those before are seen by all its queries
+    edge: int  # from this tile on, keys are masked; earlier keys are visible to all its queries
 
 
 def prefill_tiles(
@@ -30,7 +30,7 @@ def prefill_tiles(
     found = []
     for first in range(0, num_queries, tile_queries):
         position = length - num_queries + first  # of the tile's first query
-        end = max(0, min(position + tile_queries, length))  # keys from here on are after all its queries
+        end = max(0, min(position + tile_queries, length))  # keys from here on come after all its queries
         begin = max(position - window + 1, 0) // tile_keys if window else 0
         edge = begin if window else max(position + 1, 0) // tile_keys
         found.append(QueryTile(first, min(first + tile_queries, num_queries), range(begin, -(-end // tile_keys)), edge))
@@ -40,9 +40,10 @@ def prefill_tiles(
 class PrefillTiles(Picture):
     """The programs of the prefill kernel for one request and KV head: tiles of queries against tiles of keys.
 
-    The last `num_queries` of `length` tokens are new; what is before them is the cached prefix. A tile on the edge of
-    what may be seen is masked, one beyond it is never loaded. `group` query heads share a tile's `tile_rows` rows.
-    Raises PictureError if there is nothing new, a tile holds no query, or more than 24 programs or 128 tiles.
+    The last `num_queries` of `length` tokens are new; the tokens before them are the cached prefix. A tile that only
+    some of its queries may see whole is masked, a tile that none may see is not loaded. `group` query heads share a
+    tile's `tile_rows` rows. Raises PictureError if no token is new, a tile holds no query, or there are more than 24
+    programs or 128 tiles.
     """
 
     def __init__(
@@ -76,13 +77,13 @@ class PrefillTiles(Picture):
     # --- words ---
 
     def state(self, program: QueryTile, tile: int) -> State:
-        """What the program does with a tile of keys: take it whole, take it under the mask, or not load it."""
+        """What the program does with a tile of keys: use all of it, mask it, or not load it."""
         if tile not in program.tiles:
             return NOT_LOADED
         return SEEN if tile < program.edge else MASKED
 
     def loaded(self, program: QueryTile, tile: int) -> range:
-        """The keys of a tile that the program loads: in a masked one, those that some of its queries see."""
+        """The keys of a tile that the program loads: in a masked tile, those that some of its queries may see."""
         first, before = tile * self.tile_keys, self.length - self.num_queries
         keys = range(first, first + self.tile_keys)
         if self.state(program, tile) is not MASKED:
@@ -96,7 +97,7 @@ class PrefillTiles(Picture):
         return sum(min(position + 1, reach) for position in range(self.length - self.num_queries, self.length))
 
     def summary(self) -> str:
-        """Tiles by kind, and the share of the computed pairs that the mask lets through."""
+        """Tiles by kind, and the share of the computed pairs that the mask allows."""
         states = [self.state(program, tile) for program in self.programs for tile in range(self.num_tiles)]
         counts = {state.letter: states.count(state) for state in (SEEN, MASKED, NOT_LOADED)}
         loaded = counts[SEEN.letter] + counts[MASKED.letter]
@@ -131,7 +132,7 @@ class PrefillTiles(Picture):
     # --- figure ---
 
     def _height(self) -> float:
-        """Inches of all query tiles: true to scale beside the keys where that is neither flat nor tall."""
+        """Inches of all query tiles: to the scale of the keys unless that is too flat or too tall."""
         true = self.num_queries * self._width() / (self.num_tiles * self.tile_keys)
         return min(max(true, 0.3 * len(self.programs)), 4.5)
 
@@ -184,7 +185,7 @@ class PrefillTiles(Picture):
         add_box(axes, first, top, end - first, height, SEEN, **frame)
 
     def _draw_seen(self, axes, program: QueryTile, keys: range, before: int) -> None:
-        """Over a masked tile, what its queries do see: a step per query."""
+        """Draw, over a masked tile, the keys that its queries may see: a step per query."""
         positions = range(before + program.first_query, before + program.end_query)
         edges = [*positions, positions.stop]
         starts = [max(keys[0], position - self.window + 1) if self.window else keys[0] for position in positions]
@@ -194,7 +195,7 @@ class PrefillTiles(Picture):
 
 
 def _two_lines(words: str) -> str:
-    """Broken behind the first half-sentence that ends past the middle."""
+    """The words in two lines, broken at the comma or semicolon nearest the middle."""
     places = [place for place in range(len(words)) if words[place : place + 2] in (", ", "; ")]
     place = min(places, key=lambda place: abs(place - len(words) / 2))
     return f"{words[: place + 1]}\n{words[place + 2 :]}"

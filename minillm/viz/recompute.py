@@ -1,4 +1,4 @@
-"""What naive generation wastes: which tokens each forward pass computes, and which of them again."""
+"""The waste of naive generation: which tokens each forward pass computes, and which of them again."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -40,17 +40,17 @@ class Pass:
         return len(self.new) + len(self.again)
 
     def state(self, position: int) -> State | None:
-        """Which box the pass has at `position`, or None if it does not reach it."""
+        """The state of the pass's box at `position`, or None if it does not reach it."""
         found = ((NEW, self.new), (AGAIN, self.again), (KEPT, self.kept))
         return next((state for state, positions in found if position in positions), None)
 
 
 class RecomputeGrid(Picture):
-    """Row = forward pass of one request, column = token position; read from what the trace says was computed.
+    """Row = forward pass of one request, column = token position, as recorded in the trace.
 
-    A token computed in an earlier pass is computed *again*; a position before those a pass computes, and not among
-    them, was read from the cache. Padding is left out. `token_labels` names the positions, prompt and output. Steps
-    = the passes. Raises PictureError if `request_id` is not in the trace or took no part; None = its only request.
+    A token computed in an earlier pass is computed *again*. A position before those that a pass computes was read from
+    the cache. Padding is left out. `token_labels` names the positions, prompt and output. Steps =
+    the passes. Raises PictureError if `request_id` is not in the trace or took no part; None = its only request.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class RecomputeGrid(Picture):
 
     @property
     def num_computed(self) -> int:
-        """Tokens pushed through the model, over all passes."""
+        """Tokens computed, over all passes."""
         return sum(each.computed for each in self.passes)
 
     @property
     def num_needed(self) -> int:
-        """Tokens that had to be computed once."""
+        """Tokens that had to be computed, each counted once."""
         return sum(len(each.new) for each in self.passes)
 
     def summary(self) -> str:
@@ -164,7 +164,8 @@ class RecomputeGrid(Picture):
                 add_box(axes, position, row, 1, 1, state, facecolor="none", linewidth=0, zorder=1.5)
 
     def _draw_totals(self, axes, shown: Sequence[Pass], lettered: bool) -> None:
-        """Tokens computed / new at the end of each row; how often each token was computed below its column."""
+        """Write tokens computed / new at the end of each row, and below each column how often its token was
+        computed."""
         to_the_right = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
         below = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "annotation_clip": False}
         small = {"size": SMALL_SIZE, "va": "center"}
@@ -200,7 +201,7 @@ class RecomputeGrid(Picture):
 
 
 def passes(trace: Trace, request_id: str) -> list[Pass]:
-    """The forward passes of one request, with what was new, repeated and kept in each; padding left out."""
+    """The forward passes of one request, with the new, repeated and cached positions of each, without padding."""
     seen: set[int] = set()
     found = []
     for index, step in enumerate(trace.steps):
@@ -231,7 +232,7 @@ def _the_request(trace: Trace, request_id: str | None) -> str:
 
 
 def _labels(labels: Sequence[str] | None, num_positions: int) -> list[str] | None:
-    """The last token sampled is never computed, so one label more than there are positions is right too."""
+    """The last sampled token is never computed, so one label more than there are positions is also accepted."""
     if labels is not None and len(labels) == num_positions + 1:
         labels = labels[:-1]
     return token_labels(labels, num_positions, "positions")

@@ -1,4 +1,4 @@
-"""The least time of a decode step against the batch: the weights, the arithmetic, the cache, and which is longest."""
+"""The least time of a decode step against the batch size: weights, arithmetic, cache, and which takes longest."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,11 +17,11 @@ class DecodeRoofline(Curves):
     """Least milliseconds of a decode step of B requests with `context` cached tokens each, both axes logarithmic.
 
     The three parts are dashed: reading the weights does not depend on B, arithmetic and the cache grow with it. The
-    larger of the first two plus the cache is the thick line, `costs.decode_seconds`; right of the upright line
-    arithmetic takes longer than the weights. `card` holds the ceilings, those of a data sheet or measured ones;
-    `measured` maps a batch to the seconds that a step of it took; at `marked` batches the line says how many tokens
-    per second that is. Batches whose weights and caches are more than the card holds are grey. Raises PictureError
-    for batches or measured times that are not above 0, or a context below 0.
+    thick line, `costs.decode_seconds`, is the larger of the first two plus the cache. Right of the vertical line
+    arithmetic takes longer than the weights. `card` holds the ceilings, from a data sheet or measured. `measured` maps
+    a batch size to the measured seconds of a step. At `marked` batch sizes the line is labelled with tokens per second.
+    Batches whose weights and caches do not fit the card are grey. Raises PictureError for batches or measured times
+    that are not above 0, or a context below 0.
     """
 
     _title_pad = 22
@@ -38,7 +38,7 @@ class DecodeRoofline(Curves):
         dtype_bytes: int = 2,
         title: str | None = None,
     ):
-        from minillm.costs import (  # they bring torch along
+        from minillm.costs import (  # they import torch
             compute_bound_batch,
             kv_bytes_per_token,
             matmul_parameters,
@@ -57,7 +57,7 @@ class DecodeRoofline(Curves):
         self.kv_bytes = kv_bytes_per_token(config, dtype_bytes)
         self.weight_bytes = matmul_parameters(config) * dtype_bytes
         fit = what_fits(config, card.memory_bytes, dtype_bytes=dtype_bytes, reserved_share=0)
-        self.most_requests = fit.num_requests(context) if context else None  # None: without caches any number fits
+        self.most_requests = fit.num_requests(context) if context else None  # None: without caches, any number fits
         parts = {
             WEIGHTS: [self.weight_bytes / card.bandwidth for _ in self.batches],
             ARITHMETIC: [tokenwise_flops(config, batch, batch) / card.flops for batch in self.batches],
@@ -92,7 +92,7 @@ class DecodeRoofline(Curves):
         return -(-self.weight_bytes // (self.context * self.kv_bytes)) if self.context else None
 
     def longest(self, index: int) -> str:
-        """The part that takes longest at a batch of `batches`: what to make faster."""
+        """The part that takes longest at each batch of `batches`."""
         parts = {name: self.series[name][index] for name in (WEIGHTS, ARITHMETIC, CACHE) if name in self.series}
         return max(parts, key=parts.__getitem__)
 
@@ -106,7 +106,7 @@ class DecodeRoofline(Curves):
         return "; ".join(words)
 
     def fits(self, batch: int) -> bool:
-        """Whether weights and caches of so many requests are no more than the card holds, nothing else counted."""
+        """Whether the weights and the caches of `batch` requests fit the card's memory, without anything else."""
         return self.most_requests is None or batch <= self.most_requests
 
     def text(self) -> str:
@@ -126,7 +126,7 @@ class DecodeRoofline(Curves):
         return f"{plural(batch, 'request')}: {self.most_tokens(batch)} tokens/s"
 
     def _measured_cells(self, index: int) -> list[str]:
-        """The time measured, and how much of the speed at most was reached."""
+        """The measured time, and its share of the highest possible speed."""
         seconds = self.measured.get(self.batches[index])
         if seconds is None:
             return ["–", "–"]
@@ -139,7 +139,7 @@ class DecodeRoofline(Curves):
 
     def _draw(self, axes, step: int | None = None) -> None:
         super()._draw(axes, step)
-        if self._turns():  # the thick line turns there, between two batches of the table
+        if self._turns():  # the thick line bends there, between two batches of the table
             batches = sorted({*self.batches, self.compute_bound})
             line = next(line for line in axes.lines if line.get_label() == LEAST)
             line.set_data(batches, [1000 * self.seconds(batch) for batch in batches])
@@ -167,7 +167,8 @@ class DecodeRoofline(Curves):
         return self.batches[0] < self.compute_bound < self.batches[-1]
 
     def _draw_marks(self, axes) -> None:
-        """Where arithmetic overtakes the weights, if it does within the picture; and which is longer on either side."""
+        """Mark where arithmetic begins to take longer than the weights, if that is in the picture, and name both
+        sides."""
         if not self._turns():
             return
         last = self.compute_bound - 1

@@ -1,4 +1,4 @@
-"""How far the course has come: a row for each chapter, with what the rung that it built reaches."""
+"""The progress of the course: a row per chapter, with the numbers of the rung that it built."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from minillm.viz.base import SMALL_SIZE, Picture, PictureError, literal, number,
 from minillm.viz.palette import BLACK, GREY, TEAL, VIOLET, WHITE
 
 COLUMNS = 24  # of the text's bars
-BARS_END = 0.45  # of the drawn axes; the rest is columns of numbers, which end at
+BARS_END = 0.45  # share of the axes; the rest is columns of numbers, which end at
 COLUMN_ENDS = (0.55, 0.69, 0.85, 0.99)
 HEADER = ("tokens/s", "slots wasted", "memory wasted", "factor so far")
 
 
 class Score(NamedTuple):
-    """A chapter's row. None is what nobody measured; `is_own` says whether the factor is of a rung of its own."""
+    """A chapter's row. None: not measured. `is_own`: whether the factor is of a rung of this chapter."""
 
     chapter: int
     name: str
@@ -27,17 +27,17 @@ class Score(NamedTuple):
     note: str = ""
 
     def cells(self) -> list[str]:
-        """As text, "–" for None."""
+        """The columns as text, "–" for None."""
         shares = ["–" if share is None else f"{share:.0%}" for share in (self.slots_wasted, self.memory_wasted)]
         factor = "–" if self.factor is None else f"{self.factor:.1f}x"
         return [number(self.tokens_per_second), *shares, factor if self.is_own else f"({factor})"]
 
 
 class Scoreboard(Picture):
-    """The chapters from top to bottom, with bars of the factor so far on a logarithmic axis; `today`'s row is lit.
+    """The chapters from top to bottom, with bars of the factor so far on a logarithmic axis; `today` is highlighted.
 
-    Rows after `today` show their names alone: nobody is told beforehand what is still to be guessed. None shows all. A
-    factor in brackets is that of the rung before: this chapter has none. `source` says where the numbers come from.
+    Rows after `today` show only their names, because readers still have to guess their numbers. None shows all. A
+    factor in brackets is that of the rung before, if a chapter has no rung. `source` says where the numbers come from.
     Raises PictureError without rows, for chapters that do not rise, for an unknown `today`, and for numbers out of
     range.
     """
@@ -65,7 +65,7 @@ class Scoreboard(Picture):
                 check_number(what, getattr(score, what), "from 0 to 1", lambda v: 0 <= v <= 1, error=PictureError)
 
     def is_shown(self, score: Score) -> bool:
-        """Whether its numbers are told already."""
+        """Whether the row's numbers are shown."""
         return self.today is None or score.chapter <= self.today
 
     def text(self) -> str:
@@ -130,7 +130,7 @@ class Scoreboard(Picture):
         axes.annotate(text, (x, y), **style)
 
     def _draw_axes(self, axes, most: float) -> None:
-        """Ticks under the bars alone: the columns stand on the same axes."""
+        """Draw ticks only under the bars: the columns share their axes."""
         from matplotlib.ticker import FixedLocator, NullLocator
 
         ticks = [factor * ten for ten in (1, 10, 100, 1000) for factor in (1, 2, 5) if factor * ten <= most]

@@ -10,7 +10,7 @@ from minillm.viz.base import image_tag
 class Stepper(ipywidgets.VBox):
     """Shows one frame of `picture` at a time: the figure at that step, and its caption.
 
-    The slider takes the arrow keys. Each frame is drawn when it is first looked at, and kept.
+    The slider takes the arrow keys. Each frame is drawn when it is first shown, and kept.
     """
 
     def __init__(self, picture, *, interval: int = 1000):

@@ -1,4 +1,4 @@
-"""A picture per step: all of them in the stepper, and as a static picture the few in which something changes."""
+"""A picture per step: all steps in the stepper, and in a static picture the few in which something changes."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from minillm.trace import Trace
 from minillm.viz.base import Panels, Picture, PictureError, noted, titled
 
-MOST_FRAMES = 6  # chosen for the static picture
+MOST_FRAMES = 6  # of the static picture
 
 
 class StepStrip(Picture):
-    """Frames of single steps side by side; each subclass says what a frame is.
+    """Frames of single steps side by side; each subclass defines a frame.
 
-    `looks` describes each step, and may go on to what the last one left. A step that looks different from the one
-    before is chosen, up to six; `steps` names others. Raises PictureError for a trace without steps, and for a step
-    that is not in it.
+    `looks` has a value per step, and may have one more for the state after the last. A step whose value differs from
+    the one before is chosen, up to six; `steps` names others. Raises PictureError for a trace without steps, and for a
+    step that is not in it.
     """
 
     def __init__(self, trace: Trace, looks: Sequence[object], steps: Sequence[int] | None, title: str | None):
@@ -30,7 +30,7 @@ class StepStrip(Picture):
 
     @abstractmethod
     def frame(self, step: int, *, alone: bool) -> Picture:
-        """The picture of one step; `alone`: large, and of one size for all steps."""
+        """The picture of one step; `alone`: large, and the same size for all steps."""
 
     def strip(self) -> Panels:
         """The chosen steps side by side."""

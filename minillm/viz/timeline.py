@@ -1,4 +1,4 @@
-"""Timelines: what each request does in each step of a run, drawn from its Trace alone."""
+"""Timelines: what each request does in each step of a run, drawn from its Trace."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,18 +31,18 @@ WIDE = 0.17  # inches; a box as wide as this has room for its letter
 MAX_LISTED = 6  # requests up to which the text in milliseconds lists every stretch
 MAX_BRACKETED = 2  # requests up to which TTFT and ITL get brackets in the figure; beyond, a column of numbers
 MOST_PADDING = 0.5  # share of a box's height up to which padding is drawn to scale, so that the rest has a letter
-HIGH = 0.1  # inches; what is left of a partly padded box has room for its letter
+HIGH = 0.1  # inches; a partly padded box of this height has room for its letter
 AXES_WIDTH = 6.6  # inches
 
 
 class Timeline(Activity, Picture):
     """One row per request: waiting, preempted, prefill, decode, recompute, padding, finished, and its TTFT and ITL.
 
-    `unit` = "s": widths are true to time; "steps": every forward pass is as wide as the next, so that the picture is
-    the same on every machine; "tokens": a pass is as wide as the tokens it computes, padding included. Where padding
-    fills up a row beside real tokens, its share is hatched, and the letter of the text is in lower case.
-    `sampled_tokens` (request id -> its output tokens) writes each token where it came into being, as far as there is
-    room; drawn for one or two requests. Steps = forward passes. Raises PictureError for a trace without steps or
+    `unit` = "s": widths are to scale; "steps": all forward passes are equally wide, so that the picture is the same on
+    every machine; "tokens": the width of a pass is its computed tokens, padding included. If a row has padding beside
+    real tokens, its share is hatched, and the letter of the text is in lower case. `sampled_tokens` (request id -> its
+    output tokens) are written where they were sampled, if there is room, for one or two requests. Steps = forward
+    passes. Raises PictureError for a trace without steps or
     requests.
     """
 
@@ -72,7 +72,7 @@ class Timeline(Activity, Picture):
         return noted(text, self.trace.dropped)
 
     def chart(self, column: float, num_columns: int) -> list[str]:
-        """A line of letters a request below a ruler, a letter for `column` units; long ones go on below."""
+        """A line of letters per request below a ruler, one letter per `column` units; long lines are wrapped."""
         names = [request_label(request_id) for request_id in self.request_ids]
         head = self.unit.removesuffix("s") or "time"
         width = max(map(text_width, [*names, head]))
@@ -136,7 +136,7 @@ class Timeline(Activity, Picture):
         return self._bracketed() and bool(self.sampled_tokens)
 
     def _measured(self) -> bool:
-        """Whether TTFT and ITL stand to the right of each row."""
+        """Whether TTFT and ITL are written right of each row."""
         return not self._bracketed() and self._row_height() > 0.18
 
     def _row_height(self) -> float:
@@ -204,7 +204,7 @@ class Timeline(Activity, Picture):
             self._draw_measures(axes, row, request_id, shown)
 
     def _draw_box(self, axes, row: int, box: Box, height: float, style: dict) -> None:
-        """The box, and at its foot the share of padding beside real tokens."""
+        """Draw the box, and at its foot the share of padding beside real tokens."""
         states = {key: replace(STATES[key], hatch=self._hatch(key)) for key in (box.state, "padding")}
         patch = add_box(axes, box.start, row - height / 2, box.width, height, states[box.state], **style)
         patch.set_gid(f"{box.request_id}:{box.state}")
@@ -214,14 +214,15 @@ class Timeline(Activity, Picture):
             foot.set_gid(f"{box.request_id}:padding")
 
     def _hatch(self, key: str) -> str:
-        """Denser in low rows, which show little of a wide one; in the lowest, waiting is plain grey."""
+        """The state's hatch: denser in low rows, which show little of a wide one; in the lowest, waiting is plain
+        grey."""
         hatch = STATES[key].hatch
         if self._row_height() >= LOW:
             return hatch * (2 if self._row_height() < 0.4 else 1)
         return "" if key in WAITING else 4 * hatch
 
     def _drawable(self, run: Box, scale: float) -> list[Box]:
-        """The single steps of a run, or the run as one box if they would be too narrow to tell apart."""
+        """The single steps of a run of boxes, or one box if they would be too narrow to tell apart."""
         boxes = [box for box in self.boxes(run.request_id) if run.first_step <= box.first_step <= run.last_step]
         return boxes if run.width * scale >= NARROW * len(boxes) else [run]
 
@@ -233,7 +234,7 @@ class Timeline(Activity, Picture):
         return [(replace(box, end=now), False), (replace(box, start=now), True)]
 
     def _draw_letters(self, axes, row: int, boxes: list[Box], shown: int, scale: float, height: float) -> None:
-        """A letter in each box, or if the boxes are too narrow, one in the middle of them; above padding if it fits."""
+        """Write a letter in each box, or one in the middle if the boxes are too narrow; above padding if it fits."""
         boxes = [parts[0][0] for parts in (self._split(box, shown) for box in boxes) if not parts[0][1]]
         if not boxes:
             return
@@ -246,7 +247,7 @@ class Timeline(Activity, Picture):
                 add_letter(axes, *middle, STATES[box.state], patch=not padded)
 
     def _draw_measures(self, axes, row: int, request_id: str, shown: int) -> None:
-        """TTFT and mean ITL to the right of the row, once they are known."""
+        """Write TTFT and mean ITL right of the row, once they are known."""
         sampled = self._sampling_steps(request_id)
         ttft = self.ttft(request_id) if sampled and sampled[0] < shown else None
         itl = self.mean_itl(request_id) if sampled and sampled[-1] < shown else None
@@ -257,7 +258,7 @@ class Timeline(Activity, Picture):
         )  # fmt: skip
 
     def _draw_brackets(self, axes, row: int, request_id: str, shown: int, scale: float) -> None:
-        """TTFT from the arrival to the first token; ITL over one gap, with the mean of all gaps."""
+        """Draw brackets: TTFT from arrival to the first token; ITL over one gap, with the mean of all gaps."""
         ends = [self._spans[index][1] for index in self._sampling_steps(request_id)]
         if not ends or self._sampling_steps(request_id)[0] >= shown:
             return
@@ -275,7 +276,7 @@ class Timeline(Activity, Picture):
             axes.text(left, below + 0.11, text, ha="left", va="top", size=SMALL_SIZE)
 
     def _draw_tokens(self, axes, row: int, request_id: str, shown: int, scale: float) -> None:
-        """The output tokens above the ends of the steps they came out of, where they do not touch."""
+        """Write output tokens above the ends of their steps, as many as do not touch."""
         tokens = self.sampled_tokens.get(request_id, ())
         free = float("-inf")
         for index, token in zip(self._sampling_steps(request_id), tokens, strict=False):
@@ -311,7 +312,7 @@ class Timeline(Activity, Picture):
 
 
 def legend_states(timelines: Sequence[Activity]) -> list[State]:
-    """What a legend below timelines explains: all that has a box."""
+    """The states in the legend of timelines: all that have a box."""
     used = set().union(*(timeline.states_used() for timeline in timelines)) - {"finished"}
     return [state for key, state in STATES.items() if key in used]
 
@@ -326,7 +327,7 @@ def _tokens(box: Box) -> str:
 
 
 def _ruler(first: int, last: int, column: float, unit: str) -> str:
-    """Where columns begin, in the unit: every 5 columns that are steps, every 10 that are wider."""
+    """A ruler with the start of every 5th column if columns are steps, else of every 10th."""
     every = 5 if column == 1 and unit == "steps" else 10
     factor, name = (1, "") if unit != "s" else (1000, " ms") if column < 0.02 else (1, " s")
     ruler = ""
@@ -337,7 +338,7 @@ def _ruler(first: int, last: int, column: float, unit: str) -> str:
 
 
 def _padded(box: Box) -> float:
-    """How much of a partly padded box is drawn as padding, as a share of its height."""
+    """The share of a partly padded box's height that is drawn as padding."""
     return min(MOST_PADDING, box.padding_share)
 
 

@@ -1,4 +1,4 @@
-"""From one speed to another in factors: a bar for each cause on a logarithmic axis, with its range over all orders."""
+"""From one speed to another in factors: a bar per cause on a logarithmic axis, with its range over all orders."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ COLUMNS = 40  # of the text's axis
 
 
 class Step(NamedTuple):
-    """One factor, and between which it lies, if that is known; below 1 it leads back."""
+    """One factor, and its range if that is known; a factor below 1 leads back."""
 
     name: str
     factor: float
@@ -21,13 +21,13 @@ class Step(NamedTuple):
 
 
 class Waterfall(Picture):
-    """Factors that multiply: each bar begins where the one before has ended, the last one is their product.
+    """Factors that multiply: each bar begins where the previous one ends; the last bar is their product.
 
-    `steps`: (name, factor) or (name, factor, low, high), drawn from the first on; the thin line beside a bar is where
-    it would end for `low` and `high`. `first` and `last` name both ends, `claim` is a stretch of the axis to compare
-    with. `unit` is what a factor counts and `spread` what its range is over; factors above 1 are drawn as losses unless
-    `good_above`. `guesses`, a factor by name, are hollow bars below the measured ones, and o in the text; a name that
-    has none is left out, or None. Raises PictureError without a step, for factors that are not above 0 or not within
+    `steps`: (name, factor) or (name, factor, low, high), from top to bottom; the thin line beside a bar is where it
+    would end for `low` and `high`. `first` and `last` name both ends, `claim` is a range of the axis to compare with.
+    `unit` is what a factor counts and `spread` what its range is over. Factors above 1 are drawn as losses unless
+    `good_above`. `guesses` (name -> factor) are hollow bars below the measured ones, and o in the text; a guess may be
+    missing or None. Raises PictureError without a step, for factors that are not above 0 or not within
     their range, and for a guess of an unknown name.
     """
 
@@ -65,13 +65,14 @@ class Waterfall(Picture):
 
     @classmethod
     def of(cls, decomposition, **options) -> "Waterfall":
-        """Of a `simulation.Decomposition`: Shapley values, the largest first, with their range over all orders."""
+        """The waterfall of a `simulation.Decomposition`: Shapley values, the largest first, with their range over all
+        orders."""
         factors = sorted(decomposition.factors, key=lambda factor: -factor.shapley)
         return cls([(each.name, each.shapley, each.low, each.high) for each in factors], **options)
 
     @property
     def ends(self) -> list[float]:
-        """Where the bars end: the product so far."""
+        """The ends of the bars: the product so far."""
         products = [1.0]
         for step in self.steps:
             products.append(products[-1] * step.factor)
@@ -122,7 +123,7 @@ class Waterfall(Picture):
             begin, end = map(column, self.claim)
             stretch = " " * begin + "=" * (end + 1 - begin)
             rows.append(["claimed", f"{self.claim[0]:g} to {self.claim[1]:g}", "", "", "", stretch])
-        rows = [[*cells, pad(picture, COLUMNS)] for *cells, picture in rows]  # the table moves cells to the right
+        rows = [[*cells, pad(picture, COLUMNS)] for *cells, picture in rows]  # else the table aligns them right
         rows.insert(0, ["", "factor", "guess", self.spread, "product", ""])
         unused = [place for place, used in ((2, self.guesses), (3, self._has_ranges)) if not used]
         rows = [[cell for place, cell in enumerate(cells) if place not in unused] for cells in rows]
@@ -185,7 +186,7 @@ class Waterfall(Picture):
         self._ticks(axes, low, high)
 
     def _draw_guesses(self, axes) -> None:
-        """Hollow, below the measured bar, from where that begins."""
+        """Draw hollow bars below the measured ones, from the same start."""
         hollow = {"facecolor": "none", "edgecolor": BLACK, "linewidth": 1, "zorder": 3}
         begins = [1.0, *self.ends[:-1]]
         for row, (step, begin) in enumerate(zip(self.steps, begins, strict=True), start=1):
