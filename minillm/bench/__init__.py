@@ -1,4 +1,4 @@
-"""Measurements beside named peers, printed with machine, date and versions: `minillm bench`.
+"""Benchmarks beside named peers, printed with machine, date and versions: `minillm bench`.
 
 May import every room but `cli`; only `cli` imports it.
 """

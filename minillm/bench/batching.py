@@ -2,8 +2,8 @@
 
     minillm bench batching --json batching.json
 
-They take turns, so that what disturbs the machine disturbs all; ratios are taken within a turn, and their median
-counts. A cost model calibrated on other requests predicts the same ratio without the model.
+The policies take turns, so that a disturbance of the machine affects all of them. Ratios are taken within a turn, and
+their median is reported. A cost model calibrated on other requests predicts the same ratio without the model.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def natural_requests(tokenizer, eos_token_ids: tuple[int, ...], num_requests: int, seed: int) -> list[Request]:
-    """What users of the storyteller ask, in random order: questions (greedy), stories on request and beginnings of
+    """Typical requests to the storyteller, in random order: questions (greedy), requests for stories and beginnings of
     stories (sampled, each with its own seed). Each ends when the model ends it.
     """
     rng = random.Random(f"bench batching {seed}")
@@ -87,7 +87,7 @@ def natural_requests(tokenizer, eos_token_ids: tuple[int, ...], num_requests: in
 
 
 def natural_prompt(rng: random.Random) -> tuple[str, bool]:
-    """A prompt and whether its answer is greedy: three in five are questions, one asks for a story, one begins one."""
+    """A prompt and whether it is answered greedily: a question (3 of 5), a request for a story, or its beginning."""
     kind = rng.choice(("question", "question", "question", "request", "opening"))
     if kind == "question":
         return corpus.chat_prompt(corpus.chat_turn(rng).question), True
@@ -101,17 +101,17 @@ def natural_prompt(rng: random.Random) -> tuple[str, bool]:
 
 
 def turn(model, requests: list[Request], config: SchedulerConfig, timer: str, number: int) -> dict[str, MeasuredRun]:
-    """Every way of batching once; each turn begins with another one."""
+    """Run every batching policy once; each turn begins with a different one."""
     names = list(BATCHING)
     order = names[number % len(names) :] + names[: number % len(names)]
     return {batching: measure(model, requests, batching, config, timer) for batching in order}
 
 
 def different_requests(turns: list[dict[str, MeasuredRun]]) -> list[str]:
-    """Requests that did not get the same tokens under every way of batching in every turn.
+    """Requests that did not get the same tokens under every batching policy in every turn.
 
-    In float32 that can happen to a request for which two tokens are equal but for rounding, about once in 10^5 tokens:
-    sums over another number of rows are rounded in another order. In float64 it must not happen.
+    In float32 this can happen where two tokens are equal up to rounding, about once in 10^5 tokens: with a different
+    number of rows, sums are rounded in a different order. In float64 it must not happen.
     """
     expected = turns[0]["static"].outputs
     every = [run.outputs for runs in turns for run in runs.values()]
@@ -119,7 +119,7 @@ def different_requests(turns: list[dict[str, MeasuredRun]]) -> list[str]:
 
 
 def check_same_outputs(runs: dict[str, MeasuredRun]) -> None:
-    """All ways of batching said the same, token for token, in float64. Raises AssertionError, naming the requests."""
+    """Check that all batching policies give the same tokens in float64. Raises AssertionError, naming the requests."""
     different = different_requests([runs])
     if different:
         raise AssertionError(f"the ways of batching gave other tokens than static batching for {', '.join(different)}")
@@ -128,7 +128,7 @@ def check_same_outputs(runs: dict[str, MeasuredRun]) -> None:
 def simulate_same_lengths(
     cost_model, requests: list[Request], outputs: dict[str, tuple[int, ...]], config: SchedulerConfig
 ) -> dict[str, Report]:
-    """Predicted reports for requests of the lengths that came out."""
+    """Predicted reports for requests with the measured output lengths."""
     known = [
         made_request(request.request_id, 0.0, request.num_prompt_tokens, len(outputs[request.request_id]))
         for request in requests
@@ -140,7 +140,7 @@ def simulate_same_lengths(
 
 
 def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], timer: str, rounded: list[str]) -> dict:
-    """The record: a dictionary for JSON. `rounded`: the requests that float32 gave other tokens."""
+    """The record: a dictionary for JSON. `rounded`: the requests that got different tokens in float32."""
     ways = {}
     for batching in BATCHING:
         runs = [runs[batching] for runs in turns]
@@ -169,7 +169,7 @@ def summary(turns: list[dict[str, MeasuredRun]], simulated: dict[str, Report], t
 
 
 def ratios(turns: list[dict[str, MeasuredRun]], timer: str) -> dict:
-    """Useful tokens per second of continuous batching over those of static batching, turn by turn, and the median."""
+    """Useful tokens per second of continuous batching, relative to static batching: per turn, and the median."""
     repeats = [
         tokens_per_second(runs["continuous"], timer) / tokens_per_second(runs["static"], timer) for runs in turns
     ]
@@ -177,12 +177,12 @@ def ratios(turns: list[dict[str, MeasuredRun]], timer: str) -> dict:
 
 
 def tokens_per_second(run: MeasuredRun, timer: str) -> float:
-    """Useful tokens: those that a request asked for."""
+    """Useful tokens per second: only tokens that a request asked for."""
     return run.report.output_tokens / run.seconds[timer]
 
 
 def table(result: dict) -> str:
-    """The record for people."""
+    """The record as text."""
     output = result["output_tokens"]
     lines = [
         f"{result['requests']} requests, outputs of {output['shortest']} to {output['longest']} tokens, together "

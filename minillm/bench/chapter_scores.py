@@ -1,4 +1,4 @@
-"""The course's scoreboard: which chapter built which rung of the ladder, and what recorded runs say of it."""
+"""The course's scoreboard: which chapter built which rung of the ladder, with the results of recorded runs."""
 
 import statistics
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from minillm.bench import recorded
 from minillm.errors import ConfigError
 from minillm.viz import Score, Scoreboard
 
-SERVER = "server"  # no rung of the ladder: `bench serve` measures it beside the engine of the rung below
-SERVED_BY = "kernels"  # that rung: the engine in one process
+SERVER = "server"  # not on the ladder: `bench serve` measures it beside the engine of the next line
+SERVED_BY = "kernels"  # the rung of the engine in one process
 
 
 class Chapter(NamedTuple):
-    """The rungs that a chapter built, the last of which stands for it; without any, `note` says why."""
+    """The rungs that a chapter built; its row shows the last. Without any, `note` says why."""
 
     number: int
     name: str
@@ -43,7 +43,7 @@ def scoreboard(
     ladder: dict | None = None,
     serve: dict | None = None,
 ) -> Scoreboard:
-    """The picture, from the recorded runs of this shape or from other records. `today`: the chapter that is lit.
+    """The picture, from the recorded runs of this shape or from other records. `today`: the highlighted chapter.
 
     Raises ConfigError if no ladder of this shape is recorded.
     """
@@ -65,7 +65,7 @@ def scoreboard(
 
 
 def score_of(chapter: Chapter, rungs: dict, served: dict | None, before: float | None) -> Score:
-    """A chapter's row; `before` is the factor of the row above, `served` what `bench serve` found."""
+    """A chapter's row; `before` is the factor of the row above, `served` the record of `bench serve`."""
     unmeasured = Score(chapter.number, chapter.name, factor=before, is_own=False, note=chapter.note)
     if not chapter.rungs:
         return unmeasured
@@ -90,7 +90,7 @@ def score_of(chapter: Chapter, rungs: dict, served: dict | None, before: float |
 
 
 def notes(chapter: Chapter, rungs: dict) -> Iterator[str]:
-    """What one must know of a chapter's numbers."""
+    """A note on the conditions of a chapter's numbers."""
     *earlier, last = (rungs[name] for name in chapter.rungs)
     if earlier:
         before = ", ".join(f"{rung['label']} {rung['over_first']:.1f}x" for rung in earlier)
@@ -100,9 +100,9 @@ def notes(chapter: Chapter, rungs: dict) -> Iterator[str]:
 
 
 def of_server(chapter: Chapter, served: dict, engine: dict) -> Score:
-    """The server's row. Its run had other requests, so it has no tokens/s to compare.
+    """The server's row. Its run had different requests, so it has no comparable tokens/s.
 
-    Its factor is that of the engine, times what is left of the engine's throughput behind the server.
+    Its factor is the engine's factor times the share of the engine's throughput that the server reaches.
     """
     speed = statistics.median(served["tokens"] / turn["server"]["seconds"] for turn in served["turns"])
     ratio = served["throughput_ratio"]
@@ -116,13 +116,13 @@ def of_server(chapter: Chapter, served: dict, engine: dict) -> Score:
 def slots_wasted(rung: dict) -> float:
     """The share of computed tokens that were padding or had been computed before.
 
-    Needed are all tokens once, but for the last output of each request, which nothing comes after.
+    Every token must be computed once, except the last output of each request, which nothing follows.
     """
     needed = rung["prompt_tokens"] + rung["output_tokens"] - rung["requests"]
     return 1 - needed / rung["computed_tokens"]
 
 
 def memory_wasted(rung: dict) -> float | None:
-    """The share of reserved bytes that held no token, on average over steps; None if nothing was reserved, or told."""
+    """The mean share of reserved bytes that held no token, over steps; None if nothing was reserved or recorded."""
     wasted, reserved = rung["cache"]["wasted"], rung["cache"]["reserved"]
     return wasted["mean"] / reserved["mean"] if wasted and reserved["mean"] else None

@@ -1,7 +1,7 @@
-"""Who takes part in `minillm bench engine` and `minillm bench gpu`: engines that generate the same workload.
+"""The contenders of `minillm bench engine` and `minillm bench gpu`: engines that generate the same workload.
 
-A contender has `settings` for the record, `generate(jobs)`, which returns the output tokens of every job in their
-order, and `close()`. One that computes in another process (`live.py`) has `seconds` too, measured there.
+A contender has `settings` for the record, `generate(jobs)`, which returns the output tokens of every job in order, and
+`close()`. One that computes in another process (`live.py`) also has `seconds`, measured there.
 """
 
 import dataclasses
@@ -24,36 +24,36 @@ from minillm.sampling import SamplingParams
 from minillm.simulation import COURSE_SEED, course_requests
 from minillm.trace import StepEvent, Trace
 
-BLOCK_SIZE = 16  # tokens, ours and transformers'
+BLOCK_SIZE = 16  # tokens, for ours and for transformers
 STATIC_BATCH = 16  # requests in a left-padded batch
-SPARE_BLOCKS = 1.25  # of what all jobs need at once: transformers admits nobody into the last 15 % of its pool
+SPARE_BLOCKS = 1.25  # times the blocks of all jobs: transformers admits no request into the last 15 % of its pool
 NO_EOS = -1
-PAD_TOKEN_ID = 0  # what pads are computed as; masked, so any id does
+PAD_TOKEN_ID = 0  # of pads; they are masked, so any id will do
 
 
 # --- the workload ----------------------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
-    """One request: its prompt, and how many tokens it gets, whether eos comes or not."""
+    """One request: its prompt, and how many tokens it gets; eos does not end it."""
 
     prompt: list[int]
     num_outputs: int
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output."""
+        """Length of prompt and output."""
         return len(self.prompt) + self.num_outputs
 
 
 def make_jobs(num_jobs: int, vocab_size: int, seed: int = COURSE_SEED) -> list[Job]:
-    """The course's requests, as many as asked for, with prompts of random tokens: see `course_requests`."""
+    """The first `count` of the course's requests, with prompts of random tokens: see `course_requests`."""
     requests = course_requests(num_jobs, vocab_size=vocab_size, seed=seed)
     return [Job(list(request.prompt_token_ids), request.params.max_tokens) for request in requests]
 
 
 def num_blocks_for(jobs: Sequence[Job]) -> int:
-    """A pool in which all jobs find room at once, for us and for transformers the same."""
+    """Blocks of a pool that has room for all jobs at once; the same for ours and for transformers."""
     return math.ceil(SPARE_BLOCKS * sum(blocks_needed(job.num_tokens, BLOCK_SIZE) for job in jobs))
 
 
@@ -73,12 +73,12 @@ SHAPE_135M = LlamaConfig(
     tie_word_embeddings=True,
     bos_token_id=None,
     eos_token_id=None,
-    initializer_range=0.05,  # above the usual: logits far enough apart that rounding does not decide between tokens
+    initializer_range=0.05,  # larger than usual, so that rounding rarely decides between tokens
 )
 
 
 def write_random_checkpoint(config: LlamaConfig, folder: Path) -> Path:
-    """A checkpoint of random weights, the same every time."""
+    """Write a checkpoint of random weights, always the same."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -88,7 +88,7 @@ def write_random_checkpoint(config: LlamaConfig, folder: Path) -> Path:
 
 
 class Contender(Protocol):
-    """An engine ready to generate; what it needs is loaded and allocated when it is made."""
+    """An engine ready to generate; its constructor loads and allocates everything."""
 
     settings: dict
 
@@ -96,30 +96,30 @@ class Contender(Protocol):
         """The output tokens of every job."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its memory."""
 
 
 def our_arguments(jobs: Sequence[Job], max_num_seqs: int, max_num_batched_tokens: int) -> dict:
-    """Engine arguments under which all jobs find room at once."""
+    """Engine arguments with which all jobs fit at once."""
     return {
         "block_size": BLOCK_SIZE,
         "num_blocks": num_blocks_for(jobs),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max(job.num_tokens for job in jobs),
-        "enable_prefix_caching": False,  # the same prompts come again in every turn
+        "enable_prefix_caching": False,  # the prompts are the same in every turn
     }
 
 
 class Ours:
-    """`LLM`: paged cache, continuous batching. `model` is a checkpoint, computed in `dtype`, or a Decoder as it is."""
+    """`LLM`: paged cache, continuous batching. `model` is a checkpoint to load in `dtype`, or a Decoder."""
 
     def __init__(self, model: Path | Decoder, arguments: dict, temperature: float = 0.0, dtype: str | None = None):
         self.settings = {"engine": "minillm LLM", **arguments}
         self.temperature = temperature
         self.llm = LLM(model, dtype=dtype, skip_tokenizer_init=True, verbose=False, **arguments)
         self.settings["kernels"] = self.kernels
-        self._began = 0.0  # the last `generate`, on the engine's clock
+        self._began = 0.0  # the start of the last `generate`, on the engine's clock
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
         self._began = self.llm.engine.scheduler.clock()
@@ -131,7 +131,7 @@ class Ours:
 
     @property
     def kernels(self) -> str:
-        """Which kernels its worker has picked, and why."""
+        """Which kernels its worker has chosen, and why."""
         return self.llm.engine.executor.workers[0].why
 
     @property
@@ -141,7 +141,7 @@ class Ours:
 
     @property
     def trace(self) -> Trace:
-        """Of the last `generate`. It is written down now: that must not be part of what is timed."""
+        """The trace of the last `generate`. It is made now, so that this is not part of the timed run."""
         every = self.llm.trace
         return Trace(
             [record for record in every.requests if record.arrival_time >= self._began],
@@ -150,16 +150,16 @@ class Ours:
 
     @property
     def steps(self) -> list[StepEvent]:
-        """Those of the trace."""
+        """The steps of the trace."""
         return self.trace.steps
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.llm.shutdown()
 
 
 class StaticBatches:
-    """transformers' `generate` on left-padded batches in order of arrival: a batch ends with its longest output."""
+    """transformers' `generate` on left-padded batches in order of arrival; a batch ends with its longest output."""
 
     def __init__(
         self,
@@ -198,14 +198,14 @@ class StaticBatches:
         return (tuple(row[width : width + job.num_outputs].tolist()) for row, job in zip(rows, jobs, strict=True))
 
     def close(self) -> None:
-        """Holds nothing but the model."""
+        """Nothing to release except the model."""
 
 
 class ContinuousBatches:
-    """transformers' continuous batching, the manager behind `generate_batch`, which lives from turn to turn.
+    """transformers' continuous batching: the manager behind `generate_batch`, kept for all turns.
 
-    Straight to the manager because `generate_batch` has one output length for all. Raises ConfigError if the installed
-    transformers does not know the settings.
+    It calls the manager directly because `generate_batch` has one output length for all. Raises ConfigError if the
+    installed transformers does not know the settings.
     """
 
     def __init__(
@@ -217,9 +217,9 @@ class ContinuousBatches:
         temperature: float = 0.0,
         num_blocks: int | None = None,
     ):
-        """`max_batch_tokens` None leaves that, pages and pool as they are by default; `num_blocks` None: all find room.
+        """`max_batch_tokens` None keeps the defaults of it, pages and pool; `num_blocks` None: room for all jobs.
 
-        `results` are the manager's of the last `generate`, in the order of the jobs, with the times of their tokens.
+        `results` are the manager's for the last `generate`, in the order of the jobs, with the times of their tokens.
         """
         known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         arguments = {
@@ -252,8 +252,8 @@ class ContinuousBatches:
         self.manager.start()
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
-        pause = getattr(self.manager, "pause", nullcontext)  # transformers 5.17 cannot: it may begin with a few
-        with pause():  # so that all are there before the first step
+        pause = getattr(self.manager, "pause", nullcontext)  # transformers 5.17 has none: it may begin with a few
+        with pause():  # so that all are queued before the first step
             request_ids = [
                 self.manager.add_request(
                     job.prompt, max_new_tokens=job.num_outputs, record_timestamps=True, eos_token_id=NO_EOS
@@ -281,12 +281,12 @@ class ContinuousBatches:
 def load_peer(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     """The checkpoint in transformers, with the attention that is fastest on a CPU; both its contenders share it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    model.generation_config.eos_token_id = None  # else `generate` falls back on it
+    model.generation_config.eos_token_id = None  # otherwise `generate` would use it
     return model
 
 
 def generation_config(max_new_tokens: int, eos_token_id: int | None, temperature: float) -> GenerationConfig:
-    """Greedy at temperature 0, else sampled among all tokens."""
+    """Greedy at temperature 0, otherwise sampled from all tokens."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
         **({"do_sample": False} | sampling),
@@ -304,7 +304,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 class GemmFloor:
-    """The matrix products of a run and nothing else: as many rows through the model's own weights, step by step.
+    """Only the matrix products of a run: the same number of rows through the model's own weights, step by step.
 
     Rows and weights are as the engine computes them: padded where that is faster, packed if the model is.
     """
@@ -337,5 +337,5 @@ class GemmFloor:
 
 
 def products_of(steps: Sequence[StepEvent]) -> list[tuple[int, int]]:
-    """For `GemmFloor`: how many tokens and how many sampled rows each step of a run had."""
+    """For `GemmFloor`: the number of tokens and of sampled rows of each step of a run."""
     return [(step.num_tokens, sum(part.num_sampled for part in step.scheduled)) for step in steps]

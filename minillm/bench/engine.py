@@ -5,9 +5,10 @@
     minillm bench engine --peers none --threads 1,2
     minillm bench engine --scheduler
 
-The contenders take turns, so that what disturbs the machine disturbs all; ratios are taken within a turn, and their
-median counts. In float32 they must give the same tokens. On a machine that others use, trust the ratios of user CPU
-time. What makes vLLM's turns fair says `minillm/bench/live.py`, how to make an environment with it CONTRIBUTING.md.
+The contenders take turns, so that a disturbance of the machine affects all of them. Ratios are taken within a turn, and
+their median is reported. In float32 all must give the same tokens. On a shared machine, use the ratios of user CPU
+time. `minillm/bench/live.py` says what makes the comparison with vLLM fair, CONTRIBUTING.md how to make an environment
+for it.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from minillm.ladder import CausalAttention, as_tensor, positions
 from minillm.model import Decoder, load_model, read_config
 from minillm.storyteller import CHECKPOINT_DIR
 
-ROUNDING = 5e-5  # of the spread of the logits: ten times the largest error measured in float32 on these shapes
+ROUNDING = 5e-5  # of the logits' spread: ten times the largest error measured in float32 on these shapes
 WARM_UPS = 2  # whole workloads: vLLM's second is still slower than its third
 DTYPES = ("float32", "bfloat16")
 MOST_THREADS = 1024
@@ -55,11 +56,11 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the workload to serve it; the limits of a step are each contender's best of those tried."""
+    """A model and its workload; the limits of a step are the best of those tried for each contender."""
 
     label: str
     num_requests: int
-    checkpoint: Callable[[Path], Path]  # given an empty folder to write to, where the checkpoint is
+    checkpoint: Callable[[Path], Path]  # gets an empty folder to write to, returns that of the checkpoint
     max_num_seqs: int
     max_num_batched_tokens: int
     peer_max_requests: int
@@ -104,7 +105,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vllm",
         metavar="PYTHON",
-        help="the Python of an environment with vLLM's CPU build; CONTRIBUTING.md says how to make one",
+        help="the Python of an environment with vLLM's CPU build; see CONTRIBUTING.md",
     )
     parser.add_argument("--eager", action="store_true", help="vLLM without its compiler, which makes it slower")
     parser.add_argument(
@@ -124,7 +125,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parse_threads(text: str) -> list[int]:
-    """Different numbers of threads, from "1,2". Raises ConfigError."""
+    """Parse distinct numbers of threads from "1,2". Raises ConfigError."""
     try:
         found = [int(number) for number in text.split(",")]
     except ValueError:
@@ -164,7 +165,7 @@ def measure_shape(shape: Shape, arguments: argparse.Namespace) -> dict:
 
 
 class Cores(NamedTuple):
-    """Numbers of cores; None where nobody is bound to any."""
+    """Numbers of cores; None where no process is bound to any."""
 
     same: list[int] | None  # as many as threads, for this process and vLLM
     all: list[int] | None
@@ -172,7 +173,7 @@ class Cores(NamedTuple):
 
 @contextmanager
 def same_cores(arguments: argparse.Namespace) -> Iterator[Cores]:
-    """Binds this process meanwhile to the cores that vLLM is bound to; not, if vLLM takes no part."""
+    """Binds this process to vLLM's cores within the block; does nothing without vLLM."""
     if arguments.vllm is None or not hasattr(os, "sched_setaffinity"):
         yield Cores(None, None)
         return
@@ -188,9 +189,9 @@ def same_cores(arguments: argparse.Namespace) -> Iterator[Cores]:
 def make_contenders(
     shape: Shape, folder: Path, jobs: Sequence[Job], arguments: argparse.Namespace, cores: Cores
 ) -> Iterator[tuple[str, Contender]]:
-    """Ours, then with their names those that the arguments ask for, all with the checkpoint in `folder`.
+    """Yields (name, contender): ours, then those that the arguments ask for, all with the checkpoint in `folder`.
 
-    One after the other, so that the caller can close those that are made if the next one fails.
+    They are made one after the other, so that the caller can close the earlier ones if one fails.
     """
     dtype, (threads, *more) = arguments.dtype, arguments.threads
     ours = our_arguments(jobs, shape.max_num_seqs, shape.max_num_batched_tokens)
@@ -208,15 +209,15 @@ def make_contenders(
 
 
 def warm_up(contenders: dict[str, Contender], jobs: Sequence[Job]) -> None:
-    """Let everybody have run before it counts."""
+    """Run every contender before measuring."""
     for contender in contenders.values():
         for _ in range(WARM_UPS):
             contender.generate(jobs)
 
 
 def take_turn(contenders: dict[str, Contender], floor: GemmFloor, jobs: Sequence[Job], number: int) -> Turn:
-    """Every contender once, in the order of `turn_order`; the floor right after ours, which it repeats."""
-    gc.collect()  # so that nobody pays for what another turn left behind
+    """Run every contender once, in the order of `turn_order`; the floor follows ours, whose products it repeats."""
+    gc.collect()  # so that no contender collects the garbage of another turn
     runs = {}
     for name in turn_order(list(contenders), number):
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -228,7 +229,7 @@ def take_turn(contenders: dict[str, Contender], floor: GemmFloor, jobs: Sequence
 
 
 def turn_order(names: list[str], number: int) -> list[str]:
-    """Every second turn the other way round, so that of two neither always comes first; every pair begins elsewhere."""
+    """Every second turn is reversed, so that of two neither is always first; each pair begins with the next one."""
     first = number // 2 % len(names)
     order = names[first:] + names[:first]
     return order[::-1] if number % 2 else order
@@ -238,7 +239,7 @@ def turn_order(names: list[str], number: int) -> list[str]:
 
 
 def compare_outputs(folder: Path, jobs: Sequence[Job], turns: Sequence[dict[str, Run]], dtype: str) -> dict:
-    """For the record. In bfloat16, where rounding does decide, only how many requests differ from ours is told."""
+    """For the record. In bfloat16, where rounding decides between tokens, only the number of differing requests."""
     if dtype == "float32":
         rounded = check_same_outputs(folder, jobs, turns)
         alone = turns[0].keys() == {"ours"}
@@ -250,7 +251,7 @@ def compare_outputs(folder: Path, jobs: Sequence[Job], turns: Sequence[dict[str,
 
 
 def check_lengths(jobs: Sequence[Job], turns: Sequence[dict[str, Run]]) -> None:
-    """That everybody made as many tokens as were asked for. Raises AssertionError."""
+    """Check that every output has the requested length. Raises AssertionError."""
     for name, run in (item for runs in turns for item in runs.items()):
         for number, (job, said) in enumerate(zip(jobs, run.outputs, strict=True)):
             if len(said) != job.num_outputs:
@@ -260,12 +261,12 @@ def check_lengths(jobs: Sequence[Job], turns: Sequence[dict[str, Run]]) -> None:
 def check_same_outputs(
     folder: Path, jobs: Sequence[Job], turns: Sequence[dict[str, Run]], reference: str | None = None
 ) -> list[int]:
-    """The numbers of the requests that float32 gave other tokens: at a tie, which is shown in float64.
+    """The numbers of the requests that got different tokens in float32, at a tie, which float64 shows.
 
-    All are compared with the `reference` of the first turn: by default transformers' static batches, without them ours.
+    All are compared with `reference` in the first turn: by default transformers' static batches, otherwise ours.
 
-    Sums over another number of rows are rounded in another order, so where two tokens are equal but for rounding, two
-    right engines may say different ones. Raises AssertionError for any other difference.
+    With a different number of rows, sums are rounded in a different order. So where two tokens are equal up to
+    rounding, two correct engines may sample different ones. Raises AssertionError for any other difference.
     """
     check_lengths(jobs, turns)
     reference = reference or ("static16" if "static16" in turns[0] else "ours")
@@ -281,7 +282,7 @@ def check_same_outputs(
 
 
 def check_tie(exact: Decoder, job: Job, said: tuple[int, ...], wanted: tuple[int, ...], who: str) -> None:
-    """Where two outputs part, both tokens are the likeliest but for rounding. `exact` is the model in float64."""
+    """Check that both tokens where outputs part are the likeliest, up to rounding. `exact`: the model in float64."""
     place = next(i for i, (one, other) in enumerate(zip(said, wanted, strict=True)) if one != other)
     logits = last_logits(exact, job.prompt + list(wanted[:place]))  # [ids]
     behind = max((logits.max() - logits[token]).item() for token in (said[place], wanted[place]))
@@ -295,6 +296,6 @@ def check_tie(exact: Decoder, job: Job, said: tuple[int, ...], wanted: tuple[int
 
 @torch.inference_mode()
 def last_logits(model: Decoder, token_ids: list[int]) -> torch.Tensor:
-    """[ids] logits after the last of the tokens, in one pass."""
+    """Logits [ids] after the last token, in one pass."""
     hidden = model(as_tensor(token_ids, model), positions(0, len(token_ids), model), CausalAttention(model.config))
     return model.logits(hidden[-1:])[0]

@@ -1,4 +1,4 @@
-"""What `minillm bench engine` found: as a dictionary for JSON, and as text."""
+"""The results of `minillm bench engine`: as a dictionary for JSON, and as text."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ class Run(NamedTuple):
 
     seconds: dict[str, float]  # on each timer
     outputs: list[tuple[int, ...]]
-    load: float | None = None  # the machine's, of the minute before; None if the system does not say
+    load: float | None = None  # of the machine, in the minute before; None if unknown
 
 
 class Turn(NamedTuple):
-    """Every contender once."""
+    """One run of every contender."""
 
     runs: dict[str, Run]
-    floor: dict[str, float]  # seconds of the matrix products alone, on each timer
+    floor: dict[str, float]  # seconds of only the matrix products, on each timer
 
 
 def summary(
@@ -33,7 +33,7 @@ def summary(
     dtype: str,
     timer: str,
 ) -> dict:
-    """The record: a dictionary for JSON. `steps` are those of one run of ours; `outputs` is of `compare_outputs`."""
+    """The record, a dictionary for JSON. `steps`: of one run of ours; `outputs`: the result of `compare_outputs`."""
     seconds = {name: [turn.runs[name].seconds for turn in turns] for name in settings}
     seconds["gemm_floor"] = [turn.floor for turn in turns]
 
@@ -62,15 +62,15 @@ def summary(
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict:
-    """How many times the time of `faster`, turn by turn; the median of those."""
+    """The time relative to that of `faster`, per turn, and the median."""
     repeats = [slow / fast for slow, fast in zip(slower, faster, strict=True)]
     return {"median": statistics.median(repeats), "repeats": repeats}
 
 
 def cache_waste(steps: Sequence[StepEvent]) -> dict[str, float]:
-    """Slots that are handed out and hold no token, as shares of those in handed-out blocks and of the whole pool.
+    """Slots of used blocks that hold no token, as shares of the slots in used blocks and of the whole pool.
 
-    Means over the steps after which any block is handed out. Only without prefix sharing, which lets one slot hold a
+    Means over the steps after which any block is used. Only without prefix sharing, with which one slot can hold a
     token of several requests.
     """
     filled = [step for step in steps if step.blocks.used]
@@ -82,7 +82,7 @@ def cache_waste(steps: Sequence[StepEvent]) -> dict[str, float]:
 
 
 def turn_line(label: str, number: int, turn: Turn, timer: str) -> str:
-    """What a turn took, printed as soon as it is over."""
+    """The times of a turn, printed when it is over."""
     seconds = {name: run.seconds[timer] for name, run in turn.runs.items()} | {"gemm_floor": turn.floor[timer]}
     loads = [run.load for run in turn.runs.values() if run.load is not None]
     load = f"; load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
@@ -90,7 +90,7 @@ def turn_line(label: str, number: int, turn: Turn, timer: str) -> str:
 
 
 def table(label: str, result: dict) -> str:
-    """The record for people."""
+    """The record as text."""
     ours = result["settings"]["ours"]
     lines = [
         f"{label} in {result['dtype']}: {result['requests']} requests, {result['prompt_tokens']} prompt and "

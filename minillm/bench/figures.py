@@ -1,4 +1,4 @@
-"""The README's pictures of recorded runs: `python -m minillm.bench.figures [FOLDER]`, a part of `make figures`."""
+"""The READMEs' pictures of recorded runs: `python -m minillm.bench.figures [FOLDER]`, a part of `make figures`."""
 
 import sys
 from pathlib import Path

@@ -3,10 +3,10 @@
     minillm bench ladder --shape storyteller --repeats 5 --simulate --json ladder.json --svg ladder.svg
     minillm bench ladder --show ladder.json
 
-The same weights, the same requests, the same tokens (compared), the rungs in turns; factors are taken within a turn,
-and their median counts. Memory is part of the claim: every rung that batches has the same bytes of cache, by default a
-quarter of what all requests need together. Where systems reserved the longest request for every row, few rows find
-room; as blocks the same bytes hold many requests. Prefix sharing is a pair of rungs with requests that share one.
+All rungs have the same weights and requests, and their tokens are compared. They take turns; factors are taken within a
+turn, and their median is reported. Memory is part of the claim: every rung that batches has the same bytes of cache, by
+default a quarter of what all requests need together. If every row reserves the longest request, only a few rows fit; as
+blocks, the same bytes hold many requests. Prefix sharing is a pair of rungs whose requests share a prefix.
 """
 
 import argparse
@@ -45,20 +45,20 @@ from minillm.model import load_decoder, read_config
 from minillm.simulation import COURSE_SEED
 
 SCHEMA = 1
-PREFIX_TOKENS = 128  # that the requests of the prefix rungs begin with, as with a system prompt
+PREFIX_TOKENS = 128  # of the prefix that the requests of two rungs share, like a system prompt
 WARM_UP_JOBS, WARM_UP_OUTPUTS = 4, 8
-CALIBRATION_SEED = 1000  # and up: requests that prices are fitted to, never those that are served
+CALIBRATION_SEED = 1000  # and up: requests for fitting prices, never those that are served
 DTYPE = torch.float32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How many requests each rung serves; a rung that takes long serves the first few, and says so."""
+    """How many requests each rung serves; a slow rung serves only the first few, which the record says."""
 
     num_requests: int
     naive: int
-    alone: int  # with a cache, one at a time
-    calibration: int  # requests that prices are fitted to, in the engine; the other rungs serve a quarter of them
+    alone: int  # by the rung with a cache, one at a time
+    calibration: int  # by the engine, for fitting prices; the other rungs serve a quarter of them
 
 
 SHAPES = {
@@ -109,7 +109,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def show(record: dict, svg: Path | None) -> None:
-    """Print a record, and draw its first shape where asked. Raises ConfigError for a record of another kind."""
+    """Print a record, and draw its first shape if asked. Raises ConfigError for a record of a different kind."""
     if record["kind"] != "ladder":
         raise ConfigError(f"this is a record of the kind {record['kind']!r}; --show prints what bench ladder wrote")
     print(f"{record['machine']}; {record['date']}; torch {record['torch']}, transformers {record['transformers']}")
@@ -166,7 +166,7 @@ def measure_shape(name: str, arguments: argparse.Namespace) -> dict:
 def make_rungs(
     name: str, folder: Path, jobs: Sequence[Job], budget: Budget, arguments: argparse.Namespace
 ) -> Iterator[Rung]:
-    """All rungs in the order of the table, one after the other, so that the caller can close those that are made."""
+    """Yields all rungs in the table's order, one after the other, so that the caller can close earlier ones."""
     shape, limits = SHAPES[name], MODELS[name]
     model = load_decoder(
         folder, read_config(folder), DTYPE, "cpu", pack=True
@@ -184,7 +184,7 @@ def make_rungs(
     reference = Paged(model, jobs, budget, paged, attention_backend="reference")
     yield reference.placed("paged", "paged, in torch", "continuous")
     yield Paged(model, jobs, budget, paged).placed("kernels", "paged, in C++", "paged")
-    apart = Paged(folder, jobs, budget, paged, worker="process")  # which loads float32, like all
+    apart = Paged(folder, jobs, budget, paged, worker="process")  # which loads in float32, like all
     yield apart.placed("processes", "two processes", "kernels")
     begun = with_prefix(jobs, model.config.vocab_size)
     room = Budget.of(begun, model.config, DTYPE.itemsize, arguments.budget)
@@ -196,7 +196,7 @@ def make_rungs(
 
 
 def transformers_rungs(folder: Path, jobs, naive, alone, budget: Budget, limits) -> Iterator[Rung]:
-    """The same steps in transformers."""
+    """The rungs of transformers."""
     peer = load_peer(folder)
     without = TransformersBatches(peer, naive, budget, 1, use_cache=False)
     yield without.placed("transformers_naive", "HF no cache", None)
@@ -209,14 +209,14 @@ def transformers_rungs(folder: Path, jobs, naive, alone, budget: Budget, limits)
 
 
 def with_prefix(jobs: Sequence[Job], vocab_size: int) -> list[Job]:
-    """The same requests, all beginning with the same tokens."""
+    """The same requests with a common prefix."""
     rng = random.Random(COURSE_SEED)
     prefix = [rng.randrange(vocab_size) for _ in range(PREFIX_TOKENS)]
     return [Job(prefix + job.prompt, job.num_outputs) for job in jobs]
 
 
 def warm_up(rung: Rung) -> None:
-    """Let it have run before it counts: the first few requests, a few tokens of each."""
+    """Run a rung before measuring: the first few requests, a few tokens of each."""
     every = rung.jobs
     rung.jobs = [Job(job.prompt, min(job.num_outputs, WARM_UP_OUTPUTS)) for job in every[:WARM_UP_JOBS]]
     try:
@@ -226,8 +226,8 @@ def warm_up(rung: Rung) -> None:
 
 
 def take_turn(rungs: Mapping[str, Rung], number: int) -> dict[str, RungRun]:
-    """Every rung once, in the order of `turn_order`; says on stderr how far it is."""
-    gc.collect()  # so that nobody pays for what another turn left behind
+    """Run every rung once, in the order of `turn_order`; prints progress on stderr."""
+    gc.collect()  # so that no rung collects the garbage of another turn
     runs = {}
     for name in turn_order(list(rungs), number):
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -237,7 +237,7 @@ def take_turn(rungs: Mapping[str, Rung], number: int) -> dict[str, RungRun]:
 
 
 def turn_line(label: str, number: int, turn: Mapping[str, RungRun], timer: str) -> str:
-    """What a turn took, printed as soon as it is over."""
+    """The times of a turn, printed when it is over."""
     seconds = ", ".join(f"{name} {run.seconds[timer]:.2f}" for name, run in turn.items())
     loads = [run.load for run in turn.values() if run.load is not None]
     return f"{label}, turn {number + 1}, seconds: {seconds}" + (
@@ -246,9 +246,10 @@ def turn_line(label: str, number: int, turn: Mapping[str, RungRun], timer: str) 
 
 
 def compare_outputs(folder: Path, rungs: Mapping[str, Rung], turns: Sequence[Mapping[str, RungRun]]) -> list[int]:
-    """The requests that float32 gave other tokens at a tie. Raises AssertionError for any other difference.
+    """The requests that got different tokens in float32, at a tie. Raises AssertionError for any other difference.
 
-    Rungs that serve the same requests are compared with each other; who serves the first few, with all who serve these.
+    Rungs that serve the same requests are compared with each other; a rung that serves the first few, with all that
+    serve them.
     """
     rounded = set()
     for is_aside in (False, True):

@@ -1,8 +1,8 @@
-"""The ladder without the model: the same schedulers, with prices fitted to this machine on requests of its own.
+"""The ladder without the model: the same schedulers, with prices fitted to this machine on other requests.
 
-Each way to compute has its own prices, because the same step costs another time there: a request alone, rows of a
+Each way to compute has its own prices, because the same step takes different times: a single request, rows of a
 contiguous cache, a paged cache in torch, and one in C++. They are fitted to requests that the ladder does not serve, in
-turn with it, so that both meet the same machine.
+turns with it, so that the machine's load is the same for both.
 """
 
 import statistics
@@ -17,26 +17,26 @@ from minillm.engine import BlockManager, Scheduler, SchedulerConfig
 from minillm.simulation import Calibrated, SimulatedExecutor, StepWork, VirtualClock, run
 from minillm.trace import StepEvent
 
-FEW = 2  # output tokens of a prompt that is served for its own price
+FEW = 2  # output tokens of a request that is served to price its prompt
 Steps = list[tuple[StepWork, float]]  # work and seconds
 
 
 class OwnKeys(Calibrated):
-    """Of kernels that read each request's own keys only."""
+    """Prices of kernels that read only each request's own keys."""
 
     def work(self, plan) -> StepWork:
         return StepWork.of_variable_length_kernel(plan)
 
 
 class Prices:
-    """Steps measured so far of each way to compute, and the prices that follow."""
+    """The steps measured so far for each way to compute, and the prices fitted to them."""
 
     def __init__(self, timer: str):
         self.timer = "cpu" if timer == "user" else timer  # the system counts user time in hundredths of a second
         self.steps: dict[str, Steps] = {}
 
     def calibrate(self, rungs: Mapping[str, Rung], jobs: Sequence[Job]) -> None:
-        """Serve these other jobs once, in every way that one of the rungs has; the slow ways, the first quarter."""
+        """Serve these calibration jobs once in every way that a rung uses; in slow ways, only the first quarter."""
         longest = min(rung.budget.longest for rung in rungs.values())
         jobs = [shortened(job, longest) for job in jobs]
         for rung in rungs.values():
@@ -57,7 +57,7 @@ class Prices:
         return steps
 
     def _steps_alone(self, rung: Alone, jobs: Sequence[Job]) -> Steps:
-        """Every pass brings a token, so a step lasts from one token to the next."""
+        """Every pass gives one token, so a step lasts from one token to the next."""
         clock, steps = TIMERS[self.timer], []
         for job in jobs[: min(len(rung.jobs), quarter(jobs))]:
             moments = [clock()]
@@ -67,7 +67,7 @@ class Prices:
         return [(work, each) for work, each in steps if each > 0]
 
     def _steps_of_engine(self, ours: Ours, jobs: Sequence[Job], family: str) -> Steps:
-        """All together; then prompts with hardly an output, also long ones, so that a prompt's price is not guessed."""
+        """All jobs together; then prompts of all lengths with few output tokens, to measure the price of prompts."""
         longest = ours.llm.engine.config.max_model_len - FEW
         pairs = [(one.prompt + other.prompt)[:longest] for one, other in zip(jobs[::2], jobs[1::2], strict=False)]
         prompts = [Job(prompt, FEW) for prompt in (*pairs, *[job.prompt[:longest] for job in jobs])]
@@ -88,14 +88,14 @@ class Prices:
         return [(work, each) for work, each in zip(works, seconds, strict=True) if each > 0]
 
     def fit(self) -> dict[str, Calibrated]:
-        """The prices of every way."""
+        """The prices of every way to compute."""
         return {
             family: (OwnKeys if family == "kernels" else Calibrated).fit(steps) for family, steps in self.steps.items()
         }
 
 
 def shortened(job: Job, longest: int) -> Job:
-    """One that a cache for requests of so many tokens can take."""
+    """A job cut to fit a cache of `longest` tokens per request."""
     outputs = min(job.num_outputs, longest // 2)
     return Job(job.prompt[: longest - outputs], outputs)
 
@@ -105,7 +105,7 @@ def quarter(jobs: Sequence[Job]) -> int:
 
 
 def family_of(rung: Rung) -> str | None:
-    """Which prices hold for it; None if none do: other people's engines, and two processes that overlap."""
+    """Which prices apply to a rung; None for other engines, and for two processes that overlap."""
     if isinstance(rung, Alone):
         return "alone"
     if isinstance(rung, Rows):
@@ -120,7 +120,7 @@ def first_of(family: str, rungs: Mapping[str, Rung]) -> Rung:
 
 
 def works_alone(job: Job, keeps: bool) -> list[StepWork]:
-    """A request alone, pass by pass."""
+    """The work of a single request, pass by pass."""
     works = []
     for end in range(len(job.prompt), job.num_tokens):
         new = 1 if keeps and end > len(job.prompt) else end
@@ -129,9 +129,9 @@ def works_alone(job: Job, keeps: bool) -> list[StepWork]:
 
 
 def work_of(step: StepEvent, own_keys: bool) -> StepWork:
-    """What `StepWork.of` says of a plan, of what became of it: a ragged step of the engine."""
+    """The work of a ragged step, as `StepWork.of` has it for a plan, from the trace."""
     spans: dict[str, tuple[int, int]] = {}
-    for part in step.scheduled:  # what is computed again stands before what is new
+    for part in step.scheduled:  # recomputed tokens come before new ones
         start, _ = spans.get(part.request_id, (part.start, 0))
         spans[part.request_id] = start, part.end
     chunks = [(start, end) for start, end in spans.values() if end - start > 1]
@@ -147,7 +147,7 @@ def work_of(step: StepEvent, own_keys: bool) -> StepWork:
 
 
 def seconds_of(rung: Rung, prices: Calibrated, num_jobs: int) -> float:
-    """How long the first so many jobs take on this rung, simulated."""
+    """Simulated seconds of the first `count` jobs on this rung."""
     if isinstance(rung, Alone):
         works = [work for job in rung.jobs[:num_jobs] for work in works_alone(job, rung.keeps)]
         return sum(map(prices.seconds, works))
@@ -161,7 +161,7 @@ def seconds_of(rung: Rung, prices: Calibrated, num_jobs: int) -> float:
 
 
 def compare(rungs: Mapping[str, Rung], turns: Sequence[Mapping[str, RungRun]], prices: Prices) -> dict:
-    """The record: every rung that has prices, its seconds and its factor, measured and predicted."""
+    """The record: measured and predicted seconds and factor of every rung that has prices."""
     timer, fitted = prices.timer, prices.fit()
     predicted = {name: fitted[family_of(rung)] for name, rung in rungs.items() if family_of(rung)}
     records = {}

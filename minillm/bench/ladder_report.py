@@ -1,4 +1,4 @@
-"""What `minillm bench ladder` found: as a dictionary for JSON, as text, and as a waterfall."""
+"""The results of `minillm bench ladder`: as a dictionary for JSON, as text, and as a waterfall."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from minillm.viz import Waterfall, text_table
 
 KIB = 1024
 PERCENTILES = ("p50", "p99")
-YARDSTICK = "transformers_static"  # every speed is compared with this one's too
+YARDSTICK = "transformers_static"  # every speed is also compared with this one's
 MAIN = "naive"  # the first rung of the waterfall
 Turn = Mapping[str, RungRun]
 
@@ -54,10 +54,10 @@ def rung_record(name: str, rungs: Mapping[str, Rung], turns: Sequence[Turn], tim
 
 
 def factor(before: str | None, name: str, rungs: Mapping[str, Rung], turns: Sequence[Turn], timer: str) -> dict | None:
-    """A rung's useful tokens per second over those of `before`, turn by turn, and the median of the ratios.
+    """A rung's useful tokens per second relative to those of `before`: per turn, and the median.
 
-    If one of them served the first few requests alone, and the other served one at a time, only these are compared.
-    `same_requests` is False where that cannot be: then each side counts with its own.
+    If one of them served only the first few requests, and the other served one at a time, only those are compared.
+    `same_requests` is False if that is impossible: then each side counts with its own requests.
     """
     if before is None or before not in rungs:
         return None
@@ -72,7 +72,7 @@ def factor(before: str | None, name: str, rungs: Mapping[str, Rung], turns: Sequ
 
 
 def requests_compared(one: Rung, other: Rung) -> tuple[int, int]:
-    """How many of each one's requests count when both are compared."""
+    """How many requests of each rung count when both are compared."""
     least = min(len(one.jobs), len(other.jobs))
     if all(len(rung.jobs) == least or rung.is_alone for rung in (one, other)):
         return least, least
@@ -80,12 +80,12 @@ def requests_compared(one: Rung, other: Rung) -> tuple[int, int]:
 
 
 def speed(rung: Rung, seconds: float, num_jobs: int) -> float:
-    """Useful output tokens per second of the first so many jobs."""
+    """Useful output tokens per second of the first `count` jobs."""
     return sum(job.num_outputs for job in rung.jobs[:num_jobs]) / seconds
 
 
 def over_first(name: str, rungs: Mapping[str, Rung], turns: Sequence[Turn], timer: str) -> float | None:
-    """The product of the factors on the way here; None for a rung that is not on the way from the first."""
+    """The product of the factors up to this rung; None for a rung that is not on the way from the first."""
     product, here = 1.0, rungs[name]
     if here.is_aside:
         return None
@@ -99,10 +99,11 @@ def over_first(name: str, rungs: Mapping[str, Rung], turns: Sequence[Turn], time
 
 
 def cache_use(trace: Trace | None, rung: Rung) -> dict:
-    """Bytes reserved for requests that run, used for keys and values of their tokens, and the difference; after a step.
+    """Bytes reserved for running requests, bytes used by keys and values of their tokens, and the difference.
 
-    Means are over the steps after which anything is reserved. A request that has ended and waits for its batch runs on.
-    None where nobody tells; with shared prefixes, what is used is not told, since a slot then counts for several.
+    Means over the steps after which anything is reserved. A request that has ended and waits for its batch still counts
+    as running. None if unknown. With shared prefixes the used bytes are None, because a slot counts for several
+    requests.
     """
     if trace is None:
         return {"reserved": None, "used": None, "wasted": None}
@@ -128,7 +129,7 @@ def peak_and_mean(values: Sequence[float]) -> dict[str, float]:
 
 
 def latencies(runs) -> dict[str, float | None]:
-    """Percentiles in seconds, of each run; their medians."""
+    """Percentiles in seconds: medians over the runs."""
     spreads = [spread(Counter(value for values in run for value in values)) for run in runs]
     if spreads[0].p50 is None:
         return dict.fromkeys(PERCENTILES)
@@ -139,7 +140,7 @@ def latencies(runs) -> dict[str, float | None]:
 
 
 def table(result: dict) -> str:
-    """The record of one shape for people."""
+    """The record of one shape as text."""
     budget, rungs = result["budget"], result["rungs"]
     lines = [
         f"{result['label']}: {result['requests']} requests, {result['prompt_tokens']} prompt and "
@@ -198,7 +199,7 @@ def mean_and_peak(figures: dict | None) -> str:
 
 
 def notes(rungs: Mapping[str, dict]) -> list[str]:
-    """What a reader of the tables must know."""
+    """Notes on the tables."""
     most = max(record["requests"] for record in rungs.values())
     few = [record for record in rungs.values() if record["requests"] < most]
     lines = [
@@ -253,9 +254,9 @@ def prediction_table(predicted: dict) -> str:
 
 
 def waterfall(result: dict, guesses: Mapping[str, float | None] | None = None) -> Waterfall:
-    """Of one shape's record: from the first rung to the last, with the range of each factor over the repeats.
+    """The waterfall of one shape's record, from the first rung to the last, with the range of each factor over repeats.
 
-    `guesses`: by a rung's name, how many times as fast as the one before it somebody thought it to be.
+    `guesses`: rung name -> a guess of its factor over the rung before.
     """
     rungs = result["rungs"]
     steps, here = [], max((name for name in rungs if rungs[name]["over_first"]), key=lambda name: way(rungs, name))
@@ -277,7 +278,7 @@ def waterfall(result: dict, guesses: Mapping[str, float | None] | None = None) -
 
 
 def way(rungs: Mapping[str, dict], name: str) -> int:
-    """How many rungs are before this one, on the way from ours; -1 on another way."""
+    """The number of rungs before this one on the way from the first of ours; -1 if it is not on that way."""
     length = 0
     while rungs[name]["before"] is not None:
         name, length = rungs[name]["before"], length + 1
@@ -285,11 +286,11 @@ def way(rungs: Mapping[str, dict], name: str) -> int:
 
 
 def relative(predicted: float, measured: float) -> dict[str, float]:
-    """A prediction beside what was measured."""
+    """The relative error of a prediction."""
     return {"measured": measured, "predicted": predicted, "error": predicted / measured - 1}
 
 
 def median_error(pairs: Sequence[dict | None]) -> float:
-    """Of those that are there; NaN of none."""
+    """The median of those that are not None; NaN if there are none."""
     errors = [abs(each["error"]) for each in pairs if each is not None]
     return statistics.median(errors) if errors else math.nan

@@ -1,7 +1,7 @@
-"""The rungs of `minillm bench ladder`: ways to serve the same requests, each with less waste than the one before.
+"""The rungs of `minillm bench ladder`: ways to serve the same requests, each with less waste than the previous one.
 
-A rung has `jobs`, which may be the first few of all, and `run()`, which serves them once and returns a `RungRun`. All
-of them live within one `Budget` of cache, and say how many bytes they set aside before anything is run.
+A rung has `jobs`, which may be only the first few, and `run()`, which serves them once and returns a `RungRun`. All
+rungs share one `Budget` of cache, and report how many bytes they allocate before anything runs.
 """
 
 import time
@@ -27,19 +27,19 @@ Seconds = dict[str, float]  # on each timer
 
 
 class RungRun(NamedTuple):
-    """One rung, once."""
+    """One run of a rung."""
 
     seconds: Seconds
-    outputs: list[tuple[int, ...]]  # of its jobs, in their order
-    trace: Trace | None  # on the wall clock; None if nobody tells
+    outputs: list[tuple[int, ...]]  # of its jobs, in order
+    trace: Trace | None  # on the wall clock; None if there is none
     steps: int
-    computed_tokens: int  # pushed through the model, padding included
-    token_times: list[list[float]]  # seconds from the start, for each job that of each of its tokens
-    until: list[Seconds] = []  # noqa: RUF012 - never changed. One at a time: when each job had ended
-    load: float | None = None  # the machine's, of the minute before
+    computed_tokens: int  # padding included
+    token_times: list[list[float]]  # job -> seconds from the start to each of its tokens
+    until: list[Seconds] = []  # noqa: RUF012 - never changed. Serving one at a time: the end of each job
+    load: float | None = None  # of the machine, in the minute before
 
     def seconds_of_first(self, num_jobs: int) -> Seconds:
-        """What the first so many jobs took."""
+        """Seconds of the first `count` jobs."""
         return self.until[num_jobs - 1] if num_jobs < len(self.outputs) else self.seconds
 
 
@@ -48,7 +48,7 @@ class RungRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of cache, the same for every rung: as rows of the longest request there may be, or as blocks."""
+    """Bytes of cache, the same for every rung: as rows of the longest possible request, or as blocks."""
 
     num_bytes: int
     bytes_per_token: int
@@ -56,7 +56,7 @@ class Budget:
 
     @classmethod
     def of(cls, jobs: Sequence[Job], config: ModelConfig, dtype_bytes: int, num_bytes: int | None = None) -> "Budget":
-        """By default a quarter of what all jobs need together. Raises ConfigError if no row finds room."""
+        """The budget, by default a quarter of what all jobs need together. Raises ConfigError if no row fits."""
         per_token = kv_bytes_per_token(config, dtype_bytes)
         num_bytes = num_bytes or sum(job.num_tokens for job in jobs) * per_token // 4
         longest = max(len(job.prompt) for job in jobs) + max(job.num_outputs for job in jobs)
@@ -75,11 +75,11 @@ class Budget:
 
     @property
     def num_blocks(self) -> int:
-        """Of a pool, the null block included."""
+        """Blocks of a pool, the null block included."""
         return self.num_bytes // (BLOCK_SIZE * self.bytes_per_token)
 
     def check(self, who: str, num_bytes: int) -> int:
-        """The bytes that a rung sets aside. Raises ConfigError if they are more than the budget."""
+        """Returns the bytes that a rung allocates. Raises ConfigError if they are more than the budget."""
         if num_bytes > self.num_bytes:
             raise ConfigError(
                 f"{who} sets {num_bytes:,} bytes of cache aside, the budget is {self.num_bytes:,}; give it fewer rows"
@@ -91,26 +91,26 @@ class Budget:
 
 
 class Rung:
-    """A way to serve its `jobs`. The last four say where it stands; `placed` sets them."""
+    """A way to serve its `jobs`. `placed` sets the last four attributes, its place on the ladder."""
 
     jobs: Sequence[Job]
     budget: Budget
-    set_aside: int  # bytes that it allocates or, where nothing is allocated at once, could come to hold
+    set_aside: int  # bytes that it allocates or, if it allocates step by step, may hold at most
     settings: Mapping = {}
-    is_alone = False  # it serves one request after the other, and says when each had ended
+    is_alone = False  # it serves one request after the other, and records the end of each
     shares = False  # a slot of the cache may count for several requests
     name: str
     label: str
-    before: str | None  # the rung that its factor is over
-    is_aside = False  # it serves other requests than the ladder
+    before: str | None  # the rung that its factor is relative to
+    is_aside = False  # it serves different requests from the ladder's
 
     def placed(self, name: str, label: str, before: str | None, is_aside: bool = False) -> "Rung":
-        """The same rung, at its place."""
+        """Sets its place on the ladder; returns the rung."""
         self.name, self.label, self.before, self.is_aside = name, label, before, is_aside
         return self
 
     def reserves(self, request_id: str) -> int:
-        """Tokens of cache that are this request's while it runs. A paged pool's trace knows better."""
+        """Tokens of cache reserved for a running request; 0 for a paged pool, whose trace records them."""
         return 0
 
     def run(self) -> RungRun:
@@ -118,7 +118,7 @@ class Rung:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its memory."""
 
 
 class Alone(Rung):
@@ -134,14 +134,14 @@ class Alone(Rung):
         budget: Budget,
         keeps: bool,
     ):
-        """`keeps`: there is a cache, of as many tokens as the request can come to have."""
+        """`keeps`: with a cache, of as many tokens as the request may reach."""
         self.generate, self.model, self.jobs, self.budget, self.keeps = generate, model, jobs, budget, keeps
         self.settings = {"batch_size": 1}
         most = max(self.reserves(name_of(number)) for number in range(len(jobs)))
         self.set_aside = budget.check("a request alone", most * budget.bytes_per_token)
 
     def reserves(self, request_id: str) -> int:
-        """The last token is never fed back."""
+        """All tokens except the last output, which is never fed back."""
         return self.jobs[number_of(request_id)].num_tokens - 1 if self.keeps else 0
 
     def run(self) -> RungRun:
@@ -156,7 +156,7 @@ class Alone(Rung):
 
 
 class Rows(Rung):
-    """One of the three ways of batching, each request with a row of the longest."""
+    """One of the three batching policies; each request gets a row of the longest length."""
 
     def __init__(self, batching: str, model: Decoder, jobs: Sequence[Job], budget: Budget, max_num_batched_tokens: int):
         self.batching, self.model, self.jobs, self.budget = batching, model, jobs, budget
@@ -173,7 +173,7 @@ class Rows(Rung):
 
 
 class Paged(Rung):
-    """The engine, with the budget as blocks. `model` is a folder for a worker in a process of its own."""
+    """The engine, with the budget as blocks. For a worker process, `model` is a folder."""
 
     def __init__(self, model: Decoder | Path, jobs: Sequence[Job], budget: Budget, limits: Mapping, **arguments):
         self.jobs, self.budget = jobs, budget
@@ -208,7 +208,7 @@ class Paged(Rung):
 
 
 class Forwards:
-    """Notes the time and the shape of every forward pass of a transformers model while it is entered."""
+    """Records the time and the shape of every forward pass of a transformers model within the block."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -226,7 +226,7 @@ class Forwards:
 
 
 class TransformersBatches(Rung):
-    """transformers' `generate`, left-padded, in batches of `rows`. What it computes is seen, not assumed."""
+    """transformers' `generate`, left-padded, in batches of `rows`. Its passes are recorded, not assumed."""
 
     def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], budget: Budget, rows: int, use_cache: bool = True):
         self.jobs, self.budget, self.rows, self.use_cache = jobs, budget, rows, use_cache
@@ -253,7 +253,7 @@ class TransformersBatches(Rung):
         return run_of(until[-1], outputs, trace, until if self.rows == 1 else ())
 
     def _steps(self, batch: Sequence[Job], first: int, calls: list, end: float, zero: float, before: int):
-        """The batch's passes as the trace has them. Raises AssertionError if they are not of the width expected."""
+        """The batch's passes as steps of a trace. Raises AssertionError for a pass of unexpected shape."""
         width = max(len(job.prompt) for job in batch)
         ends = [when - zero for when, *_ in calls[1:]] + [end - zero]
         ids = tuple(name_of(first + number) for number in range(len(batch)))
@@ -285,7 +285,8 @@ class TransformersBatches(Rung):
 
 
 class TransformersContinuous(Rung):
-    """transformers' own continuous batching, with the budget as blocks. Its steps are seen, its blocks are not."""
+    """transformers' own continuous batching, with the budget as blocks. Its steps are recorded, its blocks are
+    unknown."""
 
     def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], budget: Budget, max_requests: int, max_tokens: int):
         self.jobs, self.budget, self.model = jobs, budget, model
@@ -306,7 +307,7 @@ class TransformersContinuous(Rung):
         self.manager.close()
 
 
-# --- what they share -------------------------------------------------------------------------------------------------
+# --- shared by all rungs --------------------------------------------------------------------------------------------
 
 
 def name_of(number: int) -> str:
@@ -315,17 +316,17 @@ def name_of(number: int) -> str:
 
 
 def number_of(request_id: str) -> int:
-    """And back."""
+    """The number of a request's job."""
     return int(request_id.removeprefix("req "))
 
 
 def params_of(job: Job) -> SamplingParams:
-    """Greedy, as many tokens as the job says."""
+    """Greedy, with the job's number of tokens."""
     return SamplingParams(temperature=0.0, max_tokens=job.num_outputs, ignore_eos=True)
 
 
 def requests_of(jobs: Sequence[Job]) -> list[Request]:
-    """All there at the beginning."""
+    """Requests that all arrive at 0."""
     return [Request(name_of(number), job.prompt, params_of(job)) for number, job in enumerate(jobs)]
 
 
@@ -334,7 +335,7 @@ def record_of(number: int, job: Job) -> RequestRecord:
 
 
 def one_after_the_other(traces: Sequence[tuple[float, Trace]]) -> Trace:
-    """Traces of one request each, and when each began, as the trace of a run for which all had arrived at 0."""
+    """One trace from traces of one request each and their start times, as if all requests had arrived at 0."""
     whole = Trace()
     for number, (began, trace) in enumerate(traces):
         whole.requests.append(RequestRecord(name_of(number), 0.0, trace.requests[0].num_prompt_tokens))
@@ -357,7 +358,7 @@ def one_after_the_other(traces: Sequence[tuple[float, Trace]]) -> Trace:
 
 
 def run_of(seconds: Seconds, outputs: list, trace: Trace, until: Sequence[Seconds] = ()) -> RungRun:
-    """A run of which there is a trace."""
+    """The `RungRun` of a trace."""
     zero = min(record.arrival_time for record in trace.requests)
     times = {record.request_id: [] for record in trace.requests}
     for step in trace.steps:
@@ -368,6 +369,6 @@ def run_of(seconds: Seconds, outputs: list, trace: Trace, until: Sequence[Second
 
 
 def stop_watch() -> Callable[[], Seconds]:
-    """Started now; called, it says the seconds since then on each timer."""
+    """Returns a function that gives the seconds since now on each timer."""
     began = {name: read() for name, read in TIMERS.items()}
     return lambda: {name: read() - began[name] for name, read in TIMERS.items()}

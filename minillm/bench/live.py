@@ -1,11 +1,10 @@
-"""Contenders that live in a process of their own: vLLM's CPU build, and ours with another number of threads.
+"""Contenders in a process of their own: vLLM's CPU build, and ours with a different number of threads.
 
-`minillm bench engine --vllm PYTHON` takes the Python of an environment that has vLLM; CONTRIBUTING.md says how to make
-one.
+`minillm bench engine --vllm PYTHON` takes the Python of an environment with vLLM; CONTRIBUTING.md says how to make one.
 
-A peer is given its best: compiled, its recommended allocator and OpenMP loaded before everything else, blocks of its
-own default size, one process. What makes turns fair: the same cores, limits, weights, prompts and lengths as ours,
-greedy, whatever ends of text come, no shared prefixes, no text made, loading and whole warm-ups not timed.
+vLLM runs with its best settings: compiled, with the recommended allocator and OpenMP preloaded, its default block size,
+and one process. To be fair, both engines have the same cores, limits, weights, prompts and output lengths. Both are
+greedy, ignore eos, share no prefixes and make no text. Loading and whole warm-ups are not timed.
 """
 
 import ctypes.util
@@ -27,12 +26,12 @@ from minillm.bench.contenders import Job, Ours
 from minillm.errors import ConfigError, PeerError, shown
 
 MOST_SECONDS = 1200  # for one answer: vLLM compiles for one or two minutes before its first
-TOLD = 3  # last lines of a dead process that an error repeats
+TOLD = 3  # last output lines of a dead process that an error quotes
 CACHE_GIB = 2  # of vLLM's pool; the workloads need less
 
 
 class LiveProcess:
-    """An engine in another process, which speaks the language of `peer_process`. PeerError if it fails or ends."""
+    """An engine in another process, with the protocol of `peer_process`. Raises PeerError if it fails or ends."""
 
     def __init__(
         self,
@@ -43,12 +42,12 @@ class LiveProcess:
         load: dict,
         advice: str = "",
     ):
-        """`environment` comes on top of ours; `cores` it is bound to, None for any; `load` are its load's arguments.
+        """`environment` is added to ours; `cores` to bind it to, None for any; `load`: the arguments of its load.
 
-        `advice` ends the errors.
+        `advice` is appended to errors.
         """
         self.name, self.advice = name, advice
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  what it prints, for errors; closed in `close`
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  its output, for errors; closed in `close`
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -64,7 +63,7 @@ class LiveProcess:
             raise
         self.settings = {"engine": name, **load, **answer, "cores": cores, "environment": environment}
         del self.settings["model"]  # a folder of this machine
-        self.seconds: dict[str, float] = {}  # on each timer, of the last `generate`, measured in there
+        self.seconds: dict[str, float] = {}  # on each timer, of the last `generate`, measured in that process
 
     def generate(self, jobs: Sequence[Job]) -> list[tuple[int, ...]]:
         answer = self._ask(do="generate", jobs=jobs)
@@ -72,7 +71,7 @@ class LiveProcess:
         return [tuple(output) for output in answer["outputs"]]
 
     def _ask(self, **wanted) -> dict:
-        """Its answer to one line."""
+        """Send one line, return its answer."""
         patience = threading.Timer(MOST_SECONDS, self.process.kill)
         patience.start()
         try:
@@ -90,7 +89,7 @@ class LiveProcess:
         return answer
 
     def _last_words(self) -> str:
-        """The end of what it printed, and the advice, as the rest of a sentence."""
+        """The last lines of its output, and the advice, as the rest of a sentence."""
         self.said.seek(0)
         lines = [line.strip() for line in self.said if line.strip()]
         said = f"; it said last: {' | '.join(lines[-TOLD:])}" if lines else ""
@@ -118,7 +117,7 @@ def vllm(python: str, folder: Path, dtype: str, limits: dict, threads: int, core
         "dtype": dtype,
         "enforce_eager": eager,
         "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,  # the same prompts come again in every turn
+        "enable_prefix_caching": False,  # the prompts are the same in every turn
         "disable_log_stats": True,
         **limits,
     }
@@ -136,7 +135,7 @@ def vllm(python: str, folder: Path, dtype: str, limits: dict, threads: int, core
 
 
 def check_vllm(python: str) -> str:
-    """Where the program `python` is. Raises ConfigError if it is not there, or something to load before it is not."""
+    """The path of the program `python`. Raises ConfigError if it, or a library to preload, is missing."""
     found = shutil.which(python)
     if found is None:
         raise ConfigError(f"--vllm {shown(python)} is no program; give the Python of an environment with vLLM")
@@ -159,19 +158,19 @@ def preloads(python: str) -> list[str]:
 
 
 def ours(folder: Path, dtype: str, arguments: dict, threads: int, cores: Sequence[int] | None) -> LiveProcess:
-    """Our engine with another number of threads, which has to be known before torch is loaded."""
+    """Our engine with a different number of threads, which must be set before torch is loaded."""
     load = {"model": str(folder), "dtype": dtype, "arguments": arguments}
     command = [sys.executable, "-m", "minillm.bench.live"]
     return LiveProcess(f"minillm with {threads} threads", command, thread_environment(threads), cores, load)
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """What a process must find in its environment to compute in so many threads."""
+    """The environment variables of a process that computes in `threads` threads."""
     return {"OMP_NUM_THREADS": str(threads)}
 
 
 def load_ours(model: str, dtype: str, arguments: dict) -> tuple:
-    """For `peer_process.serve`."""
+    """The `load` of `peer_process.serve`."""
     engine = Ours(Path(model), arguments, dtype=dtype)
     return lambda jobs: engine.generate([Job(*job) for job in jobs]), {"threads": torch.get_num_threads()}
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a run on the model with every step timed, calibration, and what machine it was."""
+"""Shared by the benchmarks: a run on the model with every step timed, calibration, and the machine's name."""
 
 import datetime
 import os
@@ -33,17 +33,17 @@ from minillm.simulation import (
 )
 from minillm.trace import Trace
 
-TEMPERATURE = 0.8  # of the requests that are sampled rather than greedy
-MAX_MODEL_LEN = 576  # the storyteller's longest prompt and longest story
+TEMPERATURE = 0.8  # of requests that are not greedy
+MAX_MODEL_LEN = 576  # tokens: the storyteller's longest prompt plus its longest story
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """One real run: its report, its steps, and the outputs to compare."""
+    """One run on the model: its report, its steps, and its outputs."""
 
     report: Report
     seconds: dict[str, float]  # of the whole run, on each timer
-    steps: list[tuple[StepWork, float]]  # work and seconds, the scheduler's share included
+    steps: list[tuple[StepWork, float]]  # work and seconds, including the scheduler
     outputs: dict[str, tuple[int, ...]]
     trace: Trace
 
@@ -79,9 +79,9 @@ def simulate(cost_model: CostModel, requests: Iterable[Request], batching: str, 
 
 
 def calibration_steps(model: Decoder, timer: str = "cpu", seed: int = 0) -> list[tuple[StepWork, float]]:
-    """Steps to fit this machine's prices to: made-up requests under every way of batching in batches of several sizes.
+    """Steps to fit this machine's prices to: synthetic requests under every batching policy in several batch sizes.
 
-    A machine is not equally fast all the time: measure these in turn with what is to be predicted, and fit to all.
+    The speed of a machine varies: measure these steps in turns with the runs to predict, and fit to all of them.
     """
     steps = []
     for max_num_seqs, num_requests, longest_prompt in ((1, 3, 100), (4, 10, 300), (10, 24, 40), (16, 32, 150)):
@@ -93,7 +93,7 @@ def calibration_steps(model: Decoder, timer: str = "cpu", seed: int = 0) -> list
 
 
 def mixed_requests(num_requests: int, longest_prompt: int, longest_output: int, seed: object) -> list[Request]:
-    """Made-up requests of lengths up to the given ones, all at once; every second one is sampled rather than greedy."""
+    """Synthetic requests of lengths up to the given ones, all at once; every second one is sampled, not greedy."""
     rng = random.Random(str(seed))
     requests = [
         made_request(f"req {i}", 0.0, rng.randint(1, longest_prompt), rng.randint(1, longest_output))
@@ -122,7 +122,7 @@ def surroundings() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name from the operating system."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -135,7 +135,7 @@ def processor() -> str:
 
 
 def seconds_of_processes(pids: Iterable[int]) -> dict[str, float]:
-    """CPU seconds that processes have used so far, in hundredths. Raises ConfigError where there is no /proc."""
+    """CPU seconds used by processes so far, to hundredths. Raises ConfigError without /proc."""
     found = {"cpu": 0.0, "user": 0.0}
     for pid in pids:
         user, system = (int(number) / os.sysconf("SC_CLK_TCK") for number in _statistics(pid)[11:13])
@@ -145,13 +145,13 @@ def seconds_of_processes(pids: Iterable[int]) -> dict[str, float]:
 
 
 def with_children(pid: int) -> list[int]:
-    """A process and those that it has started. Raises ConfigError where there is no /proc."""
+    """A process and its descendants. Raises ConfigError without /proc."""
     others = [int(each.name) for each in Path("/proc").glob("[0-9]*")]
     return [pid, *(other for other in others if int((_statistics(other, gone="0 0"))[1]) == pid)]
 
 
 def _statistics(pid: int, gone: str | None = None) -> list[str]:
-    """What Linux counts of a process, from its state on; `gone`: what to take if it has ended."""
+    """Linux's statistics of a process, from its state on; `gone`: the result if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError as error:

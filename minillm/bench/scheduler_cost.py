@@ -1,4 +1,4 @@
-"""What a step costs besides the model: scheduler, block manager and input preparation, whatever waits.
+"""The time of a step outside the model: scheduler, block manager and input preparation, for several queue lengths.
 
 minillm bench engine --scheduler
 """
@@ -19,18 +19,18 @@ from minillm.storyteller import CHECKPOINT_DIR
 
 RUNNING = 256
 WAITING = (0, 1_000, 10_000)
-STEPS = 64  # decode steps measured: every request takes four new blocks meanwhile
+STEPS = 64  # decode steps measured, in which every request takes four new blocks
 WARM_STEPS = 8
 BLOCK_SIZE = 16
-SHORTEST_PROMPT = 48  # prompts are of 48 to 63 tokens, so that a sixteenth of the requests takes a block in a step
+SHORTEST_PROMPT = 48  # prompts have 48 to 63 tokens, so that each step a sixteenth of the requests takes a block
 PHASES = ("schedule", "prepare", "update")
 
 
 def measure(repeats: int, timer: str, running: int = RUNNING, waiting: tuple[int, ...] = WAITING) -> dict:
-    """Milliseconds per decode step on the named timer, for JSON: for each number waiting, in turns, medians of steps.
+    """Milliseconds per decode step on the named timer, for JSON: medians of steps per number of waiting requests.
 
-    "total" is schedule + prepare + update. Beside it: "attention", what its kernels need once per step, and "trace", to
-    write a step down when somebody looks at the trace; a running engine does not.
+    "total" is schedule + prepare + update. Not part of it are "attention", which its kernels need once per step, and
+    "trace", the time to make a step's events, which happens only when the trace is requested.
     """
     model = load_model(CHECKPOINT_DIR, torch.float32, skip_tokenizer_init=True).model
     repeats_of = {number: [] for number in waiting}
@@ -58,7 +58,7 @@ def measure_once(model: Decoder, read: Callable[[], float], running: int, num_wa
         output = made_up_output(plan)
         _, timed["update"] = time_of(read, lambda plan=plan, output=output: scheduler.update(plan, output))
         if number == WARM_STEPS - 1:
-            scheduler.trace  # noqa: B018  so that the steps so far have been written down
+            scheduler.trace  # noqa: B018  makes the events of the steps so far
         if number >= WARM_STEPS:
             timed["total"] = sum(timed[phase] for phase in PHASES)
             steps.append(timed)
@@ -68,13 +68,13 @@ def measure_once(model: Decoder, read: Callable[[], float], running: int, num_wa
 
 
 def prepare(runner: Runner, plan: SchedulerOutput) -> Step:
-    """What the runner does before the forward pass."""
+    """The runner's work before the forward pass."""
     runner.follow(plan)
     return runner.batch.prepare(plan)
 
 
 def decoding_engine(model: Decoder, running: int, num_waiting: int) -> tuple[Scheduler, Runner]:
-    """An engine in which all that can run decode, and so many wait; nothing was computed by a model."""
+    """An engine whose running requests all decode while `num_waiting` wait; no model computed anything."""
     most_tokens = SHORTEST_PROMPT + BLOCK_SIZE + 1 + WARM_STEPS + STEPS
     num_blocks = 2 + (running + 1) * (most_tokens // BLOCK_SIZE + 1)
     config = SchedulerConfig(running, max_num_batched_tokens=running * 64, max_model_len=2 * most_tokens)
@@ -99,12 +99,12 @@ def made_up_requests(number: int, max_tokens: int):
 
 
 def made_up_output(plan: SchedulerOutput) -> ModelOutput:
-    """What an executor might say: the same token for everybody."""
+    """The output of an executor that samples the same token for every request."""
     return ModelOutput({part.request_id: 7 for part in plan.scheduled if part.samples}, 0)
 
 
 def time_of(read: Callable[[], float], work: Callable[[], object]) -> tuple[object, float]:
-    """What `work` returned, and the seconds it took."""
+    """The result of `work`, and its seconds."""
     began = read()
     result = work()
     return result, read() - began
@@ -117,7 +117,7 @@ def summary(runs: list[dict[str, float]]) -> dict:
 
 
 def table(result: dict) -> str:
-    """The record for people."""
+    """The record as text."""
     columns = (*PHASES, "total", "attention", "trace")
     lines = [
         f"Milliseconds a decode step of {result['running']} requests, without the model; total: the first three",

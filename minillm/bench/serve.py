@@ -1,11 +1,11 @@
-"""The server beside the engine that it serves: the same jobs through HTTP and through `LLM`, in turns on this machine.
+"""The server beside its engine: the same jobs through HTTP and through `LLM`, in turns on this machine.
 
     minillm bench serve --json serve.json
 
-The server is a process of its own on a free port; its client, and in its turns the bare engine, are this one. A closed
-loop of 64 streams is compared with `LLM.generate` (throughput), an idle server with an idle engine (time to the first
-token); then requests arrive at random. Times are the client's. Under load a server may send several tokens in one
-event: ITL is the time between events.
+The server is a separate process on a free port. This process is its client and, in its turns, runs the bare engine. For
+throughput, a closed loop of 64 streams is compared with `LLM.generate`; for the time to the first token, an idle server
+with an idle engine. Then requests arrive at random. Times are the client's. Under load a server may send several tokens
+in one event: ITL is the time between events.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from minillm.serving import ServerProcess
 from minillm.simulation import SLO, Spread, poisson, spread
 
 SCHEMA = 1
-ANSWER_SECONDS = 300.0  # in which a run must end
+ANSWER_SECONDS = 300.0  # the longest run
 IDLE_TOKENS = 8  # of a request to an idle server
-REST_SECONDS = 0.05  # before it, for server and engine alike: who has just computed finds its data in the caches
+REST_SECONDS = 0.05  # before it, for server and engine alike: right after a run, data is still in the caches
 DATA, DONE = b"data: ", b"data: [DONE]"
 
 
@@ -43,25 +43,25 @@ class Answer:
 
     sent: float
     status: int = 0
-    events: list[float] = field(default_factory=list)  # when they came, [DONE] not among them
+    events: list[float] = field(default_factory=list)  # times of events, without [DONE]
     is_whole: bool = False  # it ended with [DONE]
 
     @property
     def ttft(self) -> float:
-        """To the first event."""
+        """Seconds to the first event."""
         return self.events[0] - self.sent
 
     @property
     def e2e(self) -> float:
-        """To the last event."""
+        """Seconds to the last event."""
         return self.events[-1] - self.sent
 
     def gaps(self) -> list[float]:
-        """Between events."""
+        """Seconds between events."""
         return [later - earlier for earlier, later in zip(self.events, self.events[1:], strict=False)]
 
     def met(self, slo: SLO, num_tokens: int) -> bool:
-        """Whether it was served well."""
+        """Whether it was served within the SLO."""
         return self.is_whole and slo.met_by(self.ttft, (self.e2e - self.ttft) / max(1, num_tokens - 1), self.e2e)
 
 
@@ -102,9 +102,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(llm: LLM, where: tuple, pid: int, jobs: Sequence[Job], arguments: argparse.Namespace, slo: SLO) -> dict:
-    """All runs: server and engine in turns, then arrivals at random."""
+    """Measure all runs: server and engine in turns, then random arrivals."""
     num_tokens, turns, pids = sum(job.num_outputs for job in jobs), [], with_children(pid)
-    engine_run(llm, jobs)  # both have computed something before anything counts
+    engine_run(llm, jobs)  # both compute something before anything is measured
     run(where, jobs, [0.0] * len(jobs), arguments.streams)
     for _ in range(arguments.repeats):
         engine = engine_run(llm, jobs)
@@ -135,14 +135,14 @@ def measure(llm: LLM, where: tuple, pid: int, jobs: Sequence[Job], arguments: ar
 
 
 def check_whole(answers: Sequence[Answer]) -> None:
-    """Raises ConfigError if not every request was served: then there is nothing to compare."""
+    """Raises ConfigError if a request was not served: then a comparison is meaningless."""
     wrong = Counter(answer.status for answer in answers if not answer.is_whole)
     if wrong:
         raise ConfigError(f"{wrong.total()} of {len(answers)} requests were not served: HTTP {dict(wrong)}")
 
 
 def figures(answers: Sequence[Answer], jobs: Sequence[Job], slo: SLO) -> dict:
-    """TTFT, time between events, E2E, and the share that was served well."""
+    """TTFT, time between events, E2E, and the share served within the SLO."""
     served = [answer for answer in answers if answer.is_whole]
     well = sum(answer.met(slo, job.num_outputs) for answer, job in zip(answers, jobs, strict=True))
     return {
@@ -163,7 +163,7 @@ def parameters(job: Job, **changes) -> SamplingParams:
 
 
 def engine_run(llm: LLM, jobs: Sequence[Job]) -> dict[str, float]:
-    """`LLM.generate` on all jobs: seconds, and those of its processor."""
+    """`LLM.generate` on all jobs: wall seconds and CPU seconds."""
     began, cpu = time.perf_counter(), time.process_time()
     llm.generate([job.prompt for job in jobs], [parameters(job) for job in jobs], use_tqdm=False)
     return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
@@ -188,7 +188,7 @@ def engine_ttft(llm: LLM, job: Job) -> float:
 
 @contextmanager
 def server(model: str, settings: dict, options: Sequence[str] = ()) -> Iterator[tuple[tuple[str, int], int]]:
-    """`minillm serve` in a process of its own: (host, port), process id. Raises ConfigError if it does not start."""
+    """`minillm serve` in a separate process: (host, port), process id. Raises ConfigError if it does not start."""
     given = [each for name, value in settings.items() for each in as_option(name, value)]
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with ServerProcess(model, ["--no-page", *given, *options], environment=environment) as child:
@@ -196,7 +196,7 @@ def server(model: str, settings: dict, options: Sequence[str] = ()) -> Iterator[
 
 
 def as_option(name: str, value: object) -> list[str]:
-    """An engine argument as it stands in a command line."""
+    """An engine argument as a command-line option."""
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
@@ -212,7 +212,7 @@ def server_ttft(where: tuple[str, int], job: Job) -> float:
 def run(
     where: tuple[str, int], jobs: Sequence[Job], arrivals: Sequence[float], most_at_once: int | None = None
 ) -> list[Answer]:
-    """Send each job at its time, `most_at_once` under way at most; what came of each, in their order."""
+    """Send each job at its time, with at most `most_at_once` in flight; returns their answers in order."""
     requests = [request(job) for job in jobs]  # made before the clock starts
 
     async def main() -> list[Answer]:
@@ -229,7 +229,7 @@ def run(
 
 
 def request(job: Job) -> bytes:
-    """The bytes of a request that streams."""
+    """The bytes of a streaming request."""
     fields = {"prompt": job.prompt, "max_tokens": job.num_outputs, "temperature": 0}
     body = json.dumps(fields | {"ignore_eos": True, "stream": True}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -237,16 +237,16 @@ def request(job: Job) -> bytes:
 
 
 async def ask(where: tuple[str, int], text: bytes) -> Answer:
-    """Send a request and note when its events come."""
+    """Send a request and record the times of its events."""
     loop = asyncio.get_running_loop()
     _, stream = await loop.create_connection(lambda: Stream(text), *where)
     return await stream.ended
 
 
 class Stream(asyncio.Protocol):
-    """The least that can note when events come: 64 streams share two cores with their server.
+    """A minimal reader of event times, because 64 streams share two cores with their server.
 
-    An event's `data: ` never lies across two pieces for long: what is left of a piece is kept for the next.
+    An event's `data: ` may be split over two pieces: the incomplete line of a piece is kept for the next.
     """
 
     def __init__(self, text: bytes):
@@ -271,11 +271,11 @@ class Stream(asyncio.Protocol):
             self.ended.set_result(self._answer)
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------------------
 
 
 def table(result: dict) -> str:
-    """What was measured, as text."""
+    """The results as text."""
     slo = result["slo"]
     lines = [
         f"{result['requests']} requests, {result['tokens']:,} tokens, {result['streams']} streams, "

@@ -1,4 +1,4 @@
-"""How well the simulator predicts real runs: calibrate on this machine, then predict ten workloads it has not seen.
+"""How well the simulator predicts real runs: calibrate on this machine, then predict ten new workloads.
 
 minillm bench simulator --json simulator.json
 """

@@ -1,6 +1,6 @@
-"""Recorded runs of `minillm bench`, as JSON files: what chapters and README quote, with machine and date.
+"""Recorded runs of `minillm bench` as JSON files, which chapters and READMEs quote with machine and date.
 
-A file comes here as `minillm bench gpu`, `bench ladder` or `bench serve` wrote it with `--json`. Dry runs are refused.
+The files are written by `minillm bench gpu`, `bench ladder` or `bench serve` with `--json`. Dry runs are refused.
 """
 
 import json
@@ -23,7 +23,7 @@ def latest(kind: str, folder: Path = FOLDER, *, part: str | None = None) -> dict
 
 
 def load(file: Path) -> dict:
-    """A recorded run. Raises ConfigError for a dry run and for anything that is no record."""
+    """A recorded run. Raises ConfigError for a dry run and for any other file."""
     run = read(file)
     if "DRY RUN" in run["kind"]:
         raise ConfigError(f"{file} is of a dry run: its figures mean nothing; record a run on a GPU")
@@ -31,10 +31,10 @@ def load(file: Path) -> dict:
 
 
 def read(file: Path) -> dict:
-    """What `minillm bench` wrote, dry runs as well. Raises ConfigError if it is something else."""
+    """A record of `minillm bench`, also of a dry run. Raises ConfigError for any other file."""
     try:
         run = json.loads(read_text(file, "the recorded run"))
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of too many digits
+    except (ValueError, RecursionError) as error:  # ValueError also for a number with too many digits
         raise ConfigError(f"{file} cannot be read as a recorded run: {error}") from error
     missing = [name for name in FIELDS if not isinstance(run, dict) or name not in run]
     if missing:
