@@ -656,7 +656,7 @@ def test_another_machine_does_not_go_on_with_a_record(dry_run, tmp_path, capsys)
         (["--only", "w1,w9"], "--only 'w9' is not one of ceilings, kernels, w1, w2, w3, ablation"),
         (["--repeats", "0"], "--repeats is 0; it must be a whole number"),
         (["--budget", "0.5"], "--budget is 0.5; it must be a number of seconds, at least 1"),
-        (["--resume"], "--resume goes on with the file of --json"),
+        (["--resume"], "--resume continues the file of --json"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message, capsys):

@@ -632,7 +632,7 @@ def test_same_data_same_bytes_and_words_of_printable_width(name):
         (lambda: DecodeTiles([5], 0, block_size=16), "num_splits is 0"),
         (lambda: DecodeTiles([5], 1, block_size=16, window=0), "window is 0"),
         (lambda: DecodeTiles([5, 17], 1, block_size=16, tables=[[1], [2]]), r"\[1, 2\] blocks of 16"),
-        (lambda: DecodeTiles([5, 17], 1, block_size=16, tables=[[1]]), "one table a request"),
+        (lambda: DecodeTiles([5, 17], 1, block_size=16, tables=[[1]]), "one table per request"),
         (lambda: PrefillTiles(5, 6), "6 new of 5 tokens"),
         (lambda: PrefillTiles(5, 5, group=65), "65 heads in 64 rows"),
         (lambda: PrefillTiles(5, 5, window=0), "window is 0"),

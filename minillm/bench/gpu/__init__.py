@@ -1,4 +1,4 @@
-"""`minillm bench gpu`: ceilings of the card, kernels, serving beside peers, and what each part of the engine brings.
+"""`minillm bench gpu`: ceilings of the card, kernels, serving beside peers, and the gain from each part of the engine.
 
 `command` is the command line, `session` runs the parts and keeps the record, `report` prints it. May import every room.
 """

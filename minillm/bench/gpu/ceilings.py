@@ -1,4 +1,4 @@
-"""What the card reaches when it does nothing else: copying memory and multiplying matrices. All shares refer to it."""
+"""The card's ceilings: speed of copying memory and of multiplying matrices. All shares are relative to them."""
 
 import statistics
 
@@ -9,12 +9,12 @@ from minillm.bench.gpu.timing import device_seconds
 from minillm.costs import Card
 
 COPY_SECONDS = 0.2
-GEMM_SECONDS = 1.0  # long enough for the clock to settle where the power limit lets it
-PRODUCTS = 4  # timed together, so that the most repeats there can be are as long as that
+GEMM_SECONDS = 1.0  # long enough for the clock to settle under the power limit
+PRODUCTS = 4  # timed together, so that even the largest number of repeats takes that long
 
 
 def copy_ceiling(scale: Scale) -> dict:
-    """Bytes read and written a second, copying a buffer many times as large as the card's cache."""
+    """Bytes read and written per second when copying a buffer many times as large as the card's cache."""
     device = scale.torch_device
     source = torch.rand(scale.copy_bytes // 4, device=device)  # float32
     target = torch.empty_like(source)
@@ -27,7 +27,7 @@ def copy_ceiling(scale: Scale) -> dict:
 
 
 def gemm_ceiling(scale: Scale) -> dict:
-    """Operations per second of a square matrix product of normal random numbers: zeros would cost less power."""
+    """Operations per second of a square matrix product of normal random numbers: zeros would take less power."""
     device, side = scale.torch_device, scale.gemm_side
     a, b = (torch.randn(side, side, device=device).to(scale.dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -42,5 +42,5 @@ def gemm_ceiling(scale: Scale) -> dict:
 
 
 def measured_card(name: str, copy: dict, gemm: dict, memory_bytes: int) -> Card:
-    """The ceilings in the form that `minillm.costs.roofline` takes."""
+    """The ceilings as a `Card` for `minillm.costs.roofline`."""
     return Card(f"{name}, measured", memory_bytes, copy["bytes_per_second"], gemm["flops"])

@@ -19,10 +19,10 @@ from minillm.bench.gpu.session import KIND, DeviceLost, Session, described_error
 from minillm.bench.gpu.supervisor import DEVICE_LOST, supervise
 from minillm.errors import ConfigError, check_number, check_options
 
-BUDGET = 530.0  # seconds: within ten minutes with the start of Python and an entry that overruns
+BUDGET = 530.0  # seconds: less than ten minutes, including Python's start and an entry that takes too long
 CPU_MEMORY_BYTES = 2**30  # stands for a card's memory in a dry run
 
-# Part -> what measures it, and its share of the budget beside the others'.
+# Part -> its function, and its weight in dividing the budget.
 PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
     "kernels": (kernels.kernels, 5),
     "w1": (serving.w1, 10),
@@ -32,9 +32,9 @@ PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
 }
 CEILINGS = "ceilings"
 
-DESCRIPTION = """Measure this machine's GPU: what it reaches at most, the attention kernels, three workloads through the
-engine beside transformers and other peers, and what each part of the engine brings. Everything beyond a part's share
-of the budget is cut short or skipped, and the record says so. A killed or cut call goes on with --resume."""
+DESCRIPTION = """Measure this machine's GPU: its ceilings, the attention kernels, three workloads through the engine
+beside transformers and other peers, and the gain from each part of the engine. Everything beyond a part's share of the
+budget is cut short or skipped, and the record says so. --resume continues a killed or cut run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def supervised(argv: list[str], arguments: argparse.Namespace) -> int:
-    """Measure in other processes; what they wrote is printed, even if they crashed."""
+    """Measure in other processes; their record is printed even if they crashed."""
     with tempfile.TemporaryDirectory() as made:
         file = arguments.json or Path(made) / "gpu.json"
         code = supervise(argv, file, arguments.budget, arguments.resume)
@@ -61,9 +61,9 @@ def supervised(argv: list[str], arguments: argparse.Namespace) -> int:
 
 
 def measure_here(arguments: argparse.Namespace, scale: Scale) -> int:
-    """Measure in this process. DEVICE_LOST tells whoever started it that another one should go on."""
+    """Measure in this process. The exit code DEVICE_LOST means that a new process should continue."""
     session = begin(arguments, scale)
-    gc.freeze()  # modules stay: collecting after each entry need not look at them
+    gc.freeze()  # modules stay: the collection after each entry can skip them
     try:
         measure(session, arguments)
     except DeviceLost as error:
@@ -83,13 +83,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, after every measurement")
-    parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join([CEILINGS, *PARTS])}; ceilings always are")
+    parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join([CEILINGS, *PARTS])}; ceilings always run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of a workload, as far as time allows")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for everything")
     parser.add_argument("--peer", action="append", default=[], metavar="MODULE:FACTORY", help="see below; repeatable")
-    parser.add_argument("--resume", action="store_true", help="go on with FILE: measure what it does not have yet")
+    parser.add_argument("--resume", action="store_true", help="continue FILE: measure what it does not have yet")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; the figures mean nothing")
-    parser.add_argument("--unsupervised", action="store_true", help="in this process, which an error of CUDA may end")
+    parser.add_argument("--unsupervised", action="store_true", help="in this process, which a CUDA error may end")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a record and measure nothing")
     return parser.parse_args(argv)
 
@@ -102,7 +102,7 @@ def check(arguments: argparse.Namespace, scale: Scale) -> None:
     for path in arguments.peer:
         peers.find_factory(path)
     if arguments.resume and not (arguments.json and arguments.json.exists()):
-        raise ConfigError("--resume goes on with the file of --json; give one that exists")
+        raise ConfigError("--resume continues the file of --json; give one that exists")
     if not scale.is_full and arguments.json and arguments.json.resolve().parent == recorded.FOLDER:
         raise ConfigError(f"--json {arguments.json}: a dry run is not recorded; write it elsewhere")
     if scale.is_full and not torch.cuda.is_available():
@@ -121,7 +121,7 @@ def wanted_parts(arguments: argparse.Namespace) -> list[str]:
 
 
 def begin(arguments: argparse.Namespace, scale: Scale) -> Session:
-    """A session with an empty record, or with the one to go on with. Raises ConfigError if that is of another kind."""
+    """A session with an empty record, or the one to continue. Raises ConfigError if that is of a different kind."""
     transformers.utils.logging.disable_progress_bar()
     options = {name: getattr(arguments, name) for name in ("repeats", "budget", "only", "peer")}
     record = new_record(scale, options)
@@ -138,7 +138,7 @@ def begin(arguments: argparse.Namespace, scale: Scale) -> Session:
 
 
 def measure(session: Session, arguments: argparse.Namespace) -> None:
-    """All wanted parts, each within its share of what is left of the budget. Raises DeviceLost."""
+    """Run all selected parts, each within its share of the remaining budget. Raises DeviceLost."""
     session.deadline = time.perf_counter() + arguments.budget
     if session.record["kind"] != KIND:
         session.log(f"{session.record['kind']}: tiny sizes on the CPU, to see that every line runs")
@@ -152,7 +152,7 @@ def measure(session: Session, arguments: argparse.Namespace) -> None:
 
 
 def ceilings(session: Session) -> None:
-    """Measure what all shares refer to. Raises ConfigError if that does not work: then nothing else means anything."""
+    """Measure the ceilings. Raises ConfigError if that fails, because all shares are relative to them."""
     session.log(f"{CEILINGS}:")
     part, scale = session.part(CEILINGS), session.scale
     copy = session.entry(part, "copy", lambda: copy_ceiling(scale))
@@ -166,7 +166,7 @@ def ceilings(session: Session) -> None:
 
 
 def run_part(session: Session, name: str, work: Callable[[Session], None]) -> None:
-    """One part; if it fails outside its entries, that is recorded and the other parts go on. Raises DeviceLost."""
+    """Run one part; a failure outside its entries is recorded, and the other parts still run. Raises DeviceLost."""
     try:
         work(session)
     except DeviceLost:

@@ -1,9 +1,9 @@
-"""The kernel table: paged attention of every backend on its own, beside the ceilings.
+"""The kernel table: paged attention of every backend, alone, beside the ceilings.
 
-Decode is judged by bytes: keys and values of all requests, each counted once, over the time it takes. What is read
-changes from call to call, so that the card's cache does not serve it; calls are launched as one CUDA graph where the
-backend can be captured, so that the host's launches do not count. Prefill is judged by the operations of its causal
-scores. Every cell is compared with the reference before it is timed.
+Decode is measured in bytes per second: keys and values of all requests, each counted once. Each call reads different
+blocks, so that they are not in the card's cache. If the backend can be captured, calls are launched as one CUDA graph,
+so that the host's launches do not count. Prefill is measured in operations per second of its causal scores. Every cell
+is compared with the reference before it is timed.
 """
 
 import itertools
@@ -24,15 +24,15 @@ from minillm.costs import blocks_needed, causal_entries
 from minillm.kernels import dispatch, reference
 
 BLOCK_SIZE = 16  # the engine's default
-LARGE_BLOCK_SIZE = 256  # what FlashAttention asks for
+LARGE_BLOCK_SIZE = 256  # required by FlashAttention
 CUDA_VERSIONS = (1, 2, 3, 4, 5)
 LARGEST_ERROR = 0.03  # against the reference, as a share of its largest output: bfloat16 keeps 8 bits
-MOST_ROTATIONS = 512  # calls with other inputs before the first ones come again
-LEAST_ROTATIONS = 8  # beginning a graph takes microseconds, which its calls share
+MOST_ROTATIONS = 512  # calls with different inputs before the first ones are repeated
+LEAST_ROTATIONS = 8  # launching a graph takes microseconds, which its calls share
 
 
 class Variant(NamedTuple):
-    """A row of the table: a backend, perhaps one of its versions, on blocks of one size."""
+    """A row of the table: a backend, or one of its versions, with one block size."""
 
     label: str
     backend: str
@@ -40,7 +40,7 @@ class Variant(NamedTuple):
     options: dict
 
 
-VARIANTS = (  # in the order of measuring: time may run out
+VARIANTS = (  # in the order of measuring, because time may run out
     Variant("triton", "triton", BLOCK_SIZE, {}),
     *(Variant(f"cuda, version {n}", "cuda", BLOCK_SIZE, {"version": n}) for n in CUDA_VERSIONS),
     Variant("triton, blocks of 256", "triton", LARGE_BLOCK_SIZE, {}),
@@ -94,7 +94,7 @@ def prefill_name(case: tuple[int, int, int]) -> str:
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """One pool, and as many different calls on it as are needed to look away from what the card's cache holds."""
+    """One pool, and enough different calls on it that none finds its data in the card's cache."""
 
     keys: Tensor
     values: Tensor
@@ -104,13 +104,13 @@ class DecodeInputs:
 
     @property
     def counted_bytes(self) -> int:
-        """Of one call: every key and value once."""
+        """Bytes of one call: every key and value once."""
         width = 2 * self.keys[0, 0].numel() * self.keys.element_size()
         return int(self.lengths.sum()) * width
 
 
 class KernelBench:
-    """Random pools of the largest case, one per block size, made when they are first asked for."""
+    """Random pools of the largest case, one per block size, made at first use."""
 
     def __init__(self, scale: Scale):
         self.scale = scale
@@ -118,13 +118,13 @@ class KernelBench:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """Where all random inputs come from."""
+        """The source of all random inputs."""
         return torch.Generator(self.scale.torch_device).manual_seed(0)
 
     def pool(self, block_size: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [N, block_size, Hkv, D]; block 0 is nobody's."""
+        """Keys and values of one layer, [N, block_size, Hkv, D]; block 0 is the null block."""
         if block_size not in self._pools:
-            self._pools.clear()  # one at a time
+            self._pools.clear()  # only one is kept
             scale, shape = self.scale, self.scale.kernel_shape
             most = max(b * blocks_needed(c, block_size) for b in scale.decode_batches for c in scale.decode_contexts)
             most = max(most, *(b * blocks_needed(n + c, block_size) for b, n, c in scale.prefill_cases))
@@ -141,7 +141,7 @@ class KernelBench:
     def tables(self, num_calls: int, num_requests: int, num_blocks: int, block_size: int) -> Iterator[Tensor]:
         """[B, W] tables of random blocks, call by call; no two requests of a call share a block.
 
-        A block comes again when all others have been used.
+        A block is repeated only after all others have been used.
         """
         total = len(self.pool(block_size)[0]) - 1
         per_call = num_requests * num_blocks
@@ -151,7 +151,7 @@ class KernelBench:
             yield from whole.view(-1, num_requests, num_blocks)
 
     def decode_inputs(self, case: tuple[int, int], block_size: int) -> DecodeInputs:
-        """Calls of one batch size and context, enough of them that the card's cache holds none of the next."""
+        """Calls of one batch size and context, enough that the card's cache does not hold the data of the next."""
         num_requests, context = case
         shape, device = self.scale.kernel_shape, self.scale.torch_device
         keys, values = self.pool(block_size)
@@ -175,7 +175,7 @@ class KernelBench:
 
 
 def backend_of(scale: Scale, variant: Variant) -> dispatch.Backend:
-    """Raises KernelError, which says why, if the backend cannot be used here."""
+    """The backend of a variant. Raises KernelError with the reason if it cannot be used here."""
     return dispatch.choose(variant.backend, scale.kernel_shape, scale.dtype, scale.torch_device, variant.block_size)
 
 
@@ -214,13 +214,13 @@ def measured_decode(
 def decode_error(inputs: DecodeInputs, decode: Callable[..., Tensor]) -> float:
     """The largest difference to the reference in the first call, as a share of the largest output."""
     q, tables = inputs.calls[0]
-    inputs.out.fill_(float("nan"))  # a row that is not written must show
+    inputs.out.fill_(float("nan"))  # so that an unwritten row is found
     arguments = (q, inputs.keys, inputs.values, tables, inputs.lengths)
     return compared(decode(*arguments, out=inputs.out), reference.decode(*arguments))
 
 
 def compared(out: Tensor, expected: Tensor) -> float:
-    """Raises AssertionError for NaN and for more than rounding."""
+    """The largest relative difference. Raises AssertionError for NaN, and if it is more than rounding."""
     difference = ((out.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
     if not difference <= LARGEST_ERROR:
         raise AssertionError(
@@ -230,7 +230,7 @@ def compared(out: Tensor, expected: Tensor) -> float:
 
 
 def sweep_cell(session: Session, bench: KernelBench, case: tuple[int, int], options: dict) -> dict:
-    """The Triton decode kernel, launched otherwise."""
+    """The Triton decode kernel with other launch parameters."""
     return decode_cell(session, bench, Variant("", "triton", BLOCK_SIZE, options), case)
 
 

@@ -1,4 +1,4 @@
-"""Models of a published shape with random weights, made where they are to run: ours and transformers'."""
+"""Models of a published shape with random weights, made on their device: ours and transformers'."""
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
@@ -10,7 +10,7 @@ DEVIATION = 0.02  # of the weights: transformers' initializer_range, which keeps
 
 
 def random_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Our decoder with normal random weights, allocated on the device once and in `dtype`."""
+    """Our decoder with normal random weights, allocated once, on the device and in `dtype`."""
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device)
@@ -25,17 +25,17 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def random_peer(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """transformers' model of the same shape, weights as its own initialiser draws them."""
+    """transformers' model of the same shape, with weights from its own initialiser."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             transformers_config(config), dtype=dtype, attn_implementation="sdpa"
         ).eval()
-    model.generation_config.eos_token_id = None  # else `generate` falls back on it
+    model.generation_config.eos_token_id = None  # otherwise `generate` would use it
     return model.requires_grad_(False)
 
 
 def transformers_config(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration in transformers' words. Raises UnsupportedModelError for biases and sliding windows."""
+    """The configuration for transformers. Raises UnsupportedModelError for biases and sliding windows."""
     if config.qkv_bias or config.attention_out_bias or config.mlp_bias or config.sliding_windows:
         raise UnsupportedModelError("a shape with biases or sliding windows is not benchmarked; use one without")
     kind = Qwen3Config if config.qk_norm else LlamaConfig

@@ -1,8 +1,8 @@
-"""Other engines beside ours: the two of transformers, and any that is put on the path from outside.
+"""Other engines beside ours: the two of transformers, and any other on the import path.
 
     minillm bench gpu --peer package.module:factory
 
-`factory(shape, jobs, settings)` is called once per model shape, with nothing of anybody else's on the device:
+`factory(shape, jobs, settings)` is called once per model shape, with no other engine's data on the device:
 
     shape      a `minillm.model.config.ModelConfig`: the architecture the peer must run, with random weights of its own
     jobs       what will be generated: a list of `Job(prompt, num_outputs)`, prompts being lists of token ids
@@ -13,20 +13,20 @@ and returns an object with
 
     name, version, settings    of the peer, for the record; `settings` is a dict that JSON can hold
     generate(jobs)             the output token ids of every job, in their order; exactly `num_outputs` of each,
-                               whatever ends of text the model says. Called several times; only the calls are timed
-    close()                    give the device's memory back
+                               ignoring eos. Called several times; only the calls are timed
+    close()                    free the device's memory
 
-It is imported from the import path and never part of this package. A shape it cannot run it refuses by raising, which
-the record says. Its own start (loading, compiling, capturing graphs) belongs into the factory, so that it is not timed.
+It is imported from the import path and never part of this package. For a shape that it cannot run it raises, and the
+record says so. Its start (loading, compiling, capturing graphs) belongs in the factory, so that it is not timed.
 
-An adapter for nano-vllm, in words. The factory writes a checkpoint of the shape into a temporary folder, since its LLM
-takes a folder: transformers' `save_pretrained` of a random model made with `minillm.bench.gpu.models.random_peer`, and
-any tokenizer beside it, because the LLM loads one. It then makes nano-vllm's LLM from that folder with
-enforce_eager=False, max_model_len, max_num_seqs, max_num_batched_tokens and gpu_memory_utilization from `settings`.
-`generate` makes one of its SamplingParams for each job (temperature as in `settings`, which it wants above zero,
-max_tokens=num_outputs, ignore_eos=True), calls the LLM's generate with the list of prompts as token ids, the list of
-parameters and use_tqdm=False, and returns "token_ids" of every result. `close` calls the LLM's exit. nano-vllm needs
-flash-attn; where that is missing, a module of the same name on the path that offers its two functions will do.
+How to adapt nano-vllm: its LLM takes a folder, so the factory writes a checkpoint of the shape into a temporary one.
+That is transformers' `save_pretrained` of a random model made with `minillm.bench.gpu.models.random_peer`, and any
+tokenizer beside it, because the LLM loads one. It then makes nano-vllm's LLM from that folder with enforce_eager=False,
+max_model_len, max_num_seqs, max_num_batched_tokens and gpu_memory_utilization from `settings`. `generate` makes one of
+its SamplingParams for each job (temperature as in `settings`, which must be above zero, max_tokens=num_outputs,
+ignore_eos=True), calls the LLM's generate with the list of prompts as token ids, the list of parameters and
+use_tqdm=False, and returns "token_ids" of every result. `close` calls the LLM's exit. nano-vllm needs flash-attn; if
+that is missing, a module of the same name with its two functions is enough.
 """
 
 import importlib
@@ -45,23 +45,23 @@ from minillm.costs import kv_bytes_per_token
 from minillm.errors import ConfigError
 from minillm.model import ModelConfig
 
-GPU_MEMORY_UTILIZATION = 0.85  # of the card, for every engine that asks
-PAGES = DEFAULTS, OURS = "its own defaults", "minillm's pages and budget"  # with which its continuous batching is tried
-PILOT = 8  # outputs so many times shorter tell which is faster
+GPU_MEMORY_UTILIZATION = 0.85  # of the card, for every engine with this setting
+PAGES = DEFAULTS, OURS = "its own defaults", "minillm's pages and budget"  # settings tried for its continuous batching
+PILOT = 8  # outputs are this many times shorter in the run that decides which is faster
 
 
 class Peer(Protocol):
-    """What a factory returns."""
+    """The interface of what a factory returns."""
 
     name: str
     version: str
     settings: dict
 
     def generate(self, jobs: Sequence[Job]) -> list[Sequence[int]]:
-        """The output token ids of every job, in their order."""
+        """The output token ids of every job, in order."""
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
 
 
 def outside_peer(path: str, shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> Peer:
@@ -85,7 +85,7 @@ def find_factory(path: str) -> Callable[..., Peer]:
         raise ConfigError(f"--peer {path!r} is not of the form package.module:factory")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # it is somebody's own code
+    except Exception as error:  # it is foreign code
         raise ConfigError(
             f"--peer {path!r}: {module_name} cannot be imported ({error}); put it on PYTHONPATH"
         ) from error
@@ -101,9 +101,9 @@ def static_peer(shape: ModelConfig, jobs: Sequence[Job], scale: Scale, batch_siz
 
 
 def largest_static_batch(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> int:
-    """As many requests, a multiple of 8, as have room beside the weights if each becomes as long as any can.
+    """The most requests, a multiple of 8, that fit beside the weights if each becomes as long as any can.
 
-    Half of what is free counts: `generate` makes a new cache for each token, which leaves holes.
+    Only half of the free memory counts: `generate` allocates a new cache for each token, which leaves gaps.
     """
     if scale.torch_device.type != "cuda":
         return scale.static_batches[-1]
@@ -118,18 +118,18 @@ def largest_static_batch(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) 
 def continuous_peer(shape: ModelConfig, jobs: Sequence[Job], scale: Scale) -> ContinuousBatches:
     """transformers' continuous batching, with the pages and the budget under which it is fastest; see `PAGES`.
 
-    Raises what the last of them raised if it runs with none.
+    Raises the last error if it runs with none of them.
     """
     pilot = [Job(job.prompt, max(1, job.num_outputs // PILOT)) for job in jobs]
     tried, failed = {}, None
-    for name in PAGES if scale.is_full else (OURS,):  # on a CPU its defaults take gigabytes
+    for name in PAGES if scale.is_full else (OURS,):  # on a CPU its defaults need gigabytes
         try:
             with closing(_continuous(name, shape, jobs, scale)) as peer:
-                peer.generate(pilot[:PILOT])  # so that it has run once
+                peer.generate(pilot[:PILOT])  # a warm-up
                 began = time.perf_counter()
                 peer.generate(pilot)
                 tried[name] = time.perf_counter() - began
-        except Exception as error:  # it may not know them, or find no room for them
+        except Exception as error:  # unknown settings, or not enough memory for them
             failed = error
     if not tried:
         raise failed

@@ -1,14 +1,14 @@
-"""A record of `minillm bench gpu` as text, for people. Reads the record and nothing else."""
+"""A record of `minillm bench gpu` as text. Reads only the record."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from minillm.bench.gpu.session import KIND, SPEED
 
-GAPS = ("refused", "skipped", "error")  # why an entry has no figures
+GAPS = ("refused", "skipped", "error")  # reasons why an entry has no results
 
 
 def table(record: Mapping) -> str:
-    """Everything that was measured, and what was not, with the reasons at the end."""
+    """Everything that was measured, and at the end the entries that were not, with the reasons."""
     parts = record["parts"]
     sections = [
         heading(record),
@@ -24,7 +24,7 @@ def table(record: Mapping) -> str:
 
 
 def heading(record: Mapping) -> str:
-    """Where and when, with which versions."""
+    """Machine, date and versions."""
     machine, versions = record["machine"], record.get("versions", {})
     return (
         f"{machine.get('gpu') or machine.get('processor')}, driver {machine.get('driver')}, {record['date']}\n"
@@ -62,12 +62,12 @@ def prefill_figure(cell: Mapping) -> str:
 
 
 def gap(cell: Mapping) -> str:
-    """One word for an entry without figures."""
+    """One word for an entry without results."""
     return next((name for name in GAPS if name in cell), "-")
 
 
 def grid(rows: Mapping[str, Mapping[str, Mapping]], figure) -> str:
-    """Rows of cells under their names."""
+    """Rows of cells with a header."""
     columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
     widths = [max(9, len(name) + 2) for name in columns]
     lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))]
@@ -88,7 +88,7 @@ def sweep_line(case: str, cells: Mapping[str, Mapping]) -> str:
 
 
 def workload(name: str, part: Mapping) -> str:
-    """One of W1, W2, W3: every shape, ours and the others."""
+    """One of W1, W2, W3: every shape, with our engine and the others."""
     asked = part.get("workload", {})
     lines = [
         f"{name.upper()}: {asked.get('requests')} requests, {asked.get('prompt_tokens')} prompt and "
@@ -139,7 +139,7 @@ def ablation(part: Mapping) -> Iterator[str]:
 
 
 def gaps(parts: Mapping) -> str:
-    """Why entries have no figures, each reason once."""
+    """The reasons why entries have no results, each once."""
     reasons: dict[str, list[str]] = {}
     for path, reason in find_gaps(parts):
         reasons.setdefault(reason, []).append(path)
@@ -148,7 +148,7 @@ def gaps(parts: Mapping) -> str:
 
 
 def find_gaps(node: Mapping, path: tuple[str, ...] = ()) -> Iterable[tuple[str, str]]:
-    """Path and reason of every entry without figures."""
+    """Path and reason of every entry without results."""
     for name in GAPS:
         if isinstance(node.get(name), str):
             yield " / ".join(path), f"{name}: {node[name]}"

@@ -1,4 +1,4 @@
-"""How large everything is measured: `FULL` on a GPU, `DRY` on the CPU to see that every line runs."""
+"""The sizes of all measurements: `FULL` on a GPU, `DRY` on the CPU to test that every line runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from minillm.model import ModelConfig
 
 @dataclass(frozen=True)
 class Lengths:
-    """A workload: so many requests, and from what their lengths are drawn (see `workloads`)."""
+    """A workload: the number of requests, and the distribution of their lengths (see `workloads`)."""
 
     requests: int
     shortest: int  # tokens, W1: of prompts and of outputs
@@ -26,7 +26,7 @@ class Scale:
     device: str
     dtype: torch.dtype
     # ceilings
-    copy_bytes: int  # of the buffer that is copied: many times the cache of the card
+    copy_bytes: int  # of the buffer that is copied: many times the card's cache
     gemm_side: int  # of the square matrices that are multiplied
     # kernels
     kernel_shape: ModelConfig  # whose heads they serve
@@ -34,10 +34,10 @@ class Scale:
     decode_contexts: tuple[int, ...]
     sweep_cases: tuple[tuple[int, int], ...]  # (batch, context)
     sweep_launches: tuple[tuple[int, ...], ...]  # keys per tile, warps, stages to try
-    sweep_splits: tuple[int, ...]  # into how many parts to split each request's keys
+    sweep_splits: tuple[int, ...]  # numbers of parts into which to split each request's keys
     prefill_cases: tuple[tuple[int, int, int], ...]  # (requests, new tokens, cached tokens)
-    cell_seconds: float  # to spend on one cell of the table
-    rotated_bytes: int  # to read before the same is read again: several times the card's cache
+    cell_seconds: float  # for one cell of the table
+    rotated_bytes: int  # to read before the same bytes are read again: several times the card's cache
     # serving
     w1: Lengths
     w1_shapes: Mapping[str, ModelConfig]
@@ -54,12 +54,12 @@ class Scale:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where everything is measured."""
+        """The device of all measurements."""
         return torch.device(self.device)
 
     @property
     def is_full(self) -> bool:
-        """True if what is measured means something."""
+        """True if the results are meaningful."""
         return self is FULL
 
 

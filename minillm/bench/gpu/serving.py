@@ -1,8 +1,8 @@
-"""The serving parts: W1, W2, W3 and the ablation. Whole workloads through our engine and, beside it, through others.
+"""The serving parts: W1, W2, W3 and the ablation. Whole workloads through our engine and through others.
 
-A speed is output tokens per second of the whole run, prompts included. Beside ours stands what the measured ceilings
-allow: for the workload if all requests ran at once from the first step (`costs.workload_seconds`), and for the steps
-that were taken (`costs.trace_seconds`).
+A speed is output tokens per second of the whole run, including the time for prompts. Our speed is compared with what
+the measured ceilings allow: for the workload if all requests ran at once from the first step
+(`costs.workload_seconds`), and for the actual steps (`costs.trace_seconds`).
 """
 
 import statistics
@@ -25,21 +25,21 @@ from minillm.trace import StepEvent
 
 WARM_UP_TOKENS = 4
 WARM_UP_REQUESTS = 64
-CUTS = (8, 4, 2)  # where time is short, a peer generates so many times fewer tokens; the first is a pilot run
+CUTS = (8, 4, 2)  # if time is short, a peer's outputs are this many times shorter; the first is a pilot run
 OURS = "minillm"
-SHARE_OF_OURS = 0.5  # of the time of a comparison, at most: what it leaves is the others'
+SHARE_OF_OURS = 0.5  # our largest share of a comparison's time; the rest is for the others
 FIRST_VARIANT = "all on"
-CUT_SPEEDS = "output_tokens_per_second_with_cut_outputs"  # by how many output tokens all requests have together
+CUT_SPEEDS = "output_tokens_per_second_with_cut_outputs"  # total output tokens -> speed
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
 class Other(NamedTuple):
-    """A peer that is not made yet."""
+    """A peer that has not been started yet."""
 
     make: Callable[[], Contender]
-    batch_size: int | None = None  # it works batch by batch, each as long as its longest output
+    batch_size: int | None = None  # for static batches, each as long as its longest output
 
 
 def w1(session: Session) -> None:
@@ -54,7 +54,7 @@ def w1(session: Session) -> None:
 
 
 def w1_others(session: Session, shape: ModelConfig, jobs: Sequence[Job]) -> dict[str, Other]:
-    """Everybody else in W1. Those from outside first: they are what the goals are stated against."""
+    """The other engines in W1. Peers from the command line come first: they are the main comparison."""
     scale = session.scale
     large, *small = (static(session, shape, jobs, size) for size in scale.static_batches)
     make = partial(peers.continuous_peer, shape, jobs, scale)
@@ -66,7 +66,7 @@ def w1_others(session: Session, shape: ModelConfig, jobs: Sequence[Job]) -> dict
 
 
 def w2(session: Session) -> None:
-    """One request on the large shape: how near decode comes to reading the weights once a token."""
+    """One request on the large shape: how near decode comes to reading the weights once per token."""
     part = session.part("w2")
     name, shape = session.scale.large_shape
     jobs = w2_jobs(session.scale)
@@ -131,9 +131,9 @@ def compare(
     jobs: Sequence[Job],
     others: dict[str, Other],
 ) -> None:
-    """Ours and then every peer, each an entry with its ratio to ours on the same requests and output lengths.
+    """Our engine and then every peer; each entry has the ratio to ours for the same requests and output lengths.
 
-    Only where a peer works batch by batch, as many of its batches as there is time for stand for all of them.
+    Exception: a peer with static batches may run only some of them, which then represent all.
     """
     cuts = CUTS if any(runs_at_once(jobs, other.batch_size) for other in others.values()) else ()
     with session.share_of_time(SHARE_OF_OURS):
@@ -150,9 +150,9 @@ def compare(
 def run_ours(
     session: Session, shape: ModelConfig, jobs: Sequence[Job], changes: dict, cuts: Sequence[int] = ()
 ) -> dict:
-    """Our engine, several times: as often as was asked for, less often if time is short, at least once.
+    """Our engine, the requested number of times; fewer if time is short, but at least once.
 
-    Before that, once with outputs cut by each of `cuts`: a peer that has no time for all of them is compared with this.
+    Before that, once with outputs cut by each of `cuts`, for peers that have no time for the whole workload.
     """
     arguments = engine_arguments(session, jobs) | changes
     model = random_decoder(shape, session.scale.dtype, session.scale.torch_device)
@@ -175,7 +175,7 @@ def run_ours(
 
 
 def falling_outputs(jobs: Sequence[Job]) -> list[Job]:
-    """What our engine warms up on: decode batches from WARM_UP_REQUESTS down, since kernels differ with the batch."""
+    """The warm-up of our engine: decode batches from WARM_UP_REQUESTS down, as kernels depend on the batch size."""
     numbered = enumerate(jobs[:WARM_UP_REQUESTS], start=WARM_UP_TOKENS)
     return [Job(job.prompt, min(number, job.num_outputs)) for number, job in numbered]
 
@@ -183,7 +183,7 @@ def falling_outputs(jobs: Sequence[Job]) -> list[Job]:
 def roofline(
     session: Session, shape: ModelConfig, jobs: Sequence[Job], steps: Sequence[StepEvent], seconds: float
 ) -> dict:
-    """What the measured ceilings allow beside the seconds that a run took, in `steps`."""
+    """The least time at the measured ceilings, beside the seconds of a run with these `steps`."""
     card, bytes_each = session.card, session.scale.dtype.itemsize
     lengths = [(len(job.prompt), job.num_outputs) for job in jobs]
     least = costs.workload_seconds(shape, card, lengths, bytes_each)
@@ -196,10 +196,10 @@ def roofline(
 
 
 def step_on_device_share(steps: Sequence[StepEvent]) -> float | None:
-    """Share of a run in which a step was on the device; None if the engine does not record it.
+    """The share of a run's time in which a step was on the device; None if the engine does not record it.
 
-    From the copy of its inputs to its last kernel: a step that is launched kernel by kernel counts with the gaps in
-    which the device waits for the next one. Events cannot tell them apart.
+    A step counts from the copy of its inputs to its last kernel. If it is launched kernel by kernel, this includes gaps
+    in which the device waits for the next launch: events cannot separate them.
     """
     times = [step.device for step in steps]
     if None in times:
@@ -208,7 +208,7 @@ def step_on_device_share(steps: Sequence[StepEvent]) -> float | None:
 
 
 def engine_arguments(session: Session, jobs: Sequence[Job]) -> dict:
-    """As large a pool as is of use, steps as large as the scale says; the rest are the engine's own defaults."""
+    """The largest useful pool, and the scale's step size; all else is the engine's default."""
     arguments = our_arguments(jobs, min(session.scale.max_num_seqs, len(jobs)), session.scale.max_num_batched_tokens)
     del arguments["num_blocks"]
     return arguments | {"gpu_memory_utilization": peers.GPU_MEMORY_UTILIZATION}
@@ -224,15 +224,15 @@ def static(session: Session, shape: ModelConfig, jobs: Sequence[Job], batch_size
 
 
 def outside(session: Session, shape: ModelConfig, jobs: Sequence[Job]) -> dict[str, Other]:
-    """The peers that were named on the command line."""
+    """The peers named on the command line."""
     return {path: Other(partial(peers.outside_peer, path, shape, jobs, session.scale)) for path in session.peers}
 
 
 def run_peer(session: Session, other: Other, jobs: Sequence[Job]) -> dict:
-    """A peer on as much of the workload as there is time for, which the record names.
+    """A peer on as much of the workload as there is time for; the record says how much.
 
-    A pilot run tells how long the whole would take: the first batch of one that works batch by batch, for others the
-    whole workload with shortened outputs.
+    A pilot run predicts the time of the whole: for static batches it is the first batch, for others the whole workload
+    with shortened outputs.
     """
     with closing(other.make()) as peer:
         warm_up(peer, jobs)
@@ -250,9 +250,9 @@ def run_peer(session: Session, other: Other, jobs: Sequence[Job]) -> dict:
 
 
 def subsets(jobs: Sequence[Job], batch_size: int | None) -> list[Sequence[Job]]:
-    """Parts of the workload, the smallest, a pilot, first and all of it last.
+    """Parts of the workload in growing order: first a pilot, last the whole workload.
 
-    Where a batch waits for its longest output, a part has whole batches of it, not shortened ones.
+    For static batches, parts are whole batches instead of shortened outputs.
     """
     if runs_at_once(jobs, batch_size):
         return [*(shortened(jobs, divisor) for divisor in CUTS), jobs]
@@ -260,12 +260,12 @@ def subsets(jobs: Sequence[Job], batch_size: int | None) -> list[Sequence[Job]]:
 
 
 def runs_at_once(jobs: Sequence[Job], batch_size: int | None) -> bool:
-    """Whether all requests are there from the beginning, not batch by batch."""
+    """Whether the peer gets all requests at once, not batch by batch."""
     return batch_size is None or batch_size >= len(jobs)
 
 
 def affordable(parts: Sequence[Sequence[Job]], seconds_per_token: float, seconds: float) -> Sequence[Job] | None:
-    """The last, largest of the parts that should be done in `seconds`; None if none should."""
+    """The largest part that should finish within `seconds`; None if there is none."""
     fitting = [part for part in parts if totals(part)[1] * seconds_per_token <= seconds]
     return fitting[-1] if fitting else None
 
@@ -276,7 +276,7 @@ def shortened(jobs: Sequence[Job], divisor: int) -> list[Job]:
 
 
 def name_of_subset(subset: Sequence[Job], jobs: Sequence[Job]) -> str:
-    """What of the workload was run, in words."""
+    """The part of the workload that was run, in words."""
     if len(subset) < len(jobs):
         return f"the first {len(subset)} of {len(jobs)} requests"
     share = totals(jobs)[1] / totals(subset)[1]
@@ -287,12 +287,12 @@ def name_of_subset(subset: Sequence[Job], jobs: Sequence[Job]) -> str:
 
 
 def warm_up(contender: Contender, jobs: Sequence[Job]) -> None:
-    """Let it have run once before it counts: the first prompts, a few tokens."""
+    """Run it once before measuring: the first prompts, a few tokens."""
     contender.generate([Job(job.prompt, min(WARM_UP_TOKENS, job.num_outputs)) for job in jobs[:4]])
 
 
 def timed_runs(contender: Contender, jobs: Sequence[Job], repeats: int, session: Session) -> dict:
-    """Runs one after the other while there is time for another, at least one. Raises AssertionError for lost tokens."""
+    """Runs while there is time for one more, at least one. Raises AssertionError for wrong output lengths."""
     seconds = []
     while not seconds or (len(seconds) < repeats and max(seconds) < session.seconds_left):
         began = time.perf_counter()
@@ -310,7 +310,7 @@ def timed_runs(contender: Contender, jobs: Sequence[Job], repeats: int, session:
 
 
 def check_lengths(outputs: Sequence[Sequence[int]], jobs: Sequence[Job]) -> None:
-    """Raises AssertionError if anybody got more or fewer tokens than the workload says."""
+    """Raises AssertionError if an output has more or fewer tokens than the workload says."""
     if len(outputs) != len(jobs):
         raise AssertionError(f"{len(outputs)} outputs for {len(jobs)} requests")
     for number, (output, job) in enumerate(zip(outputs, jobs, strict=True)):

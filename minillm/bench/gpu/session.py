@@ -1,10 +1,10 @@
-"""One run of the benchmark: its record, its budget of time, and the isolation of everything that is measured.
+"""One run of the benchmark: its record, its time budget, and the isolation of its measurements.
 
 Every measurement is an *entry*: a name in a part of the record. The file is written before and after each entry, so
-that a call that is killed leaves what was measured; an entry that raises is recorded as {"error": ...} and the rest
-goes on. A CUDA error may outlive its entry (an illegal address, a graph half captured), so that nothing after it can
-be trusted: `DeviceLost` ends the process, and the supervisor goes on in another one, where entries that the file has
-already are not repeated.
+that a killed run keeps what was measured. An entry that raises is recorded as {"error": ...}, and the rest continues.
+After a CUDA error such as an illegal address or a half captured graph, no later result can be trusted. Then
+`DeviceLost` ends the process, and the supervisor continues in a new one, where entries that are already in the file are
+not repeated.
 """
 
 import datetime
@@ -29,23 +29,23 @@ from minillm.bench.measuring import processor
 from minillm.costs import Card
 from minillm.errors import KernelError
 
-SCHEMA = 1  # of the JSON; another number where old readers would misread it
+SCHEMA = 1  # of the JSON; to be raised when old readers would misread it
 KIND, DRY_KIND = "gpu", "DRY RUN, NOT A MEASUREMENT"
-SPEED = "output_tokens_per_second"  # of a run of a workload: what speeds are compared by
+SPEED = "output_tokens_per_second"  # of a workload's run; speeds are compared by it
 UNFINISHED = {"error": "did not finish: the process ended while this was measured", "ended_process": True}
-MOST_ENDED = 2  # processes ended by entries side by side, before the rest of these is given up
-MOST_ENDED_IN_PART = 6  # the same of a whole part
+MOST_ENDED = 2  # processes ended by sibling entries, before their remaining siblings are skipped
+MOST_ENDED_IN_PART = 6  # the same for a whole part
 WORDS_OF_CUDA = "CUDA error", "CUDA driver error", "[CUDA]", "cuda runtime error", "during capture"
-FRAMES = 8  # of where an error was raised, the innermost
+FRAMES = 8  # innermost frames of an error that are recorded
 
 
 class DeviceLost(RuntimeError):
-    """The device does nothing more for this process; another one may go on."""
+    """The device is unusable for this process; a new process may continue."""
 
 
 @dataclass
 class Session:
-    """What the parts share: sizes, the record they fill, ceilings, time."""
+    """The common state of the parts: sizes, the record, ceilings, time."""
 
     scale: Scale
     repeats: int
@@ -53,18 +53,18 @@ class Session:
     file: Path | None = None
     peers: Sequence[str] = ()
     card: Card | None = None  # the measured ceilings, once they are
-    deadline: float = float("inf")  # on time.perf_counter: when the part that runs should be over
+    deadline: float = float("inf")  # on time.perf_counter: the planned end of the running part
     log: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
     _part: dict = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float:
-        """Of the part that runs; never negative."""
+        """Seconds left for the running part; never negative."""
         return max(0.0, self.deadline - time.perf_counter())
 
     @contextmanager
     def share_of_time(self, share: float) -> Iterator[None]:
-        """What is done inside should take no more than this share of the seconds that are left."""
+        """Limits the work within the block to this share of the seconds left."""
         outer = self.deadline
         self.deadline = time.perf_counter() + share * self.seconds_left
         try:
@@ -73,14 +73,14 @@ class Session:
             self.deadline = outer
 
     def part(self, name: str) -> dict:
-        """The record of a part, empty at first; the one that runs from now on."""
+        """Begin a part; returns its record, which is empty at first."""
         self._part = self.record["parts"].setdefault(name, {})
         return self._part
 
     def entry(self, part: dict, name: str, work: Callable[[], Mapping]) -> dict:
-        """part[name] = work(), or what went wrong. One that is there already is not measured again.
+        """part[name] = work(), or its error. An existing entry is not measured again.
 
-        Without time left it is skipped, which the record says. Raises DeviceLost if the device is of no more use.
+        Without time left it is skipped, and the record says so. Raises DeviceLost if the device is unusable.
         """
         if name in part and "skipped" not in part[name]:
             return part[name]
@@ -89,7 +89,7 @@ class Session:
             self.log(f"  {name}: skipped, no time was left")
             return part[name]
         if num_ended(part) >= MOST_ENDED or num_ended(self._part) >= MOST_ENDED_IN_PART:
-            part[name] = {"error": "not tried: too many like it have ended the process that measured them"}
+            part[name] = {"error": "not tried: too many like it have ended their process"}
             self.log(f"  {name}: not tried")
             return part[name]
         lost = False
@@ -114,7 +114,7 @@ class Session:
         return part[name]
 
     def free_memory(self) -> None:
-        """Give back what the last entry held. Raises DeviceLost if the device does not answer."""
+        """Free the memory of the last entry. Raises DeviceLost if the device does not answer."""
         gc.collect()
         if self.scale.torch_device.type == "cuda":
             try:
@@ -124,7 +124,7 @@ class Session:
                 raise DeviceLost(str(error)) from error
 
     def save(self) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record atomically."""
         if self.file is not None:
             draft = self.file.with_name(self.file.name + ".part")
             draft.write_text(json.dumps(self.record, indent=1) + "\n")
@@ -132,14 +132,15 @@ class Session:
 
 
 def num_ended(node: Mapping) -> int:
-    """Entries in there, at any depth, that have ended the process which measured them."""
+    """The number of entries, at any depth, that ended their process."""
     return sum(num_ended(each) for each in node.values() if isinstance(each, dict)) + ("ended_process" in node)
 
 
 def is_of_the_device(error: Exception) -> bool:
-    """Whether CUDA itself has failed, by the kind of the error or by its words; running out of memory does no harm.
+    """Whether CUDA itself has failed, by the type or message of the error; running out of memory is harmless.
 
-    A missing compiler is a RuntimeError too. What is not recognised here, `free_memory` finds out by asking the device.
+    A missing compiler is also a RuntimeError. Failures not recognised here are found when `free_memory` asks the
+    device.
     """
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False
@@ -147,14 +148,14 @@ def is_of_the_device(error: Exception) -> bool:
 
 
 def described_error(error: Exception) -> dict:
-    """What went wrong and where, for the record."""
+    """The error and where it was raised, for the record."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[: -FRAMES - 1 : -1]]
     return {"error": f"{type(error).__name__}: {error}", "raised_at": ", called at ".join(places)}
 
 
 def new_record(scale: Scale, arguments: Mapping) -> dict:
-    """A record without measurements: what machine, which versions, which settings, when."""
+    """A record without measurements: machine, versions, settings, date."""
     return {
         "schema": SCHEMA,
         "kind": KIND if scale.is_full else DRY_KIND,
@@ -172,7 +173,7 @@ def new_record(scale: Scale, arguments: Mapping) -> dict:
 
 
 def machine(device: torch.device) -> dict:
-    """Names and sizes of what computes."""
+    """Names and sizes of the GPU and the processor."""
     host = {"processor": processor(), "python": platform.python_version()}
     if device.type != "cuda":
         return host | {"gpu": None}
@@ -188,7 +189,7 @@ def machine(device: torch.device) -> dict:
 
 
 def driver_version() -> str | None:
-    """As nvidia-smi says; None where there is no such program."""
+    """The driver's version from nvidia-smi; None without that program."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
@@ -197,7 +198,7 @@ def driver_version() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what is measured; None for what is not installed."""
+    """Versions of the measured packages; None if not installed."""
     found = {"minillm": minillm.__version__, "torch": torch.__version__}
     for name in ("triton", "transformers"):
         try:

@@ -1,7 +1,7 @@
-"""Runs the benchmark in a process of its own and, if that dies, goes on in another one with what is left.
+"""Runs the benchmark in a child process and, if that dies, continues with the remaining entries in a new one.
 
-A kernel that reads where it may not, a crash in a compiler or a hang takes its whole process along. The record says
-which entry was under way; the next process finds it there and measures the others.
+An illegal read in a kernel, a crash in a compiler or a hang ends the whole process. The record says which entry was
+being measured; the next process skips it and measures the others.
 """
 
 import subprocess
@@ -13,18 +13,18 @@ from pathlib import Path
 from minillm.bench import recorded
 from minillm.errors import ConfigError
 
-DEVICE_LOST = 75  # exit code of a process whose device does nothing more for it
+DEVICE_LOST = 75  # exit code of a process whose device became unusable
 LEAST_STALL = 120.0  # seconds
 SHARE_OF_A_STALL = 0.5  # of the budget
 POLL = 0.5  # seconds
-START = 20.0  # seconds until a new process measures: Python, torch and transformers have to be loaded
+START = 20.0  # seconds to load Python, torch and transformers in a new process
 
 
 def supervise(argv: Sequence[str], file: Path, budget: float, resume: bool) -> int:
     """Measure with the options `argv` into `file`; the exit code of the last process.
 
-    `budget`: seconds for all processes together. `resume`: the file has a part already. A process that changes nothing
-    in the file for half of the budget, two minutes at least, counts as hanging and is killed.
+    `budget`: seconds for all processes together. `resume`: the file already exists. A process that does not change the
+    file for half of the budget, but at least two minutes, is assumed to hang and is killed.
     """
     end = time.perf_counter() + budget
     while True:
@@ -36,12 +36,12 @@ def supervise(argv: Sequence[str], file: Path, budget: float, resume: bool) -> i
         if num_entries(file) == before or time.perf_counter() > end:
             print(f"ended early: the process that measures ended with {code}", file=sys.stderr)
             return 1
-        print(f"the process that measures ended with {code}; another one goes on", flush=True)
+        print(f"the process that measures ended with {code}; a new one continues", flush=True)
         resume = True
 
 
 def child_command(options: Sequence[str]) -> list[str]:
-    """What measures in this very process."""
+    """The command line that measures in its own process."""
     return [sys.executable, "-m", "minillm.cli.main", "bench", "gpu", *options, "--unsupervised"]
 
 
@@ -60,12 +60,12 @@ def run_child(command: Sequence[str], file: Path, stall: float) -> int:
 
 
 def modified(file: Path) -> int:
-    """When the file was last written; 0 if it is not there."""
+    """When the file was last written; 0 if it does not exist."""
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def num_entries(file: Path) -> int:
-    """How many entries the record has, those that failed as well."""
+    """The number of entries in the record, failed ones included."""
     try:
         return count(recorded.read(file)["parts"])
     except ConfigError:
@@ -73,5 +73,5 @@ def num_entries(file: Path) -> int:
 
 
 def count(node: object) -> int:
-    """Dictionaries inside a dictionary, at any depth."""
+    """The number of dictionaries inside a dictionary, at any depth."""
     return sum(1 + count(value) for value in node.values() if isinstance(value, dict))

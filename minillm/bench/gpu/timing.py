@@ -1,4 +1,4 @@
-"""Seconds that work takes on a device: CUDA events where there is a GPU, the wall clock elsewhere."""
+"""Seconds of work on a device: from CUDA events on a GPU, otherwise from the wall clock."""
 
 import time
 from collections.abc import Callable
@@ -10,9 +10,9 @@ MOST_REPEATS = 200
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, seconds: float = 0.05) -> list[float]:
-    """Seconds of each of several runs of `work`, which only launches: as many as fit into `seconds`, at least 3.
+    """Seconds of each of several runs of `work`, which only launches: as many runs as fit into `seconds`, at least 3.
 
-    It has run once before, and the first of those counted begins on an idle device.
+    It runs once before, and the first measured run begins on an idle device.
     """
     work()
     synchronize(device)
@@ -21,7 +21,7 @@ def device_seconds(work: Callable[[], object], device: torch.device, seconds: fl
     if device.type != "cuda":
         return [_run(work, device) for _ in range(repeats)]
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for begin, end in marks:  # all launched before the first is waited for, so that the device never idles
+    for begin, end in marks:  # all are launched before the first wait, so that the device is never idle
         begin.record()
         work()
         end.record()
@@ -37,9 +37,9 @@ def _run(work: Callable[[], object], device: torch.device) -> float:
 
 
 def captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`work` as a CUDA graph, whose launches cost the host nothing; on another device `work` itself.
+    """`work` as a CUDA graph, whose launch takes the host little time; on other devices `work` itself.
 
-    It runs once before it is captured, so that what is compiled or allocated the first time is not part of it.
+    It runs once before the capture, which must not contain compilation or first allocations.
     """
     if device.type != "cuda":
         return work
@@ -55,6 +55,6 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The three workloads, drawn the same everywhere: W1 (nano-vllm's benchmark), W2 (one reader), W3 (Anyscale's).
+"""The three workloads, the same on every machine: W1 (nano-vllm's benchmark), W2 (one user), W3 (Anyscale's).
 
 W1's lengths and tokens come from Python's `random` with seed 0 in the order in which nano-vllm's bench.py draws them:
 for each request the length of its prompt and then its tokens, and after all prompts the length of each output.
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from minillm.bench.contenders import Job
 from minillm.bench.gpu.scale import Lengths, Scale
 
-TEMPERATURE = 0.6  # of all three, as nano-vllm samples
-W1_TOTALS = (142_827, 133_966)  # prompt and output tokens of the workload that others report figures for
+TEMPERATURE = 0.6  # of all three, as in nano-vllm's benchmark
+W1_TOTALS = (142_827, 133_966)  # prompt and output tokens of the workload in published results
 
 
 def w1_jobs(scale: Scale) -> list[Job]:
-    """nano-vllm's requests. Raises AssertionError if the full workload is not the one others measured."""
+    """nano-vllm's requests. Raises AssertionError if the full workload differs from the published one."""
     jobs = uniform_jobs(scale.w1)
     if scale.is_full and totals(jobs) != W1_TOTALS:
         raise AssertionError(f"W1 has {totals(jobs)} prompt and output tokens instead of {W1_TOTALS}")
@@ -35,7 +35,7 @@ def uniform_jobs(lengths: Lengths) -> list[Job]:
 
 
 def w2_jobs(scale: Scale) -> list[Job]:
-    """One request, as a single reader makes it."""
+    """One request of a single user."""
     prompt_tokens, output_tokens = scale.w2_tokens
     return [Job(list(range(1, prompt_tokens + 1)), output_tokens)]
 
@@ -54,5 +54,5 @@ def w3_jobs(scale: Scale) -> list[Job]:
 
 
 def totals(jobs: Sequence[Job]) -> tuple[int, int]:
-    """Prompt tokens and output tokens of all."""
+    """The total number of prompt tokens and of output tokens."""
     return sum(len(job.prompt) for job in jobs), sum(job.num_outputs for job in jobs)
