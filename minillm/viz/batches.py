@@ -225,7 +225,7 @@ class PaddingRectangle(Picture):
         labels = [request_label(str(index)) for index in range(len(lengths))] if labels is None else list(labels)
         why = ["prefill"] * len(lengths) if why is None else list(why)
         if not lengths or len(labels) != len(lengths) or len(why) != len(lengths):
-            raise PictureError(f"{len(lengths)} rows, {len(labels)} labels and {len(why)} reasons; the numbers must agree")
+            raise PictureError(f"{len(lengths)} rows, {len(labels)} labels and {len(why)} reasons; these must agree")
         self.padded_length = max(lengths) if padded_length is None else padded_length
         if min(lengths) < 0 or max(lengths) > self.padded_length or self.padded_length < 1:
             raise PictureError(
