@@ -342,6 +342,35 @@ def leaves_running_requests_out(running, waiting, tables, free, budget, max_num_
     return plan, []
 
 
+def preempts_the_first(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """The longest request makes room, not the youngest."""
+    plan, gone, alive = {}, [], [name for name, *_ in running]
+    for name, computed, remaining in running:
+        num = min(budget - sum(plan.values()), remaining)
+        while name in alive and needed(tables[name], computed + num, block_size) > len(free):
+            gone.append(alive.pop(0))
+            free += tables.pop(gone[-1])
+        if name in alive and num:
+            tables[name] += [free.pop() for _ in range(max(0, needed(tables[name], computed + num, block_size)))]
+            plan[name] = num
+    plan = {name: num for name, num in plan.items() if name in alive}
+    if gone:
+        return plan, gone
+    return paged(running, waiting, tables, free, budget, max_num_seqs, block_size)
+
+
+def admits_a_chunk(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """Asks for the blocks of the tokens that are computed now."""
+    plan, gone = paged(running, waiting, tables, free, budget, max_num_seqs, block_size)
+    left = budget - sum(plan.values())
+    for name, num_tokens in [pair for pair in waiting if pair[0] not in plan][:1]:
+        num = min(left, num_tokens, block_size * len(free))
+        if num and not gone and len(running) + len(plan.keys() & dict(waiting).keys()) < max_num_seqs:
+            tables[name] = [free.pop() for _ in range(needed([], num, block_size))]
+            plan[name] = num
+    return plan, gone
+
+
 def takes_no_blocks(running, waiting, tables, free, *others):
     return paged(running, waiting, tables, list(free), *others)
 
@@ -349,13 +378,15 @@ def takes_no_blocks(running, waiting, tables, free, *others):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (changed(budget=lambda budget: budget // 2), "while budget, places and blocks allow"),
+        (changed(budget=lambda budget: budget // 2), "while budget, places and free blocks last"),
         (changed(budget=lambda budget: 2 * budget), "at most 256 tokens together"),
         (changed(max_num_seqs=lambda seats: 2 * seats), "Admit no request beyond max_num_seqs"),
-        (changed(waiting=lambda waiting: waiting[:1]), "expected"),
-        (overtakes, "expected"),
+        (changed(waiting=lambda waiting: waiting[:1]), "59 tokens for req 1, which waits"),
+        (overtakes, "tokens for req"),
+        (preempts_the_first, "Preempt the request that was admitted last"),
+        (admits_a_chunk, "only if all tokens find free blocks: req"),
         (admits_in_spite_of_preemption, "waits in front of all others"),
-        (leaves_running_requests_out, "at least one token"),
+        (leaves_running_requests_out, "41 tokens for req 0, which waits"),
         (takes_no_blocks, "Take a block out of free"),
         (lambda *args: paged(*args)[0], "Return two things"),
         (lambda *args: None, "got       None"),
@@ -367,6 +398,8 @@ def takes_no_blocks(running, waiting, tables, free, *others):
         "seats",
         "one",
         "overtakes",
+        "first out",
+        "a chunk",
         "admits",
         "no preemption",
         "not taken",

@@ -449,12 +449,37 @@ def _planned(function: Callable, case: Case, num_blocks: int) -> tuple[dict[Name
         broken = "each block either free or in one table", "Take a block out of free when you put it into a table."
     elif preempted and plan.keys() - done.keys():
         broken = "nobody admitted in a step that preempts", "Who is preempted waits in front of all others."
-    elif not plan:
-        broken = "at least one token", "While any request runs or waits, an empty step would repeat for ever."
+    else:
+        broken = _against_the_rules(plan, preempted, before.args)
     if broken is not None:
         before = Case(before.args, broken[0], broken[1])
         raise CheckFailed(failure("schedule_paged", before, f"got       {describe(answer)}", broken[0]))
     return plan, preempted
+
+
+def _against_the_rules(plan: dict[Name, int], preempted: list[Name], args: tuple) -> tuple[str, str] | None:
+    """How a plan within all limits differs from the one that the rules give, and a hint; None if it does not."""
+    running, waiting, *_ = args
+    wanted, victims = _schedule_paged(*copy.deepcopy(args))
+    wanted = dict(wanted)
+    if set(preempted) != set(victims):
+        hint = "Preempt the request that was admitted last, one at a time, and only as long as blocks are short."
+        return (f"{victims} preempted" if victims else "nobody preempted: no block is short"), hint
+    for name, computed, remaining in running:
+        if plan.get(name) != wanted.get(name):
+            hint = (
+                f"{name} runs, has {computed} tokens computed and {remaining} to compute: min(remaining, budget left)."
+            )
+            return f"{wanted.get(name, 0)} tokens for {name}", hint
+    for name, num_tokens in waiting:
+        if name in plan and name not in wanted:
+            blocks = blocks_needed(num_tokens, args[-1])
+            hint = f"Admit in order, and only if all tokens find free blocks: {name} needs {blocks} for {num_tokens}."
+            return f"{name} not admitted", hint
+        if plan.get(name) != wanted.get(name):
+            hint = "Admit waiting requests in order, while budget, places and free blocks last."
+            return f"{wanted[name]} tokens for {name}, which waits", hint
+    return None
 
 
 def _called(function: Callable, case: Case, before: Case) -> Any:
