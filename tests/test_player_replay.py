@@ -210,8 +210,8 @@ def test_what_is_no_trace_is_refused_by_line(tmp_path):
         return subprocess.run([NODE, script, text], capture_output=True, text=True, timeout=60).stderr
 
     header = '{"format": "minillm trace", "version": 1}'
-    assert "line 2 of the trace is no JSON" in error(header + "\n{")
-    assert "no trace" in error('{"request": {"request_id": "a", "arrival_time": 0, "num_prompt_tokens": 1}}')
+    assert "line 2 of the trace is not JSON" in error(header + "\n{")
+    assert "not a trace" in error('{"request": {"request_id": "a", "arrival_time": 0, "num_prompt_tokens": 1}}')
     assert "version 2" in error(header.replace("1", "2"))
     assert error(header) == ""
 

@@ -1,6 +1,6 @@
-"""One check function for each exercise: `checks.name(your_function)` prints `✓ name: N cases` or says what is wrong.
+"""One check function per exercise: `checks.name(your_function)` prints `✓ name: N cases` or says what is wrong.
 
-Lives here: the cases, the comparison and the messages. May import all of minillm; nothing but the notebooks imports it.
+This room has the cases, the comparison and the messages. May import all of minillm; only the notebooks import it.
 """
 
 from minillm.checks.base import CheckFailed, NotWrittenYet, is_written

@@ -1,7 +1,7 @@
 """How a check runs: call the reader's function on each case, compare, and explain the first failure in four lines.
 
-The reader's function never gets the check's own data: `call` hands out copies. There is one comparison, `same_value`:
-what counts as a number, a list or a mask does so in all checks.
+The reader's function never gets the check's own data: `call` passes copies. All checks use one comparison,
+`same_value`, so that they agree on what counts as a number, a list or a mask.
 """
 
 import copy
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-MOST_ITEMS = 100_000  # that are taken out of a generator; it may be endless
-DRAWN_CELLS, ROWS_IN_LINE = 400, 8  # a mask up to so large is drawn, up to so many rows on one line
-ARRAYS = (torch.Tensor, np.ndarray, np.generic)  # numpy's scalars too
+MOST_ITEMS = 100_000  # taken from a generator, which may be endless
+DRAWN_CELLS, ROWS_IN_LINE = 400, 8  # the largest mask that is drawn; the most rows on one line
+ARRAYS = (torch.Tensor, np.ndarray, np.generic)  # with numpy's scalars
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call and what must come back."""
+    """One call and its expected result."""
 
     args: tuple
     expected: Any
@@ -34,7 +34,7 @@ class Case:
 
 
 class CheckFailed(AssertionError):
-    """A reader's function gave a wrong answer. Jupyter shows the message alone, without a stack trace."""
+    """A reader's function gave a wrong answer. Jupyter shows only the message, without a stack trace."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
@@ -59,7 +59,7 @@ def run_check(
     """Call `function` on every case and print `✓ name: N cases`.
 
     `same(got, expected)` decides whether an answer is right (default: `same_value`), `show` how it is printed.
-    `advise(got, case)` may know what has gone wrong: its hint then stands in place of the case's.
+    `advise(got, case)` may recognise a mistake: its hint then replaces the case's.
     Raises NotWrittenYet for a stub and CheckFailed for the first wrong case.
     """
     same, show = same or same_value, show or describe
@@ -79,25 +79,25 @@ STAND_INS: dict[int, tuple[Any, Any]] = {}  # id -> (the course's version, what 
 
 
 def own(answer: Any) -> Any:
-    """What the reader wrote, where the course's version stands in for it."""
+    """The reader's answer, also if the course's version has replaced it."""
     return STAND_INS.get(id(answer), (answer, answer))[1]
 
 
 def plain(function: Any) -> Any:
-    """The Python function of a kernel; anything else as it is."""
+    """The Python function of a kernel; anything else unchanged."""
     return getattr(function, "fn", function)
 
 
 def is_written(*functions: Callable) -> bool:
     """Whether all these functions, kernels and classes are more than stubs, read from their sources.
 
-    For cells that use an answer further down, and for kernels: where Triton compiles, a `raise` never gets to raise.
+    For cells that use an answer later, and for kernels: in code that Triton compiles, a `raise` never runs.
     """
     return not any(map(is_stub, functions))
 
 
 def is_stub(function: Callable) -> bool:
-    """A class is one if one of its methods is."""
+    """Whether a definition is a stub; a class is one if a method is."""
     function = plain(own(function))
     if inspect.isclass(function):
         return any(is_stub(method) for method in vars(function).values() if inspect.isfunction(method))
@@ -109,9 +109,9 @@ def is_stub(function: Callable) -> bool:
 
 
 def call(name: str, function: Callable, case: Case, show: Callable[[Any], str]) -> Any:
-    """The reader's answer for one case; an exception in it, or no answer at all, becomes a failure that names it.
+    """The reader's answer for one case. An exception in it, or no answer, becomes a failure that names it.
 
-    The function gets copies of the arguments, each its own: it may pop, sort and scale them.
+    The function gets a copy of each argument: it may pop, sort and scale them.
     """
     try:
         got = realised(function(*map(copy.deepcopy, case.args)))
@@ -129,9 +129,9 @@ def call(name: str, function: Callable, case: Case, show: Callable[[Any], str]) 
 
 
 def unwritten(error: Exception) -> str | None:
-    """Which stub raised it: "" for the function that was called, the name of a helper, None if no stub did.
+    """The stub that raised the error: "" for the called function, else the name of a helper; None if no stub did.
 
-    PyTorch raises NotImplementedError too, for what a device or a type cannot do; that is the reader's error to see.
+    PyTorch also raises NotImplementedError, for unsupported devices and types; the reader must see that error.
     """
     frames = list(readers_frames(error.__traceback__))
     if not isinstance(error, NotImplementedError) or not frames:
@@ -146,7 +146,7 @@ def unwritten(error: Exception) -> str | None:
 
 
 def readers_frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
-    """The part of a traceback that is not of the checks themselves."""
+    """The frames of a traceback that are not the checks' own."""
     while traceback is not None:
         if not traceback.tb_frame.f_globals.get("__name__", "").startswith("minillm.checks"):
             yield traceback
@@ -154,7 +154,7 @@ def readers_frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def realised(value: Any) -> Any:
-    """The answer with its generators run: what they raise is caught, and what they give can be read twice."""
+    """The answer with generators run to lists, so that their errors are caught and their items can be read twice."""
     if isinstance(value, Iterator):
         return list(islice(value, MOST_ITEMS))
     return type(value)(map(realised, value)) if type(value) in (list, tuple) else value
@@ -167,8 +167,8 @@ def same_value(got: Any, expected: Any) -> bool:
     """Equal up to types, containers and rounding.
 
     A number may be Python's, numpy's, a Fraction, a Decimal or a tensor of one element; a whole number may be a float.
-    Where a list is expected any iterable in the same order will do; for a tensor, also nested lists that spell it.
-    But True is no number, a number no bool, and a text neither.
+    For a list, any iterable in the same order is accepted; for a tensor, also nested lists with its values. But True is
+    not a number, a number is not a bool, and a text is neither.
     """
     if isinstance(expected, torch.Tensor):
         return same_tensor(got, expected)
@@ -184,7 +184,7 @@ def same_value(got: Any, expected: Any) -> bool:
 
 
 def same_number(got: float | None, expected: float) -> bool:
-    """Whole numbers to nine digits, others to six, which a calculation in float32 keeps."""
+    """Whether numbers agree: whole ones to nine digits, others to six, which float32 can hold."""
     try:
         return got is not None and math.isclose(
             got, expected, rel_tol=1e-9 if isinstance(expected, int) else 1e-6, abs_tol=1e-9
@@ -194,7 +194,7 @@ def same_number(got: float | None, expected: float) -> bool:
 
 
 def same_tensor(got: Any, expected: torch.Tensor) -> bool:
-    """Same shape and values; a mask of numbers is no mask."""
+    """Whether shape and values agree; numbers are not accepted for a mask."""
     got = to_tensor(got)
     if got is None or got.shape != expected.shape or (got.dtype == torch.bool) != (expected.dtype == torch.bool):
         return False
@@ -208,7 +208,7 @@ def is_number(value: Any) -> bool:
 
 
 def number_of(value: Any) -> float | None:
-    """A single number as Python's int or float; None for anything else, bools among them."""
+    """A single number as Python's int or float; None for anything else, including bools."""
     if isinstance(value, ARRAYS):
         value = value.item() if size_of(value) == 1 else None
     if isinstance(value, bool):
@@ -222,13 +222,13 @@ def as_list(value: Any) -> Any:
     """A tensor, an array or another iterable as a list; numbers, texts, sets and dicts unchanged."""
     if isinstance(value, ARRAYS):
         return value.tolist() if value.ndim else value
-    if isinstance(value, (str, bytes, Set, Mapping)) and not hasattr(value, "mapping"):  # a dict's keys have an order
+    if isinstance(value, (str, bytes, Set, Mapping)) and not hasattr(value, "mapping"):  # views of a dict are ordered
         return value
     return list(value) if isinstance(value, Iterable) else value
 
 
 def nested(value: Any) -> Any:
-    """Lists in lists, of Python's own numbers and bools."""
+    """Nested lists of Python's own numbers and bools."""
     items = as_list(value)
     if isinstance(items, list):
         return list(map(nested, items))
@@ -239,7 +239,7 @@ def nested(value: Any) -> Any:
 
 
 def to_tensor(value: Any) -> torch.Tensor | None:
-    """A tensor, or what nested lists spell, on the CPU; None if they spell none."""
+    """A tensor on the CPU from a tensor or nested lists; None if that is impossible."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     try:
@@ -256,13 +256,13 @@ def size_of(value: Any) -> int:
 
 
 def failure(name: str, case: Case, came: str, expected: str) -> str:
-    """The message of a failed check: the call, what came, what was expected, one hint."""
+    """The message of a failed check: the call, the result, the expected result, one hint."""
     arguments = ", ".join(describe(argument) for argument in case.args)
     return f"✗ {name}\n  call      {name}({arguments})\n  {came}\n  expected  {expected}\n  hint      {case.hint}"
 
 
 def wrong_answer(name: str, case: Case, got: Any, show: Callable[[Any], str]) -> str:
-    """The message for an answer: large masks side by side, of a large tensor the first row that differs."""
+    """The message for a wrong answer: large masks side by side, or the first row in which a large tensor differs."""
     came, expected = show(got), show(case.expected)
     if show is describe and isinstance(case.expected, torch.Tensor):
         wanted = case.expected
@@ -274,7 +274,7 @@ def wrong_answer(name: str, case: Case, got: Any, show: Callable[[Any], str]) ->
 
 
 def different_row(got: torch.Tensor | None, expected: torch.Tensor) -> int | None:
-    """The first row of numbers that differs; None if a message has room for all of them, or there are no such rows."""
+    """The first row of numbers that differs; None if a message has room for all rows, or none differs."""
     if got is None or got.shape != expected.shape or got.ndim < 2 or is_mask(expected):
         return None
     rows = (row for row in range(len(got)) if not same_tensor(got[row], expected[row]))
@@ -282,7 +282,7 @@ def different_row(got: torch.Tensor | None, expected: torch.Tensor) -> int | Non
 
 
 def beside(got: torch.Tensor | None, expected: torch.Tensor) -> str:
-    """Two masks row by row, a line each; the rows that differ are marked."""
+    """Two masks side by side, one line per row; rows that differ are marked."""
     left = mask_rows(got) if got is not None and is_mask(got) else []
     width = max([len("yours"), *map(len, left)])
     lines = [f"{'yours':{width}}  expected"]
@@ -300,7 +300,7 @@ def mask_rows(mask: torch.Tensor) -> list[str]:
 
 
 def describe(value: Any) -> str:
-    """A short form on one line: tensors with shape, small masks as rows of # and ., long things cut."""
+    """A short form on one line: tensors with shape, small masks as rows of # and ., long values cut."""
     if isinstance(value, np.generic):
         return describe(value.item())
     if isinstance(value, ARRAYS):

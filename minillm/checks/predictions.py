@@ -8,10 +8,10 @@ from minillm.checks.base import CheckFailed, NotWrittenYet, describe, number_of
 def prediction(question: str, guess: float | None, measured: float, unit: str = "", *, found: str = "measured") -> None:
     """Print the guess beside the answer and how far apart they are. Both are in `unit`.
 
-    `found` says how the answer was found: a number can be measured, counted or computed.
+    `found` says how the answer was found: "measured", "counted" or "computed".
 
-    Raises NotWrittenYet while the guess is still None (look only after you have guessed), and CheckFailed for a guess
-    that is no number.
+    Raises NotWrittenYet while the guess is None, so that the answer is not shown before, and CheckFailed for a guess
+    that is not a number.
     """
     if guess is None:
         raise NotWrittenYet(f"✗ {question}: write your guess first, then run this cell.")
@@ -25,7 +25,7 @@ def prediction(question: str, guess: float | None, measured: float, unit: str = 
 
 
 def _number(value: float) -> str:
-    """Whole numbers with thousands separators, others to three figures."""
+    """Whole numbers with thousands separators, others to three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
 
 

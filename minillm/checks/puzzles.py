@@ -1,4 +1,4 @@
-"""The target to draw beside what the reader's function draws, also while the function is still a stub."""
+"""The target picture beside the picture of the reader's function, also while that is a stub."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,10 +10,10 @@ from minillm.viz import MaskGrid, Panels, PictureError, WarpAccess, side_by_side
 
 
 def beside(target: Tensor, function: Callable, *args, labels: Sequence[str] | None = None) -> Panels:
-    """Two mask grids: `target`, and what `function(*args)` returns. `labels` name the tokens of the columns.
+    """Two mask grids: `target`, and the result of `function(*args)`. `labels` are the tokens of the columns.
 
-    Never raises for what the function does: a stub, an error or an answer that is no mask leaves the second grid
-    empty, and its title says why.
+    The function cannot make it raise: for a stub, an error or an answer that is not a mask, the second grid is empty
+    and its title says why.
     """
     wanted = MaskGrid(target, key_labels=labels, title="target")
     try:
@@ -33,9 +33,9 @@ def _empty(target: Tensor, labels: Sequence[str] | None, title: str) -> MaskGrid
 
 
 def key_reads(function: Callable | None = None, head: int = 1, num_heads: int = 2) -> Panels:
-    """The first load of the warp: a first try that reads everything and fetches sectors twice, and `function` below it.
+    """The first load of a warp: above, a first try that reads everything and moves sectors twice; below, `function`.
 
-    Never raises for what the function does: then the title says why there is no second picture.
+    The function cannot make it raise: the title says why there is no second picture.
     """
     wasteful = _warp(_in_a_row, head, num_heads, "a first try, load 0: half of what moves is not asked for")
     if function is None:
@@ -49,13 +49,13 @@ def key_reads(function: Callable | None = None, head: int = 1, num_heads: int = 
 
 
 def _warp(function: Callable, head: int, num_heads: int, title: str) -> WarpAccess:
-    """Who reads what in load 0."""
+    """What each thread reads in load 0."""
     first = reads_of(function, head, num_heads).first[0]
     places = {thread: (number * NUMBER_BYTES, VECTOR * NUMBER_BYTES) for thread, number in enumerate(first)}
     return WarpAccess(places, title=title)
 
 
 def _in_a_row(load: int, thread: int, head: int, num_heads: int) -> int:
-    """Each thread reads pieces that follow each other, one in every load: so neighbours never share a sector."""
+    """Each thread reads consecutive pieces, one per load, so that neighbouring threads never share a sector."""
     key, eighth = divmod(NUM_LOADS * thread + load, HEAD_SIZE // VECTOR)
     return first_number(key, head, num_heads) + eighth * VECTOR

@@ -1,6 +1,6 @@
-"""What a notebook does about an exercise that is not solved: the course's version runs in its place, and says so.
+"""For exercises that are not solved: the course's version runs in their place, and a line says so.
 
-The reader's definition always wins: it comes back when its cell runs again, or as soon as its check is passed.
+The reader's definition has priority: it is used again when its cell runs, or as soon as it passes its check.
 """
 
 import functools
@@ -14,11 +14,11 @@ from typing import Any
 from minillm.checks.base import STAND_INS, CheckFailed, NotWrittenYet, is_stub, own, plain
 from minillm.course import solution
 
-FAILED: dict[int, Any] = {}  # id -> the function that its check refused when it last ran
+FAILED: dict[int, Any] = {}  # id -> a function that failed its last check
 
 
 def judged(check: Callable) -> Callable:
-    """The check, made to remember what it said; it judges what the reader wrote, never what stands in for it."""
+    """A check that records its result; it judges the reader's answer, never the course's version."""
 
     @functools.wraps(check)
     def judge(*answers: Any, **options: Any) -> None:
@@ -38,10 +38,10 @@ def judged(check: Callable) -> Callable:
 
 
 def needs(*functions: Callable) -> None:
-    """What a cell that uses answers to exercises begins with: those it cannot use give way to the course's versions.
+    """Call at the start of a cell that uses answers to exercises; replaces unusable ones by the course's versions.
 
-    That is a stub, an answer that its check refused when it last ran, and what either of them calls. Prints a line for
-    each. Raises NotWrittenYet for a stub that no chapter has a solution for.
+    Unusable are stubs, answers that failed their last check, and the answers that either of them calls. Prints a line
+    for each. Raises NotWrittenYet for a stub without a solution in any chapter.
     """
     space = sys._getframe(1).f_globals
     waiting, told = list(functions), set()
@@ -71,18 +71,18 @@ def replace(function: Callable, space: dict[str, Any]) -> Callable:
         return function
     why = "is not written yet" if is_stub(written) else "has not passed its check"
     print(f"↷ {name} {why}: the course's version runs in its place")
-    if function is not written:  # it stands there already
+    if function is not written:  # it is there already
         return function
     run(found.source, f"<the course's {name}, in {found.place}>", space)
     made = space[name]
     STAND_INS[id(made)] = made, written
-    if callable(function):  # also under its other names
+    if callable(function):  # also under other names
         space.update(dict.fromkeys(names, made))
     return made
 
 
 def run(source: str, file: str, space: dict[str, Any]) -> None:
-    """Execute a definition, so that `inspect` finds its source again, as Triton must."""
+    """Execute a definition so that `inspect` finds its source, which Triton needs."""
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
     exec(compile(source, file, "exec"), space)
 
@@ -92,7 +92,7 @@ def names_of(value: Any, space: dict[str, Any]) -> list[str]:
 
 
 def global_names(function: Callable) -> Iterator[str]:
-    """Names that a function, or the methods of a class, may look up in their notebook."""
+    """Names that a function, or the methods of a class, may look up in the notebook."""
     function = plain(function)
     for each in vars(function).values() if inspect.isclass(function) else [function]:
         yield from names_in(getattr(each, "__code__", None))

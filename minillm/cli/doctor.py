@@ -1,7 +1,7 @@
-"""`minillm doctor`: one page that says what this machine can run, and what to do about each "no".
+"""`minillm doctor`: a page on what this machine can run, and what to do about each "no".
 
-A check returns what it found, or raises `Lacking` with what to do. Whatever else it raises is a "no" as well: the page
-is for machines on which anything may fail.
+A check returns what it found, or raises `Lacking` with advice. Any other exception is also a "no", because the page is
+for machines on which anything may fail.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SMALLEST = 'extern "C" __global__ void nothing() {}'
 
 
 class Lacking(Exception):
-    """What a machine has not, and what to do about it."""
+    """Something is missing on this machine; with advice."""
 
     def __init__(self, found: str, advice: str):
         super().__init__(found)
@@ -32,16 +32,16 @@ class Check(NamedTuple):
     """A line of the page."""
 
     name: str
-    find: Callable[[], str]  # what was found; raises if that will not do
-    needed: bool  # by the course; nothing else makes `minillm doctor` fail
+    find: Callable[[], str]  # returns what was found; raises if it is missing or unusable
+    needed: bool  # by the course; only then does a "no" make `minillm doctor` fail
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """There is nothing to choose."""
+    """There are no options."""
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Print the page. 1 if something is missing that the course needs, else 0."""
+    """Print the page. Returns 1 if something that the course needs is missing, else 0."""
     answers = [answer(check) for check in CHECKS]
     for check, (is_there, text) in zip(CHECKS, answers, strict=True):
         print(f"{'yes' if is_there else 'no ':3}  {check.name:20}{text}")
@@ -52,21 +52,21 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def answer(check: Check) -> tuple[bool, str]:
-    """Whether it is there, and what the page says of it: a line, and below a "no" what to do."""
+    """Whether the check succeeds, and its text for the page: a line, and after a "no" the advice."""
     try:
         return True, check.find()
     except Exception as error:
         found, advice = " ".join(str(error).split()), getattr(error, "advice", "run `make setup` again")
-        if isinstance(error, KernelError):  # what to do stands behind what is wrong
+        if isinstance(error, KernelError):  # the advice follows the cause
             found, _, advice = found.partition("; ")
         return False, f"{found or type(error).__name__}\n{'':25}-> {advice}"
 
 
-# --- what the course needs ---
+# --- needed by the course ---
 
 
 def python() -> str:
-    """The version."""
+    """Python's version."""
     version = sys.version.split()[0]
     if sys.version_info < LEAST_PYTHON:
         raise Lacking(version, "install Python 3.11 or newer, then: make setup PYTHON=python3.12")
@@ -74,7 +74,7 @@ def python() -> str:
 
 
 def torch_version() -> str:
-    """The version, if it can be imported and computes."""
+    """torch's version, if it can be imported and computes."""
     import torch
 
     assert torch.ones(2).sum() == 2
@@ -82,7 +82,7 @@ def torch_version() -> str:
 
 
 def memory() -> str:
-    """What is free."""
+    """The free memory."""
     from minillm.costs import available_memory, mib
 
     free = available_memory()
@@ -92,7 +92,7 @@ def memory() -> str:
 
 
 def fonts() -> str:
-    """The font of the figures, which has to have all signs that they use."""
+    """The font of the figures, which must have all characters that they use."""
     from matplotlib import font_manager, rc_context
 
     from minillm.viz import STYLE
@@ -106,25 +106,25 @@ def fonts() -> str:
 
 
 def shipped_model() -> str:
-    """The storyteller, which is loaded."""
+    """Load the storyteller."""
     from minillm.model import load_model
 
     model = load_model("storyteller").model
     return f"storyteller, {sum(each.numel() for each in model.parameters()):,} parameters"
 
 
-# --- what it can do without ---
+# --- optional ---
 
 
 def compiler() -> str:
-    """The command that builds C++, for the kernels of a CPU and the emulation of those in CUDA C++."""
+    """The command that compiles C++: for the CPU's kernels and the emulation of the CUDA kernels."""
     from minillm.kernels import compiler as command
 
     return " ".join(command())
 
 
 def cpu_kernels() -> str:
-    """Whether they build."""
+    """Whether the CPU's kernels compile."""
     return _backend("cpu", "float32", "cpu")
 
 
@@ -138,7 +138,7 @@ def cuda() -> str:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
         raise Lacking(
             f"torch, built for {built}, sees none",
-            "no chapter needs one; for a GPU of NVIDIA's install its driver, and torch for CUDA (pytorch.org)",
+            "no chapter needs one; for an NVIDIA GPU install its driver, and torch for CUDA (pytorch.org)",
         )
     cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     free = [torch.cuda.mem_get_info(number)[0] / 2**30 for number in range(len(cards))]
@@ -147,7 +147,7 @@ def cuda() -> str:
 
 
 def triton() -> str:
-    """Its version, and on a GPU whether it can launch a kernel; elsewhere its interpreter is all there is."""
+    """Triton's version, and on a GPU whether it can launch a kernel; without a GPU there is only its interpreter."""
     import torch
 
     if importlib.util.find_spec("triton") is None:
@@ -159,7 +159,7 @@ def triton() -> str:
 
 
 def nvrtc() -> str:
-    """Whether it compiles a kernel: for the CUDA C++ of chapter 9 on a GPU."""
+    """Whether NVRTC compiles a kernel, which chapter 9 needs for CUDA C++ on a GPU."""
     from minillm.kernels import compile_for_gpu
 
     compile_for_gpu(SMALLEST, "sm_80")
@@ -167,7 +167,7 @@ def nvrtc() -> str:
 
 
 def _backend(name: str, dtype: str, device: str) -> str:
-    """Build or launch the kernels of a backend. Raises KernelError, which says what to do."""
+    """Compile or launch the kernels of a backend. Raises KernelError with advice."""
     import torch
 
     from minillm.costs import QWEN3_0_6B

@@ -1,6 +1,6 @@
-"""The command `minillm`: one `Command` a subcommand, which imports what it needs only when it runs.
+"""The command `minillm`: one `Command` per subcommand, which imports what it needs only when it runs.
 
-Errors the user can put right (`MiniLLMError`, and what the system says of files) are one line on stderr and exit code
+Errors that the user can correct (`MiniLLMError`, and the system's errors on files) are one line on stderr and exit code
 2.
 """
 
@@ -24,11 +24,11 @@ from minillm.errors import ConfigError, MiniLLMError, PromptError, check_whole
 USER_ERROR = 2
 INTERRUPTED = 130
 CLOSED_PIPE = 141
-SMALL_MODEL = 50_000_000  # parameters; below, threads cost more time to start than they save
+SMALL_MODEL = 50_000_000  # parameters; for smaller models, starting threads takes more time than they save
 
 
 class Command(NamedTuple):
-    """A subcommand: its line in `minillm --help`, its options, and what it does (returns the exit code)."""
+    """A subcommand: its line in `minillm --help`, its options, and the function to run, which returns the exit code."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -44,21 +44,21 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads our output, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit is quiet too
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit does not fail
         return CLOSED_PIPE
     except OSError as error:  # such as a full disk
         return refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
 
 def refuse(reason: str) -> int:
-    """Say in one line what the user can put right."""
+    """Print in one line what the user can correct."""
     print(f"minillm: {' '.join(reason.split())}", file=sys.stderr)
     return USER_ERROR
 
 
 def print_anything() -> None:
-    """Let no run be lost to a character that stdout's encoding does not have: it is printed as \\xe9."""
+    """Print a character that stdout's encoding lacks as \\xe9, so that it does not fail the run."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a subcommand, which asks for its options only when it is called."""
+    """The parser of a subcommand, which loads its options only when it is used."""
 
     command: Command | None = None
 
@@ -92,14 +92,18 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="storyteller", help="storyteller, a checkpoint folder or a hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--max-tokens", type=int, help="by default as many as fit the model's context")
-    parser.add_argument("--min-tokens", type=int, default=0, help="the text does not end before so many")
+    parser.add_argument(
+        "--min-tokens", type=int, default=0, help="tokens before an eos or stop text can end the output"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0 is all")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this mass")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against what is there already")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, help="the same for the text alone, from -2 to 2")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, help="the same for each time it is there")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against repetition")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, help="the same for output tokens only, from -2 to 2"
+    )
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, per occurrence")
     parser.add_argument("--seed", type=int, help="makes a sampled text repeatable")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
@@ -107,7 +111,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = ["auto", "float64", "float32", "bfloat16", "float16", "half"]
     parser.add_argument("--dtype", choices=dtypes, help="by default float32, on a GPU auto: the checkpoint's own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="so many processes hold the model together")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes that share the model")
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
@@ -164,7 +168,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def check_can_be_printed(prompt: str) -> None:
-    """Raises PromptError for a prompt that stdout's encoding cannot repeat."""
+    """Raises PromptError for a prompt that stdout's encoding cannot print."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         prompt.encode(encoding)
@@ -176,7 +180,7 @@ def check_can_be_printed(prompt: str) -> None:
 
 
 def encode_prompt(tokenizer, prompt: str, chat: bool) -> list[int]:
-    """The ids of the prompt, with `chat` as the user's first message in the model's own chat template."""
+    """The ids of the prompt; with `chat`, as the user's first message in the model's chat template."""
     from minillm.model import encode, encode_chat
 
     if chat:
@@ -185,7 +189,7 @@ def encode_prompt(tokenizer, prompt: str, chat: bool) -> list[int]:
 
 
 def summary(prompt_tokens: int, start: float, token_times: list[float]) -> str:
-    """The line below a text. TTFT runs from `start` to the first token, ITL from one token to the next."""
+    """The line below a text. TTFT is the time from `start` to the first token, ITL from one token to the next."""
     ttft = token_times[0] - start
     gaps = [later - earlier for earlier, later in zip(token_times, token_times[1:], strict=False)]
     itl = f"{statistics.mean(gaps) * 1000:.1f} ms" if gaps else "-"
@@ -212,7 +216,7 @@ def add_learn_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_learn(arguments: argparse.Namespace) -> int:
-    """Write the reader's copies and say what happened to each."""
+    """Write the reader's copies and print what was done with each."""
     from minillm.course import student
 
     for path, action in student.prepare(arguments.dir, arguments.chapters, arguments.force):
@@ -230,7 +234,7 @@ def add_storyteller_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_storyteller(arguments: argparse.Namespace) -> int:
-    """Hand the options on to the training or the evaluation."""
+    """Pass the options on to the training or the evaluation."""
     if arguments.action == "train":
         from minillm.storyteller import train as module
     else:
@@ -263,29 +267,31 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """Hand the options on to the benchmark."""
+    """Pass the options on to the benchmark."""
     return importlib.import_module(f"minillm.bench.{arguments.what}").main(arguments.options)
 
 
 COMMANDS = {
     "24x": Command(
-        "Simulate vLLM's published factor against transformers, and what it is made of.",
+        "Simulate vLLM's published factor over transformers, and its causes.",
         add_published_arguments,
         run_published,
     ),
     "bench": Command(
-        "Measure the ways of batching, the engine beside transformers, the whole ladder, a GPU, or the simulator.",
+        "Measure batching, the engine beside transformers, the whole ladder, a GPU, or the simulator.",
         add_bench_arguments,
         run_bench,
     ),
-    "doctor": Command("Say what this machine can run, and what to do if it cannot.", add_doctor_arguments, run_doctor),
+    "doctor": Command(
+        "Print what this machine can run, and what to do about the rest.", add_doctor_arguments, run_doctor
+    ),
     "generate": Command("Continue a text with the storyteller or another model.", add_generate_arguments, run_generate),
     "learn": Command("Prepare your copies of the chapters.", add_learn_arguments, run_learn),
-    "serve": Command("Serve a model to clients of OpenAI's API, on this machine.", add_serve_arguments, run_serve),
+    "serve": Command("Serve a model on this machine, with OpenAI's API.", add_serve_arguments, run_serve),
     "simulate": Command(
-        "Simulate a way of batching on a card you need not have.", simulate.add_arguments, simulate.run
+        "Simulate a batching policy on a card, without having it.", simulate.add_arguments, simulate.run
     ),
-    "storyteller": Command("Train or evaluate the model in the box.", add_storyteller_arguments, run_storyteller),
+    "storyteller": Command("Train or evaluate the storyteller.", add_storyteller_arguments, run_storyteller),
     "trace": Command("Draw the trace of a run.", add_trace_arguments, run_trace),
 }
 

@@ -1,4 +1,4 @@
-"""The command `minillm 24x`: vLLM's published factor against transformers of 2023, simulated and taken apart."""
+"""The command `minillm 24x`: vLLM's published factor over transformers of 2023, simulated and split into causes."""
 
 import argparse
 import json
@@ -7,23 +7,23 @@ from pathlib import Path
 
 from minillm.errors import ConfigError, check_number, check_options, write_text
 
-DEFAULT_REQUESTS = 500  # outputs; prompts are as many divided by `--outputs`
+DEFAULT_REQUESTS = 500  # outputs; the number of prompts is this divided by `--outputs`
 
 
 def add_published_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", default="13b", choices=["13b", "7b"], help="on an A100 40 GB, or an A10G 24 GB")
     parser.add_argument("--outputs", type=int, default=1, choices=[1, 3], help="of each prompt")
     parser.add_argument("--requests", type=int, metavar="N", help=f"prompts; by default {DEFAULT_REQUESTS} / outputs")
-    parser.add_argument("--rows", type=int, help="of the baseline's batch; by default what memory has room for")
+    parser.add_argument("--rows", type=int, help="of the baseline's batch; by default as many as fit the memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--factors-only", action="store_true", help="no band, no verdict: a third of the time")
-    parser.add_argument("--load", metavar="R,R", help="instead: both sides under so many prompts a second (Poisson)")
+    parser.add_argument("--factors-only", action="store_true", help="no band, no verdict; takes a third of the time")
+    parser.add_argument("--load", metavar="R,R", help="instead: both sides at these prompts per second (Poisson)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the factors")
 
 
 def run_published(arguments: argparse.Namespace) -> int:
-    """Simulate, print, write where asked. Raises ConfigError for bad values."""
+    """Simulate, print, and write files if asked. Raises ConfigError for bad values."""
     from minillm.simulation import Assumptions, Published
 
     check_options(arguments, at_least_one=("requests", "rows"), files=("json", "svg"))
@@ -49,7 +49,7 @@ def run_published(arguments: argparse.Namespace) -> int:
 
 
 def setting_of(published) -> dict:
-    """What was simulated, for JSON."""
+    """The simulated setting, for JSON."""
     prompts, outputs = zip(*published.lengths, strict=True)
     return {
         "name": published.setting.name,
@@ -64,7 +64,7 @@ def setting_of(published) -> dict:
 
 
 def setting_text(published) -> str:
-    """The same to read, and where the card's memory goes."""
+    """The setting as text, and the use of the card's memory."""
     said = setting_of(published)
     return (
         f"{said['name']}, {said['num_requests']} prompts, outputs each: {said['n']}\n"
@@ -73,7 +73,7 @@ def setting_text(published) -> str:
 
 
 def factors(published, svg: Path | None) -> dict:
-    """Print and return what the total is made of."""
+    """Print and return the factors of the total."""
     from minillm.simulation import CAUSES, CLAIMED
     from minillm.viz import Waterfall
 
@@ -100,7 +100,7 @@ def factors(published, svg: Path | None) -> dict:
 
 
 def judged(published) -> dict:
-    """Print and return the band, the verdict, and what others measured."""
+    """Print and return the band, the verdict, and published measurements."""
     from minillm.simulation import CAUSES, observations, sensitivity, verdict
     from minillm.viz import text_table
 
@@ -114,7 +114,7 @@ def judged(published) -> dict:
     print("\n" + text_table(["what others measured", "measured", "simulated", "ratio"], rows))
     low, high = found.claimed
     baselines = [
-        f"{each.rows} rows, {each.launches_per_layer} launches a layer, "
+        f"{each.rows} rows, {each.launches_per_layer} launches per layer, "
         f"{'copying' if each.copying else 'in place'}: {each.factor:.1f}"
         for each in found.holds
     ]
@@ -137,17 +137,17 @@ def judged(published) -> dict:
 
 
 def rates_of(text: str) -> list[float]:
-    """Prompts a second, from "0.1,0.5,2". Raises ConfigError for anything else."""
+    """Prompts per second, from "0.1,0.5,2". Raises ConfigError for anything else."""
     try:
         return [
             check_number("--load", float(rate), "above 0, as in 0.1,0.5,2", lambda r: r > 0) for rate in text.split(",")
         ]
     except ValueError as error:
-        raise ConfigError(f"--load is {text!r}; give numbers of prompts a second, as in 0.1,0.5,2") from error
+        raise ConfigError(f"--load is {text!r}; give numbers of prompts per second, as in 0.1,0.5,2") from error
 
 
 def load(published, rates: list[float]) -> dict:
-    """Print and return both sides under Poisson streams of these rates."""
+    """Print and return both sides under Poisson arrivals at these rates."""
     from minillm.simulation import under_load
     from minillm.viz import text_table
 

@@ -1,5 +1,5 @@
 """The command `minillm serve`: the engine behind OpenAI's API. Its options are the fields of `ServerOptions` and
-`EngineConfig`, with what their comments say of them.
+`EngineConfig`; their help texts are the comments of those fields.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from minillm.serving import ServerOptions
 
 COMMENT = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # of a field of a dataclass
 KEY_VARIABLE = "MINILLM_API_KEY"
-DEFAULTS = {"worker": "process"}  # beside it HTTP is spoken; in one process both would wait for Python's lock
+DEFAULTS = {"worker": "process"}  # in one process, HTTP and the engine would share Python's lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fields(group: argparse._ArgumentGroup, options: type) -> None:
-    """An option for each field of a dataclass; one that is not given is left to the dataclass."""
+    """Add an option for each field of a dataclass; without it, the dataclass has its default."""
     comments = {}
     for base in reversed(options.__mro__[:-1]):
         comments |= dict(COMMENT.findall(inspect.getsource(base)))
@@ -41,7 +41,7 @@ def add_fields(group: argparse._ArgumentGroup, options: type) -> None:
 
 
 def kind_of(field: Field) -> type:
-    """bool, int, float or str: what an option's text becomes."""
+    """The type of an option: bool, int, float or str."""
     found, kinds = [field.type], []
     while found:
         kind = found.pop(0)
@@ -52,7 +52,7 @@ def kind_of(field: Field) -> type:
 
 
 def given(arguments: argparse.Namespace, options: type) -> dict:
-    """Those of a dataclass's fields that stand in the command line."""
+    """The fields of a dataclass that are given on the command line."""
     return {field.name: vars(arguments)[field.name] for field in fields(options) if field.name in arguments}
 
 

@@ -1,6 +1,6 @@
-"""The command `minillm simulate`: made-up requests under a way of batching, on a card that need not be there.
+"""The command `minillm simulate`: synthetic requests under a batching policy, on a card that need not exist here.
 
-What takes long to import is imported when it is needed, so that `minillm --help` stays quick.
+Slow imports happen only when they are needed, so that `minillm --help` stays fast.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from minillm.simulation import BATCHING
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batching", default="continuous", choices=list(BATCHING))
-    parser.add_argument("--policy", default="fcfs", choices=SCHEDULING_POLICIES, help="who goes first")
+    parser.add_argument("--policy", default="fcfs", choices=SCHEDULING_POLICIES, help="the order of waiting requests")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at the same time")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
-    card = parser.add_argument_group("what it runs on")
+    card = parser.add_argument_group("the simulated card")
     card.add_argument("--model", default="Llama-2-7B", help="a published shape, such as Qwen3-0.6B")
     card.add_argument("--card", default="h200", help="4090, a10g, a100-40gb, a100 or h200")
     card.add_argument("--launch-ms", type=float, help="milliseconds that launching the kernels of a step takes")
@@ -32,13 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths = "in tokens: 100 (fixed), 16-256 (uniform), 80~0.9 (lognormal: median and sigma, at most 2048)"
     load.add_argument("--prompt-length", default="16-256", help=lengths)
     load.add_argument("--output-length", default="1-128", help="likewise")
-    load.add_argument("--system-prompts", type=int, metavar="K", help="each prompt begins with one of so many")
+    load.add_argument("--system-prompts", type=int, metavar="K", help="each prompt begins with one of K system prompts")
     load.add_argument("--system-prompt-length", default="512", help="likewise, of those")
     load.add_argument("--seed", type=int, default=0)
     several = parser.add_argument_group("several replicas, each with a pool of blocks and a prefix cache")
     several.add_argument("--replicas", type=int, metavar="N", help="of the engine, each on a card of its own")
-    several.add_argument("--router", default="prefix-aware", choices=list(ROUTERS), help="which of them gets a request")
-    slo = parser.add_argument_group("what counts as served well (goodput)")
+    several.add_argument(
+        "--router", default="prefix-aware", choices=list(ROUTERS), help="how the replica of a request is chosen"
+    )
+    slo = parser.add_argument_group("limits of a well served request (goodput)")
     slo.add_argument("--slo-ttft-ms", type=float, help="time to first token")
     slo.add_argument("--slo-itl-ms", type=float, help="a request's mean time between tokens")
     slo.add_argument("--slo-e2e-ms", type=float, help="from arrival to result")
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Simulate, print the report, write it where asked. Raises ConfigError or PromptError for bad values."""
+    """Simulate, print the report, write it if asked. Raises ConfigError or PromptError for bad values."""
     from minillm.engine import SchedulerConfig
     from minillm.simulation import ReportBuilder, SimulatedExecutor, VirtualClock, preset
     from minillm.simulation import run as run_to_the_end
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_several(arguments: argparse.Namespace, cost_model, config, requests: Iterable) -> int:
-    """The same with replicas behind a router. Raises ConfigError for what only one engine does."""
+    """The same with replicas behind a router. Raises ConfigError for options of a single engine."""
     from minillm.engine import make_router
     from minillm.simulation import Replica, run_replicas
 
@@ -100,14 +102,14 @@ def run_several(arguments: argparse.Namespace, cost_model, config, requests: Ite
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The same as a program of its own."""
+    """`minillm simulate` as a program of its own."""
     parser = argparse.ArgumentParser(prog="minillm simulate", description=__doc__.split("\n\n")[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
 def requests_of(arguments: argparse.Namespace) -> Iterable:
-    """The requests of the file, or made-up ones, made as they arrive."""
+    """The requests of the file, or synthetic ones, made as they arrive."""
     from minillm.simulation import load_requests, prefixed_requests, stream_requests
 
     if arguments.file:
@@ -122,7 +124,7 @@ def requests_of(arguments: argparse.Namespace) -> Iterable:
 
 
 def length_draw(text: str):
-    """How lengths are drawn, from "100", "16-256" or "80~0.9". Raises ConfigError for anything else."""
+    """The distribution of lengths, from "100", "16-256" or "80~0.9". Raises ConfigError for anything else."""
     from minillm.simulation import workload
 
     try:
@@ -140,7 +142,7 @@ def length_draw(text: str):
 
 
 def slo_of(arguments: argparse.Namespace):
-    """The limits given, in seconds; none where none was given."""
+    """The given limits, in seconds; None for those that are not given."""
     from minillm.simulation import SLO
 
     limits = {name: getattr(arguments, f"slo_{name}_ms") for name in ("ttft", "itl", "e2e")}
@@ -148,7 +150,7 @@ def slo_of(arguments: argparse.Namespace):
 
 
 def write_json(path: Path, arguments: argparse.Namespace, report, seconds: float) -> None:
-    """The report with what it was made from."""
+    """Write the report and its settings."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     settings = {name: value for name, value in settings.items() if name not in ("command", "json", "trace")}
     content = {"settings": settings, "report": report.as_dict(), "seconds_to_simulate": round(seconds, 3)}

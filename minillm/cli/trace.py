@@ -1,4 +1,4 @@
-"""`minillm trace FILE`: draws the trace of any run in the terminal; on request as a figure, a page, or for Perfetto."""
+"""`minillm trace FILE`: draws the trace of any run in the terminal, or as a figure, a page, or a file for Perfetto."""
 
 import argparse
 from collections import Counter
@@ -13,19 +13,19 @@ UNITS = ("s", "steps", "tokens")
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a trace as `save_trace` writes it: JSON lines")
-    parser.add_argument("--unit", default="steps", choices=UNITS, help="what the axis counts; s is true to time")
+    parser.add_argument("--unit", default="steps", choices=UNITS, help="the unit of the axis; s is to scale")
     parser.add_argument(
         "--requests", type=int, default=MOST_REQUESTS, metavar="N", help=f"draw the first N ({MOST_REQUESTS})"
     )
-    parser.add_argument("--request", metavar="ID", help="tell the way of one request through the layers")
+    parser.add_argument("--request", metavar="ID", help="print the path of one request through the layers")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the timeline as a figure")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="the same as pixels")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the same as PNG")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a file that plays the whole run in a browser")
     parser.add_argument("--chrome", type=Path, metavar="FILE", help="write the whole trace for ui.perfetto.dev")
 
 
 def run_trace(arguments: argparse.Namespace) -> int:
-    """Print the timeline and the run's figures; write what was asked for."""
+    """Print the timeline and the run's numbers; write the requested files."""
     from minillm.player import save_html
     from minillm.simulation import report
     from minillm.trace import journey_lines, load_trace, save_chrome_trace
@@ -53,7 +53,7 @@ def run_trace(arguments: argparse.Namespace) -> int:
 
 
 def block_lines(trace) -> list[str]:
-    """A line per fact of a paged pool: its fullest step, its end, preemptions, copies; none if there is no pool."""
+    """Lines on a paged pool: its fullest step, its end, preemptions, copies; none without a pool."""
     from minillm.viz import plural
 
     steps = [step for step in trace.steps if step.blocks is not None]
@@ -80,7 +80,7 @@ def block_lines(trace) -> list[str]:
 
 
 def beginning(trace, num_requests: int):
-    """The trace with its first requests only, up to the step in which the last of them takes part."""
+    """The trace of only its first requests, up to the last step in which one of them takes part."""
     requests = trace.requests[: max(1, num_requests)]
     wanted = {record.request_id for record in requests}
     busy = [i for i, step in enumerate(trace.steps) if any(part.request_id in wanted for part in step.scheduled)]

@@ -1,7 +1,7 @@
 """Execute the chapters and write them in one canonical form, so that a second run changes no byte.
 
-Outputs that measure something (cells tagged `timing`) are kept until `--refresh` asks for new ones: such a
-cell remembers a hash of the source its outputs belong to. Everything else comes out of the run.
+Outputs of measurements (cells tagged `timing`) are kept until `--refresh` asks for new ones: such a cell stores a hash
+of the source that its outputs belong to. All other outputs come from the run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from minillm.course.student import CourseError, read_notebook
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 CELL_TIMEOUT_S = 120
 
-# One thread, offline, silent: a chapter must print the same on every machine. The Makefile sets the same.
+# One thread, offline, silent, so that a chapter prints the same on every machine. The Makefile sets the same variables.
 QUIET_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -73,14 +73,14 @@ def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False) ->
         coalesce_streams=True,
         record_timing=False,
         store_widget_state=False,
-        extra_arguments=["--log-level=ERROR"],  # no warning that the kernel listens on this machine unencrypted
+        extra_arguments=["--log-level=ERROR"],  # hides a warning about the unencrypted local connection
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     return client.execute(env=environment | QUIET_ENVIRONMENT)
 
 
 def keep_timings(notebook: NotebookNode, before: NotebookNode) -> None:
-    """Give each timing cell its outputs in `before`, if they were made by the source the cell has now."""
+    """Give each timing cell its outputs in `before`, if they were made by the cell's present source."""
     executed = {cell.id: cell for cell in code_cells(before) if cell.execution_count is not None}
     for cell in code_cells(notebook):
         old = executed.get(cell.id)
@@ -134,7 +134,7 @@ def is_widget(output: NotebookNode) -> bool:
 
 
 def canonical_output(output: NotebookNode, count: int) -> NotebookNode:
-    """Drop what differs from run to run: addresses, and tracebacks, which name files of this machine."""
+    """Remove parts that differ from run to run: addresses, and tracebacks, which name files of this machine."""
     if output.output_type == "error":
         output.traceback = [f"{output.ename}: {output.evalue}"]
     elif output.output_type == "stream":
@@ -152,7 +152,7 @@ def canonical_output(output: NotebookNode, count: int) -> NotebookNode:
 
 
 def problems(notebook: NotebookNode) -> list[str]:
-    """One line for each rule a committed notebook breaks; the empty list if it is as it should be."""
+    """One line per rule that a committed notebook breaks; an empty list if it breaks none."""
     found = list(notebook_problems(notebook))
     for number, cell in enumerate(notebook.cells):
         where = f"cell {number} ({cell.get('id', 'no id')})"
@@ -212,7 +212,7 @@ def output_problems(output: NotebookNode) -> Iterator[str]:
 
 
 def readable(output: NotebookNode) -> str:
-    """The text of an output, without its pictures."""
+    """The text of an output, without pictures."""
     data = output.get("data", {})
     shown = [PICTURE.sub("", value) for mime, value in data.items() if mime.startswith("text/")]
     return "\n".join([output.get("text", ""), output.get("evalue", ""), *shown])
@@ -222,7 +222,7 @@ def readable(output: NotebookNode) -> str:
 
 
 def rebuild(path: Path, refresh: bool) -> list[str]:
-    """Execute one chapter and write it in canonical form; returns what its author still has to put right."""
+    """Execute one chapter and write it in canonical form; returns what its author still has to correct."""
     before = read_notebook(path)
     give_ids(before.cells)
     notebook = execute(nbformat.from_dict(before), path.parent)
@@ -240,7 +240,7 @@ def as_text(notebook: NotebookNode) -> str:
 
 
 def check(path: Path) -> list[str]:
-    """The problems of a chapter as it lies on disk, without running it."""
+    """The problems of a chapter's file, without running it."""
     notebook = read_notebook(path)
     found = problems(notebook)
     if not found and as_text(canonicalise(notebook)) != path.read_text(encoding="utf-8"):
@@ -262,7 +262,7 @@ def chapters(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minillm.course.notebooks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="CHAPTER", help="such as 01, or 03_kv_cache; all by default")
-    parser.add_argument("--check", action="store_true", help="only say what is wrong; run and write nothing")
+    parser.add_argument("--check", action="store_true", help="only list problems; run and write nothing")
     parser.add_argument("--refresh", action="store_true", help="measure the cells tagged `timing` again")
     parser.add_argument("--dir", type=Path, default=NOTEBOOKS, help="the folder of the notebooks")
     arguments = parser.parse_args(argv)
@@ -275,14 +275,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rebuild_or_check(paths: list[Path], arguments: argparse.Namespace) -> int:
-    """Say what was found in each chapter; 1 if there is anything to put right."""
+    """Print the problems of each chapter; returns 1 if there are any."""
     failed = False
     for path in paths:
         try:
             found = check(path) if arguments.check else rebuild(path, arguments.refresh)
         except CellExecutionError as error:
             found = [f"a cell failed; nothing was written\n{error}"]
-        print(f"{path.name}: {'to put right' if found else 'ok'}", flush=True)
+        print(f"{path.name}: {'to correct' if found else 'ok'}", flush=True)
         print("".join(f"  {problem}\n" for problem in found), end="", flush=True)
         failed = failed or bool(found)
     return int(failed)

@@ -1,8 +1,8 @@
-"""The reader's copies of the chapters: solutions taken out, outputs cleared, work of the reader kept.
+"""The reader's copies of the chapters: without solutions and outputs; the reader's work is kept.
 
-A solution stands between `### BEGIN SOLUTION` and `### END SOLUTION` (nbgrader's markers): the body of a function, or a
-guess such as `my_guess = 3` outside any.
-`learn/.manifest.json` remembers the hash of each copy we wrote; a file with another hash is the reader's.
+A solution is between `### BEGIN SOLUTION` and `### END SOLUTION` (nbgrader's markers): the body of a function, or a
+guess such as `my_guess = 3` outside of functions.
+`learn/.manifest.json` has the hash of each copy that was written; the reader has changed a file with a different hash.
 """
 
 import ast
@@ -23,17 +23,17 @@ PACKAGE = Path(__file__).resolve().parents[1]
 MANIFEST = ".manifest.json"
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 DEFINITION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
-CHECK = re.compile(r"\bchecks\.(?!(?:beside|key_reads|needs|is_written)\b)\w+\(")  # those draw, or ask
-RAISES = "raises-exception"  # JupyterLab and nbclient run on below a cell with this tag
+CHECK = re.compile(r"\bchecks\.(?!(?:beside|key_reads|needs|is_written)\b)\w+\(")  # these check nothing
+RAISES = "raises-exception"  # after a cell with this tag, JupyterLab and nbclient continue
 ASSIGNMENT = re.compile(r"(\w+) = [^#]*?(\s*#.*)?")
 
 
 class CourseError(MiniLLMError):
-    """A chapter does not exist, or its exercises are marked in a way that leaves no exercise."""
+    """A chapter does not exist, or its exercises are not marked correctly."""
 
 
 class Prepared(NamedTuple):
-    """What `learn` did with one chapter."""
+    """The result of `learn` for one chapter."""
 
     path: Path
     action: str  # "new", "unchanged", "updated", "replaced" or "kept"
@@ -43,13 +43,13 @@ class Prepared(NamedTuple):
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as the reader gets it: exercise bodies to be written, nothing executed."""
+    """The notebook as the reader gets it: bodies of exercises are missing, and nothing is executed."""
     copy = nbformat.from_dict(notebook)
     for cell in copy.cells:
         if cell.cell_type == "code":
             cell.source = without_solutions(cell.source)
             cell.outputs, cell.execution_count = [], None
-            if CHECK.search(cell.source):  # it may raise, and the cells below run all the same
+            if CHECK.search(cell.source):  # it may raise, and later cells must still run
                 cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), RAISES})
     return copy
 
@@ -59,9 +59,9 @@ def has_solution(source: str) -> bool:
 
 
 def without_solutions(source: str) -> str:
-    """Replace what stands between the markers by what the reader starts from."""
+    """Replace the text between the markers by the reader's starting point."""
     kept: list[str] = []
-    solution: list[str] | None = None  # the lines of the region we are in
+    solution: list[str] | None = None  # lines of the present region
     for line in source.split("\n"):
         marker = line.strip()
         if marker == (END if solution is None else BEGIN):
@@ -79,7 +79,7 @@ def without_solutions(source: str) -> str:
 
 
 def start_from(solution: list[str], lines_above: list[str], indent: int) -> list[str]:
-    """What replaces a solution: in a function a line that raises, at the top level each guess set to None."""
+    """The replacement of a solution: a line that raises in a function, guesses set to None at the top level."""
     if indent == 0:
         return [unset(line) for line in solution]
     for line in reversed(lines_above):
@@ -105,7 +105,7 @@ def indentation(line: str) -> int:
 
 
 class Solution(NamedTuple):
-    """The definition of an exercise as the chapter has it, below the imports of its cell."""
+    """The chapter's definition of an exercise, after the imports of its cell."""
 
     source: str
     place: str  # "03_kv_cache, cell cache-append"
@@ -130,7 +130,7 @@ def _solutions(folder: Path) -> dict[str, Solution]:
 
 
 def definitions(source: str) -> Iterator[tuple[str, str]]:
-    """(name, source) of each function and class in which a solution is marked. Other lines are blank, imports apart."""
+    """(name, source) of each function and class with a marked solution. Other lines except imports are left blank."""
     lines = source.split("\n")
     tree = ast.parse(source).body
     imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -147,13 +147,13 @@ def definitions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def source_folder() -> Path:
-    """The chapters: inside an installed wheel, else beside the package in its repository."""
+    """The folder of the chapters: inside an installed wheel, otherwise beside the package in its repository."""
     packaged = PACKAGE / "_notebooks"
     return packaged if packaged.is_dir() else PACKAGE.parent / "notebooks"
 
 
 def find_chapter(name: str, stems: list[str]) -> str:
-    """The chapter that `name` means: its full name, its file name, or its number as in "3" or "03"."""
+    """The chapter named by `name`: its full name, its file name, or its number as in "3" or "03"."""
     check_text("chapter", name, error=CourseError)
     wanted = name.removesuffix(".ipynb")
     wanted = wanted.zfill(2) if wanted.isdigit() else wanted
@@ -168,8 +168,8 @@ def prepare(
 ) -> list[Prepared]:
     """Write the student copies of the chapters `names` (none given: all) into `folder`.
 
-    A copy the reader has changed, into whatever, is left alone unless `force` names its chapter. Raises CourseError for
-    a chapter that does not exist, and for files that cannot be read or written.
+    A copy that the reader has changed is kept unless `force` names its chapter. Raises CourseError for a chapter that
+    does not exist, and for files that cannot be read or written.
     """
     folder = Path(check_kind("folder", folder, str | Path, error=CourseError))
     source = Path(check_kind("source", source, str | Path | None, error=CourseError) or source_folder())
@@ -207,10 +207,10 @@ def _prepare(folder: Path, names: Sequence[str], force: Sequence[str], source: P
 
 
 def decide(path: Path, text: str, written: str | None, forced: bool) -> str:
-    """What to do with a copy, given the hash of what we wrote there last (None: nothing)."""
+    """The action for a copy, given the hash of what was last written there (None: nothing)."""
     if not path.exists():
         return "new"
-    found = hashlib.sha256(path.read_bytes()).hexdigest()  # it may be no text at all
+    found = hashlib.sha256(path.read_bytes()).hexdigest()  # it may not be text
     if found == digest(text):
         return "unchanged"
     if found == written:
@@ -223,11 +223,11 @@ def copy_as_text(path: Path) -> str:
 
 
 def read_notebook(path: Path) -> NotebookNode:
-    """Raises CourseError for a file that is no notebook."""
+    """Returns the notebook. Raises CourseError for a file that is not one."""
     text = read_text(path, "the chapter", error=CourseError)
     try:
         return nbformat.reads(text, as_version=4)
-    except Exception as error:  # nbformat raises what it likes
+    except Exception as error:  # nbformat raises many types
         raise CourseError(f"{path} is no notebook: {shown(str(error))}") from error
 
 
@@ -236,7 +236,7 @@ def digest(text: str) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """An unreadable manifest counts as empty: then every existing file is taken for the reader's."""
+    """The manifest. An unreadable one counts as empty: then all existing files count as changed by the reader."""
     try:
         return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):

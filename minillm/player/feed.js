@@ -1,6 +1,6 @@
-// Server-sent events through fetch, not EventSource, so that a key can go along in a header.
+// Server-sent events through fetch, because EventSource cannot send a key in a header.
 
-// Each `data:` of the stream, parsed as JSON. Throws Error("401 ...") and the like if the server refuses.
+// Each `data:` of the stream, parsed as JSON. Throws an Error such as "401 ..." if the server refuses.
 export async function* records(url, { headers = {}, signal } = {}) {
   const response = await fetch(url, { headers: { Accept: "text/event-stream", ...headers }, signal });
   const { ok, status, statusText } = response;
@@ -8,7 +8,7 @@ export async function* records(url, { headers = {}, signal } = {}) {
   for await (const data of events(response.body)) if (data !== "[DONE]") yield JSON.parse(data);
 }
 
-// The `data` of every event of a byte stream; lines end with \n, \r\n or \r, and a character may come in two pieces.
+// The `data` of every event of a byte stream; lines end with \n, \r\n or \r, and pieces may split a character.
 export async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "", data = [];

@@ -1,4 +1,4 @@
-"""The player's files, and one file that holds them all together with a recorded run."""
+"""The player's files, and one HTML file that contains them and a recorded run."""
 
 import html
 import re
@@ -8,8 +8,8 @@ from minillm.errors import checked, write_text
 from minillm.trace import Trace, TraceFileError, trace_lines
 
 FOLDER = Path(__file__).parent
-MODULES = ("palette.js", "replay.js", "trace-player.js")  # each imports from those before it alone
-# What a server may hand out of FOLDER, with the content type of each.
+MODULES = ("palette.js", "replay.js", "trace-player.js")  # each imports only from those before it
+# The files of FOLDER that a server may send, with their content types.
 FILES = {
     "index.html": "text/html; charset=utf-8",
     **dict.fromkeys(("trace-player.css", "page.css"), "text/css; charset=utf-8"),
@@ -45,11 +45,11 @@ h1 {{ margin: 0 0 8px; font: 650 16px/1.3 system-ui, sans-serif; color: var(--so
 
 @checked(error=TraceFileError)
 def save_html(trace: Trace, path: str | Path, *, title: str = "a run of minillm") -> Path:
-    """Write one HTML file that plays `trace` in any browser and asks for nothing from elsewhere; returns the path.
+    """Write one HTML file that plays `trace` in any browser and loads nothing else; returns the path.
 
     Raises TraceFileError for a time that is not finite.
     """
-    lines = "\n".join(trace_lines(trace)).replace("<", r"\u003c")  # no text of the trace can end the script element
+    lines = "\n".join(trace_lines(trace)).replace("<", r"\u003c")  # no text of the trace can end the script
     script = "\n".join(IMPORT.sub("", read(name)).replace("\nexport ", "\n") for name in MODULES)
     page = PAGE.format(title=html.escape(title), style=read("trace-player.css"), lines=lines, script=script)
     return write_text(path, page, error=TraceFileError)

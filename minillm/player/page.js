@@ -1,7 +1,7 @@
-// The page of a live server: its engine drawn by <trace-player>, requests sent to it, two ways of batching compared.
+// The page of a live server: draws its engine with <trace-player>, sends requests, compares two batching policies.
 //
 // What is drawn and measured comes from GET /live/events; stories are sent through /v1/completions and
-// /v1/chat/completions like anybody's. Text of the model or the user is only ever put in as text.
+// /v1/chat/completions, like any client's. Text of the model or the user is always inserted as text, never as HTML.
 
 import { events, records } from "./feed.js";
 import { PALETTE } from "./palette.js";
@@ -13,16 +13,16 @@ const BEGINNINGS = ["Once upon a time there was a little fox", "One day Tom foun
   "The owl looked at the moon", "Mia had a small boat", "In the forest lived a bear", "A cat sat in the snow",
   "There was a king who loved cake", "The little duck was sad because"];
 const MIDDLES = ["", ".", " and", " who lived by the river"];
-const MOST_TOKENS = 160; // of a story; most end earlier, each after its own number
-const PLAYED_FOR = 16; // seconds in which the slower of two runs is shown again
+const MOST_TOKENS = 160; // of a story; most end earlier, at different lengths
+const PLAYED_FOR = 16; // seconds that the replay of the slower of two runs takes
 const WINDOW = 20; // seconds of the engine's clock in a sparkline
 const RETRY_MS = [500, 1000, 2000, 5000];
 const RED = matchMedia("(prefers-reduced-motion: reduce)");
 
 const at = (id) => document.getElementById(id);
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
-let config = {}; // as the feed told last
-const hearing = new Set(); // functions that get every record of the feed, with several replicas those of the shown one
+let config = {}; // the last one from the feed
+const hearing = new Set(); // functions that get every record of the feed; with several replicas, of the shown one
 const replicas = new Replicas(at("replicas"), at("live"), showReplica);
 
 // --- talking to the server ---
@@ -48,12 +48,12 @@ function authorization() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-let asking = null; // one dialog for all who wait
+let asking = null; // one dialog for all waiting calls
 
 function askForKey() {
   asking ??= new Promise((done) => {
     const dialog = at("key"), tried = sessionStorage.getItem("minillm-key");
-    if (tried) at("key-why").textContent = "That key was refused. Ask whoever started the server.";
+    if (tried) at("key-why").textContent = "The server refused that key. Its operator knows the right one.";
     dialog.addEventListener("close", () => {
       sessionStorage.setItem("minillm-key", at("key-value").value.trim());
       at("key-value").value = "";
@@ -89,7 +89,7 @@ async function follow() {
   }
 }
 
-// A replica has been chosen among several. The two ways are not compared: each burst goes to one replica only.
+// A replica has been chosen among several. The two policies are not compared: each burst goes to only one replica.
 function showReplica(name, run) {
   at("compare").hidden = true;
   at("controls").querySelector("legend").textContent = "Settings of all replicas now";
@@ -128,7 +128,7 @@ async function control(changes) {
 
 // --- stories ---
 
-// So many beginnings, all different.
+// `count` beginnings, all different.
 function stories(count) {
   return Array.from({ length: count }, (_, index) => BEGINNINGS[index % 8] + MIDDLES[Math.floor(index / 8) % 4]);
 }
@@ -141,7 +141,7 @@ async function burst(count, id) {
   for await (const data of events(response.body)) raise(data);
 }
 
-// An error that comes in the middle of a stream.
+// An error in the middle of a stream.
 function raise(data) {
   const answer = data === "[DONE]" ? {} : JSON.parse(data);
   if (answer.error) throw new Error(answer.error.message);
@@ -171,7 +171,7 @@ const fresh = (name) => `${name}-${crypto.getRandomValues(new Uint32Array(1))[0]
 
 // --- static against continuous ---
 
-// Run one burst under one way of batching, drawn in its lane as it goes; returns the run, cut out of the feed.
+// Run one burst under one batching policy and draw it in its lane meanwhile; returns the run, cut out of the feed.
 async function measured(batching, count, places) {
   const id = fresh(`story-${batching}`), mine = (other) => other.startsWith(`${id}-`), lane = at(`${batching}-lane`);
   lane.load(new Run({ live: true }));
@@ -197,7 +197,7 @@ async function measured(batching, count, places) {
   return tell(batching, lane.run, places);
 }
 
-// What a run took, from its trace: seconds from the first arrival to the last token, tokens, and places that worked.
+// The totals of a run, from its trace: seconds from first arrival to last token, tokens, and places that worked.
 function tell(batching, run, places) {
   const seconds = run.elapsed(run.steps.length);
   const { outputs, worked } = run.totals.at(-1), share = worked / (places * run.steps.length);
@@ -222,13 +222,13 @@ async function both() {
     lane.load(new Run({ live: true }));
     lane.span = 0;
     lane.axis?.remove();
-    at(`${name}-result`).textContent = "its turn comes";
+    at(`${name}-result`).textContent = "runs next";
     lane.parentElement.classList.remove("first");
   }
   try {
     at("verdict").textContent = `${count} stories, ${places} places, static batching …`;
     const one = await measured("static", count, places);
-    at("continuous-lane").span = one.seconds; // the second one grows on the axis of the first
+    at("continuous-lane").span = one.seconds; // the second run grows on the axis of the first
     at("verdict").textContent = `The same ${count} stories, ${places} places, continuous batching …`;
     const two = await measured("continuous", count, places);
     at("verdict").textContent = verdict(one, two, count);
@@ -249,18 +249,18 @@ function verdict(one, two, count) {
   const took = ({ run, seconds }) => `${plural(run.steps.length, "step")}, ${seconds.toFixed(2)}\u00a0s`;
   const said = `The same ${count} stories: static batches ${took(one)}; continuous batching ${took(two)}`;
   const times = one.seconds / two.seconds;
-  if (times < 1.02) return `${said}: no less time. Did this machine do something else meanwhile?`;
+  if (times < 1.02) return `${said}: not faster. Was this machine busy with other work?`;
   return `${said}: ${times.toFixed(1)} times as fast.`;
 }
 
-// Why less is gained in seconds than in steps; nothing, where it is not so.
+// Why the gain in seconds is smaller than the gain in steps; nothing if it is not.
 function why(one, two) {
   const steps = (one.run.steps.length / two.run.steps.length).toFixed(1), times = one.seconds / two.seconds;
   if (times < 1.02 || Number(steps) <= Number(times.toFixed(1))) return "";
   const each = ({ run, seconds }) => `${((1000 * seconds) / run.steps.length).toFixed(1)} ms`;
   return `Static batches need ${steps} times as many steps, but a step with fewer working places is shorter: `
-    + `${each(one)} on average, instead of ${each(two)}. This engine computes nothing for a place that is held; what `
-    + "is lost is that nobody else can use it meanwhile. An engine that pads computes held places too, and loses more.";
+    + `${each(one)} on average, instead of ${each(two)}. This engine computes nothing for a held place; the loss `
+    + "is that no other request can use it meanwhile. An engine that pads also computes held places, and loses more.";
 }
 
 // --- both runs again, on one clock ---
@@ -299,7 +299,7 @@ function axis(seconds) {
   return whole;
 }
 
-// The signs of the rows, in the colours of the states.
+// The legend of the rows, in the colours of the states.
 function signs() {
   const list = make("ul", { "aria-label": "Signs" });
   for (const [sign, name] of SIGNS) {
@@ -395,7 +395,7 @@ function drawSparks() {
   }
 }
 
-// A bar for each of 80 stretches of time: the sum per second, or the mean. Returns the highest.
+// A bar for each of 80 intervals of time: the sum per second, or the mean. Returns the highest.
 function drawSpark(canvas, points, now, isRate) {
   const width = canvas.clientWidth, height = 40, scale = devicePixelRatio || 1, bins = 80, each = WINDOW / bins;
   Object.assign(canvas, { width: width * scale, height: height * scale });

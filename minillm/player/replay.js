@@ -1,14 +1,14 @@
-// A trace in the browser: its JSON lines, what every request does in every step, and who holds which block.
+// A trace in the browser: its JSON lines, what every request does in every step, and which request holds which block.
 //
 // The format is that of minillm/trace/files.py; a live feed adds {"config": ...} and {"tokens": ...}. The letters are
 // those of viz/activity.py, the block tables those of viz/block_replay.py: tests compare all three on real runs.
-// Nothing here knows of a page; node runs it too.
+// Nothing here needs a page; node can also run it.
 
 import { PALETTE } from "./palette.js";
 
-const EVERY = 64; // steps from one snapshot of the pool to the next: what a jump replays at most
-const MOST_STEPS = 20000; // of a live run; then the older half is let go
-const PRECEDENCE = ["recompute", "prefill", "decode", "padding"]; // of what a request does in one step, the first shows
+const EVERY = 64; // steps from one snapshot of the pool to the next: the most that a jump replays
+const MOST_STEPS = 20000; // of a live run; then the older half is dropped
+const PRECEDENCE = ["recompute", "prefill", "decode", "padding"]; // of several in one step, the first shows
 const WASTE = ["padding", "recompute"];
 
 // "1 request", "2 requests"
@@ -29,7 +29,7 @@ export function countUpTo(items, limit, key = (item) => item) {
 class TracedRequest {
   constructor(record, number) {
     this.id = record.request_id;
-    const story = /^story-.*-(\d+)$/.exec(this.id); // of a burst that the page sent
+    const story = /^story-.*-(\d+)$/.exec(this.id); // from a burst of the page
     this.label = story ? `story ${story[1]}` : /^\d/.test(this.id) ? `req ${this.id}` : this.id;
     this.arrival = record.arrival_time;
     this.numPrompt = record.num_prompt_tokens;
@@ -39,25 +39,25 @@ class TracedRequest {
     this.parts = [];
     this.preempted = []; // {index, mode}
     this.finished = Infinity; // index of the step it ended with
-    this.texts = []; // {step, text}: output as the live feed tells it
-    this.stints = []; // {index, place}: from which step on it has which place among those that run
+    this.texts = []; // {step, text}: output from the live feed
+    this.stints = []; // {index, place}: its place in the batch, from step `index` on
   }
 
   // The last part in steps up to `index`, or undefined.
   lastPart(index) { return this.parts[countUpTo(this.parts, index, (part) => part.index) - 1]; }
   lastPreemption(index) { return this.preempted[countUpTo(this.preempted, index, (each) => each.index) - 1]; }
   stint(index) { return this.stints[countUpTo(this.stints, index, (each) => each.index) - 1]; }
-  // Output tokens that step `index` and those before it gave.
+  // Output tokens sampled up to and including step `index`.
   outputs(index) { return this.lastPart(index)?.outputs ?? 0; }
 
-  // Tokens whose keys and values are held while step `index` runs, those being written included.
+  // Tokens whose keys and values are held during step `index`, including those that it writes.
   held(index) {
     const part = this.lastPart(index);
     if (!part || this.finished < index) return 0;
     return (this.lastPreemption(index)?.index ?? -1) > part.index ? 0 : part.end;
   }
 
-  // The output text up to the step of this number, no longer than its last `most` pieces.
+  // The output text up to the step of this number, at most its last `most` pieces.
   text(step, most = 400) {
     const count = countUpTo(this.texts, step, (each) => each.step);
     return this.texts.slice(Math.max(0, count - most), count).map((each) => each.text).join("");
@@ -73,9 +73,9 @@ export class Run {
     this.byId = new Map();
     this.steps = [];
     this.totals = []; // after each step: {tokens, useful, outputs, finished, preempted, working, held}
-    this.batch = new Set(); // static batching: who came in together
-    this.open = 0; // requests that have come and not ended
-    this.seats = new Map(); // id -> its place among those that run
+    this.batch = new Set(); // static batching: the requests admitted together
+    this.open = 0; // requests that have arrived and not ended
+    this.seats = new Map(); // id -> its place in the batch
     this.pool = null;
   }
 
@@ -88,17 +88,17 @@ export class Run {
       try {
         record = JSON.parse(line);
       } catch (error) {
-        throw new Error(`line ${number + 1} of the trace is no JSON (${error.message})`);
+        throw new Error(`line ${number + 1} of the trace is not JSON (${error.message})`);
       }
       run.add(record);
     }
-    if (run.header.format !== "minillm trace") throw new Error("no trace: the first line does not say so");
+    if (run.header.format !== "minillm trace") throw new Error("not a trace: its first line has no format");
     return run;
   }
 
   add(record) {
     if (record.format) {
-      if (record.version !== 1) throw new Error(`the trace is of version ${record.version}, this player reads 1`);
+      if (record.version !== 1) throw new Error(`the trace has version ${record.version}, this player reads 1`);
       this.header = record;
     } else if (record.config) {
       this.config = { ...this.config, ...record.config };
@@ -113,7 +113,7 @@ export class Run {
 
   addRequest(record) {
     if (this.byId.has(record.request_id)) return;
-    const anew = this.live && !this.open; // a burst has the same letters whenever it comes to an idle engine
+    const anew = this.live && !this.open; // a burst gets the same letters whenever the engine is idle
     const request = new TracedRequest(record, anew ? 0 : (this.requests.at(-1)?.number ?? -1) + 1);
     this.byId.set(request.id, request);
     this.requests.push(request);
@@ -124,7 +124,7 @@ export class Run {
     const request = this.byId.get(id);
     if (request?.finished !== Infinity) return;
     request.finished = index;
-    this.open -= 1; // it may be that nobody is left
+    this.open -= 1; // none may be left
   }
 
   addStep(step) {
@@ -160,7 +160,7 @@ export class Run {
     });
   }
 
-  // Each has a place, the lowest that is free, until it is preempted or ends; in a static batch until all have ended.
+  // Each request gets the lowest free place until it is preempted or ends; in a static batch until all have ended.
   seat(step, index, byRequest) {
     for (const each of step.preempted ?? []) this.seats.delete(each.request_id);
     const newcomers = [...byRequest.keys()].filter((id) => !this.seats.has(id));
@@ -185,7 +185,7 @@ export class Run {
     const before = this.totals.at(-1) ?? { tokens: 0, useful: 0, outputs: 0, finished: 0, preempted: 0, worked: 0 };
     const sum = (parts, value) => parts.reduce((total, part) => total + value(part), 0);
     const working = [...byRequest.values()].filter((parts) => parts.some((part) => part.why !== "padding")).length;
-    let held = byRequest.size - working; // rows of a padded rectangle that are computed for nothing
+    let held = byRequest.size - working; // rows of a padded rectangle that are only padding
     if (this.config.batching === "static") {
       if (!this.batch.size) this.batchFrom = index;
       for (const id of byRequest.keys()) this.batch.add(id);
@@ -206,12 +206,12 @@ export class Run {
       held,
       most: Math.max(before.most ?? 0, working + held),
       batchFrom: this.batchFrom, // the step with which a static batch began
-      limit: this.config.max_num_seqs, // as it was then: a live engine can be told another
+      limit: this.config.max_num_seqs, // at that time: it can be changed in a live engine
       budget: this.config.max_num_batched_tokens,
     };
   }
 
-  // Let go of the first `count` steps and of the requests that ended with them.
+  // Drop the first `count` steps and the requests that ended in them.
   forget(count) {
     this.pool?.forget(count);
     this.steps.splice(0, count);
@@ -228,11 +228,11 @@ export class Run {
     this.requests = this.requests.filter((request) => request.finished >= 0);
   }
 
-  // --- what is seen at a position: while step `index` runs; index = steps.length is what the last one leaves ---
+  // --- views of a position: during step `index`; index = steps.length is the state after the last step ---
 
-  // The second of the engine's clock with which the run begins: the first arrival.
+  // The time on the engine's clock at which the run begins: the first arrival.
   get origin() { return Math.min(this.requests[0]?.arrival ?? Infinity, this.steps[0]?.start_time ?? Infinity); }
-  // Seconds from there to the begin of step `index`, or to the end of the last one.
+  // Seconds from there to the start of step `index`, or to the end of the last one.
   elapsed(index) {
     if (!this.steps.length) return 0;
     return (this.steps[index]?.start_time ?? this.steps.at(-1).end_time) - this.origin;
@@ -269,7 +269,7 @@ export class Run {
     return this.requests.filter((request) => ["waiting", "preempted", "swapped"].includes(this.state(request, index)));
   }
 
-  // Who has which place, and what it does there: place -> [request, state]; "padding" holds it for nothing.
+  // The request at each place, and what it does: place -> [request, state]; "padding" holds it without computing.
   occupants(index) {
     const found = new Map();
     for (const request of this.totals[index] ? this.requests : []) {
@@ -280,7 +280,7 @@ export class Run {
     return found;
   }
 
-  // Whether it has ended, in a static batch that goes on.
+  // Whether the request has ended, but not its static batch.
   holdsPlace(request, index) {
     return request.finished < index && request.stint(index)?.index >= (this.totals[index]?.batchFrom ?? Infinity);
   }
@@ -290,13 +290,13 @@ export class Run {
     return this.totals[Math.min(index, this.totals.length - 1)]?.limit ?? Math.max(1, this.totals.at(-1)?.most ?? 1);
   }
 
-  // Tokens that fit into a step: likewise.
+  // Tokens that fit into a step: as configured, or the most of any step.
   budget(index) {
     const known = this.totals[Math.min(index, this.totals.length - 1)]?.budget;
     return known ?? (this.mostTokens ??= this.steps.reduce((most, step) => Math.max(most, tokensOf(step)), 1));
   }
 
-  // What happens at a position, in one sentence.
+  // A position in one sentence.
   sentence(index) {
     const step = this.steps[index], totals = this.totals[index];
     if (!step) {
@@ -309,11 +309,11 @@ export class Run {
     if (totals.held) said.push(`${plural(totals.held, "place")} ${are(totals.held)} held by finished requests`);
     const empty = places - totals.working - totals.held;
     if (waiting) said.push(`${plural(waiting, "request")} ${waiting === 1 ? "waits" : "wait"}`);
-    else if (empty > 0) said.push(`${plural(empty, "place")} ${are(empty)} empty, and nobody waits`);
+    else if (empty > 0) said.push(`${plural(empty, "place")} ${are(empty)} empty, and no request waits`);
     return `${said.join("; ")}.`;
   }
 
-  // The same as viz.Timeline's caption: who computes what.
+  // The same as viz.Timeline's caption: what each request computes.
   caption(index) {
     const step = this.steps[index];
     if (!step) return `after the last of ${plural(this.steps.length, "step")}`;
@@ -341,7 +341,7 @@ export class Run {
 const are = (count) => (count === 1 ? "is" : "are");
 export const tokensOf = (step) => step.scheduled.reduce((sum, part) => sum + part.num_tokens, 0);
 
-// The block tables of a paged run. `seek` goes to any position from the snapshot before it.
+// The block tables of a paged run. `seek` replays to any position from the snapshot before it.
 export class Pool {
   constructor(run) {
     this.run = run;
@@ -351,25 +351,25 @@ export class Pool {
     const total = use ? use.used + use.cached + use.free + this.numNull : found.most + 1;
     this.numBlocks = run.config.num_blocks ?? total;
     this.blockSize = run.config.block_size ?? found.size;
-    this.lost = new Map(); // index -> ids that lose their tables before that step: aborted, and never seen again
-    this.discarded = new Map(); // the same, with the end of that step
+    this.lost = new Map(); // index -> ids that lose their tables before that step: aborted, without a later step
+    this.discarded = new Map(); // the same, at the end of that step
     if (!run.live) this.findLost();
     this.snapshots = new Map();
-    this.index = 0; // the step that runs, or will
+    this.index = 0; // the running step, or the next
     this.begun = false;
     this.now = {
       tables: new Map(), // id -> physical blocks
       numTokens: new Map(), // id -> tokens that its blocks hold
       written: new Map(), // id -> [first, end) positions that this step writes
-      references: new Map(), // block -> how many tables have it
-      cached: new Set(), // in no table, but kept; first the one to go first
-      content: new Map(), // block known by its content -> [id, logical block]
-      swappedIn: new Set(), // their blocks are not known by content until another one is full
+      references: new Map(), // block -> number of tables with it
+      cached: new Set(), // in no table, but kept; the next to evict first
+      content: new Map(), // registered block -> [id, logical block]
+      swappedIn: new Set(), // their blocks are not registered until another one is full
       fates: new Map(), // id -> "" with a table, "swap", "recompute", "finished", "aborted"
     };
   }
 
-  // Slots of a block, as no table holds more than fits and some are full; and the highest number of a block.
+  // The number of slots per block, inferred from full tables; and the highest block number.
   findSizes() {
     let size = 1, most = 0;
     const lengths = new Map();
@@ -395,7 +395,7 @@ export class Pool {
     }
   }
 
-  // The pool while step `index` runs.
+  // The pool during step `index`.
   seek(index) {
     index = Math.min(index, this.run.steps.length);
     if (index === this.index && this.begun) return this;
@@ -404,7 +404,7 @@ export class Pool {
     return this;
   }
 
-  // To the moment before step `index` begins.
+  // Go to the moment before step `index` begins.
   go(index) {
     if (index < this.index || (index === this.index && this.begun)) {
       this.index = Math.floor(index / EVERY) * EVERY;
@@ -461,7 +461,7 @@ export class Pool {
     this.begun = false;
   }
 
-  // Live: nobody says who was aborted, but more blocks in tables than are used; who took no part goes first.
+  // A live feed does not say which request was aborted: if tables have too many blocks, drop idle requests first.
   loseUnseen(step) {
     const here = new Set(step.scheduled.filter((part) => part.why !== "padding").map((part) => part.request_id));
     const unseen = [...this.now.tables.keys()].filter((id) => !here.has(id));
@@ -487,7 +487,7 @@ export class Pool {
     now.fates.set(id, "");
     if (part.block_ids?.length) {
       const first = part.first_block ?? 0;
-      while (table.length < first) table.push(-1); // from before the first step that is kept: not known
+      while (table.length < first) table.push(-1); // from before the first kept step: unknown
       const dropped = table.splice(first, table.length, ...part.block_ids);
       for (const block of part.block_ids) now.references.set(block, (now.references.get(block) ?? 0) + 1);
       this.letGo(dropped);
@@ -530,9 +530,9 @@ export class Pool {
     this.snapshots.set(0, copied(this.now));
   }
 
-  // --- what is seen ---
+  // --- views ---
 
-  // Who holds which block: block -> [{id, logical, filled}], in the order of the tables.
+  // The owners of each block: block -> [{id, logical, filled}], in the order of the tables.
   owners() {
     const found = new Map();
     for (const [id, table] of this.now.tables) {

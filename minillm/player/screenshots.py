@@ -1,7 +1,7 @@
-"""The player and the page as pictures for the README: `python -m minillm.player.screenshots [FOLDER]`.
+"""Pictures of the player and the page for the README: `python -m minillm.player.screenshots [FOLDER]`.
 
-Starts `minillm serve` on a free port, lets the page compare both ways of batching, and writes a PNG of that, one of the
-engine and one of the recorded run. Wants playwright (`minillm[test]`), a Chromium, and `minillm[serve]`.
+Starts `minillm serve` on a free port and lets the page compare both batching policies. Writes a PNG of that, one of the
+engine and one of the recorded run. Needs playwright (`minillm[test]`), Chromium, and `minillm[serve]`.
 """
 
 import shutil
@@ -21,8 +21,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage", "--no-first-run"]
 WAIT_MS = 180_000  # for a burst, on a busy machine
 ENGINE = ["--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "512", "--num-blocks", "129"]
-SHOWN = 0.45  # share of a run that has gone by when it is drawn
-COMPARED = 0.7  # the same for both runs on one clock, of the shorter one
+SHOWN = 0.45  # share of a run that has passed when it is drawn
+COMPARED = 0.7  # the same for both runs on one clock, as a share of the shorter one
 
 
 def main(folder: Path = Path("figures")) -> None:
@@ -31,7 +31,7 @@ def main(folder: Path = Path("figures")) -> None:
 
     chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if chromium is None:
-        raise ConfigError(f"there is none of {', '.join(BROWSERS)} on this machine; install one")
+        raise ConfigError(f"none of {', '.join(BROWSERS)} is on this machine; install one")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright, served() as address:
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
@@ -44,7 +44,7 @@ def main(folder: Path = Path("figures")) -> None:
 
 @contextmanager
 def served():
-    """The address of a server in a process of its own."""
+    """The address of a server in a child process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +65,7 @@ def served():
 
 
 def shoot_page(browser, address: str, folder: Path) -> None:
-    """Both ways of batching, in the middle of their replay; then the engine in its second run."""
+    """Both batching policies, during their replay; then the engine in its second run."""
     page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light", reduced_motion="reduce")
     page.goto(address)
     page.locator("#both").click()
@@ -88,7 +88,7 @@ def shoot_page(browser, address: str, folder: Path) -> None:
 
 
 def shoot_run(browser, path: Path, folder: Path) -> None:
-    """The file that `minillm trace --html` writes of the same run, with one request's blocks marked."""
+    """The file of `minillm trace --html` for the same run, with one request's blocks marked."""
     page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
     page.goto(path.as_uri())
     page.locator("trace-player").evaluate(
@@ -102,7 +102,7 @@ def shoot_run(browser, path: Path, folder: Path) -> None:
 
 
 def settle(page) -> None:
-    """Until what was asked for has been drawn."""
+    """Wait until everything has been drawn."""
     page.wait_for_timeout(500)
 
 

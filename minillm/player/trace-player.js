@@ -1,10 +1,10 @@
 // <trace-player>: a run of the engine, played step by step. Everything drawn comes from its trace.
 //
 //   <trace-player src="run.jsonl">                   a recorded run
-//   with a script of type application/jsonl in it    the same, in the page
-//   <trace-player live>, and add(record)             a run that goes on: every record of a feed is added
+//   with a script of type application/jsonl inside   the same, from the page
+//   <trace-player live>, and add(record)             a live run: add every record of a feed
 //
-// Attributes: `compact` (sentence, places, and low rows on a clock), `unattended` (no controls: the page steers).
+// Attributes: `compact` (sentence, places, and low rows in seconds), `unattended` (no controls: the page has them).
 // Properties: run, position (0 .. number of steps), time (seconds), playing, span (seconds of a compact row).
 // Keys: space plays, left and right step (with Shift ten), Home and End jump, up and down go from request to request.
 
@@ -12,24 +12,24 @@ import { PALETTE } from "./palette.js";
 import { Run, countUpTo, plural, tokensOf } from "./replay.js";
 
 const SPEEDS = [1, 2, 5, 10, 20, 50, 100, 200]; // steps per second
-const ROW = 26; // px from one request to the next; in a narrow player each takes two lines
+const ROW = 26; // px from one request to the next; in a narrow player each has two lines
 const LOW = 13; // px: the same in a compact player
 const NARROW = 640; // px
 const MOST_CHIPS = 16; // requests named in the queue
 const MOST_PLACES = 128; // places drawn as squares
 const MOST_LINES = 40; // requests in the text form
-const FOLLOW_MS = 250; // between two drawings of a run that goes on: it needs the processor more than its picture
+const FOLLOW_MS = 250; // between two drawings of a live run, whose engine needs the processor
 const SAY_EVERY = 3000; // ms between two announcements while it plays
 const STATES = PALETTE.states;
 const SAYS = {
-  waiting: "has no place yet", preempted: "gave its blocks back, and will compute them again",
-  swapped: "its blocks were copied out of the pool, and will come back", prefill: "reads the prompt",
-  decode: "makes one token", recompute: "computes again what it had given back",
-  padding: "has finished, and holds its place in a static batch", finished: "has ended, and holds nothing",
+  waiting: "has no place yet", preempted: "preempted: its blocks were freed and will be recomputed",
+  swapped: "its blocks were copied out of the pool and will be copied back", prefill: "reads the prompt",
+  decode: "makes one token", recompute: "computes again what preemption freed",
+  padding: "has finished, but holds its place in a static batch", finished: "has ended and holds nothing",
 };
 const POOL_SAYS = "Used: in the table of a request, with its letter; its pale part is still empty, and this step "
-  + "writes into a thick frame. Cached (*): in no table, but kept for a prompt that begins alike. "
-  + "Free: holds nothing. Null (0): fills gaps in tables, and belongs to nobody.";
+  + "writes into a thick frame. Cached (*): in no table, but kept for a prompt with the same beginning. "
+  + "Free: holds nothing. Null (0): fills gaps in tables, and belongs to no request.";
 
 // An element with attributes, listeners (on...) and children; a text child is text, never HTML.
 export function make(tag, attributes = {}, ...children) {
@@ -43,7 +43,7 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Black or white, whichever reads better on a colour.
+// Black or white, whichever is more readable on a colour.
 function inkOn(color) {
   const linear = [1, 3, 5].map((at) => (parseInt(color.slice(at, at + 2), 16) / 255) ** 2.2);
   return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 ? "#000000" : "#FFFFFF";
@@ -67,7 +67,7 @@ export function brush(canvas, width, height) {
   return pen;
 }
 
-// Diagonal lines over a box, so that no state is told by colour alone.
+// Diagonal lines over a box, so that no state is shown only by colour.
 export function hatch(pen, x, y, width, height, color, apart = 5) {
   pen.save();
   pen.beginPath();
@@ -106,19 +106,19 @@ export function write(pen, text, x, y, color, size = 10, align = "center") {
 export class TracePlayer extends HTMLElement {
   #position = 0;
   #following = false; // the end of a live run
-  #clock = Infinity; // the second to which compact rows are drawn as past
+  #clock = Infinity; // the time up to which compact rows are drawn as past
   #pinned = null; // id of the request whose blocks are shown
   #hovered = null;
   #block = null; // the block whose requests are shown
   #rows = new Map(); // id -> the elements of a row that is in view
   #said = 0;
-  #drawing = false; // soon
-  #drawn = 0; // ms, when it last was
+  #drawing = false; // whether a drawing is scheduled
+  #drawn = 0; // ms, the last drawing
   #ticking = 0;
   #scrolledFor = -1; // the position whose requests were scrolled into view
   #window = { from: 0, count: 1, wide: 8, x: () => 0 }; // see #stepsInView
-  #longest = 1; // tokens of a row in view, at most
-  #grid = { columns: 1, size: 1, each: 1, count: 0 }; // of the pool: cells, px, blocks that a cell stands for
+  #longest = 1; // most tokens of a row in view
+  #grid = { columns: 1, size: 1, each: 1, count: 0 }; // of the pool: cells, px, blocks per cell
 
   run = new Run();
   speed = 5;
@@ -153,7 +153,7 @@ export class TracePlayer extends HTMLElement {
     }
   }
 
-  // Play this run, from its beginning; a live one from its end on.
+  // Play this run, from its beginning; a live run from its end.
   load(run) {
     this.pause();
     this.run = run;
@@ -170,19 +170,19 @@ export class TracePlayer extends HTMLElement {
     this.redraw();
   }
 
-  // A record of a live feed; a header begins anew.
+  // Add a record of a live feed; a header begins a new run.
   add(record) {
     if (record.format && this.run.steps.length) this.load(new Run({ live: true }));
     const before = this.run.steps.length;
     this.run.add(record);
-    if (this.run.steps.length < before) { // the older half of a long run was let go
+    if (this.run.steps.length < before) { // the older half of a long run was dropped
       this.#position = Math.max(0, this.#position - (before + 1 - this.run.steps.length));
     }
     if (this.#following) this.#position = this.#end;
     this.redraw();
   }
 
-  // --- where it stands ---
+  // --- position ---
 
   get #end() { return Math.max(0, this.run.steps.length - (this.run.open ? 1 : 0)); } // of a live run: the present
   get position() { return this.#position; }
@@ -193,7 +193,7 @@ export class TracePlayer extends HTMLElement {
     this.redraw();
   }
 
-  // Seconds of the run's clock, since the first arrival.
+  // Seconds since the first arrival, on the run's clock.
   get time() { return this.run.elapsed(this.#position); }
   set time(seconds) {
     this.position = countUpTo(this.run.steps, this.run.origin + seconds, (step) => step.end_time);
@@ -350,7 +350,7 @@ export class TracePlayer extends HTMLElement {
   #faded(id) { return this.#marked && this.#marked !== id ? 0.3 : 1; }
   get #marked() { return this.#hovered ?? this.#pinned; }
 
-  // --- drawing, once a frame at most ---
+  // --- drawing, at most once per frame ---
 
   redraw = () => {
     if (this.#drawing) return;
@@ -400,7 +400,7 @@ export class TracePlayer extends HTMLElement {
     }
   }
 
-  // What some steps computed, stacked by why, as a bar of the overview.
+  // The tokens of some steps, stacked by reason, as a bar of the overview.
   #drawShare(pen, x, width, height, steps, most, faded) {
     const sums = { decode: 0, prefill: 0, recompute: 0, padding: 0 };
     for (const step of steps) for (const part of step.scheduled) sums[part.why] += part.num_tokens / steps.length;
@@ -417,7 +417,7 @@ export class TracePlayer extends HTMLElement {
 
   #drawWords() {
     const { sentence, said, figures } = this.parts, { run } = this, at = this.#position;
-    if (sentence.hasAttribute("role") && !run.steps.length) return; // an error stands there
+    if (sentence.hasAttribute("role") && !run.steps.length) return; // it shows an error
     const words = run.sentence(at);
     sentence.textContent = words;
     const totals = run.totals[Math.min(at, run.totals.length - 1)];
@@ -513,7 +513,7 @@ export class TracePlayer extends HTMLElement {
 
   #drawQueue() {
     const { queue, queueHead } = this.parts, waiting = this.run.waiting(this.#position);
-    queueHead.textContent = waiting.length ? `Queue: ${plural(waiting.length, "request")}` : "Queue: nobody waits";
+    queueHead.textContent = waiting.length ? `Queue: ${plural(waiting.length, "request")}` : "Queue: no request waits";
     const chips = waiting.slice(0, MOST_CHIPS).map((request) => {
       const state = this.run.state(request, this.#position), words = SAYS[state];
       const chip = make("li", { title: `${request.label} ${words}`, class: state }, request.letter);
@@ -545,7 +545,7 @@ export class TracePlayer extends HTMLElement {
       this.#rows.delete(id);
     }
     rows.classList.toggle("stories", requests.some((request) => request.texts.length));
-    if (!this.#rows.size && first < last) spacer.append(this.#rowOf(requests[first]).element); // to be measured
+    if (!this.#rows.size && first < last) spacer.append(this.#rowOf(requests[first]).element); // to measure it
     this.#window = this.#stepsInView();
     this.#longest = Math.max(1, ...requests.slice(first, last).map((each) => each.numPrompt + each.outputs(Infinity)));
     const owners = new Set((this.owners?.get(this.#block) ?? []).map((each) => each.id));
@@ -560,7 +560,7 @@ export class TracePlayer extends HTMLElement {
     }
   }
 
-  // The first request that has not ended comes into view.
+  // Scroll to the first request that has not ended.
   #scrollToWork(rows, height) {
     const at = this.#position, { requests } = this.run;
     const first = requests.findIndex((request) => request.finished >= at - 3);
@@ -569,7 +569,7 @@ export class TracePlayer extends HTMLElement {
   }
 
   // The steps that rows show, each `wide` px: all of a short run, else those around the position; and the x where each
-  // begins. Compact rows stand on a clock: a second is equally long in all of them, and so is no step.
+  // begins. Compact rows are in seconds: a second is equally long in all of them, steps are not.
   #stepsInView() {
     const width = [...this.#rows.values()][0]?.line.clientWidth || 300, { run } = this;
     const total = Math.max(1, run.steps.length);
@@ -615,13 +615,13 @@ export class TracePlayer extends HTMLElement {
     row.element.classList.toggle("marked", owners.has(request.id) || this.#marked === request.id);
     row.element.classList.toggle("absent", !state);
     row.element.setAttribute("aria-pressed", String(this.#pinned === request.id));
-    const status = state ? STATES[state].name : "not yet there";
+    const status = state ? STATES[state].name : "not arrived yet";
     const { from, count } = this.#window, letters = run.letters(request, Math.max(0, at - 39), at + 1);
     row.element.setAttribute("aria-label", `${request.label} |${letters}|: ${status}, `
       + `${plural(request.numPrompt, "prompt token")}, ${plural(outputs, "output token")}, ${held} held in the cache`);
     const text = step ? request.text(step.step) : "";
     row.words.textContent = text ? text.slice(-160) : `${request.numPrompt} prompt + ${outputs} output tokens`;
-    row.words.parentElement.dir = text ? "rtl" : "ltr"; // of a story the end is seen
+    row.words.parentElement.dir = text ? "rtl" : "ltr"; // shows the end of a story
     row.words.parentElement.title = `${request.numPrompt} prompt + ${outputs} output tokens`;
     this.#drawLine(row.line, request, from, from + count);
     this.#drawCells(row.cells, request, state, outputs, held);
@@ -648,7 +648,7 @@ export class TracePlayer extends HTMLElement {
     if (wide && at >= from && at < to) frame(pen, accent, x(at) - 0.5, 0.5, wide, height - 1, 2);
   }
 
-  // A key of STATES, or "held": it has ended, and its place in a static batch stays taken.
+  // A key of STATES, or "held": it has ended, but keeps its place in a static batch.
   #doing(request, index) {
     const state = this.run.state(request, index);
     return state === "finished" && this.run.holdsPlace(request, index) ? "held" : state;
@@ -666,7 +666,7 @@ export class TracePlayer extends HTMLElement {
     if (hollow) hatch(pen, x, 1, width, height - 2, soft, 4);
   }
 
-  // Its tokens: held in the cache (prompt, output, computed again) or known only; what this step writes is framed.
+  // Its tokens: in the cache (prompt, output, recomputed) or not computed yet; tokens written in this step are framed.
   #drawCells(canvas, request, state, outputs, held) {
     const { ink, soft, line, blank } = this.colors;
     const width = canvas.clientWidth, height = 18, pen = brush(canvas, width, height);
