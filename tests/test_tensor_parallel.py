@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from minillm.model import WHOLE, Shard, load_decoder, read_config, shards, weigh
 from minillm.runtime import ranks
 from minillm.runtime.plan import DEFAULT_OPTIONS
 from planted import with_bug
+from served import Answered, ServedProcess
 from test_worker import is_running, is_there
 from tiny_models import KINDS, all_logits, difference, random_token_ids
 
@@ -289,6 +292,13 @@ def test_ranks_say_what_one_says(group, checkpoint, monkeypatch, kind):
             assert token_id == theirs[rank][0] and logprob == pytest.approx(theirs[rank][1], abs=1e-9)
 
 
+def test_what_is_swapped_out_comes_back_on_every_rank(group, checkpoint, monkeypatch):
+    alone = LLM(checkpoint("llama"), dtype="float64", skip_tokenizer_init=True, verbose=False, **ENGINE)
+    llm = in_ranks(group, monkeypatch, checkpoint("llama"), preemption_mode="swap", **ENGINE)
+    assert outputs_of(llm)[0] == outputs_of(alone)[0]
+    assert any(each.mode == "swap" for step in llm.trace.steps for each in step.preempted)
+
+
 def test_memory_is_told_of_each_rank(group, checkpoint, monkeypatch):
     alone = LLM(checkpoint("llama-mha"), dtype="float64", skip_tokenizer_init=True, verbose=False, **ENGINE)
     llm = in_ranks(group, monkeypatch, checkpoint("llama-mha"), **ENGINE)
@@ -387,6 +397,41 @@ def test_ranks_end_when_the_engine_is_killed_also_one_that_waits_for_the_other(c
         assert eventually(lambda: not is_running(pids[1]), 5)
         os.kill(pids[0], signal.SIGCONT)
         assert eventually(lambda: not is_running(pids[0]), 5)
+
+
+def test_folders_of_killed_engines_are_removed_at_the_next_start_and_no_others(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = [sys.executable, "-c", PARENT, str(checkpoint("llama"))]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as parent:
+        assert len(parent.stdout.readline().split()) == 2
+        [folder] = tmp_path.iterdir()
+        ours = Path(ranks.make_folder())
+        assert folder.exists()  # its engine runs
+        parent.kill()
+    assert parent.returncode == -signal.SIGKILL and list(folder.iterdir())
+    start = ranks.start_of(os.getpid())
+    kept = [f"minillm-ranks-{os.getpid()}-{start}-a", f"minillm-ranks-1-{ranks.start_of(1)}-b", "minillm-ranks-x", "c"]
+    for name in (*kept, f"minillm-ranks-{os.getpid()}-{start + 1}-id-used-again"):
+        (tmp_path / name).mkdir()
+    new = Path(ranks.make_folder())
+    assert {each.name for each in tmp_path.iterdir()} == {ours.name, new.name, *kept}
+
+
+def test_a_server_with_ranks_finishes_its_requests_after_sigterm_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with ServedProcess("--tensor-parallel-size=2", "--num-blocks=260") as server:
+        processes = server.process.children(recursive=True)
+        assert len(processes) == 2 and "2 ranks, joined by gloo" in server.log
+        assert len(list(tmp_path.glob("minillm-ranks-*"))) == 1
+        with server.story(200) as stream:
+            stream.recv(1, socket.MSG_PEEK)  # it has begun
+            server.child.send_signal(signal.SIGTERM)
+            assert Answered(stream).events[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.end() == 0
+    assert not any(process.is_running() for process in processes)
+    assert "Traceback" not in server.log and "[layer 1, OpenAI server] ended" in server.lines[-1]
+    assert not list(tmp_path.glob("minillm-ranks-*"))
 
 
 def test_torchrun_starts_the_ranks_of_the_command_line(tmp_path):

@@ -9,10 +9,13 @@ environment variables say so: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_
 """
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -38,6 +41,7 @@ PLACE = "MINILLM_RANKS_MEET_AT"  # the file of ranks that are all on this machin
 BY_HAND = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 FOREVER = timedelta(days=3650)  # of waiting for the next plan
+FOLDER = re.compile(r"minillm-ranks-(\d{1,9})-(\d+)-.*")  # of the engine: process id, start
 LOOK_EVERY = 0.5  # seconds between checks that the parent process is alive
 
 
@@ -243,6 +247,35 @@ def start_ranks(
     if is_started_by_others() and os.environ["RANK"] != "0":
         follow(str(device))
     return ProcessWorker(model, options, dtype=dtype, device=device, num_tokens=num_tokens, num_ranks=size)
+
+
+def make_folder() -> str:
+    """A new folder in which ranks can meet. Removes those of engines that were killed: they could not do it."""
+    for folder in Path(tempfile.gettempdir()).glob("minillm-ranks-*"):
+        owner = FOLDER.fullmatch(folder.name)
+        if owner and is_gone(int(owner[1]), int(owner[2])):
+            shutil.rmtree(folder, ignore_errors=True)  # that of another user stays
+    return tempfile.mkdtemp(prefix=f"minillm-ranks-{os.getpid()}-{start_of(os.getpid())}-")
+
+
+def is_gone(pid: int, start: int) -> bool:
+    """Whether the process with this id that started then has ended; another process may have its id now."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is another user's
+        pass
+    return start_of(pid) != start
+
+
+def start_of(pid: int) -> int:
+    """When a process started, in clock ticks since the machine did; 0 if it has ended, and without /proc."""
+    try:
+        stat = Path("/proc", str(pid), "stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])  # field 22 of proc(5); the second, a name, may hold spaces
 
 
 def environment_of(rank: int, size: int, place: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import weakref
@@ -76,7 +75,7 @@ class ProcessWorker:
         self._connection = Connection(ours.detach())
         self._poller = poller_of(self._connection)
         self._processes: list[subprocess.Popen] = []  # messages go to the first one
-        self._folder = None if num_ranks == 1 else tempfile.mkdtemp(prefix="minillm-ranks-")
+        self._folder = None if num_ranks == 1 else _meeting_folder()
         self._end = weakref.finalize(self, _end, self._connection, self._processes, self._folder)
         self._ended: subprocess.Popen | None = None  # the one with which all ended
         self._unanswered: deque[_Answer] = deque()  # answers arrive in the order of the calls
@@ -263,6 +262,12 @@ def poller_of(connection: Connection) -> select.poll:
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)
     return poller
+
+
+def _meeting_folder() -> str:
+    from minillm.runtime.ranks import make_folder  # which imports this module
+
+    return make_folder()
 
 
 def search_path() -> dict[str, str]:
