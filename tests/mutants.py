@@ -31,7 +31,7 @@ TRIED = (
     "engine/recorder engine/scheduler engine/block_manager runtime/runner runtime/batch simulation/reporting"
 )
 TESTS = {f"{module}.py": [f"{test}.py" for test in LISTED[f"{module}.py"]] for module in TRIED.split()}
-# `is` for `==` holds for small integers, `|` mostly stands in types, and the last two want to be told a name.
+# `is` for `==` holds for small integers, `|` mostly stands in types, and the last two need a name.
 LEFT_OUT = re.compile(r"(Eq|NotEq|Lt|LtE|Gt|GtE)_Is(Not)?$|_BitOr_|Variable(Replacer|Inserter)$")
 SOURCES = {module: (ROOT / "minillm" / module).read_text() for module in TESTS}
 # Tests with a planted bug judge other tests: they find their own bug, whatever the mutant is.

@@ -788,7 +788,7 @@ def test_a_client_that_goes_ends_its_request(how, stream, queued):
         fill = {"prompt": STORY, "max_tokens": 2000, "ignore_eos": True}
         with httpx.stream("POST", url + COMPLETIONS, json={**fill, "stream": True}, timeout=60) as other:
             if queued:
-                lines = other.iter_lines()  # letting go of it would close the stream
+                lines = other.iter_lines()  # keeps the stream open
                 assert next(lines)
             else:
                 other.close()

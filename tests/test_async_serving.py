@@ -640,7 +640,7 @@ def test_a_subscriber_hears_who_was_aborted_then_and_before(folder):
     with serving(folder) as engine:
         then, before = run(main(engine))
     assert sorted(then) == ["runs", "runs.1", "waits", "waits.1"]
-    assert before == ["runs", "waits"]  # the trace has let go of the others, which took part in nothing
+    assert before == ["runs", "waits"]  # the trace has dropped the others, which took part in nothing
 
 
 def test_a_subscriber_whose_event_loop_stood_still_hears_everything(folder):

@@ -93,7 +93,7 @@ def test_every_error_is_a_minillm_error_and_a_value_error():
     from minillm import errors
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    kinds.remove(errors.WorkerDiedError)  # the one that is nobody's to put right
+    kinds.remove(errors.WorkerDiedError)  # which no caller can correct
     assert len(kinds) > 5
     assert all(issubclass(kind, MiniLLMError) and issubclass(kind, ValueError) for kind in kinds)
 

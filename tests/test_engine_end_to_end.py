@@ -1,7 +1,7 @@
 """The whole engine under pressure: requests with shared prefixes in a pool far too small, some aborted on the way.
 
-Whoever ends has what it would have got alone, under every policy and both ways of giving way; nobody sees a word of
-another's prompt; at the end all blocks are back. Broken twins must be caught by the same comparison.
+A finished request has the same output as alone, under every policy and both preemption modes. No request sees a word
+of another's prompt. At the end all blocks are free. The same comparison must catch broken versions.
 """
 
 import dataclasses

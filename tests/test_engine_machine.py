@@ -204,7 +204,7 @@ busy = precondition(lambda machine: machine.expected)
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests come, run, share, give way, fail and are aborted, in any order; the invariants of the engine hold."""
+    """Requests arrive, run, share, are preempted, fail, are aborted, in any order; the engine's invariants hold."""
 
     manager_class = BlockManager
     scheduler_class = Scheduler
@@ -312,11 +312,11 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(
         which=choices,
         trouble=st.sampled_from(["failure", "failure", "NaN", "abort", "stop"]),
-        when=st.sampled_from(["now", "something moves", "somebody gives way"]),
+        when=st.sampled_from(["now", "something moves", "a request is preempted"]),
     )
     def step_with_trouble(self, which, trouble, when):
         plan = self.schedule()
-        while when != "now" and not (plan.preempted_ids if when == "somebody gives way" else plan.block_moves):
+        while when != "now" and not (plan.preempted_ids if when == "a request is preempted" else plan.block_moves):
             self.compute(plan)
             if not self.expected:
                 return
@@ -463,9 +463,9 @@ class EngineMachine(RuleBasedStateMachine):
         new_ids = {new.request_id for new in plan.new_requests if "." not in new.request_id}  # no forks
         self.seen["prefix hit"] += sum(part.start > 0 for part in plan.scheduled if part.request_id in new_ids)
         self.seen["chunk"] += sum(not part.samples for part in plan.scheduled)
-        self.seen["gave way"] += len(plan.preempted_ids)
+        self.seen["preempted"] += len(plan.preempted_ids)
         self.seen["planned with one unread"] += len(self.launched)
-        self.seen["gave way with one unread"] += len(self.launched) * len(plan.preempted_ids)
+        self.seen["preempted with one unread"] += len(self.launched) * len(plan.preempted_ids)
         known = {part.request_id: self.scheduler.running[part.request_id].num_known_tokens for part in plan.scheduled}
         self.seen["computed before it is known"] += sum(part.end > known[part.request_id] for part in plan.scheduled)
         self.seen.update(move.kind for move in plan.block_moves)
@@ -527,7 +527,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.seen["discarded"] += 1
                 self.seen["discarded, and the id in use again"] += part.request_id in self.expected
             else:
-                self.seen["read after giving way"] += part.request_id not in self.scheduler.running
+                self.seen["read after preemption"] += part.request_id not in self.scheduler.running
         speaking = [part.request_id for part, request in parts if part.samples and request.finish_reason is None]
         updates = self.scheduler.update(plan, output)
         self.clock.advance(0.25)
@@ -669,10 +669,10 @@ def run(machine, max_examples):
 
 
 MOST_ROUNDS = 4  # of examples, each with others: a rare path may be missing in one
-PATHS = {"chunk", "prefix hit", "copy", "gave way", "failed step", "length", "stop", "error", "abort", "reset"}
+PATHS = {"chunk", "prefix hit", "copy", "preempted", "failed step", "length", "stop", "error", "abort", "reset"}
 PATHS_OF_DEPTH = {1: {"an id used again"}}
-PATHS_OF_DEPTH[2] = {"planned with one unread", "computed before it is known", "gave way with one unread", "discarded"}
-PATHS_OF_DEPTH[2] |= {"read after giving way", "discarded, and the id in use again", "nothing to launch"}
+PATHS_OF_DEPTH[2] = {"planned with one unread", "computed before it is known", "preempted with one unread", "discarded"}
+PATHS_OF_DEPTH[2] |= {"read after preemption", "discarded, and the id in use again", "nothing to launch"}
 PATHS_OF_DEPTH[2] |= {"failed with one unread", "carried out behind a failed step", "failed behind a failed step"}
 
 

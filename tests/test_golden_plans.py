@@ -91,7 +91,7 @@ class Seen:
         self.counts["discarded"] += len(discarded)
         self.counts["discarded after eos"] += len(discarded & self.ended_by_token)
         for request_id, token_id, finish_reason in updates:
-            self.counts["token after giving way"] += self.states[request_id] == "preempted"
+            self.counts["token after preemption"] += self.states[request_id] == "preempted"
             self.counts["eos ignored"] += token_id == golden_plans.EOS and finish_reason is None
             for child, parent in self.parents.items():
                 if parent == request_id and self.states.get(child) == "unborn":
@@ -157,7 +157,7 @@ FEATURES = {  # occurs at least so often at this depth
         "launched with one unread": 50,
         "discarded": 10,
         "discarded after eos": 3,
-        "token after giving way": 3,
+        "token after preemption": 3,
         "preempted": 20,
         "preempted to recompute": 5,
         "swap_out": 5,

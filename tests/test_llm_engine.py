@@ -376,7 +376,7 @@ def test_one_number_that_is_not_finite_in_a_chunk_that_gives_no_token_is_enough(
 
 
 def test_nan_in_a_chunk_of_one_token_is_noticed_there_and_not_shared(checkpoint):
-    """A budget of one token a step fills blocks without a chunk of several ever being computed."""
+    """A budget of one token per step fills blocks without a chunk of several ever being computed."""
     engine = make_engine(checkpoint("llama"), max_num_batched_tokens=1, max_num_seqs=1)
     with torch.no_grad():
         engine.model.embed_tokens.weight[7] = torch.nan

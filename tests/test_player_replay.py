@@ -67,7 +67,7 @@ console.log(JSON.stringify({
 def told(trace: Trace, folder: Path, order: str = "forwards", live: dict | None = None, forget: int = 0) -> dict:
     """What replay.js says of a trace; `live` is the configuration with which it comes line by line.
 
-    `forget`: so many of its steps are let go of when all have come.
+    `forget`: how many of its steps are dropped when all have come.
     """
     script = folder / "tell.mjs"
     script.write_text(TELL.replace("PLAYER", PLAYER.as_uri()))

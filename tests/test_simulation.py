@@ -475,10 +475,10 @@ def test_a_limit_met_exactly_is_met_and_each_limit_counts():
 
 def test_a_report_counts_tokens_of_those_under_way_but_no_end_without_a_token():
     figures = ReportBuilder(SLO(itl=1.5))
-    for request_id, arrival in ("late", 3.0), ("early", 1.0), ("aborted", 2.0), ("under way", 2.0):
+    for request_id, arrival in ("late", 3.0), ("early", 1.0), ("aborted", 2.0), ("in flight", 2.0):
         figures.arrive(request_id, arrival)
     figures.add_step(4.0, 5.0, 8, 7, ["late", "early"], ["late", "aborted"], 2)
-    figures.add_step(6.0, 6.5, 1, 1, ["early", "under way"], [], 0)
+    figures.add_step(6.0, 6.5, 1, 1, ["early", "in flight"], [], 0)
     figures.add_step(7.0, 8.0, 1, 1, ["early"], ["early"], 1)
     report = figures.report()
     assert (report.num_requests, report.num_finished, report.num_steps, report.output_tokens) == (4, 2, 3, 5)
@@ -586,7 +586,7 @@ def test_a_simulated_trace_can_be_drawn(capsys, tmp_path):
 
 @pytest.mark.parametrize("way", BATCHING)
 def test_requests_of_one_id_in_a_file_are_told_apart(capsys, tmp_path, way):
-    """Whether they follow each other or are under way together."""
+    """Whether they follow each other or are in flight together."""
     lines = [{"request_id": "a", "arrival_time": time} for time in (0.0, 0.0, 9.0)] + [{"request_id": "a#2"}]
     lengths = {"num_prompt_tokens": 3, "num_output_tokens": 4}
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line | lengths) + "\n" for line in lines))

@@ -35,7 +35,7 @@ def small_trace() -> Trace:
 
 
 def paged_trace() -> Trace:
-    """Blocks of 2, pool of 4: "b" gives way to "a", by recomputation and by swapping; a shared block is copied."""
+    """Blocks of 2, pool of 4: "b" is preempted for "a", by recomputation and by swapping; a shared block is copied."""
 
     def part(*fields, first_block: int = 0, blocks: tuple[int, ...]) -> ScheduledTokens:
         return ScheduledTokens(*fields, first_block=first_block, block_ids=blocks)

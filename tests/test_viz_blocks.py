@@ -97,7 +97,7 @@ def random_run(seed: int, mode="recompute", caching=True, aborts=False, n=1) -> 
 
 @cache
 def small_run(mode="recompute") -> Recorded:
-    """A; then B, which begins like A, and C, which has to give way."""
+    """A; then B, which begins like A, and C, which is preempted."""
     numbers = {text: index for index, text in enumerate(sorted({text for texts in TEXTS.values() for text in texts}))}
     requests = []
     for name, (num_prompt, num_output) in LENGTHS.items():

@@ -120,7 +120,7 @@ def table(result: dict) -> str:
     """The record as text."""
     columns = (*PHASES, "total", "attention", "trace")
     lines = [
-        f"Milliseconds a decode step of {result['running']} requests, without the model; total: the first three",
+        f"Milliseconds per decode step of {result['running']} requests, without the model; total: the first three",
         f"{'waiting':>10}" + "".join(f"{name:>10}" for name in columns),
     ]
     for number, row in result["waiting"].items():

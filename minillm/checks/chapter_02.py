@@ -132,7 +132,7 @@ LOOKS = 3  # that are enough, however long the row
 
 
 class Row:
-    """A row of prompts under a mask that nobody tells; counts how often it was looked at."""
+    """A row of prompts under a mask that is not given; counts how often it was looked at."""
 
     __name__ = "look"
 

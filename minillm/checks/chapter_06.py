@@ -62,7 +62,7 @@ class Step:
 
 
 class Attended(NamedTuple):
-    """What came of it: the rows, and the keys and values that are cached now."""
+    """The result: the rows, and the keys and values that are cached now."""
 
     out: Any  # [T, Hq, D]
     caches: Any  # a pair of [cached + new, Hkv, D] for each request

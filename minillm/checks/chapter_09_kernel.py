@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     def __repr__(self) -> str:
         lengths = [len(k) for k, _ in self.own]
-        return f"lengths {lengths}, {self.group} query heads a key head, tiles of {KEYS} keys, blocks of {BLOCK_SIZE}"
+        return f"lengths {lengths}, {self.group} query heads per key head, tiles of {KEYS} keys, blocks of {BLOCK_SIZE}"
 
     @property
     def group(self) -> int:

@@ -394,7 +394,7 @@ def _coroutine(made: Any) -> Coroutine:
 
 
 async def _settled(engine: Engine, wishes: asyncio.Queue, task: asyncio.Task) -> None:
-    """Until nothing is wished for and nothing computed, or nothing more will come of it."""
+    """Until nothing is wished for and nothing computed, or no more result can follow."""
     deadline = time.monotonic() + PATIENCE
     calm = 0
     while calm < 5 and not task.done() and time.monotonic() < deadline:

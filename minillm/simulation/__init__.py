@@ -1,4 +1,4 @@
-"""Schedulers without a model: a virtual clock, cost models, made-up workloads, reports.
+"""Schedulers without a model: a virtual clock, cost models, synthetic workloads, reports.
 
 May import `ladder`, `engine` and the rooms below; nothing that runs a model imports it.
 """

@@ -1,4 +1,4 @@
-"""Made-up requests: when they arrive, how long their prompts and outputs are. The same seed gives the same requests."""
+"""Synthetic requests: their arrival times, prompt and output lengths. The same seed gives the same requests."""
 
 import json
 import math

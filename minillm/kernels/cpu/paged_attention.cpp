@@ -70,7 +70,7 @@ static void look(const SCALAR* q, const Pool& pool, const int32_t* table, int64_
         for (int i = 0; i < D; ++i) out[n * D + i] = SCALAR(sum[n][i]);
 }
 
-// `window`: only the last so many keys are seen; 0 for all. A request of length 0 is padding and gives zeros.
+// Only the last `window` keys are seen; 0 for all. A request of length 0 is padding and gives zeros.
 extern "C" void decode(const SCALAR* q, int64_t q_stride, const SCALAR* keys, const SCALAR* values,
                        const int32_t* tables, int64_t table_stride, const int32_t* lengths, SCALAR* out,
                        int64_t requests, int64_t kv_heads, int64_t block_size, int64_t window, int version,
