@@ -79,11 +79,11 @@ def shoot_page(browser, address: str, folder: Path) -> None:
         COMPARED,
     )
     settle(page)
-    page.locator(".card").first.screenshot(path=folder / "page_compare.png")
+    page.locator("#compare").screenshot(path=folder / "page_compare.png")
     live = page.locator("#live")
     live.evaluate("(player, share) => { player.position = share * player.run.steps.length; }", 1 - SHOWN / 2)
     settle(page)
-    page.locator(".card").nth(1).screenshot(path=folder / "page_engine.png")
+    page.locator(".card", has=live).screenshot(path=folder / "page_engine.png")
     page.close()
 
 
