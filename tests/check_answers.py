@@ -1,4 +1,4 @@
-"""How the tests of exercises hand an answer to a check and read what it says."""
+"""How the tests of exercises pass an answer to a check and read its message."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def passes(check, function, capsys) -> bool:
 
 
 def message(check, function) -> str:
-    """What a wrong answer is told: the call, what came, what was expected, one hint, and no stack trace."""
+    """The message for a wrong answer: the call, the result, the expected result, one hint, and no stack trace."""
     with pytest.raises(CheckFailed) as failure:
         check(function)
     text = str(failure.value)

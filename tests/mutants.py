@@ -76,7 +76,7 @@ class Hourglass:
 
     @staticmethod
     def pytest_runtest_logstart() -> None:
-        signal.setitimer(signal.ITIMER_PROF, 10)  # of CPU, so that a busy machine condemns nobody
+        signal.setitimer(signal.ITIMER_PROF, 10)  # of CPU time, so that a busy machine fails no mutant
         signal.alarm(120)
 
 

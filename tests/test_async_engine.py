@@ -42,7 +42,7 @@ def both(checkpoint):
 
 
 class Recorder:
-    """Stands before an executor, and notes when a step is launched and when it is read."""
+    """Wraps an executor, and records when a step is launched and when it is read."""
 
     def __init__(self, engine):
         self.calls, self.plans, self.right = [], [], engine.executor.launch
@@ -115,7 +115,7 @@ def outputs_of(engine, requests):
 
 
 def assert_same_logprobs(scores, expected):
-    """But for rounding, which depends on who else is in a step."""
+    """Equal up to rounding, which depends on the other requests in a step."""
     assert [list(each) for each in scores] == [list(each) for each in expected]
     for each, other in zip(scores, expected, strict=True):
         assert [entry.logprob for entry in each.values()] == pytest.approx([entry.logprob for entry in other.values()])
@@ -388,7 +388,7 @@ def test_the_pool_is_drawn_with_as_many_tokens_as_it_held(checkpoint, mode, ahea
     engine = make_engine(
         checkpoint(KIND), async_scheduling=ahead, preemption_mode=mode, enable_prefix_caching=False, num_blocks=12
     )
-    abort_one(engine, "first")  # with a step in flight, and nobody else there
+    abort_one(engine, "first")  # with a step in flight, and no other request
     for number in range(7):
         engine.add_request(str(number), random_token_ids(3 + number, seed=number), [TEN, TEN, STOPS][number % 3])
     abort_one(engine, "last")

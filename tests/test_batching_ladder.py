@@ -1,4 +1,4 @@
-"""Static, dynamic, ragged and continuous batching give every request what it would get alone, token for token.
+"""Static, dynamic, ragged and continuous batching give every request the same tokens as alone.
 
 The model is small, random and in float64; logits of every sampled token are compared with one causal pass over the
 request alone. Each run proves from its trace that it took the path it is named after, and deliberately broken twins
@@ -45,7 +45,7 @@ CONFIG = minillm.ModelConfig(
 LIMITS = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=8, max_model_len=64)
 MIX = [(20, 9, 0), (3, 14, 0), (1, 2, 0), (6, 12, 1), (30, 5, 4), (2, 20, 4), (11, 1, 30), (5, 8, 30)]
 
-WAYS = {**BATCHING, "merging": MergingScheduler}  # chapter 5 alone asks for the last one
+WAYS = {**BATCHING, "merging": MergingScheduler}  # only chapter 5 uses the last one
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def check_alone(requests, executor):
 
 
 def check_path(batching, trace):
-    """The run did what its way of batching is about: chunks, joining, leaving, padding."""
+    """The run did what its batching policy is for: chunks, joining, leaving, padding."""
     parts = [(step.step, part) for step in trace.steps for part in step.scheduled]
     chunks = [part.request_id for _, part in parts if part.why == "prefill"]
     padding = sum(part.num_tokens for _, part in parts if part.why == "padding")
@@ -307,7 +307,7 @@ def test_pads_come_out_as_zeros_never_nan():
 @pytest.mark.parametrize("batching", BATCHING)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_that_is_not_finite_fails_alone(batching, temperature):
-    """The others get what they would get alone, the one that is given its row of the cache afterwards too."""
+    """The others get the same as alone, including the next one in its row of the cache."""
     requests = [request_of(number, *shape, 0) for number, (*shape, _) in enumerate(MIX[:5])]
     requests[1].params = dataclasses.replace(requests[1].params, temperature=temperature)
     others = [request for request in requests if request is not requests[1]]

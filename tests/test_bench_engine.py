@@ -325,7 +325,7 @@ def said(folder):
 
 @pytest.fixture
 def fake(tmp_path, jobs, said, monkeypatch):
-    """Makes the Python of an environment that has a vLLM which does as it is told; its folder."""
+    """Makes the Python of an environment with a fake vLLM that follows instructions; returns its folder."""
     monkeypatch.setattr(live, "preloads", lambda python: [])
 
     def make(does: str = "well") -> Path:
@@ -501,7 +501,7 @@ def test_other_tokens_are_found_out(tiny, name, monkeypatch):
 
 
 def test_a_tie_is_named_and_accepted(tiny, folder, jobs, monkeypatch, tmp_path, capsys):
-    """The twin of the right token has the same row in the output projection: nobody can tell the two apart."""
+    """The right token and another have the same row in the output projection, so they are equally likely."""
     first_turn = contenders.StaticBatches(contenders.load_peer(folder)).generate(jobs)
     right, twin = first_turn[1][-1], 0
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -589,7 +589,7 @@ def test_the_floor_makes_the_products_of_the_run(folder, monkeypatch):
     assert made == [*in_eight, (1, 199, 64), *in_four]
 
 
-# --- the scheduler alone ---------------------------------------------------------------------------------------------
+# --- only the scheduler ---------------------------------------------------------------------------------------------
 
 
 def test_scheduler_cost_is_measured_whatever_waits(tmp_path, capsys, monkeypatch):

@@ -444,7 +444,7 @@ def test_a_slow_peer_runs_a_subset_that_is_named(session, monkeypatch):
 
 
 def test_a_peer_with_cut_outputs_is_compared_with_ours_on_the_same(session, monkeypatch):
-    """Prompts weigh more where outputs are short: ours on the whole workload would win by that alone."""
+    """With short outputs, prompts take a larger share: only for that, ours on the whole workload would be faster."""
     jobs = [Job([1], 16), Job([2], 8)]
     ours = {24: 90.0, 12: 60.0, 6: 40.0, 3: 30.0}  # by tokens asked for
     monkeypatch.setattr(serving, "Ours", lambda *arguments: FakePeer({}))

@@ -309,7 +309,7 @@ def test_with_a_constant_hash_tokens_and_salt_still_decide(monkeypatch, other, s
 
 
 def test_equal_blocks_behind_different_prefixes_are_not_shared(monkeypatch):
-    """A hash that forgets the parent: the second blocks get one key, and only the chain tells them apart."""
+    """With a hash that ignores the parent, second blocks get one key, and only the chain distinguishes them."""
     monkeypatch.setattr(block_manager, "hash_block", lambda parent, token_ids: repr(token_ids).encode())
     manager = manager_of(20)
     start(manager, request_of("a", [1, 2, 3, 4, 9, 9, 9, 9, 0]))
@@ -437,7 +437,7 @@ def test_what_builds_on_forgotten_blocks_is_not_shared_later():
     manager.free(c)
     manager.free(a)
     a.num_computed_tokens = 0
-    assert start(manager, a) == 4  # begun anew, it registers again: from b's first block
+    assert start(manager, a) == 4  # restarted, it registers again: from b's first block
     assert start(manager, request_of("d", [*EIGHT, 4])) == 8
 
 

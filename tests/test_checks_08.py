@@ -332,7 +332,7 @@ def admits_in_spite_of_preemption(running, waiting, tables, free, budget, max_nu
 
 
 def leaves_running_requests_out(running, waiting, tables, free, budget, max_num_seqs, block_size):
-    """Never preempts: who finds no block computes nothing."""
+    """Never preempts: a request without a block computes nothing."""
     plan = {}
     for name, computed, remaining in running:
         missing = needed(tables[name], computed + remaining, block_size)

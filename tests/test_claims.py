@@ -1,4 +1,4 @@
-"""Numbers that the chapters' sentences state, beside the numbers that the package computes.
+"""Numbers in the chapters' sentences, against the numbers that the package computes.
 
 What a chapter prints is compared when it is executed; this is about the text around it. Cells are named by their ids.
 """
@@ -164,6 +164,6 @@ def test_what_a_cost_model_says_is_not_called_measured(chapter):
     [("02", "influence-picture", 2), ("02", "window-reach", 1), ("06", "influence", 1), ("06", "mended", 2)],
 )
 def test_influence_is_drawn_as_influence(chapter, cell_id, pictures):
-    """Measured is which row changes with which token; who looks at whom is what a mask says."""
+    """A measurement says which row changes with which token; a mask says which token may look at which."""
     assert printed(chapter, cell_id).count("replaced token →") == pictures
     assert printed(chapter, cell_id).count("looks at →") == (cell_id == "window-reach")  # the mask beside it

@@ -260,7 +260,7 @@ def given_files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def nothing_computed(monkeypatch):
-    """A mistake that can be known before is told before anything is loaded or computed."""
+    """A mistake that can be found early is reported before anything is loaded or computed."""
 
     def computes(*_, **__):
         raise AssertionError("something was computed before the mistake was told")
@@ -319,7 +319,7 @@ def test_a_copy_that_is_a_folder_is_a_mistake(capsys, tmp_path):
 
 
 def test_a_file_that_may_not_be_written_is_a_mistake(capsys, given_files, nothing_computed, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # who runs the tests may be allowed everything
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the user who runs the tests may have all permissions
     code, _, err = run(capsys, "simulate", "--json=an-empty-file")
     assert (code, err) == (
         cli.USER_ERROR,

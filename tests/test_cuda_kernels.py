@@ -267,7 +267,7 @@ def test_what_each_version_changes(dtype, number):
     pools = {version: traffic.loads("keys", "values") for version, traffic in traffics.items()}
     keys = {version: traffic.loads("keys") for version, traffic in traffics.items()}
     assert all(pool.unique_bytes == once for pool in pools.values())
-    # 1: each thread in a sector of its own. 2: neighbours, no byte in vain. 3: the same bytes with fewer requests.
+    # 1: each thread in its own sector. 2: neighbours, no byte wasted. 3: the same bytes with fewer requests.
     assert (keys[1].sectors_per_request, keys[1].efficiency) == (32, number / 32)
     assert (keys[2].sectors_per_request, keys[2].efficiency) == (number, 1)
     assert (keys[3].sectors_per_request, keys[3].efficiency) == (16, 1)
@@ -305,7 +305,7 @@ def test_store_moves_what_it_must():
     assert traffic.loads("k", "v").bytes_moved == traffic.stores("keys", "values").bytes_moved == 4 * 2 * 2 * 64 * 4
 
 
-# --- what the emulation says of a kernel that does what it must not ---
+# --- the emulation's errors for kernels that break a rule ---
 
 WRONG = """
 extern "C" __global__ void beyond(const float* from, float* to) {

@@ -49,7 +49,7 @@ EAGER = replace(OPTIONS, enforce_eager=True)
 
 
 class LateQueue(HostQueue):
-    """A device that does nothing before somebody waits for it: what it was handed must still be there then."""
+    """A device that does nothing before it is waited for: its inputs must still be unchanged then."""
 
     def __init__(self):
         self.handed_in = deque()
@@ -93,7 +93,7 @@ def model(load):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """What the greedy jobs get alone."""
+    """The outputs of the greedy jobs, each alone."""
     return ladder(model, greedy_jobs())
 
 
@@ -218,7 +218,7 @@ def test_decode_steps_are_graphs_and_others_are_not(model):
     "asked", [{"temperature": 1.0, "top_k": 3, "seed": 1}, {"logprobs": 2}, {"presence_penalty": 1.5}]
 )
 def test_a_step_in_which_somebody_asks_replays_its_graph(model, expected, monkeypatch, asked):
-    """Who asks is sampled for behind it, and the others have what they have without."""
+    """Such a request is sampled after the graph, and the others get the same as without it."""
     replayed, replay = [], HostGraph.replay
     monkeypatch.setattr(HostGraph, "replay", lambda graph: replayed.append(graph) or replay(graph))
     others = [job._replace(joins=0, chunk=1000) for job in greedy_jobs()[2:4]]  # of 26 and 14 tokens
@@ -512,7 +512,7 @@ def one_buffer_for_all(patch, batch):
 
 
 def token_of_a_neighbour(patch, batch):
-    """What was sampled last is taken from the row of another request."""
+    """The last sampled token is read from the row of another request."""
     original = batch._fill_decodes
 
     def fill(into, rows, starts):
@@ -534,7 +534,7 @@ def padding_in_a_real_row(patch, batch):
 
 
 def padding_that_is_stored(patch, batch):
-    """The keys and values of padding go to a block that somebody has."""
+    """The keys and values of padding are written to a block of a request."""
     original, slot = batch._padded, shuffled_blocks(JOB_BLOCKS)[-1] * BLOCK_SIZE
 
     def padded(layout, **named):
@@ -889,11 +889,11 @@ def two_cores(monkeypatch, tmp_path):
 
 def test_cores_that_others_use_are_left_to_them_at_once_and_taken_back_when_they_stay_free(two_cores):
     cores = FreeCores()
-    assert cores.usable() == math.inf  # nobody has looked yet
+    assert cores.usable() == math.inf  # not measured yet
     for seconds, ours, others, expected in [
         (0.5, 1.0, 0.0, 2),
         (0.5, 0.8, 0.14, 2),  # 28 % of a core do no harm
-        (0.1, 0.0, 0.2, 2),  # too short a while to be told
+        (0.1, 0.0, 0.2, 2),  # too short to be measured
         (0.4, 0.4, 0.2, 1),
         (0.5, 0.2, 0.9, 1),
         (0.5, 0.15, 1.0, 1),  # the process gets one all the same
@@ -909,8 +909,8 @@ def test_cores_that_others_use_are_left_to_them_at_once_and_taken_back_when_they
 def test_what_others_did_while_the_process_rested_counts_for_nothing_but_what_they_do_now(two_cores):
     cores = FreeCores()
     for seconds, ours, others, running, expected in [
-        (8.0, 0.1, 7.9, 1, 2),  # somebody had a core all the time, and has gone
-        (8.0, 0.0, 0.1, 2, 1),  # somebody has come just now
+        (8.0, 0.1, 7.9, 1, 2),  # another process used a core all the time, and has ended
+        (8.0, 0.0, 0.1, 2, 1),  # another process has just started
         (0.5, 0.5, 0.5, 2, 1),
         (8.0, 1.0, 8.0, 3, 1),
         (8.0, 0.0, 8.0, 1, 2),  # at once

@@ -67,7 +67,7 @@ JOBS = jobs()
 
 @dataclasses.dataclass
 class Run:
-    """What came of one run."""
+    """The results of one run."""
 
     engine: LLMEngine
     outputs: dict[str, RequestOutput]  # of the requests that ended by themselves
@@ -104,7 +104,7 @@ def run(engine: LLMEngine, wanted: list[Job], abort_every: int = 0, seed: int = 
 
 @pytest.fixture(scope="module")
 def solo(load):
-    """job -> its outputs, each computed alone on a contiguous cache."""
+    """job -> its outputs, each computed by itself on a contiguous cache."""
     model, known = load("llama", torch.float64), {}
 
     def solo(job: Job) -> list[list[int]]:
@@ -123,7 +123,7 @@ def make_engine(folder, policy: str, mode: str, **changes) -> LLMEngine:
 
 
 def differing(done: Run, solo) -> list[str]:
-    """Requests that ended with something else than what they give alone."""
+    """Requests whose output differs from their output alone."""
     return [
         job.request_id
         for job in JOBS
@@ -141,7 +141,7 @@ def assert_all_given_back(engine: LLMEngine) -> None:
 
 
 def assert_took_the_path(done: Run, mode: str) -> None:
-    """The run did what it is about."""
+    """The run took the path that it tests."""
     steps = done.engine.trace.steps
     preemptions = [each for step in steps for each in step.preempted]
     assert len(preemptions) >= 10 and mode in {each.mode for each in preemptions}
@@ -171,7 +171,7 @@ def test_every_output_is_that_of_the_request_alone(policy, mode, checkpoint, sol
 
 
 def secrets() -> list[str]:
-    """Three words a request, in an order that nobody else has."""
+    """Three words per request, in an order that no other request has."""
     rng = random.Random(11)
     each = set()
     while len(each) < NUM_REQUESTS:
@@ -183,7 +183,7 @@ SECRETS = secrets()
 
 
 def tell_secrets(mode: str) -> Run:
-    """Everybody asks to hear a secret of its own again, in one of three conversations."""
+    """Each request asks to hear its own secret again, in one of three conversations."""
     config = dataclasses.replace(CONFIG, num_blocks=28, max_model_len=64, preemption_mode=mode)
     engine, wanted = LLMEngine("storyteller", dtype="float64", config=config), []
     for number, secret in enumerate(SECRETS):
@@ -196,7 +196,7 @@ def tell_secrets(mode: str) -> Run:
 
 
 def leaks(done: Run) -> list[tuple[str, str]]:
-    """(who, what) for all who said the secret of another."""
+    """(request, text) for all requests that output the secret of another."""
     return [
         (request_id, secret)
         for request_id, output in done.outputs.items()
@@ -207,7 +207,7 @@ def leaks(done: Run) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_nobody_is_told_the_secret_of_another(mode):
-    """The storyteller says again what it is told: an answer shows whose prompt it has seen."""
+    """The storyteller repeats its prompt: an answer shows whose prompt it has seen."""
     done = tell_secrets(mode)
     assert leaks(done) == []
     own = [SECRETS[int(request_id[1:])] in output.outputs[0].text for request_id, output in done.outputs.items()]
@@ -237,7 +237,7 @@ def swapped_in_in_the_wrong_order(monkeypatch):
 
 
 def table_off_by_one(monkeypatch):
-    """Every block stands one place late in its table."""
+    """Every block is one entry late in its table."""
     right = Batch.set_blocks
     monkeypatch.setattr(
         Batch, "set_blocks", lambda self, part: right(self, part._replace(first_block=part.first_block + 1))

@@ -51,7 +51,7 @@ HASHES = {
 
 
 def history_after(history, token_id):
-    """Stands for what attention reads: it depends on all tokens so far and on their order."""
+    """A substitute for attention's input: it depends on all tokens so far and on their order."""
     return zlib.crc32(bytes([token_id]), history)
 
 
@@ -60,7 +60,7 @@ def next_token(history, seed):
 
 
 def alone(request):
-    """What the fake model says to a request that has the machine to itself: (output, finish reason)."""
+    """The fake model's result for a request that runs alone: (output, finish reason)."""
     history, output, reason = 0, [], None
     for token_id in request.prompt_token_ids:
         history = history_after(history, token_id)
@@ -177,7 +177,7 @@ class FakeExecutor:
 
 @dataclass
 class Expectation:
-    """A request that has not ended, what it must say, and what it has said."""
+    """A request that has not ended, its expected output, and its output so far."""
 
     request: Request
     output: list[int]
@@ -187,7 +187,7 @@ class Expectation:
 
 
 class Launched(NamedTuple):
-    """A step that the executor has carried out, but whose results nobody has read."""
+    """A step that the executor has carried out, but whose results are unread."""
 
     plan: SchedulerOutput
     output: ModelOutput
@@ -262,7 +262,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.expected = {}
         self.lives = []  # every request there was, in order of arrival
         self.launched = deque()
-        self.discarded = Counter()  # parts of a request that were computed for nothing
+        self.discarded = Counter()  # parts of a request that were wasted
         self.stopped = set()  # requests that were stopped from outside, at any moment
         self.longest = min(MAX_MODEL_LEN, (num_blocks - 1) * block_size + 1)  # the last token is never fed back
         self.texts = [[0] * 16, [0, 1] * 8]  # what prompts may begin with
@@ -381,7 +381,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.assert_gone(request)
 
     def compute_a_nan(self, plan, which):
-        """One request fails; the blocks that it alone had are shared with nobody, were they computed now or before."""
+        """One request fails; no block that only it had is shared, whether computed now or before."""
         bad_id = picked([part.request_id for part in plan.scheduled if part.samples], which)
         if bad_id is None:
             return self.compute(plan)
@@ -480,7 +480,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert bool(plan.num_tokens) == bool(self.expected), "work waits and nothing is computed, or the reverse"
 
     def check_order(self, ran_before):
-        """Whoever waits comes after all that were admitted."""
+        """Waiting requests come after all that were admitted."""
         order = self.scheduler.waiting.order
         admitted = [request for name, request in self.scheduler.running.items() if name not in ran_before]
         waiting = [expected.request for name, expected in self.expected.items() if name not in self.scheduler.running]
@@ -518,7 +518,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert self.executor.tables[part.request_id] == list(table)
 
     def take_in(self, launched):
-        """Update, and hold what is said against what each request says alone."""
+        """Update, and compare the outputs with those of each request alone."""
         plan, output, requests = launched
         parts = list(zip(plan.scheduled, requests, strict=True))
         for part, request in parts:

@@ -1,4 +1,4 @@
-"""The table at the top of the errata is what its cells print. `python tests/test_errata.py` writes it anew."""
+"""The table at the top of the errata repeats what its cells print. `python tests/test_errata.py` writes it."""
 
 import json
 import re

@@ -174,7 +174,7 @@ def test_all_causes_at_once():
 def test_the_order_of_causes_does_not_matter():
     why = explained(trace_of(UNEVEN, "static", 2, host=20e-3), trace_of(UNEVEN, rows=16))
     host = next(factor for factor in why.decomposition.factors if factor.name == "host")
-    assert host.high > 1.2 * host.low  # one order alone would tell another story
+    assert host.high > 1.2 * host.low  # a single order would give a different result
     shown = str(why)
     assert f"{why.ratio:.2f} times as long" in shown and "by order" in shown and "somebody waited" in shown
 
@@ -273,7 +273,7 @@ def test_what_is_no_trace_is_refused():
         explain(trace_of(UNEVEN[:1]), "trace")
 
 
-# --- what a trace tells ----------------------------------------------------------------------------------------------
+# --- factors from a trace --------------------------------------------------------------------------------------------
 
 
 def test_the_tokens_of_a_step_by_what_they_are_for():

@@ -80,7 +80,7 @@ FAULTS: list[Fault] = []
 
 
 def fault(name: str, expected: str) -> Callable:
-    """Put a function into the table, which sends it and checks what it is answered."""
+    """Put a function into the table, which sends it and checks the answer."""
 
     def add(happen: Callable[[ServedProcess], None]) -> Callable:
         FAULTS.append(Fault(name, expected, happen))
@@ -178,7 +178,7 @@ def undisturbed(server: ServedProcess) -> tuple[bytes, list[str]]:
 
 
 def resting(server: ServedProcess) -> dict[str, object]:
-    """What lives in it when it serves nobody."""
+    """The server's state while it serves no request."""
     soon(server.is_quiet)
     soon(lambda: server.alive()["tasks"] == ["Server.serve", "log_throughput"])
     return server.alive()

@@ -1,4 +1,4 @@
-"""The small operations beside what `model.py` computes, fused beside not fused, and the forward pass made of them."""
+"""The small operations against `model.py`, fused against not fused, and the forward pass made of them."""
 
 from collections import Counter as Multiset
 from types import SimpleNamespace
@@ -129,7 +129,7 @@ class Counter(TorchDispatchMode):
 
 
 class NoAttention:
-    """Stands where attention is, and computes nothing."""
+    """Replaces attention, and computes nothing."""
 
     slots = None
     pools = ((None, None),) * 2

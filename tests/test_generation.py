@@ -1,4 +1,4 @@
-"""When a request ends, what it says then, and which requests are refused before any work."""
+"""When a request ends, its final output, and which requests are refused before any work."""
 
 import json
 import shutil

@@ -75,7 +75,7 @@ def generate(model, params_of=greedy_params, **config):
 
 
 def assert_same(model_on_cpu, tokens, expected):
-    """The same tokens, but for what follows after two that were equally likely to float32."""
+    """The same tokens, except after two that were equally likely in float32."""
     assert {name: len(ids) for name, ids in tokens.items()} == {name: len(ids) for name, ids in expected.items()}
     close_calls = 0
     for i in range(len(REQUESTS)):
@@ -155,7 +155,7 @@ def run(runner, jobs=None, **how):
 
 @contextmanager
 def nobody_waits():
-    """torch itself raises where the host would wait for the device."""
+    """torch raises where the host would wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
