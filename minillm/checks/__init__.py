@@ -23,6 +23,7 @@ from minillm.checks.chapter_09_kernel import my_decode
 from minillm.checks.chapter_10 import admission, sse_events
 from minillm.checks.chapter_10_loop import run_engine, stream_request
 from minillm.checks.chapter_11 import better_within, explain, setting_with
+from minillm.checks.chapter_12 import choose_replica, fast_plan, mlp_on_rank, part_of, ring_seconds
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside, key_reads
 from minillm.checks.unsolved import judged, needs
@@ -44,9 +45,11 @@ __all__ = [
     "cached_attend",
     "causal_mask",
     "chunk_mask",
+    "choose_replica",
     "choose_victim",
     "decode_step_seconds",
     "explain",
+    "fast_plan",
     "few_passes",
     "find_mask",
     "generate_with_cache",
@@ -59,17 +62,20 @@ __all__ = [
     "left_pad",
     "merge_softmax",
     "make_room",
+    "mlp_on_rank",
     "my_decode",
     "needs",
     "padded_pass",
     "padding",
     "padding_mask",
     "paged_decode",
+    "part_of",
     "prediction",
     "queue_order",
     "read_in_chunks",
     "request_metrics",
     "restarting_positions",
+    "ring_seconds",
     "run_engine",
     "schedule_paged",
     "schedule_step",

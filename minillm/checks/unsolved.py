@@ -8,11 +8,10 @@ import inspect
 import linecache
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType
 from typing import Any
 
 from minillm.checks.base import STAND_INS, CheckFailed, NotWrittenYet, is_stub, own, plain
-from minillm.course import solution
+from minillm.course import names_in, solution
 
 FAILED: dict[int, Any] = {}  # id -> a function that failed its last check
 
@@ -95,12 +94,5 @@ def global_names(function: Callable) -> Iterator[str]:
     """Names that a function, or the methods of a class, may look up in the notebook."""
     function = plain(function)
     for each in vars(function).values() if inspect.isclass(function) else [function]:
-        yield from names_in(getattr(each, "__code__", None))
-
-
-def names_in(code: CodeType | None) -> Iterator[str]:
-    if code is not None:
-        yield from code.co_names
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from names_in(constant)
+        code = getattr(each, "__code__", None)
+        yield from names_in(code) if code else ()

@@ -8,8 +8,13 @@ from minillm import hand_on
 __getattr__, __dir__, __all__ = hand_on(
     __name__,
     {
+        "all_reduce": "Message follow_plan is_complete plan_seconds ring_plan",
         "activations": "ActivationBytes activation_bytes chunk_that_fits",
         "kv_bytes": "blocks_needed kv_bytes_per_token",
+        "links": (
+            "ETHERNET_100G LINKS Link NVLINK_3 PCIE_4 all_reduce_bytes all_reduce_seconds tensor_parallel_pays_up_to "
+            "tensor_parallel_seconds"
+        ),
         "memory_ledger": (
             "CacheLimits MemoryFit MemoryLedger MemoryProfile available_memory mib pieces plan_cache what_fits"
         ),

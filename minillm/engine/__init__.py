@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = hand_on(
         "queue": "SCHEDULING_POLICIES WaitingQueue",
         "recorder": "NotedStep",
         "request": "Request output_id",
-        "routing": "PowerOfTwo PrefixAware ROUTERS RoundRobin Router make_router",
+        "routing": "block_keys PowerOfTwo PrefixAware ROUTERS RoundRobin Router make_router",
         "scheduler": "ADMISSIONS Scheduler SchedulerConfig StepUpdate id_in_use",
     },
 )

@@ -11,7 +11,7 @@ Model Programs") and Ray Serve's `PrefixCacheAffinityRouter`; here the prefixes 
 import random
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 
 from minillm.engine.block_manager import hash_block
@@ -61,6 +61,20 @@ class PowerOfTwo(Router):
         return min(drawn, key=loads.__getitem__)
 
 
+def block_keys(
+    token_ids: Sequence[int],
+    block_size: int = BLOCK_SIZE,
+    salt: str = "",
+    key_of: Callable[[bytes, tuple[int, ...]], bytes] = hash_block,
+) -> list[bytes]:
+    """The keys of a prompt's full blocks, as the block manager has them: each stands for all tokens up to its end."""
+    keys, key = [], salt.encode("utf-8", "surrogatepass")
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        key = key_of(key, tuple(token_ids[end - block_size : end]))
+        keys.append(key)
+    return keys
+
+
 class PrefixAware(Router):
     """The replica that was sent most of the prompt's blocks, unless it has many more requests than the least loaded.
 
@@ -87,20 +101,13 @@ class PrefixAware(Router):
     def _choose(self, loads: Loads, token_ids: Sequence[int], salt: str) -> Hashable:
         for gone in self._sent.keys() - loads.keys():
             self._forget(gone)
-        keys = list(self._keys(token_ids, salt))
+        keys = block_keys(token_ids, self.block_size, salt, self._hash_block)
         holders = self._longest(keys)
         chosen = min(holders, key=lambda replica: (loads[replica], str(replica)), default=None)
         if chosen is None or loads[chosen] > min(loads.values()) + self.most_ahead:
             chosen = self._otherwise.choose(loads, token_ids, salt)
         self._note(chosen, keys)
         return chosen
-
-    def _keys(self, token_ids: Sequence[int], salt: str) -> Iterator[bytes]:
-        """The keys of the prompt's full blocks, as the block manager has them."""
-        key = salt.encode("utf-8", "surrogatepass")
-        for end in range(self.block_size, len(token_ids) + 1, self.block_size):
-            key = self._hash_block(key, tuple(token_ids[end - self.block_size : end]))
-            yield key
 
     def _longest(self, keys: Sequence[bytes]) -> set[Hashable]:
         """The replicas that were sent the most of these blocks from the first one on; none without the first."""

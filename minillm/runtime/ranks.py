@@ -59,7 +59,7 @@ class RankGroup:
         where = environment.get(PLACE, "env://")
         dist.init_process_group(self.backend, init_method=where, rank=self.rank, world_size=self.size)
         self._calls = dist.new_group(backend="gloo", timeout=FOREVER)
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     @property
     def why(self) -> str:
@@ -127,7 +127,7 @@ class RankGroup:
         return content.numpy().tobytes()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """This process ends when its parent is gone, whatever it waits for."""
     while os.getppid() == parent:
         time.sleep(LOOK_EVERY)

@@ -27,6 +27,7 @@ from minillm.viz.grids import AttentionWeights, CutMask, InfluenceGrid, MaskGrid
 from minillm.viz.journey import LayerPath
 from minillm.viz.lanes import DeviceUse, HostDeviceLanes, LaneChart, Span, device_use
 from minillm.viz.launches import LaunchOverhead
+from minillm.viz.links import AllReduceRounds, LinkRoofline
 from minillm.viz.load import LoadCurves, LoadPoint, ThroughputLatency
 from minillm.viz.memory_access import WarpAccess
 from minillm.viz.memory_traffic import MemoryTraffic
@@ -37,12 +38,14 @@ from minillm.viz.pool import PoolUse, ReservedAgainstPaged
 from minillm.viz.prefill_tiles import PrefillTiles
 from minillm.viz.recompute import RecomputeGrid
 from minillm.viz.roofline import DecodeRoofline
+from minillm.viz.routes import Routes
 from minillm.viz.scoreboard import Score, Scoreboard
 from minillm.viz.timeline import Timeline
 from minillm.viz.waterfall import Waterfall
 
 __all__ = [
     "STYLE",
+    "AllReduceRounds",
     "AttentionWeights",
     "Bars",
     "BatchComposition",
@@ -62,6 +65,7 @@ __all__ = [
     "LaunchOverhead",
     "LayerDiagram",
     "LayerPath",
+    "LinkRoofline",
     "LoadCurves",
     "LoadPoint",
     "MaskGrid",
@@ -78,6 +82,7 @@ __all__ = [
     "PrefillTiles",
     "RecomputeGrid",
     "ReservedAgainstPaged",
+    "Routes",
     "RunOverview",
     "Score",
     "Scoreboard",
