@@ -17,6 +17,7 @@ from minillm.engine import (
     Router,
     Scheduler,
     SchedulerConfig,
+    block_keys,
     extend_prefixes,
     make_router,
 )
@@ -108,7 +109,7 @@ def test_what_was_sent_longest_ago_is_forgotten_first_and_of_a_prompt_its_end():
     router.choose({"a": 0}, prompt(0))  # 4 blocks
     router.choose({"a": 0}, prompt(1000))  # 4 more: 2 of the first prompt are left
     assert len(router._sent["a"]) == 6 == len(router._holders)
-    kept = list(router._keys(prompt(0), ""))[:2]
+    kept = block_keys(prompt(0))[:2]
     assert all(key in router._holders for key in kept)
 
 
@@ -121,8 +122,8 @@ def test_a_prompt_shorter_than_a_block_leaves_nothing_behind():
 def test_keys_are_those_of_the_engine_and_another_salt_is_another_prefix():
     request = Request("r", list(prompt(0, 70)), _one_token(), cache_salt="mine")
     keys = [prefix.key for prefix in extend_prefixes(request, 4, 16)]
-    assert list(PrefixAware(16)._keys(request.prompt_token_ids, "mine")) == keys
-    assert not set(PrefixAware(16)._keys(request.prompt_token_ids, "")) & set(keys)
+    assert block_keys(request.prompt_token_ids, 16, "mine") == keys
+    assert not set(block_keys(request.prompt_token_ids, 16)) & set(keys)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -90,10 +90,9 @@ def tensor_parallel_pays_up_to(
 
     def gains(share: int) -> bool:
         batch = share * num_ranks
-        together = tensor_parallel_seconds(
-            config, card, link, num_ranks, batch, batch, batch * context, batch * context
-        )
-        return together < step_seconds(config, card, share, share, share * context, share * context)
+        keys = batch * context
+        together = tensor_parallel_seconds(config, card, link, num_ranks, batch, batch, keys, keys)
+        return together < decode_seconds(config, card, context, share)
 
     return num_ranks * _last(gains, most // num_ranks)
 
