@@ -1041,6 +1041,90 @@ def by_what_is_offered(limit, a, b):
     return "a" if most(a) > most(b) else "b"
 
 
+# chapter 12 ---------------------------------------------------------------------------------------
+
+
+@right(checks.part_of)
+def cut_into_nested_lists(weight, rank, size, by):
+    """Of the transposed matrix, columns are rows."""
+    rows = weight.T.tolist() if by == "columns" else weight.tolist()
+    mine = rows[rank * len(rows) // size :][: len(rows) // size]
+    return zip(*mine, strict=True) if by == "columns" else iter(mine)
+
+
+@wrong(checks.part_of)
+def from_the_other_end(weight, rank, size, by):
+    return weight.chunk(size, 1 if by == "columns" else 0)[-rank]
+
+
+@right(checks.mlp_on_rank)
+def scales_its_parts(x, gate, up, down, add_up):
+    wide = gate.T @ x.T
+    wide *= torch.sigmoid(wide)
+    wide *= up.mul_(2).T @ x.T
+    return add_up(wide.T @ down.div_(2)).add_(x).numpy()
+
+
+@wrong(checks.mlp_on_rank)
+def a_share_of_x_and_a_second_sum(x, gate, up, down, add_up):
+    size = add_up(torch.ones(1))
+    return add_up(x / size + (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down)
+
+
+@right(checks.ring_seconds)
+def of_fractions(num_bytes, num_ranks, bandwidth, latency):
+    rounds = 2 * num_ranks - 2
+    return rounds * (Fraction(latency) + Fraction(num_bytes, num_ranks) / Fraction(bandwidth))
+
+
+@wrong(checks.ring_seconds)
+def one_round_more(num_bytes, num_ranks, bandwidth, latency):
+    return (2 * num_ranks - 1) * (latency + num_bytes / num_ranks / bandwidth)
+
+
+def halves_then_doubles(num_ranks, turn):
+    """Partners differ in one bit, and what is sent is `turn`ed for the last rank."""
+    ranks = range(num_ranks)
+    distances = [distance for distance in (8, 4, 2, 1) if distance < num_ranks]
+    for distance in distances:
+        yield {
+            (rank, rank ^ distance, frozenset(p for p in ranks if (p ^ rank ^ distance) < distance)) for rank in ranks
+        }
+    for distance in distances[::-1]:
+        yield {(rank, rank ^ distance, frozenset(p for p in ranks if (p ^ rank) < distance)) for rank in turn(ranks)}
+
+
+@right(checks.fast_plan)
+def as_sets(num_ranks):
+    return halves_then_doubles(num_ranks, list)
+
+
+@wrong(checks.fast_plan)
+def one_rank_does_not_hand_on(num_ranks):
+    return halves_then_doubles(num_ranks, lambda ranks: ranks[:-1])
+
+
+@right(checks.choose_replica)
+def empties_what_it_gets(blocks, sent, loads, most_ahead):
+    least, holders = min(loads), list(range(len(loads)))
+    for block in blocks:
+        still = [replica for replica in holders if block in sent[replica]]
+        if not still:
+            break
+        holders, sent[still[0]] = still, sent[still[0]] - {None}
+    if blocks and blocks[0] not in sent[holders[0]] or not blocks:
+        return np.argmin(loads)
+    best = min(holders, key=loads.__getitem__)
+    return Fraction(best if loads[best] <= least + most_ahead else loads.index(least))
+
+
+@wrong(checks.choose_replica)
+def ties_to_the_first_holder(blocks, sent, loads, most_ahead):
+    held = [next((n for n, block in enumerate(blocks) if block not in each), len(blocks)) for each in sent]
+    best = held.index(max(held))
+    return best if held[best] and loads[best] <= min(loads) + most_ahead else loads.index(min(loads))
+
+
 # ---------------------------------------------------------------------------------------------------
 
 

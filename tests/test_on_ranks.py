@@ -66,7 +66,7 @@ def recursive(n):
 
 
 def uses_a_lambda(n):
-    return sum(map(lambda each: plus_offset(each, times=1), range(n)))
+    return sum(sorted(range(n), key=lambda each: -plus_offset(each))) + n * OFFSET
 
 
 def of_a_keyword(n, *, more=5):
