@@ -305,20 +305,16 @@ def prefixed_requests(
 
 
 def _arriving(num_requests: int, arrivals: str, rate: float, burst_size: int, seed: int) -> Iterator[float]:
-    """When each of `num_requests` arrives. Raises ConfigError if they are too many, and where one is too late."""
+    """When each of `num_requests` arrives. Raises ConfigError, at once, if they are too many or too late."""
     if num_requests > MOST_REQUESTS:
         raise ConfigError(f"num_requests is {num_requests}; memory has room for about {MOST_REQUESTS}")
-    times = arrival_times(arrivals, rate, burst_size, seed)
-    return (_in_time(at, i, num_requests, rate) for i, at in enumerate(islice(times, num_requests)))
-
-
-def _in_time(at: float, number: int, num_requests: int, rate: float) -> float:
-    if at > MOST_SECONDS:
-        raise ConfigError(
-            f"at a rate of {rate} per second request {number} of {num_requests} arrives beyond "
-            f"{MOST_SECONDS:g} s, where time is too coarse to measure a step; raise the rate"
-        )
-    return at
+    for number, at in enumerate(islice(arrival_times(arrivals, rate, burst_size, seed), num_requests)):
+        if at > MOST_SECONDS:
+            raise ConfigError(
+                f"at a rate of {rate} per second request {number} of {num_requests} arrives beyond "
+                f"{MOST_SECONDS:g} s, where time is too coarse to measure a step; raise the rate"
+            )
+    return islice(arrival_times(arrivals, rate, burst_size, seed), num_requests)  # again, so that none is kept
 
 
 @checked
