@@ -132,6 +132,14 @@ def test_without_a_replica_a_router_says_so(name):
         make_router(name).choose({}, prompt(0))
 
 
+def test_the_command_lets_the_router_remember_as_much_as_a_pool_holds(monkeypatch):
+    made = []
+    monkeypatch.setattr("minillm.engine.make_router", lambda *given: made.append(make_router(*given)) or made[-1])
+    assert main(["simulate", "--model", "Llama-2-7B", "--card", "a100-40gb", "--requests", "2", "--replicas", "2"]) == 0
+    replica = Replica(preset("Llama-2-7B", "a100-40gb"), CONFIG)
+    assert made[0].most_remembered == replica.scheduler.block_manager.num_blocks < 4000
+
+
 def test_an_unknown_router_is_named():
     with pytest.raises(ConfigError, match=r"'fastest'.*round-robin"):
         make_router("fastest")

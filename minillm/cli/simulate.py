@@ -91,8 +91,10 @@ def run_several(arguments: argparse.Namespace, cost_model, config, requests: Ite
     if arguments.batching != "continuous" or arguments.trace:
         raise ConfigError("--replicas goes with --batching continuous and without --trace")
     replicas = [Replica(cost_model, config) for _ in range(arguments.replicas)]
+    blocks = replicas[0].scheduler.block_manager
+    router = make_router(arguments.router, blocks.block_size, blocks.num_blocks)
     began = time.perf_counter()
-    found = run_replicas(replicas, make_router(arguments.router), requests, slo_of(arguments))
+    found = run_replicas(replicas, router, requests, slo_of(arguments))
     seconds = time.perf_counter() - began
     print(f"router        {arguments.router}\n{found}")
     print(f"simulated {found.report.makespan:.0f} s in {seconds:.1f} s")

@@ -148,7 +148,11 @@ ROUTERS: Mapping[str, type[Router]] = {
 }
 
 
-def make_router(name: str, block_size: int = BLOCK_SIZE) -> Router:
-    """A router by its name, for engines with blocks of this size. Raises ConfigError for an unknown one."""
+def make_router(name: str, block_size: int = BLOCK_SIZE, most_remembered: int = MOST_REMEMBERED) -> Router:
+    """A router by its name, for engines with blocks of this size. Raises ConfigError for an unknown one.
+
+    `most_remembered`: blocks of each replica that a prefix-aware router remembers.
+    """
     check_choice("router", name, tuple(ROUTERS))
-    return ROUTERS[name](**{"block_size": block_size} if name == "prefix-aware" else {})
+    options = {"block_size": block_size, "most_remembered": most_remembered}
+    return ROUTERS[name](**options if name == "prefix-aware" else {})
