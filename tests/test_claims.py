@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = {path.stem[:2]: nbformat.read(path, as_version=4) for path in notebooks.chapters([])}
 CROSSING = costs.compute_bound_batch(RTX_4090)
 FIT = what_fits(LLAMA_2_7B, A100_80GB.memory_bytes)
+WEIGHTS = 2 * costs.matmul_parameters(LLAMA_2_7B)
+READING = 1e3 * WEIGHTS / A100_80GB.bandwidth  # milliseconds
 RESERVED = FIT.num_requests(4096)  # requests that reserve their whole context
 
 
@@ -55,6 +57,12 @@ def test_memory_is_counted_as_it_is_sold():
         ("09", "crossing-read", f"does {A100_80GB.flops / A100_80GB.bandwidth:.0f} FLOP in float16"),
         ("09", "crossing-read", f"Up to {costs.compute_bound_batch(A100_80GB) - 1} requests"),
         ("09", "varlen-more", f"With {A100_80GB.flops / A100_80GB.bandwidth:.0f} queries for each key"),
+        (
+            "12",
+            "bytes-read",
+            f"reads {WEIGHTS / 1e9:.1f} GB of weights, in {READING:.1f} ms",
+        ),
+        ("12", "hits-read", f"about {costs.what_fits(LLAMA_2_7B, A100_80GB.memory_bytes).num_tokens:,} tokens"),
         ("11", "budgets-read", f"takes {2 * costs.LLAMA_13B.num_parameters / 1e9:.0f} of 40 GB"),
     ],
 )
@@ -117,6 +125,21 @@ def test_the_parts_of_24_are_what_chapter_11_says():
     assert 14 <= float(re.search(r"all six causes: (\S+)x", printed("11", "verdict"))[1]) <= 24
     share = int(re.search(r"is (\d+)% of it", printed("11", "verdict"))[1])
     assert share < 50 and "The larger part of the 24 is not PagedAttention" in said("11", "verdict-read")
+
+
+def test_the_bound_of_chapter_12_and_the_bend_of_its_curve():
+    bounded, free = (
+        re.search(rf"{name} +(\d+)% +\S+ ms +(\d+) ms", printed("12", "bound")).groups()
+        for name in ("at most 8 ahead", "no bound")
+    )
+    assert int(free[0]) > int(bounded[0]) and 4.5 < int(free[1]) / int(bounded[1]) < 5
+    assert "the slowest 1 % wait nearly five times as long" in said("12", "bound-read")
+    rows = re.findall(r"^(\d) +([\d.]+) +([\d.]+)$", printed("12", "scaling-picture"), re.MULTILINE)
+    share = {int(number): (float(robin), float(yours)) for number, robin, yours in rows[: len(rows) // 2]}
+    assert share[3][1] - share[2][1] > 3 * (share[4][1] - share[3][1]) and "about three replicas" in said(
+        "12", "scaling-read"
+    )
+    assert max(robin for robin, _ in share.values()) < 36
 
 
 def test_the_readme_counts_the_lines():
