@@ -4,6 +4,7 @@ import asyncio
 import math
 import threading
 from contextlib import suppress
+from itertools import takewhile
 
 import pytest
 
@@ -160,6 +161,13 @@ def admission(num_requests, most, ended):
     return min(60, max(1, math.ceil(num_requests / 2 / pace)))
 
 
+def counts_one_if_the_list_is_empty(num_requests, most, ended):
+    if num_requests < most:
+        return None
+    recent = sum(seconds < 10 for seconds in ended) if ended else 1
+    return min(60, max(1, math.ceil(5 * num_requests / recent)))
+
+
 @pytest.mark.parametrize(
     "right", [admission, lambda *args: None if admission(*args) is None else admission(*args) * 1.0]
 )
@@ -178,6 +186,9 @@ def test_admission_accepts(right, capsys):
         (lambda n, most, ended: None if n < most else n / 2 * 10 / max(1, len(ended)), "round up"),
         (lambda n, most, ended: admission(n, most, [0.0] * len(ended)), "less than 10 s ago count"),
         (lambda n, most, ended: None if n < most else math.ceil(n * 5 / sum(s < 10 for s in ended)), "count one"),
+        (lambda n, most, ended: admission(n, most, takewhile(lambda s: s < 10, ended)), "has no order that counts"),
+        (lambda n, most, ended: admission(n, most, [s - 1e-9 for s in ended]), "exactly 10 s ago does not count"),
+        (counts_one_if_the_list_is_empty, "though some did before: count one"),
         (lambda n, most, ended: None if n < most else admission(n // 2 * 2, 0, ended), "4.5, not 4"),
         (lambda n, most, ended: None if n < most else max(1, math.ceil(n * 5 / max(1, len(ended)))), "count"),
     ],
@@ -443,6 +454,25 @@ async def no_finally(engine, wishes, queues, request_id, prompt, params):
             return
 
 
+async def over_after_the_yield(engine, wishes, queues, request_id, prompt, params):
+    """A reader who does not come back after the last output gets it aborted."""
+    queue = queues[request_id] = asyncio.Queue()
+    wishes.put_nowait((request_id, lambda: engine.add_request(request_id, prompt, params)))
+    is_over = False
+    try:
+        while not is_over:
+            output = await queue.get()
+            if isinstance(output, Exception):
+                is_over = True
+                raise output
+            yield output
+            is_over = output.finished
+    finally:
+        del queues[request_id]
+        if not is_over:
+            wishes.put_nowait((request_id, lambda: engine.abort_request(request_id)))
+
+
 async def only_when_cancelled(engine, wishes, queues, request_id, prompt, params):
     outputs = reader(aborts="never")(engine, wishes, queues, request_id, prompt, params)
     try:
@@ -465,6 +495,8 @@ async def a_list(engine, wishes, queues, request_id, prompt, params):
         (reader(cleans=False), "queues left: a"),
         (reader(aborts="never"), "`finally` is the place for the abort"),
         (reader(aborts="always"), "aborted a"),
+        (reader(abort_at_once=True), "abort_request() was called outside any wish"),
+        (over_after_the_yield, "the request is over *before* that is yielded"),
         (reader(raises=False), "may be an exception"),
         (reader(own=False), "a queue of its own"),
         (no_finally, "`finally` is the place for the abort"),

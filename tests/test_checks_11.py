@@ -6,6 +6,7 @@ import pytest
 
 from check_answers import message, passes
 from minillm import checks
+from minillm.checks import chapter_11
 from minillm.checks.base import NotWrittenYet
 from minillm.simulation import Assumptions
 from minillm.simulation import explain as explain_of_package
@@ -52,7 +53,22 @@ def padding_first(trace_a, trace_b):
     return {"padding": padding, "waiting": waiting, "memory": memory, "host": host}
 
 
-@pytest.mark.parametrize("right", [explain, by_the_package, padding_first])
+def with_running_sums(trace_a, trace_b):
+    """Another way to the same layers: seconds of each use, step by step."""
+    products = {}
+    for trace, sign in ((trace_a, 1), (trace_b, -1)):
+        spent = {"useful": 0.0, "padding": 0.0, "ended": 0.0, "recompute": 0.0}
+        for step in trace.steps:
+            for use in spent:
+                spent[use] += getattr(step.uses, use) * step.computing / step.num_tokens
+        left = spent["useful"] + spent["recompute"]
+        layers = [trace.makespan, sum(spent.values()), left + spent["padding"], left, 1.0]
+        for cause, outer, inner in zip(("host", "waiting", "padding", "memory"), layers, layers[1:], strict=False):
+            products[cause] = products.get(cause, 1.0) * (outer / inner) ** sign
+    return products
+
+
+@pytest.mark.parametrize("right", [explain, with_running_sums])
 def test_explain_accepts(right, capsys):
     assert passes(checks.explain, right, capsys)
 
@@ -94,6 +110,13 @@ def all_padding_alike(trace_a, trace_b):
     return factors | {"padding": factors["padding"] * factors["waiting"], "waiting": 1.0}
 
 
+def from_time_zero(trace_a, trace_b):
+    """The makespan as the end of the last step: right as long as somebody is there at once."""
+    factors = explain(trace_a, trace_b)
+    totals = [trace.steps[-1].end_time / trace.makespan for trace in (trace_a, trace_b)]
+    return factors | {"host": factors["host"] * totals[0] / totals[1]}
+
+
 def host_between_steps_only(trace_a, trace_b):
     factors = explain(trace_a, trace_b)
     return factors | {"memory": factors["memory"] * factors["host"], "host": 1.0}
@@ -111,6 +134,9 @@ def upside_down(trace_a, trace_b):
         (by_counting_tokens, "not of all tokens"),
         (all_padding_alike, "step.uses.ended are the tokens"),
         (host_between_steps_only, "Only the host differs here"),
+        (padding_first, "Waiting is the outer layer"),
+        (by_the_package, "Only padding differs here"),
+        (from_time_zero, "product of the factors must be"),
         (upside_down, "product of the factors must be"),
         (lambda a, b: {"padding": 1.0}, "Return a dict"),
         (lambda a, b: list(explain(a, b).values()), "Return a dict"),
@@ -122,6 +148,14 @@ def upside_down(trace_a, trace_b):
 def test_explain_refuses(wrong, told):
     text = message(checks.explain, wrong)
     assert told in text and "call      explain(<" in text and "; product " in text
+
+
+def test_a_cause_alone_is_nearly_the_whole_ratio():
+    """The rule of the exercise, where the answer is known."""
+    for cause, case in zip((None, "padding", "waiting", "memory", "host"), chapter_11._explain_cases(), strict=False):
+        a, b = case.args
+        known = {each: a.makespan / b.makespan if each == cause else 1.0 for each in case.expected}
+        assert case.expected == pytest.approx(known, rel=0.04)
 
 
 # setting_with -------------------------------------------------------------------------------------
@@ -238,3 +272,29 @@ def a_stub(*args):
 def test_what_is_not_written_yet_is_told_so(check):
     with pytest.raises(NotWrittenYet, match=rf"✗ {check.__name__}: not written yet"):
         check(a_stub)
+
+
+# engine_arguments ---------------------------------------------------------------------------------
+
+BEST = {"enable_prefix_caching": True, "block_size": 8, "watermark": 0.1, "max_num_batched_tokens": 256}
+
+
+def test_engine_arguments_accepts(capsys):
+    assert passes(checks.engine_arguments, lambda: dict(BEST), capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, "A long gap is a preempted request"),
+        (BEST | {"max_num_batched_tokens": 512}, "longest gap 27 ms"),
+        (BEST | {"watermark": 0.0}, "A long gap is a preempted request"),
+        (BEST | {"enable_prefix_caching": False}, "share beginnings"),
+        (BEST | {"block_size": 16}, "waste fewer slots of the last blocks"),
+        (BEST | {"block_size": 0}, "raised"),
+        (BEST | {"num_blocks": 10_000}, "a dict with some of max_num_seqs"),
+        ("fast", "a dict with some of max_num_seqs"),
+    ],
+)
+def test_engine_arguments_refuses(arguments, told):
+    assert told in message(checks.engine_arguments, lambda: arguments)

@@ -22,7 +22,7 @@ from minillm.checks.chapter_09 import decode_step_seconds, key_number, merge_sof
 from minillm.checks.chapter_09_kernel import my_decode
 from minillm.checks.chapter_10 import admission, sse_events
 from minillm.checks.chapter_10_loop import run_engine, stream_request
-from minillm.checks.chapter_11 import better_within, explain, setting_with
+from minillm.checks.chapter_11 import better_within, engine_arguments, explain, setting_with
 from minillm.checks.chapter_12 import choose_replica, fast_plan, mlp_on_rank, part_of, ring_seconds
 from minillm.checks.predictions import prediction
 from minillm.checks.puzzles import beside, key_reads
@@ -48,6 +48,7 @@ __all__ = [
     "choose_replica",
     "choose_victim",
     "decode_step_seconds",
+    "engine_arguments",
     "explain",
     "fast_plan",
     "few_passes",

@@ -153,6 +153,9 @@ def admission(function: Callable) -> None:
         _asked(16, 16, [0.5, 9.9, 10.1, 300.0], "Only those that ended less than 10 s ago count."),
         _asked(4, 4, NOBODY, "None has ended lately: count one."),
         _asked(400, 264, [0.1] * 20, "More than 60 s is not said: nobody would come back."),
+        _asked(16, 16, [300.0, 10.1, 9.9, 0.5], "The list has no order that counts: look at every time in it."),
+        _asked(4, 4, [12.0, 40.0], "None has ended in the last 10 s, though some did before: count one."),
+        _asked(8, 8, [10.0, 9.0], "A request that ended exactly 10 s ago does not count."),
         _asked(2, 2, [0.01] * 200, "Less than 1 s is not said: the header has whole seconds."),
         _asked(9, 9, [2.0] * 3, "Half of 9 requests are 4.5, not 4."),
     ]

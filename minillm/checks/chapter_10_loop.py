@@ -62,7 +62,8 @@ class Engine:
         self.aborted: list[str] = []
         self.problem = ""  # the first thing that was done wrong
         self.num_looks, self.act = 0, lambda what, request_id, length: None
-        self._in_step = False
+        self.wishes_only = False  # add_request and abort_request must come from a wish
+        self.in_wish = self._in_step = False
 
     def has_unfinished_requests(self) -> bool:
         self.num_looks += 1
@@ -111,6 +112,8 @@ class Engine:
             self._note("the event loop stood still during step()")
 
     def _touched(self, name: str) -> None:
+        if self.wishes_only and name != "step" and not self.in_wish:
+            self._note(f"{name}() was called outside any wish")
         if self._in_step:
             self._note(f"{name}() while a step was being computed")
 
@@ -141,6 +144,8 @@ def _on_problem(got: Ran, case: Case) -> str | None:
     """What has been done wrong is told before what it led to."""
     if "event loop" in got.problem:
         return "`await asyncio.to_thread(engine.step)` computes on another thread, and the loop goes on meanwhile."
+    if "outside any wish" in got.problem:
+        return "Leave a wish, `wishes.put_nowait((request_id, function))`: only the loop that owns the engine calls it."
     if "while a step" in got.problem:
         return "The engine is touched between two steps alone: by the wishes, in run_engine."
     if "without a request" in got.problem:
@@ -293,6 +298,12 @@ def stream_request(function: Callable) -> None:
             "A reader who stops ends the generator at its `yield`: `finally` is the place for the abort.",
         ),
         _streams(
+            Script("a has 3 tokens, b has 4; a's reader stops after its last", (("a", 3), ("b", 4)), stop_after=3),
+            {"a": [1, 2, 3], "b": [1, 2, 3, 4]},
+            (),
+            "A reader need not come back after the last output: the request is over *before* that is yielded.",
+        ),
+        _streams(
             Script("a and b have 9 tokens; a is cancelled after 1", (("a", 9), ("b", 9)), stop_after=1, cancel=True),
             {"a": [1], "b": [1, 2, 3, 4, 5, 6, 7, 8, 9]},
             ("a",),
@@ -347,6 +358,7 @@ def _read_by(function: Callable) -> Callable:
                 except PromptError as error:
                     read[request_id].append(type(error).__name__)
 
+            engine.wishes_only = True
             server = asyncio.ensure_future(_serve(engine, wishes, queues))
             (first, length), *others = script.lengths
             readers = [asyncio.ensure_future(reader(first, length, script.stop_after))]
@@ -368,11 +380,13 @@ async def _serve(engine: Engine, wishes: asyncio.Queue, queues: dict) -> None:
     while True:
         while not wishes.empty() or not engine.has_unfinished_requests():
             request_id, wish = await wishes.get()
+            engine.in_wish = True
             try:
                 wish()
             except Exception as error:
                 if request_id in queues:
                     queues[request_id].put_nowait(error)
+            engine.in_wish = False
         for output in await asyncio.to_thread(engine.step):
             if output.request_id in queues:
                 queues[output.request_id].put_nowait(output)

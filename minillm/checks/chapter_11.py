@@ -1,33 +1,35 @@
 """Chapter 11, why 24 times: a ratio explained from two traces, a setting for every factor, a benchmark read."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillm.checks.base import Case, CheckFailed, call, describe, failure, number_of, run_check, same_value
-from minillm.engine import SchedulerConfig
+from minillm.costs import A100_80GB, LLAMA_2_7B
+from minillm.engine import BlockManager, Request, Scheduler, SchedulerConfig
 from minillm.errors import MiniLLMError
+from minillm.sampling import SamplingParams
 from minillm.simulation import (
     BATCHING,
     EXPLAINED,
     Assumptions,
     Calibrated,
     Published,
+    Roofline,
     SimulatedExecutor,
     VirtualClock,
     WithHost,
     made_request,
     run,
 )
-from minillm.simulation import explain as explain_of_package
 from minillm.trace import Trace
 from minillm.viz import LoadPoint
 
 # --- explain ---------------------------------------------------------------------------------------------------------
 
-CLOSE = 0.04  # what a factor may be off: the answers are known by switching causes, the traces tell them nearly
 PROMPTS = [5 + 37 * i % 60 for i in range(64)]
 OUTPUTS = [3 + 23 * i % 40 for i in range(64)]
 LINEAR = Calibrated(4e-3, 0.5e-3, 0, 0, 0, 0, 0, 0)  # seconds per step, and per token: arithmetic decides
@@ -48,27 +50,42 @@ class KnownTrace(Trace):
         return replace(self, requests=list(self.requests), steps=list(self.steps))
 
 
-@dataclass(frozen=True)
-class Known:
-    """The measured ratio, and between which each factor lies: one value, or those of both orders."""
-
-    ratio: float
-    factors: Mapping[str, tuple[float, float]]
-
-
 def explain(function: Callable) -> None:
     """`explain(trace_a, trace_b)` -> {"padding": …, "waiting": …, "memory": …, "host": …}, whose product is the ratio.
 
-    The traces are simulated, so that what each cause is worth is known: it was switched on alone, or two of them were.
+    The traces are simulated: first with one cause alone, then with several. The factors must be those of the rule, in
+    its order of layers.
     """
-    run_check("explain", function, _explain_cases(), same=_is_known, show=_show_factors, advise=_advise_factors)
+    run_check("explain", function, _explain_cases(), same=_is_close, show=_show_factors, advise=_advise_factors)
 
 
-def _trace(label: str, pairs: list, batching: str = "continuous", rows: int = 4, costs=LINEAR, host: float = 0.0):
-    """One simulated run; requests are there from the beginning, so that somebody always waits for a place."""
+def _layers(trace: Trace) -> dict[str, float]:
+    """Of a run, from the outside in: each layer over what it encloses, and the seconds left in the end."""
+    computing = sum(step.computing for step in trace.steps)
+    waiting = sum(step.computing * step.uses.ended / step.num_tokens for step in trace.steps)
+    padding = sum(step.computing * step.uses.padding / step.num_tokens for step in trace.steps)
+    busy = computing - waiting
+    return {
+        "host": trace.makespan / computing,
+        "waiting": computing / busy,
+        "padding": busy / (busy - padding),
+        "memory": busy - padding,
+    }
+
+
+def _trace(
+    label: str,
+    pairs: list,
+    batching: str = "continuous",
+    rows: int = 4,
+    costs=LINEAR,
+    host: float = 0.0,
+    at: float = 0.0,
+):
+    """One simulated run; all requests arrive together, so that somebody always waits for a place."""
     clock = VirtualClock()
     scheduler = BATCHING[batching](SchedulerConfig(rows, 1024, 512), clock)
-    requests = [made_request(str(i), 0.0, *pair) for i, pair in enumerate(pairs)]
+    requests = [made_request(str(i), at, *pair) for i, pair in enumerate(pairs)]
     trace = run(scheduler, SimulatedExecutor(WithHost(costs, host), clock), requests, clock)
     return KnownTrace(**vars(trace), label=f"<{label}>")
 
@@ -83,69 +100,50 @@ def _known_runs() -> Iterator[Case]:
     both = list(zip(PROMPTS, OUTPUTS, strict=True))
     same_outputs, same_prompts = [(prompt, 12) for prompt in PROMPTS], [(16, output) for output in OUTPUTS]
     alike = _trace("static, 4 rows", both, "static")
-    yield _single(None, alike, alike, "The same trace twice: every factor is 1. Divide each number of a by that of b.")
-    yield _single(
-        "padding",
+    yield _pair(alike, alike, "The same trace twice: every factor is 1. Divide each number of a by that of b.")
+    yield _pair(
         _trace("static, 4 rows, all outputs of 12 tokens", same_outputs, "static"),
         _trace("continuous, 4 rows, all outputs of 12 tokens", same_outputs),
         "Only padding differs here. Take its share of each step's seconds, not of all tokens: most padding is in a few "
         "long steps.",
     )
-    yield _single(
-        "waiting",
+    yield _pair(
         _trace("static, 4 rows, all prompts of 16 tokens", 4 * same_prompts, "static", costs=FLAT),
         _trace("continuous, 4 rows, all prompts of 16 tokens", 4 * same_prompts, costs=FLAT),
         "Only waiting differs here: step.uses.ended are the tokens in rows of requests that have ended, "
         "step.uses.padding those beside tokens of requests that go on.",
     )
-    yield _single(
-        "memory",
+    yield _pair(
         _trace("continuous, 2 rows", both, rows=2, costs=FLAT),
         _trace("continuous, 16 rows", both, rows=16, costs=FLAT),
         "Only the memory differs here: the seconds of useful tokens are what is left when the others are taken away.",
     )
-    yield _single(
-        "host",
+    yield _pair(
         _trace("continuous, host 10 ms per step", both, host=10e-3),
         _trace("continuous, host 2 ms per step", both, host=2e-3),
         "Only the host differs here: all seconds over the seconds that were computed, in a and in b.",
     )
-    yield _double({"memory": {"rows": 2}, "host": {"host": 10e-3}}, both)
-    yield _double({"waiting": {"batching": "static"}, "memory": {"rows": 2}}, 4 * same_prompts)
-    a = _trace("static, 2 rows, host 10 ms per step", both, "static", 2, FLAT, 10e-3)
-    b = _trace("continuous, 16 rows, host 1 ms per step", both, "continuous", 16, FLAT, 1e-3)
-    factors = {factor.name: factor for factor in explain_of_package(a, b).decomposition.factors}
-    spans = {cause: (0.9 * factors[cause].low, 1.1 * factors[cause].high) for cause in EXPLAINED}
-    hint = "All four at once: peel them off one after the other; each is seconds with it over seconds without it."
-    yield Case((a, b), Known(a.makespan / b.makespan, spans), hint)
+    yield _pair(
+        _trace("continuous, 4 rows, all arrive after 5 s", both, at=5.0),
+        _trace("continuous, 4 rows", both),
+        "The same run, 5 s later: the makespan begins with the first arrival.",
+    )
+    yield _pair(
+        _trace("static, 2 rows", both, "static", 2),
+        _trace("continuous, 16 rows", both, rows=16),
+        "Waiting and padding at once. Waiting is the outer layer: all computing seconds over those without ended rows. "
+        "Padding comes after it: these over what is left.",
+    )
+    yield _pair(
+        _trace("static, 2 rows, host 10 ms per step", both, "static", 2, FLAT, 10e-3),
+        _trace("continuous, 16 rows, host 1 ms per step", both, "continuous", 16, FLAT, 1e-3),
+        "All four at once: peel them off one after the other; each is seconds with it over seconds without it.",
+    )
 
 
-def _single(cause: str | None, a: KnownTrace, b: KnownTrace, hint: str) -> Case:
-    """Of one cause, or none: it is the whole ratio."""
-    ratio = a.makespan / b.makespan
-    values = {each: ratio if each == cause else 1.0 for each in EXPLAINED}
-    return Case((a, b), Known(ratio, {each: _near(value, value) for each, value in values.items()}), hint)
-
-
-def _double(causes: Mapping[str, dict], pairs: list) -> Case:
-    """Of two, each with what switches it on; from four runs: a cause is worth what it is alone, or beside the other."""
-    one, other = causes
-    traces = {}
-    for present in ((), (one,), (other,), (one, other)):
-        options = {"rows": 16} | {name: value for cause in present for name, value in causes[cause].items()}
-        label = ", ".join(f"{name} {value}" for name, value in options.items())
-        traces[frozenset(present)] = _trace(label, pairs, costs=FLAT, **options)
-    seconds = {present: trace.makespan for present, trace in traces.items()}
-    none, both = frozenset(), frozenset(causes)
-    spans = {each: _near(1.0, 1.0) for each in EXPLAINED}
-    for cause in causes:
-        spans[cause] = _near(seconds[frozenset({cause})] / seconds[none], seconds[both] / seconds[both - {cause}])
-    hint = f"Two causes at once, {one} and {other}: seconds with a cause over seconds without it, one by one."
-    return Case((traces[both], traces[none]), Known(seconds[both] / seconds[none], spans), hint)
-
-
-def _near(one: float, other: float) -> tuple[float, float]:
-    return min(one, other) * (1 - CLOSE), max(one, other) * (1 + CLOSE)
+def _pair(a: KnownTrace, b: KnownTrace, hint: str) -> Case:
+    of_a, of_b = _layers(a), _layers(b)
+    return Case((a, b), {cause: of_a[cause] / of_b[cause] for cause in EXPLAINED}, hint)
 
 
 def _factors(got: Any) -> dict[str, float] | None:
@@ -156,20 +154,14 @@ def _factors(got: Any) -> dict[str, float] | None:
     return factors if all(value is not None and 0 < value < math.inf for value in factors.values()) else None
 
 
-def _is_known(got: Any, expected: Known) -> bool:
+def _is_close(got: Any, expected: dict[str, float]) -> bool:
     factors = _factors(got)
-    if factors is None or not math.isclose(math.prod(factors.values()), expected.ratio, rel_tol=1e-6):
-        return False
-    return all(low <= factors[cause] <= high for cause, (low, high) in expected.factors.items())
+    return factors is not None and all(
+        math.isclose(factors[cause], value, rel_tol=1e-6) for cause, value in expected.items()
+    )
 
 
 def _show_factors(answer: Any) -> str:
-    if isinstance(answer, Known):
-        spans = (
-            f"{cause} {low / (1 - CLOSE):.2f}" + (f" to {high / (1 + CLOSE):.2f}" if high / low > 1.1 else "")
-            for cause, (low, high) in answer.factors.items()
-        )
-        return f"{', '.join(spans)}; product {answer.ratio:.4f}"
     factors = _factors(answer)
     if factors is None:
         return describe(answer)
@@ -181,7 +173,7 @@ def _advise_factors(got: Any, case: Case) -> str | None:
     factors = _factors(got)
     if factors is None:
         return f"Return a dict with one number above 0 for each of {', '.join(EXPLAINED)}."
-    if not math.isclose(math.prod(factors.values()), case.expected.ratio, rel_tol=1e-6):
+    if not math.isclose(math.prod(factors.values()), math.prod(case.expected.values()), rel_tol=1e-6):
         return (
             "The product of the factors must be trace_a.makespan / trace_b.makespan: each is seconds with a cause over "
             "seconds without it, and the last one is what is left."
@@ -273,3 +265,86 @@ def _better_cases() -> Iterator[Case]:
 
 def _open(*points: tuple[float, float, float]) -> list[LoadPoint]:
     return [LoadPoint("open", *point) for point in points]
+
+
+# --- engine_arguments, the puzzle ------------------------------------------------------------------------------------
+
+ROOM, LONGEST = 6_000, 1_024  # tokens of cache; tokens of a row
+FASTER, STALL = 7.8, 0.02  # times static batching; seconds, the longest gap between two tokens of an answer
+ARGUMENTS = ("max_num_seqs", "max_num_batched_tokens", "block_size", "enable_prefix_caching", "watermark")
+
+
+class Arguments(NamedTuple):
+    """What a run with some arguments came to."""
+
+    factor: float  # static batching's makespan over its own
+    longest_gap: float  # seconds
+
+
+def engine_arguments(function: Callable) -> None:
+    """`engine_arguments()` -> a dict of arguments of the engine; those left out keep their defaults.
+
+    The puzzle: with room for 6,000 tokens, 7.8 times as fast as static batches, and no gap of more than 20 ms. 150
+    chats behind four system prompts of 200 tokens, all there at once, on a simulated A100 with Llama-2-7B; twice.
+    """
+    lines = []
+    for seed in (1, 2):
+        case = Case((), f"a dict with some of {', '.join(ARGUMENTS)}", "Return a dict, such as {'block_size': 32}.")
+        arguments = call("engine_arguments", function, case, describe)
+        if not isinstance(arguments, Mapping) or not arguments.keys() <= set(ARGUMENTS):
+            raise CheckFailed(failure("engine_arguments", case, f"got       {describe(arguments)}", case.expected))
+        case = replace(case, expected=f"{FASTER:g} times static batches, no gap above {1000 * STALL:g} ms")
+        try:
+            got = served_with(dict(arguments), seed)
+        except MiniLLMError as error:
+            case = replace(case, hint="The engine refuses these arguments: the message names the limit.")
+            raise CheckFailed(failure("engine_arguments", case, f"raised    {error}", case.expected)) from error
+        came = f"{got.factor:.2f} times static batches, longest gap {1000 * got.longest_gap:.0f} ms"
+        if got.longest_gap > STALL:
+            hint = (
+                "A long gap is a preempted request, or a pass with a large piece of a prompt. Which argument bounds it?"
+            )
+        else:
+            hint = "More requests at once: share beginnings, and waste fewer slots of the last blocks."
+        if got.longest_gap > STALL or got.factor < FASTER:
+            raise CheckFailed(failure("engine_arguments", replace(case, hint=hint), f"got       {came}", case.expected))
+        lines.append(f"  {came}")
+    print("✓ engine_arguments: 2 workloads within both budgets", *lines, sep="\n")
+
+
+def served_with(arguments: dict[str, Any], seed: int) -> Arguments:
+    """Both runs of a workload. Raises ConfigError or PromptError for arguments with which none is possible."""
+    options = {"max_num_seqs": 256, "max_num_batched_tokens": 512, "block_size": 16, "watermark": 0.01}
+    options |= {"enable_prefix_caching": False} | arguments
+    watermark = options.pop("watermark")
+    caching, size = options.pop("enable_prefix_caching"), options.pop("block_size")
+    blocks = BlockManager(ROOM // size, size, enable_prefix_caching=caching)
+    clock = VirtualClock()
+    limits = SchedulerConfig(**options, max_model_len=LONGEST)
+    trace = _chats_served(Scheduler(limits, clock, block_manager=blocks, watermark=watermark), seed)
+    gaps = (gap for request in trace.requests for gap in trace.inter_token_latencies(request.request_id))
+    return Arguments(_static_makespan(seed) / trace.makespan, max(gaps))
+
+
+@cache
+def _static_makespan(seed: int) -> float:
+    """Seconds of static batches, in rows for the longest request."""
+    limits = SchedulerConfig(ROOM // LONGEST, LONGEST, LONGEST)
+    return _chats_served(BATCHING["static"](limits, VirtualClock()), seed).makespan
+
+
+def _chats_served(scheduler: Scheduler, seed: int) -> Trace:
+    executor = SimulatedExecutor(Roofline(LLAMA_2_7B, A100_80GB), scheduler.clock)
+    return run(scheduler, executor, _chats(seed), scheduler.clock)
+
+
+def _chats(seed: int) -> list[Request]:
+    """150 requests: one of four system prompts, a question of its own, and an answer of 4 to 300 tokens."""
+    rng, chats = random.Random(seed), []
+    for number in range(150):
+        which = rng.randrange(4)
+        system = [1_000 * which + place for place in range(200)]
+        question = [rng.randrange(10_000, 20_000) for _ in range(rng.randint(10, 400 if rng.random() < 0.2 else 60))]
+        params = SamplingParams(max_tokens=min(300, 4 + int(rng.lognormvariate(4, 0.9))), ignore_eos=True)
+        chats.append(Request(f"chat {number}", system + question, params))
+    return chats
