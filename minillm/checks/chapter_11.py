@@ -318,7 +318,8 @@ def served_with(arguments: dict[str, Any], seed: int) -> Arguments:
     options |= {"enable_prefix_caching": False} | arguments
     watermark = options.pop("watermark")
     caching, size = options.pop("enable_prefix_caching"), options.pop("block_size")
-    blocks = BlockManager(ROOM // size, size, enable_prefix_caching=caching)
+    num_blocks = ROOM // size if isinstance(size, int) and size > 0 else 1  # another size is refused
+    blocks = BlockManager(num_blocks, size, enable_prefix_caching=caching)
     clock = VirtualClock()
     limits = SchedulerConfig(**options, max_model_len=LONGEST)
     trace = _chats_served(Scheduler(limits, clock, block_manager=blocks, watermark=watermark), seed)
