@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.storyteller import CHECKPOINT_DIR, corpus, evaluate, forward, hand_written, train, typed
+from minillm.storyteller import CHECKPOINT_DIR, corpus, evaluate, forward, hand_written, odd_words, train, typed
 from minillm.storyteller import vocabulary as words
 
 SHIPPED_LIMIT = 8_000_000  # bytes of package data
@@ -64,7 +64,7 @@ def test_the_generator_needs_the_standard_library_only():
 def test_every_sentence_is_filled_and_every_document_closed(documents):
     for document in documents:
         assert not re.search(r"[{}]|\bNone\b|  ", document.text), document.text
-        assert document.text.endswith((corpus.END_OF_TEXT, corpus.END))
+        assert document.text.endswith((corpus.END_OF_TEXT, corpus.END)) or document.kind == "start"
         assert not re.search(r"\ba [aeio]", document.text), document.text
 
 
@@ -90,8 +90,20 @@ def test_an_opened_story_has_something_typed_and_one_cast():
         assert not (corpus.mentions(text.lower(), "he") and corpus.mentions(text.lower(), "she")), text
 
 
+def test_a_start_is_read_up_to_where_it_was_typed_and_learned_for_two_sentences(documents):
+    starts = [document.segments for document in documents if document.kind == "start"]
+    assert starts
+    for (asked, learns_asked), (rest, learns_rest) in starts:
+        assert asked and not learns_asked and learns_rest and rest.endswith((".", "!", "?", '"')), (asked, rest)
+        assert 1 <= len(re.findall(r'[.!?]"?(?= [A-Z"]|$)', rest.lstrip(".!?"))) <= 2, rest
+
+
 def test_odd_words_are_read_and_never_learned():
-    odd = set(typed.ODD_WORDS) - set(re.findall(r"\w+", str(typed.GRAMMAR)))
+    odd = (
+        odd_words.ALL
+        - odd_words.CORPUS
+        - set(re.findall(r"\w+", f"{typed.GRAMMAR} {odd_words.KNOWN} {typed.OTHER_HEROES}"))
+    )
     plain = {word for story in stories(500) for word in re.findall(r"\w+", story.text)}
     learned = {word for _, rest in opened(2000) for word in re.findall(r"\w+", rest)}
     assert not learned & odd - plain

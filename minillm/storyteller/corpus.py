@@ -1,8 +1,8 @@
 """The training text: stories and short chat turns, generated from a seed with the standard library alone.
 
 `document(seed, index)` is a pure function, so any part of the corpus can be made again without the rest. Read top-down:
-a document is a story, plain facts, an introduction, a chat or a request outside of a chat; a story is an opening, one
-or more plots and an ending.
+a document is a story, the start of one, plain facts, an introduction, a chat or a request outside of a chat; a story is
+an opening, one or more plots and an ending.
 What `is_held_out` picks is never in the training text: only the evaluation asks for it.
 """
 
@@ -12,7 +12,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from minillm.storyteller import typed
+from minillm.storyteller import odd_words, typed
 from minillm.storyteller import vocabulary as words
 
 END_OF_TEXT, USER, ASSISTANT, END, PAD = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
@@ -59,15 +59,33 @@ VOCABULARY = Mix(  # what the tokenizer is fitted to; it stays as it is, so that
     topics={"none": 12, "object": 25, "animal": 15, "place": 14, "plot": 14, "name": 10, "both": 10},
 )
 GENERAL = Mix(
-    documents={"story": 12, "opened": 24, "story_chat": 20, "chat": 35, "introduction": 3, "fact": 2, "request": 4},
+    documents={
+        "story": 7,
+        "opened": 18,
+        "start": 44,
+        "story_chat": 12,
+        "chat": 23,
+        "introduction": 2,
+        "fact": 1,
+        "request": 3,
+    },  # fmt: skip
     lengths={"short": 44, "medium": 32, "long": 24},
     topics=VOCABULARY.topics | {"other": 10},
-    turns=TURN_WEIGHTS | {"unknown": 16, "talk": 4},
+    turns=TURN_WEIGHTS | {"unknown": 24, "talk": 4},
     requests=typed.STORY_REQUESTS,
     careless=0.2,
 )
 FINISH = Mix(  # what the general mix teaches last: places and plots asked for, in short stories most of all
-    documents={"story": 8, "opened": 20, "story_chat": 38, "chat": 28, "introduction": 2, "fact": 1, "request": 3},
+    documents={
+        "story": 5,
+        "opened": 15,
+        "start": 38,
+        "story_chat": 24,
+        "chat": 18,
+        "introduction": 1,
+        "fact": 1,
+        "request": 2,
+    },  # fmt: skip
     lengths={"short": 60, "medium": 24, "long": 16},
     topics={"none": 4, "object": 12, "animal": 8, "place": 20, "plot": 42, "name": 6, "both": 8, "other": 6},
     turns=GENERAL.turns,
@@ -127,6 +145,8 @@ def document(seed: int, index: int, held_out: bool = False, mix: Mix = GENERAL) 
         return chat_document(kind, [as_typed(rng, story_turn(rng, held_out=held_out, mix=mix), held_out, mix)])
     if kind == "opened":
         return opened_document(rng, held_out, mix)
+    if kind == "start":
+        return started_document(rng, held_out, mix)
     if kind == "request":
         make = story_turn if rng.random() < 0.25 else chat_turn
         turn = as_typed(rng, make(rng, held_out=held_out, mix=mix), held_out, mix)
@@ -154,6 +174,15 @@ def opened_document(rng: random.Random, held_out: bool, mix: Mix) -> Document:
     if rng.random() < mix.careless and not asked.startswith("I"):
         asked = asked[:1].lower() + asked[1:]
     return Document("opened", ((asked, False), (rest + END_OF_TEXT, True)))
+
+
+def started_document(rng: random.Random, held_out: bool, mix: Mix) -> Document:
+    """The typed part of a story and its next two sentences, without an end: openings are many, the rest is known."""
+    asked, rest = opened_story(rng, held_out)
+    sentences = re.findall(r".+?(?:[.!?]\"?(?= [A-Z\"])|$)", rest)
+    if rng.random() < mix.careless and not asked.startswith("I"):
+        asked = asked[:1].lower() + asked[1:]
+    return Document("start", ((asked, False), ("".join(sentences[:2]), True)))
 
 
 def chat_document(kind: str, turns: list[Turn]) -> Document:
@@ -209,14 +238,14 @@ def opened_story(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
     low, high = LENGTH_TOKENS[length]
     while True:
         cast = draw_cast(rng, {}, held_out)
-        odd = weighted(rng, {(): 76, ("kind",): 15, ("hero",): 9})
+        odd = weighted(rng, {(): 66, ("kind",): 16, ("hero",): 18})
         if odd == ("kind",):
-            cast["kind"] = typed.odd_word(rng)
+            cast["kind"] = odd_words.draw(rng, "kind" if rng.random() < 0.9 else "n", known=0)[0]
         elif rng.random() < 0.3:
             cast["kind"] = rng.choice(typed.OTHER_HEROES[cast["he"] if cast["kind"] in ("girl", "boy") else ""])
         if odd == ("hero",):
-            cast["hero"] = typed.odd_name(rng)
-        cast["openings"] = (typed.opening(rng, odd),)
+            cast["hero"] = odd_words.name(rng, cast["he"])
+        cast["openings"], cast["called"] = (typed.opening(rng, odd),), rng.choice(odd_words.CALLED[cast["he"]])
         story = tell(rng, cast, length)
         if low <= rough_tokens(story.text) <= high:
             break

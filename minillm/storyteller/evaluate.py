@@ -43,7 +43,7 @@ CHAT_PROMPTS = (
     "Tell me a short story about a kite.",
 )
 NAMES = frozenset(corpus.NAMES)
-STORY_KINDS = ("story", "story_chat", "opened", "opened_chat")
+STORY_KINDS = ("story", "story_chat", "opened", "opened_chat", "start")
 NAMING = re.compile(  # the first place where somebody gets a name, with the kind if it stands there
     r"(?:(\w+),? (?:named|called|(?:was|is) called|whose name was)|name was|called (?:him|her)) "
     rf"(?:{'|'.join(corpus.NAMES)})\b"
@@ -321,8 +321,10 @@ class Known(NamedTuple):
         for document in documents:
             if document.kind in STORY_KINDS:
                 text = document.segments[-1][0].removesuffix(corpus.END).removesuffix(corpus.END_OF_TEXT)
-                pairs.update(pairwise(words_and_marks(text)))
                 stories.add(hash(text))
+                if document.kind == "opened_chat":  # the answer repeats what was typed, odd words and all
+                    text = text.removeprefix(document.segments[0][0].removeprefix(corpus.USER).split(corpus.END)[0])
+                pairs.update(pairwise(words_and_marks(text)))
         return cls(stories, {word for pair in pairs for word in pair}, pairs)
 
 

@@ -41,13 +41,13 @@ CONTEXT = 2048  # positions the model accepts; RoPE, though no document is longe
 class Recipe:
     """Everything that decides what the training makes."""
 
-    steps: int = 3_000  # optimiser steps
-    documents: int = 40  # documents a step
+    steps: int = 5_000  # optimiser steps
+    documents: int = 72  # documents a step
     seed: int = 0  # of the corpus and of the initial weights
     matrix_lr: float = 8e-3  # peak, Muon: the two-dimensional weights
     vector_lr: float = 3e-3  # peak, AdamW: embedding and norms
     warmup: int = 100  # steps
-    finish_steps: int = 300  # steps on the finishing mix, after the others
+    finish_steps: int = 450  # steps on the finishing mix, after the others
     finish_peak: float = 0.3  # of the two learning rates, in the finishing steps
     vocabulary: int = 2048  # BPE entries asked for; merges may run out earlier
     tokenizer_documents: int = 30_000  # documents the BPE is fitted to

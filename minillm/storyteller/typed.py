@@ -2,11 +2,11 @@
 
 `opening` expands a small grammar into the first sentence or two of a story. A mark, CUT, says where the typed part ends:
 the training text reads what stands before it and learns what stands after it. `unknown` draws a request outside of what
-the storyteller knows, with its honest answer. Odd words (a list, and words made of random letters) stand for all that
-people may type; they are read and never learned, because CUT always comes after the last of them.
+the storyteller knows, with its honest answer. The words of `odd_words` stand for all that people may type; they are read
+and never learned, because CUT always comes after the last of them.
 
-A name in square brackets is expanded from GRAMMAR, with a capital letter when the name has one; the fields in braces
-are those of `vocabulary`, and {a_kind}, {him} of the hero. "a~" is "a" or "an".
+A name in square brackets is expanded from GRAMMAR or stands for an odd word (ODD), with a capital letter when the name has
+one; the fields in braces are those of `vocabulary`, {him} of the hero and {called}, a title before a name. "a~" is "a" or "an".
 """
 
 # ruff: noqa: E501, SIM905 -- a sentence stays on one line, and a list of words is one text
@@ -14,6 +14,7 @@ are those of `vocabulary`, and {a_kind}, {him} of the hero. "a~" is "a" or "an".
 import random
 import re
 
+from minillm.storyteller import odd_words
 from minillm.storyteller import vocabulary as words
 
 CUT = "¦"  # stands in no word of the corpus
@@ -25,46 +26,24 @@ OTHER_HEROES = {  # heroes that only an opening brings, by pronoun; "" is an ani
     "kitten spider whale star tree cloud".split(),
 }  # fmt: skip
 
-ODD_WORDS = """
-    computer engine kernel planet rocket bridge tower doctor nurse police soldier captain engineer scientist president
-    pizza sandwich chicken potato sugar coffee soup salad butter window kitchen bathroom office hospital church museum
-    station airport hotel library factory street valley ocean lake volcano jungle swamp cave galaxy moon universe
-    guitar piano camera phone radio television bicycle truck plane ship tractor sword shield cannon helmet boots
-    jacket dress trousers sweater glasses pocket money price shop holiday weekend monday friday january
-    money history physics science music art poetry grammar python javascript algebra gravity energy electricity
-    memory cache token batch attention transformer network internet website email password keyboard screen cable
-    football tennis chess dance theatre movie actor singer painter writer poet news politics election war peace law
-    love hate anger fear hope dream idea truth lie secret magic luck death life heaven weather thunderbolt ice fog
-    happiness health medicine cough fever tooth stomach finger shoulder knee elbow eye nose mouth ear hair skin bone
-    buy sell build break throw catch push pull climb swim fly drive ride cook bake wash clean paint draw write read
-    jumped shouted whispered dreamed wondered decided travelled arrived escaped fought painted cooked hid climbed
-    quickly slowly carefully loudly very strange huge wooden broken frozen invisible electric modern ancient famous
-    important difficult dangerous expensive cheap heavy sweet sour salty bitter spicy crazy shiny
-    about against between without during because although while since until however therefore maybe perhaps always
-    explain describe translate summarise compare calculate solve list define prove recommend suggest
-    Einstein Shakespeare Mozart Napoleon Caesar Newton Darwin Google Amazon Tesla Batman Superman Disney Brazil India
-    Mexico Australia Turkey Africa Europe America Asia Chicago Boston Sydney Delhi
-""".split()  # fmt: skip
-ODD_NAMES = """
-    Sophie Jacob Emily Hannah Daniel Laura Robert Susan George Linda Frank Julia Martin Karen Paul Helen Chris Diana
-    Steve Maria Pedro Ahmed Yuki Chen Priya Ingrid Lars Pierre Marco Elena Boris Natasha Goldie Snowy Rex Bella Charlie
-    Molly Jasper Oliver Harry Ron Arthur Merlin Robin Hansel Gretel Cinderella Rapunzel Pinocchio
-""".split()  # fmt: skip
-SYLLABLES = "ba be bo da di fo ga glo go ka ki lo lu ma mi mo na ne ni pa po ra ri ro sa shi so ta ti tra ver wo xi zan zo".split()
+ODD = {  # what stands for an odd word in the grammar: the part of speech
+    "odd": "odd", "n": "n", "ns": "ns", "v": "v", "vt": "vt", "b": "b", "a": "a", "adv": "adv", "person": "kind", "timeof": "time", "land": "land",
+}  # fmt: skip
 
 GRAMMAR = {
     "start": (
-        *("[np] [did]. [named]",) * 6, *("[np] named {hero} [did].",) * 3, "[np] called {hero} [did].",
+        # words of the corpus alone: the typed part may end anywhere
+        *("[np] [did]. [named]",) * 5, *("[np] named {hero} [did].",) * 2, "[np] called {hero} [did].",
         "[np], whose name was {hero}, [did].", "[np] and {friend} [both]. [named]", "[np] [was]. [named]",
-        *("[when] [np] [did]. [named]",) * 5, *("[when] [np] named {hero} [did].",) * 4, "[when] [np] and {friend} [both]. [named]",
-        *("[there] a~ [kind] named {hero}.",) * 4, *("[there] a~ [kind] named {hero} who [did].",) * 2,
+        *("[when] [np] [did]. [named]",) * 4, *("[when] [np] named {hero} [did].",) * 2, "[when] [np] and {friend} [both]. [named]",
+        *("[there] a~ [kind] named {hero}.",) * 3, *("[there] a~ [kind] named {hero} who [did].",) * 2,
         "[there] a~ [kind] called {hero}.", "[there] a~ [kind] who [did]. [named]", "[there] a~ [kind]. [named]",
         *("{hero} [did].",) * 3, *("{hero} was a~ [kind] who [did].",) * 2, "{hero} was a~ [kind].", "{hero} [was].", "{hero}, a~ [kind], [did].",
         *("[when] {hero} [did].",) * 3, "{hero} and {friend} [both].", "{hero} and {friend} [both].", "[when] {hero} and {friend} [both].",
         "It was [weather]. [Np] named {hero} [did].", "It was [weather]. {hero} [did].", "It was [weather], and {hero} [was].",
         "It was [weather] when a~ [kind] named {hero} [did].", "It was [weather] at the {place}. {hero} [did].",
         "It was a~ [kind] named {hero} who [did].", "It was {hero} who [did].",
-        *("[where] lived a~ [kind] named {hero}.",) * 3, "[where], there lived a~ [kind] named {hero}.", "[where] there was a~ [kind] named {hero}.",
+        *("[where] lived a~ [kind] named {hero}.",) * 2, "[where], there lived a~ [kind] named {hero}.", "[where] there was a~ [kind] named {hero}.",
         "[where], there was a~ [kind] named {hero}.", "[where], a~ [kind] named {hero} [did].", "[where], {hero} [did].",
         "[where] was a~ [kind]. [named]", "[when] [where], there lived a~ [kind] named {hero}.",
         "\"[say]\" said {hero}. {hero} was a~ [kind].", "\"[say]\" said the [kind]. [named]", "\"[say]\" said a~ [kind] named {hero}.",
@@ -73,31 +52,94 @@ GRAMMAR = {
         "[i] a~ [kind] named {hero}.", "[i] a~ [kind] named {hero} who [did].", "[i] a~ [kind]. [named]", "my {kind} is called {hero}.",
         "[title] a~ [kind] named {hero} who [did].", "[title] {hero}, a~ [kind].", "[title] {hero} and {friend}. {hero} was a~ [kind].",
         "{He} [did]. [named]", "{He} [was]. [named]", "{He} was a~ [kind] named {hero}.", "[when] {he} [did]. [named]",
-        "they [both]. One of them was a~ [kind] named {hero}.", "[some] [both]. One of them was called {hero}.",
-        "[some] [both]. One of them was called {hero}.", "two friends, {hero} and {friend}, [both].", "there were [some]. One of them was called {hero}.",
+        "they [both]. [one]", "[some] [both]. [one]", "[some] [both]. [one]", "two friends, {hero} and {friend}, [both].", "there were [some]. [one]",
         "[the] {colour} {obj} [lay]. It belonged to a~ [kind] named {hero}.", "[the] {colour} {obj} [lay]. {hero} wanted it.",
         "[the] {place} was quiet. {hero} [did].", "[the] {place} was beautiful. A~ [kind] named {hero} [did].",
         "when {hero} [did], the sun was out.", "when [np] [did], it was cold. [named]", "when the sun was out, {hero} [did].",
         "{hero} [did] [more].", "[np] [did] [more]. [named]", "[where], [np] [did]. [named]", "there is a~ [kind] named {hero} at the {place}.",
         "I am a~ [kind] named {hero}, and this is my story.", "my name is {hero}, and this is my story. I was a~ [kind] who [did].",
         "if you go to the {place}, you will see a~ [kind] named {hero}.", "we went to the {place} and saw a~ [kind] named {hero}.",
-        # what is odd or cut off: it is read, and the story goes on
-        "[np] [odd] [more]. [named]", "[np] [odd] [more]. [named]", "[np] [odd] [odd] [more]. [named]", "[np] [verb] the [odd] [more]. [named]",
-        "[np] [odd] the [odd] [more]. [named]", "[np] [was] [odd] [more]. [named]", "[np] [odd], but {he} was not afraid. [named]", "[np] was [odd]. [named]",
-        "{hero} [odd] [more].", "{hero} [verb] a~ [odd] [more].", "{hero} and the [odd] [both].", "{hero} [odd] the [odd] [more].", "{hero} was [odd] [more].",
-        "{hero}'s [odd] [was]. {hero} [did].", "{hero} and {friend} [odd] [odd] at the {place}.", "[when] {hero} [odd] [odd] [more].",
-        "[odd] [odd] [odd]. [Np] named {hero} [did].", "[odd] [odd] [odd] [odd]. {hero} [did].", "the [odd] [was]. {hero} [did].",
-        "my [odd] [was]. It belonged to a~ [kind] named {hero}.", "[when] [odd] [odd] [odd]. {hero} [did].", "[when] the [odd] [odd], and {hero} [did].",
-        "[np] who [odd] [odd] [did]. [named]", "[np] with a~ [odd] [did]. [named]", "[np] [prep] the [odd] [did]. [named]", "[np] [prep] the [odd] [odd] [did]. [named]",
-        "{hero}, the [odd] [odd], [did].", "{hero} [odd] and {friend} [both].", "[np] and the [odd] [both]. [named]", "[np] and {his} [odd] [both]. [named]",
-        "{hero} and {his} [odd] [both].", "my [odd] [odd] [clause] a~ [kind] named {hero} [did].", "I [odd] [odd] [clause] a~ [kind] named {hero} [did].",
-        "[odd] [odd] [clause] {hero} [did].", "[odd] [clause] a~ [kind] named {hero} [did].", "nobody [odd] [clause] {hero} [did].", "[odd] [odd] [clause] the {kind} named {hero} [did].",
-        "{hero} [odd] [clause] {he} [did].", "[np] [odd] [clause] {he} [did]. [named]", "{hero} was [odd] [clause] {he} [did].", "[clause] I was [odd], a~ [kind] named {hero} [did].",
-        "[prep] the [odd] [odd], {hero} [did].", "[odd] [odd], a~ [kind] named {hero} [did].", "[odd] [odd], the [kind] [did]. [named]", "there was a~ [odd], and {hero} [did].",
-        "there was no [odd] [more]. {hero} [did].", "it was [odd] [odd] [clause] {hero} [did].", "[some] and a~ [odd] [both]. One of them was called {hero}.",
-        "[i] a~ [odd], and a~ [kind] named {hero} [did].", "I [odd] [odd], and a~ [kind] named {hero} [did].",
+        # somebody, with odd words: they are read, and the story goes on
+        *("[np] [which] [did]. [named]",) * 8, *("the [a] {kind} [did]. [named]",) * 3, "a~ [a], [a] {kind} [did]. [named]", "the [most] {kind} [which] [did]. [named]",
+        *("[np] [does]. [named]",) * 6, *("[np] [does] [more]. [named]",) * 3, *("[np] [which] [does]. [named]",) * 2, *("[when] [np] [does]. [named]",) * 3, "[np] [does], but {he} [was]. [named]",
+        "[np] [does] because {he} [was]. [named]", "[np] [does] and [did]. [named]", "[np] [v] when {hero} [did].", "[np], the [a] {kind}, [did]. [named]",
+        *("[np] and the [whom] [both]. [one]",) * 4, "[np] and {his} [whom] [both]. [one]", "[np] and a~ [whom] [both]. [one]", "the [whom] and the [whom] [both]. [one]", "the [whom] and the [whom] [more2]. [one]",
+        *("[num] [ns] [both]. [one]",) * 3, "[num] [a] [ns] [both]. [one]", "[num] [ns] and their [n] [both]. [one]", "the [ns] [both]. [one]", "the [a] [ns] [which] [both]. [one]",
+        "[some] and a~ [whom] [both]. [one]", "the [n]'s {kind} [did]. [named]", "my [n]'s {kind} [did]. [named]", "my [a] {kind} [did]. [named]", "our {kind} [does]. [named]", *("the [n] {kind} [did]. [named]",) * 3, "a~ [n] {kind} [did]. [named]", "[time], the [n] {kind} [did]. [named]", "[when] a~ [n] {kind} [did]. [named]",
+        "the [n] [lay]. {hero} [did].", "the [n] was [a]. {hero} [did].", "my [n] [v]. {hero} [did].", "the [a] [n] [v] [where2], and {hero} [did].", "the [ns] [v]. {hero} [did].", "[ns] [v] [where2], and {hero} [did].",
+        "the [ns] were [a], and {hero} [did].", "all the [ns] in the [n] [v]. {hero} [did].", "every [n] [v]. {hero} [did].",
+        # a name
+        *("{hero} [does].",) * 8, *("{hero} [does] [more].",) * 4, *("[when] {hero} [does].",) * 3, *("{hero} [does] and [did].",) * 2, *("{hero} [does], but {he} [did].",) * 2, *("{hero} [does] because {he} [was].",) * 2,
+        "{hero} [does] until {he} [did].", "{hero} [does] when {friend} [did].", "{hero} [does] so {he} [did].", "{hero} [v] that {he} [was].", "{hero} [v] how {friend} [did].",
+        *("{hero} and {his} [whom] [both].",) * 4, "{hero} and {his} [a] [whom] [both].", "{hero} and the [whom] [both].", "{hero} and the [a] [whom] [both].", "[when] {hero} and {his} [whom] [both].", "{hero} and {friend} [does2].",
+        *("{hero}, the [most] [n] [of], [did].",) * 2, "{hero}, the [a] [whom], [did].", "{hero}, who [does], [did].", "{hero} [which] [did].", "{hero}'s [n] was [a]. {hero} [did].", "{hero}'s [n] [lay]. {hero} [did].",
+        *("[called] {hero} [does].",) * 4, *("[called] {hero} [was].",) * 2, *("[called] {hero} [did].",) * 2, "[called] {hero} [does] [more].", "[called] {hero} and {friend} [both].", "{hero} was [a].", "{hero} was [a] and [a].",
+        "{hero} was the [most] [n] in the [n].", "{hero} was a~ [a] {kind} who [did].", "{hero} had a~ [a] [n] and [did].", "{hero} loved [ns] and [did].", "poor {hero} [does].",
+        "{hero} lived [prep] a~ [n] and [did].", "{hero} lived with {his} [whom] [where2].",
+        "{He} was the [most] [n] [of]. [named]", "{He} was [a]. [named]", "{He} [does]. [named]", "{He} [does] [more]. [named]", "{His} [n] was [a]. [named]", "{He} had [adv] [v] a~ [n]. [named]",
+        # when and where
+        *("[time], {hero} [did].",) * 5, *("[time], [np] [did]. [named]",) * 5, *("[time], [np] [does]. [named]",) * 3, *("[time], {hero} [does].",) * 3, "[time], a~ [kind] named {hero} [did].", "[time], there lived a~ [kind] named {hero}.",
+        *("[time], the [ns] [both]. [one]",) * 2, "[time], the [a] [n] [lay]. {hero} [did].", "[time] there was a~ [kind] named {hero}.", "[time], all the [ns] [both]. [one]", "[time], the [n] [v]. {hero} [did].", "[time] we [v] to the [n] and saw a~ [kind] named {hero}.",
+        "[time], everybody [v]. {hero} [did].", "[time], [where2], {hero} [did].", "[time], I saw a~ [kind] named {hero}.", "[time], we went to the [n] and saw a~ [kind] named {hero}.", "[time], we saw a~ [kind] named {hero}.", "[time] a~ [kind] named {hero} [does].",
+        *("[place2], there lived a~ [kind] named {hero}.",) * 4, *("[place2] there was a~ [kind] named {hero}.",) * 2, *("[place2] lived a~ [kind] named {hero}.",) * 3, *("[place2], a~ [kind] named {hero} [did].",) * 3, *("[place2], {hero} [did].",) * 2,
+        *("[place2], [np] [did]. [named]",) * 3, "[place2], [np] [does]. [named]", "[place2], {hero} [does].", "[place2], the [ns] [both]. [one]", "[place2] was a~ [kind] named {hero}.", "[place2], there was a~ [n]. {hero} [did].", "[place2], [time], {hero} [did].",
+        "[place2] was a~ [n], and {hero} lived there.", "[place2] there was a~ [a] [n], and a~ [kind] named {hero} [did].", "[place2] lives a~ [kind] named {hero}.", "my [n] lives a~ [kind] named {hero}.",
+        *("[place2], where the [n] [v], {hero} [did].",) * 2, "[place2], where the [ns] [v], there lived a~ [kind] named {hero}.", "[time], when the [ns] could [b], {hero} [did].", *("[time], when [clause2], {hero} [did].",) * 2, "[time], when [clause2], there lived a~ [kind] named {hero}.", "[time], when [clause2], [np] [did]. [named]",
+        *("on {his} [whither] {hero} [did].",) * 2, *("[clause] [clause2], {hero} [did].",) * 4, *("[clause] [clause2], [np] [did]. [named]",) * 3, "[clause] [clause2], a~ [kind] named {hero} [did].",
+        "[clause] [np] [does], it was cold. [named]", "[clause] {hero} [v], {he} [did].", "[clause] {hero} was [a], {he} [did].",
+        # there was, it was
+        *("there was a~ [n], and {hero} [did].",) * 2, *("there was a~ [n] [where2], and a~ [kind] named {hero} [did].",) * 2, "there was a~ [a] [n]. {hero} [did].", "there was a~ [a] [n] [where2]. {hero} [did].", "there was no [n], so {hero} [did].",
+        "there was no [n] [where2]. {hero} [did].", "there were [num] [ns]. {hero} [did].", "there were no [ns] [where2]. {hero} [did].", "there were no [adv] [ns], so {hero} [did].", "there were [ns] [where2], and {hero} [did].", "there was [adv] a~ [kind] named {hero}.",
+        "there [adv] was a~ [kind] who [did]. [named]", "there was [n] [where2]. {hero} [did].", "there came a~ [n], and {hero} [did].", "there was only one [n] [where2]. {hero} [did].", "there were [ns] and [ns]. {hero} [did].", *("[there] a~ {kind} who [does]. [named]",) * 3,
+        *("it was the [most] [n] [of]. {hero} [did].",) * 3, *("it was the [most] [n] [of], and a~ [kind] named {hero} [did].",) * 2, *("it was [a], and {hero} [did].",) * 2, "it was [a]. {hero} [did].", "it was so [a] that {hero} [did].", *("it was [a] when {hero} [did].",) * 2, "it was [v] when a~ [kind] named {hero} [did].",
+        *("it was [timeword]. {hero} [did].",) * 2, *("it was [timeword], and {hero} [did].",) * 2, "it was a~ [a] [timeword]. {hero} [did].", "it was [n] when {hero} [did].", "it was a~ [n]. {hero} [did].", "it was [adv] [a] when {hero} [did].", "it had [v] all [timeword], and {hero} [did].",
+        *("it [v] when {hero} [did].",) * 2, "it all [v] when a~ [kind] named {hero} [did].", *("it [v] [adv] when a~ [kind] named {hero} [did].",) * 2, "it [v], and {hero} [did].", "it was [v] that {hero} [did].", "it [v] like a~ [n], but {hero} [did].", "this is how {hero} [did].", "it was not a~ [n] but a~ [kind] named {hero}.",
+        # somebody speaks
+        *("[knew] [conj] {hero} [did].",) * 5, *("[knew] [conj] the {kind} [did]. [named]",) * 3, *("[knew] [conj] a~ [kind] named {hero} [did].",) * 3, "[knew] [conj] {he} [did]. [named]", *("[knew] what {hero} found {spot}.",) * 3, "[knew] what the {kind} saw. [named]", "[knew] who {hero} was.", "[knew] where {hero} lived.",
+        *("[everyone] [v] when {hero} [did].",) * 2, *("[everyone] [v] when the {kind} [did]. [named]",) * 3, "[everyone] [v] when a~ [kind] named {hero} [did].", "[everyone] [v] because {hero} [did].", "[everyone] [v] {hero}, a~ [kind].", "[everyone] [v] the [n], but {hero} [did].", "[everyone] [v], but {hero} [did].",
+        "[everyone] [v]. {hero} [did].", "[everyone] in the [n] [v] {hero}.", "[everyone] was [a], and {hero} [did].", *("I [have] to see a~ [kind] named {hero}.",) * 3, "I was [a] to see a~ [kind] named {hero}.", "I am [adv] [a] to meet a~ [kind] named {hero}.", "I would [adv] like to see a~ [kind] named {hero}.", "I [v] [where2] to see a~ [kind] named {hero}.", *("I [have] a~ [kind] named {hero}.",) * 3, "I [have] to [b] a~ [kind] named {hero}.", "I [have] the {kind}. [named]", "we [have] to see a~ [kind] named {hero}.",
+        "we [have] a~ [kind] named {hero}.", "I [v] the [n], and {hero} [did].", "we [v] to the [n], and a~ [kind] named {hero} [did].", "I am [a], and {hero} is my friend.", "my [n] is [a], and {hero} is my friend.", "I [b] [ns], and {hero} [did].",
+        *("if I were a~ [n], I would see a~ [kind] named {hero}.",) * 2, "if I [v] a~ [n], I would see a~ [kind] named {hero}.", "if you [b] the [n], you will see a~ [kind] named {hero}.", "if I could [b], I would see a~ [kind] named {hero}.", *("when I was [a], I had a~ [kind] named {hero}.",) * 2, *("when I was a~ [n], there lived a~ [kind] named {hero}.",) * 2,
+        "when I [v], I saw a~ [kind] named {hero}.", "when we were [a], we had a~ [kind] named {hero}.", "what would you [b] if a~ [kind] named {hero} [did]?", "do you [b] that {hero} [did]?", *("have you [adv] [v] a~ [kind] named {hero}?",) * 2, "have you ever [v] of the {kind}? [named]", "have you ever [v] the [n]? {hero} [did].", "have you [v] of {hero}? {hero} [did].", "do you [b] {hero}, the [a] {kind}?", *("[time] I [v] a~ {kind}. [named]",) * 2, "[time] my {kind} [does]. [named]", "[time] the [n] [v], and {hero} [did].", "we were [a]. {hero} [did].", "we were [a], and {hero} [did].", "they were [a]. {hero} [did].", "I was [a]. {hero} [did].",
+        "I am a~ [n], and this is my story. I had a~ [kind] named {hero}.", "I am the [n] of a~ [kind] named {hero}.", "[whom] said, \"[cry]\" {hero} [did].", "my [whom] said, \"[cry]\" {hero} [did].", "mum said, \"[cry]\" {hero} [did].", "what if a~ [kind] named {hero} [did]?",
+        *("\"[cry]\" [v] the {kind}. [named]",) * 4, *("\"[cry]\" [v] {hero}.",) * 2, *("\"[cry]\" said the {kind}. [named]",) * 2, "\"[cry]\" said {hero}.", "\"[cry]\" {he} [v]. [named]", *("\"[cry]\" asked the {kind}. [named]",) * 2, "\"[cry]\" asked {hero}.", "\"[cry]\" [v] {hero}'s [whom]. {hero} [did].", "{hero} [v], \"[speech]\"", "the {kind} [v], \"[speech]\" [named]",
+        # words that mean nothing
+        "[odd] [odd] [odd]. [Np] named {hero} [did].", "[odd] [odd] [odd] [odd]. {hero} [did].", "[odd] [odd] [clause] {hero} [did].", "[odd] [odd], a~ [kind] named {hero} [did].", "[odd] [clause] a~ [kind] named {hero} [did].", "[odd] [odd], the [kind] [did]. [named]",
+        "{hero} [odd] [odd] [more].", "[np] [odd] [odd] [more]. [named]", "the [odd] [odd] [lay]. {hero} [did].",
     ),
-    "prep": ("in", "of", "on", "at", "near", "from", "behind", "under", "with", "by", "without"),
+    "one": ("One friend's name was {hero}.", "One friend's name was {hero}.", "One of them was called {hero}."),
+    "most": ("last", "first", "only", "best", "biggest", "oldest", "smallest", "youngest", "[a]", "[a]est", "most [a]"),
+    "of": ("of all", "of all", "in the [n]", "in the world", "of the [timeword]", "on earth", "in [land]", "of the [n]", "[where2]"),
+    "whom": ("[person]", "[person]", "[a] [person]", "[n]", "[a] [n]"),
+    "which": ("on [n]", "in [n]", "in the [n]", "in the [a] [n]", "with the [a] [n]", "with the [n]", "with a~ [n]", "with [num] [ns]", "with [a] [ns]", "from the [n]", "from [land]", "of the [n]", "of the [a] [n]", "of [n]", "on the [n]", "near the [n]", "under the [n]",
+              "next to the [n]", "across the [n]", "upstairs", "outside", "of the {place}", "of the {place}", "at the {place}", "in the {place}", "without a~ [n]", "without [ns]", "made of [ns]", "made of [n]", "full of [ns]", "as big as a~ [n]", "who could [b]", "who could not [b]", "who could not [b]", "who loved [ns]", "who loved to [b]", "who [does]", "who [does]",
+              "who wanted to [b]", "who was [a]", "who was [adv] [a]", "who never [v]", "who [adv] [v]", "that [does]", "that could [b]", "who lived in the [n]", "who lived in a~ [a] [n]", "who had no [n]", "who had a~ [a] [n]", "who had lost {his} [n]", "who [v] to [b]", "behind the [n]", "down the [n]"),
+    "does": ("[v]", "[v]", "[vt] the [n]", "[vt] the [n]", "[vt] a~ [n]", "[vt] a~ [a] [n]", "[vt] {his} [n]", "[vt] {his} [a] [n]", "[vt] [ns]", "[vt] the [a] [n]", "[v] to [b]", "[v] to [b] the [n]", "[v] [prep] the [n]", "[v] into the [n]", "[v] [prep] {his} [n]", "[v] [prep] a~ [n]", "[adv] [v]", "[v] [adv]",
+             "[adv] [vt] the [n]", "[v] about the [n]", "[v] for [ns]", "[v] in the [n]", "wanted to [b]", "wanted to [b] the [n]", "wanted a~ [n]", "was [a]", "was very [a]", "was [adv] [a]", "was [a] and [a]", "was so [a] that {he} could not sleep", "was [prep] the [n]", "was [v] by a~ [n]", "was a~ [a] [n]",
+             "had a~ [a] [n]", "had [num] [ns]", "had no [n]", "had never [v] a~ [n]", "had to [b]", "had to go home", "had lost {his} [n]", "could not [b]", "could not [b] the [n]", "could not find {his} [n]", "could [b]", "did not [b]", "did not [b] the [n]", "did not want to [b]", "would not [b]", "never [v]", "never [vt] the [n]",
+             "began to [b]", "tried to [base]", "[v] to [base]", "[v] to [base]", "[v] to [base]", "[v] {he} could [base]", "wished {he} had a~ [n]", "[v] that the [n] was [a]", "[v] all [timeword]", "[v] every [timeword]", "lived in a~ [n]", "liked [ns]", "loved [ns]", "loved [n]", "loved {his} [n]",
+             "went to the [n]", "went to [b]", "looked at the [a] [n]", "saw a~ [a] [n]", "found a~ [n]", "found a~ [n] [prep] the [n]", "heard a~ [n]", "heard a~ [a] [n]", "felt [a]", "was afraid of the [n]", "came to [b]", "came [prep] the [n]", "got a~ [n]", "made a~ [n]", "ate the [n]", "ate a~ [a] [n]", "woke up [adv]", "woke up and [vt] the [n]"),
+    "does2": ("[v] the [n]", "[v] [adv]", "[v] a~ [n] [where2]", "were [a]", "[v] together", "[v] to the [n]", "[v] [prep] the [n]", "loved [ns]", "wanted to [b]", "had a~ [n]"),
+    "more2": ("were good friends", "[v]", "[v] [adv]", "lived [where2]", "went to the {place}"),
+    "base": ("go to the {place}", "go to the {place}", "play", "sing", "find a {colour} {obj}", "go home", "see the {place}", "sleep", "look for a {colour} {obj}", "run away", "make a {colour} {obj}", "help {friend}", "play with {friend}", "walk to the {place}", "sing a song", "be brave", "take a walk", "have a {colour} {obj}", "visit {friend}"),
+    "cry": ("[b] the [n]!", "[b]!", "[b], [b]!", "[v]!", "Where is the [n]?", "Where is my [n]?", "Why are you so [a]?", "Why are you [adv] [a]?", "I am [a]!", "I am not [a],", "Look, a~ [n]!", "I do not [b] to [b],", "I do not [b] [ns],", "I want to [b] the [n],", "I want a~ [n],", "Do not [b] the [n]!", "Do not [b]!", "What a~ [a] [n]!",
+            "Who [v] my [n]?", "Can you [b]?", "You are [a],", "Let us [b]!", "[adv]!", "[odd]!", "[odd] [odd] [odd],", "[odd]?", "Please [b] me,", "Please [b],", "Help me [b]!", "This is my [n],", "It is [a],", "What is [odd]?", "My [n] is [a],", "Why [odd] [odd] [odd]?", "I can [b]!", "I will [b] you,", "Good [n],", "Are you a~ [n]?", "May I [b]?"),
+    "knew": ("nobody [v]", "nobody could [b]", "no one [v]", "you will [adv] [b]", "you will not [b]", "you may not [b]", "everyone [v]", "everybody knew", "everyone in the [n] [v]", "people [b]", "people in the [n] [b]", "they [b]", "my [whom] [v] me", "my [whom] always [v]", "my [n] [v]", "I [b]", "I never [v]", "I [v]", "I [adv] [b]", "do you [b]", "let me [b] you", "I will [b] you", "the [n] [v] me", "one [timeword] I [v]", "we all [v]", "the [ns] [v]", "have you [v]", "did you [b]", "it is [a]", "it was [a]", "the [a] [n] was", "some [ns] [b]", "the [whom] did not [b]", "not even the [whom] [v]", "never [b]", "who would have [v]", "I still [b]", "[time], I [v]"),
+    "conj": ("that", "that", "that", "why", "how", "when", "where"),
+    "everyone": ("everyone", "everybody", "nobody", "no one", "the whole [n]", "all the [ns]", "the [ns]", "the other [ns]", "people", "my [whom]", "the [whom]", "they all", "we"),
+    "have": ("have [adv] [v]", "have [v]", "had [adv] [v]", "[adv] [v]", "[v]", "will [adv] [b]", "never [v]", "once [v]", "[b]", "[adv] [b]", "had to [b]", "want", "[v] and [v]"),
+    "called": ("{called}" + CUT,),
+    "num": ("two", "three", "four", "five", "six", "seven", "ten", "a hundred", "many", "some", "several", "a few", "both", "all the"),
+    "time": ("one [a] [timeword]", "one [a] [timeword]", "one [timeword]", "last [timeword]", "every [timeword]", "each [timeword]", "at [timeword]", "in [timeword]", "on [timeword]", "this [timeword]", "late one [timeword]", "early one [a] [timeword]", "on a~ [a] [timeword]", "on the [most] [timeword] of [timeword]", "in the [a] [timeword]",
+             "after [timeword]", "before [timeword]", "during the [n]", "during [timeword]", "all [timeword]", "next [timeword]", "in the year [number]", "in [number]", "at [number] [timeword]", "[number] [ns] ago", "[num] [ns] ago", "[num] [ns] later", "a long, long time ago", "many [ns] ago", "for [num] [ns]", "[adv]", "[adv]", "once", "today",
+             "before anybody was [a]", "before the [n] [v]", "after the [n]", "after the [n] [v]", "as soon as the [n] [v]", "while the [ns] [v]", "while everybody [v]", "when the [n] [v]", "when [timeword] came", "just before [timeword]", "the [timeword] after [timeword]", "one [timeword] in [timeword]", "on {his} [a] [timeword]", "the [a] [timeword]"),
+    "timeword": ("[timeof]",),
+    "place2": ("[prep] the [n]", "[prep] the [n]", "[prep] the [a] [n]", "[prep] the [a] [n]", "[prep] the [most] [n]", "[prep] the [n] of the [n]", "[prep] a~ [n] by the [n]", "[prep] a~ [a] [n]", "[prep] a~ [n]", "in [land]", "in [land]", "far away in [land]", "far [prep] the [n]", "deep [prep] the [n]", "high [prep] the [n]", "somewhere [prep] the [n]",
+               "[prep] my [n]", "[prep] our [n]", "[prep] the [ns]", "[prep] [ns] and [ns]", "[prep] the [n] [prep] the [n]", "on top of the [n]", "on top of the [most] [n]", "at the end of the [n]", "at the bottom of the [n]", "in the middle of the [n]", "outside", "upstairs", "[prep] [land]", "not far from [land]", "[prep] a~ [a] [n] [prep] the [n]"),
+    "where2": ("[prep] the [n]", "[prep] the [a] [n]", "[prep] a~ [n]", "in [land]", "[prep] the {place}", "everywhere", "upstairs", "outside", "at home", "[prep] my [n]"),
+    "whither": ("way to the [n],", "way to [n],", "way home,", "way [prep] the [n],", "[a] [n],", "[timeword],", "first day at [n],", "own,"),
+    "clause2": ("the [n] [v]", "the [n] was [a]", "the [ns] [v]", "my [whom] [v]", "the [n] had [v]", "nobody [v]", "everyone [v]", "everybody was [a]", "it [v]", "it was [a]", "they [v] the [n]", "I [v] the [n]", "we [v]", "the [a] [n] [v]", "there was no [n]", "there were no [ns]", "you [b] the [n]", "[ns] could [b]"),
+    "prep": ("in", "in", "on", "on", "at", "near", "from", "behind", "under", "by", "across", "beyond", "over", "inside", "above", "below", "through", "along", "between", "past", "beside", "among", "around", "outside", "of", "with", "without"),
     "clause": ("when", "when", "because", "that", "and", "but", "how", "why", "where", "if", "so", "until", "before", "after", "while"),
     "more": (*("and [did]",) * 6, "because {he} was hungry", "because {he} was alone", "because {he} wanted to play", "with {friend}", "with {his} friend {friend}",
              "when the sun came up", "to find a {colour} {obj}", "to the {place}", "in the {place}", "at the {place}", "near the {place}", "from the {place}",
@@ -219,36 +261,18 @@ UNKNOWN_WEIGHTS = {
 }  # fmt: skip
 
 
-def odd_word(rng: random.Random) -> str:
-    """A word from ODD_WORDS, or one of syllables, or one of letters."""
-    draw = rng.random()
-    if draw < 0.6:
-        return rng.choice(ODD_WORDS)
-    if draw < 0.85:
-        return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(1, 3))) + rng.choice(
-            ("", "", "n", "s", "ed", "ing", "er")
-        )
-    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8)))
-
-
-def odd_name(rng: random.Random) -> str:
-    """A name that is none of the corpus's."""
-    return (
-        rng.choice(ODD_NAMES)
-        if rng.random() < 0.6
-        else "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).title()
-    )
-
-
 def expand(rng: random.Random, text: str) -> str:
     """Every [name] of the text replaced, those of what it is replaced by too; CUT follows each odd word."""
 
     def one(match: re.Match) -> str:
         name = match.group(1)
-        if name == "odd":
-            return odd_word(rng) + CUT
+        if name.lower() in ODD:
+            word, known = odd_words.draw(rng, ODD[name.lower()])
+            return (capitalised(word) if name[0].isupper() else word) + ("" if known else CUT)
         if name == "digit":
             return str(rng.randint(1, 9))
+        if name == "number":
+            return str(rng.choice((rng.randint(2, 12), rng.randint(1000, 3000)))) + CUT
         expanded = expand(rng, rng.choice(GRAMMAR[name.lower()]))
         return capitalised(expanded) if name[0].isupper() else expanded
 
@@ -274,7 +298,7 @@ def place_cut(rng: random.Random, text: str) -> str:
     known = len(text[: text.rfind(CUT) + 1].replace(CUT, ""))
     text = text.replace(CUT, "")
     ends = [match.start() for match in re.compile(r" |$|(?<=\w)[.,]").finditer(text, known)][:8]
-    end = ends[0] if rng.random() < 0.2 else rng.choice(ends)
+    end = ends[0] if rng.random() < (0.45 if known else 0.15) else rng.choice(ends)
     return text[:end] + CUT + text[end:]
 
 
@@ -295,7 +319,7 @@ def unknown(rng: random.Random) -> tuple[str, str]:
     """A request that the storyteller cannot fulfil, and its honest answer."""
     kind = rng.choices(tuple(UNKNOWN_WEIGHTS), tuple(UNKNOWN_WEIGHTS.values()))[0]
     requests, answers = UNKNOWN[kind]
-    odd = odd_word(rng)
+    odd = odd_words.draw(rng, "odd")[0]
     about = rng.choice((" about [odd]", " about a~ [odd]", " about the [odd]", " about a~ [odd] and a~ [odd]"))
     fields = {
         "key": rng.choice(("", "", "a~ ", "the ")) + odd if kind in ("colour", "sound") else capitalised(odd) if kind == "capital" else odd,
