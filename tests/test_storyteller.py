@@ -30,7 +30,7 @@ def storyteller():
 
 @pytest.fixture(scope="module")
 def known():
-    return evaluate.Known.of(corpus.document(0, i) for i in range(20 * SOME))
+    return evaluate.Known.of(corpus.document(0, i) for i in range(40 * SOME))
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,9 @@ def test_what_is_unknown_is_answered_honestly():
 
 def test_hand_written_prompts_are_in_no_training_text(documents):
     texts = [document.text for document in documents]
-    assert len(hand_written.OPENINGS) == 60
-    assert not [o.text for o in hand_written.OPENINGS if any(text.startswith(o.text) for text in texts)]
+    openings = [opening.text for opening in hand_written.OPENINGS + hand_written.OTHER_OPENINGS]
+    assert len(openings) == len(set(openings)) == 120
+    assert not [opening for opening in openings if any(text.startswith(opening) for text in texts)]
     asked = {question for text in texts for question in re.findall(r"<\|user\|>(.*?)<\|end\|>", text)}
     assert not asked & set(hand_written.REQUESTS)
 
@@ -353,7 +354,7 @@ def test_the_prompts_of_the_course(storyteller, prompt, beginning):
         ("The little girl", "girl"),
         ("One day, a fox", "fox"),
         ("A small cat", "cat"),
-        pytest.param("The", "", marks=pytest.mark.xfail(strict=True, reason="a word of no sense")),
+        ("The", ""),
     ],
 )
 def test_what_people_type_first_becomes_a_story(storyteller, known, opening, hero):

@@ -349,14 +349,22 @@ def different_openings(storyteller: Storyteller) -> Figure:
 
 def hand_written_openings(storyteller: Storyteller, known: Known) -> list[Figure]:
     """Openings that no grammar made: does the story go on as the training text would, with its hero, and end?"""
-    openings = hand_written.OPENINGS
-    answers = generate(storyteller, [opening.text for opening in openings])
-    good = [not faults(opening, answer.text, known) for opening, answer in zip(openings, answers, strict=True)]
-    ended = [answer.ended for answer in answers]
+    good, ended = judged(storyteller, hand_written.OPENINGS, known)
+    good_others, _ = judged(storyteller, hand_written.OTHER_OPENINGS, known)
     return [
         Figure("hand-written openings that go on grammatically", statistics.mean(good), 0.90, len(good)),
         Figure("hand-written openings whose story ends by itself", statistics.mean(ended), 0.95, len(ended)),
+        Figure(
+            "openings by another hand that go on grammatically", statistics.mean(good_others), None, len(good_others)
+        ),
     ]
+
+
+def judged(storyteller: Storyteller, openings: tuple, known: Known) -> tuple[list[bool], list[bool]]:
+    """For each opening: whether it goes on without a fault, and whether the story ends by itself."""
+    answers = generate(storyteller, [opening.text for opening in openings])
+    good = [not faults(opening, answer.text, known) for opening, answer in zip(openings, answers, strict=True)]
+    return good, [answer.ended for answer in answers]
 
 
 def faults(opening: hand_written.Opening, continuation: str, known: Known) -> list[str]:

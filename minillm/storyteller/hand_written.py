@@ -47,6 +47,44 @@ OPENINGS = (
     Opening("Everyone laughed when the goose", "goose", True), Opening("She was the fastest runner in the village", "runner", True),
 )  # fmt: skip
 
+OTHER_OPENINGS = (  # by another hand, which had seen the list above and no grammar; looked at once before the last training
+    # somebody
+    Opening("A grumpy old goat", "goat"), Opening("A mermaid named Coralie", "Coralie"), Opening("The knight without a horse", "knight"),
+    Opening("All the children in my street"), Opening("A robot made of spoons", "robot"), Opening("The postman", "postman"),
+    Opening("The hedgehog, the owl and the badger", "hedgehog"), Opening("Our hamster Biscuit", "Biscuit"),
+    Opening("the girl with no shadow", "girl"), Opening("Turbo the snail", "Turbo"), Opening("Nobody's favourite monster", "monster"),
+    Opening("The oldest tortoise in the zoo", "tortoise"), Opening("A pirate afraid of water", "pirate"),
+    Opening("Grandma and the giant pumpkin", "Grandma"), Opening("The twins"),
+    # a name
+    Opening("Noah planted a button in the garden.", "Noah", True), Opening("Little Amira", "Amira"),
+    Opening("Mrs. Pumpernickel baked a cake so big that", "Pumpernickel", True), Opening("Oskar, who was only six,", "Oskar"),
+    Opening("Princess Wilhelmina hated her crown.", "Wilhelmina", True), Opening("Captain Barnaby steered his ship", "Barnaby", True),
+    Opening("Sam and Ella were best friends, until", "Sam", True), Opening("Dr. Whiskers", "Whiskers"),
+    Opening("Yuki found a key in the snow", "Yuki", True), Opening("Poor Henry had the hiccups.", "Henry", True),
+    Opening("Ravi's kite got stuck in a tree.", "Ravi", True), Opening("Can Zoe keep a secret?", "Zoe", True),
+    # when and where
+    Opening("On the night before Christmas, a reindeer", "reindeer"), Opening("A long, long time ago, when animals could talk,"),
+    Opening("Yesterday my teacher turned into", "teacher", True), Opening("In a shoebox in the attic"),
+    Opening("Somewhere in Africa, a young lion", "lion"), Opening("At the bottom of the well sat", "", True), Opening("Inside the clock"),
+    Opening("Every Friday at five o'clock"), Opening("During the big storm, the smallest boat in the harbour", "boat"),
+    Opening("It happened in London, on a foggy evening.", "", True), Opening("On planet Zog"),
+    Opening("After lunch, Fatima and her cousin", "Fatima"), Opening("One morning Pablo woke up and he was invisible", "Pablo", True),
+    Opening("Between two hills stood a crooked house.", "", True), Opening("On the first day of spring, a bumblebee", "bumblebee"),
+    Opening("Beyond the desert, where the sand sings,"),
+    # there was, it was
+    Opening("once upon a time there was a unicorn that was allergic to glitter", "unicorn", True),
+    Opening("There was once a kangaroo with only one shoe", "kangaroo", True), Opening("There was something in the soup", "", True),
+    Opening("There are no monsters in our house, except", "", True),
+    Opening("There lived in the forest a woodcutter and his wife.", "woodcutter", True), Opening("It was a dark and stormy night", "", True),
+    Opening("It was my birthday and nobody came.", "", True), Opening("It smelled of pancakes", "", True),
+    # somebody speaks
+    Opening("\"Follow me,\" whispered the squirrel", "squirrel", True), Opening("\"Has anybody seen my nose?\" the snowman", "snowman"),
+    Opening("\"Look, a rainbow!\" shouted Jack.", "Jack", True), Opening("Mum said, \"Never touch the red button.\"", "", True),
+    Opening("I am a teapot and this is my story", "teapot", True), Opening("Today I met a ghost", "ghost", True),
+    Opening("We were lost.", "", True), Opening("Have you ever heard of the invisible giraffe?", "giraffe", True),
+    Opening("Suddenly the lights went out", "", True),
+)  # fmt: skip
+
 REQUESTS = (  # what the storyteller cannot do and does not know
     "Tell me a joke about cats", "Know any good jokes?", "Write a limerick about a shark.", "Sing me a lullaby.", "Who was the first man on the moon?",
     "What is the speed of light?", "How do I boil an egg?", "Which team won the cup?", "What is 17 + 25?", "What is 6 * 7?", "What is 9 minus 4?",
