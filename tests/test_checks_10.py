@@ -519,3 +519,26 @@ async def a_stub(*args):
 def test_what_is_not_written_yet_is_told_so(check):
     with pytest.raises(NotWrittenYet, match=rf"✗ {check.__name__}: not written yet"):
         check(a_stub)
+
+
+# take ---------------------------------------------------------------------------------------------
+
+
+def test_take_accepts(capsys):
+    assert passes(checks.take, lambda tokens, ahead: sum(ahead) + tokens < 4_300, capsys)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (lambda tokens, ahead: True, "the number of prompts ahead, or their tokens"),
+        (lambda tokens, ahead: False, "got       0 in time"),
+        (lambda tokens, ahead: len(ahead) < 12, "the number of prompts ahead, or their tokens"),
+        (lambda tokens, ahead: sum(ahead) + tokens < 8_000, "A long prompt delays all"),
+        (lambda tokens, ahead: tokens < 500, "the number of prompts ahead, or their tokens"),
+        (lambda tokens, ahead: len(ahead), "True or False"),
+        (lambda tokens, ahead: None, "True or False"),
+    ],
+)
+def test_take_refuses(rule, told):
+    assert told in message(checks.take, rule)

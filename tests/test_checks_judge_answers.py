@@ -993,6 +993,26 @@ def peeled(trace):
     return np.array(seconds)
 
 
+@right(checks.take)
+def waiting_time(num_prompt_tokens, ahead):
+    return (sum(ahead) + num_prompt_tokens) / 4_300 < 1
+
+
+@wrong(checks.take)
+def as_many_prompts_as_fit(num_prompt_tokens, ahead):
+    return len(ahead) < 16
+
+
+@right(checks.engine_arguments)
+def small_pieces():
+    return {"block_size": 8, "enable_prefix_caching": True, "max_num_batched_tokens": 256, "watermark": 0.1}
+
+
+@wrong(checks.engine_arguments)
+def shared_beginnings_alone():
+    return {"enable_prefix_caching": True}
+
+
 @right(checks.explain)
 def peeled_by_an_array(trace_a, trace_b):
     a, b = peeled(trace_a), peeled(trace_b)

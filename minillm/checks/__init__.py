@@ -20,7 +20,7 @@ from minillm.checks.chapter_07 import queue_order, schedule_step, serve_continuo
 from minillm.checks.chapter_08 import allocate, begin_table, choose_victim, make_room, schedule_paged
 from minillm.checks.chapter_09 import decode_step_seconds, key_number, merge_softmax, paged_decode, slot_of
 from minillm.checks.chapter_09_kernel import my_decode
-from minillm.checks.chapter_10 import admission, sse_events
+from minillm.checks.chapter_10 import admission, sse_events, take
 from minillm.checks.chapter_10_loop import run_engine, stream_request
 from minillm.checks.chapter_11 import better_within, engine_arguments, explain, setting_with
 from minillm.checks.chapter_12 import choose_replica, fast_plan, mlp_on_rank, part_of, ring_seconds
@@ -44,25 +44,25 @@ __all__ = [
     "cache_bytes",
     "cached_attend",
     "causal_mask",
-    "chunk_mask",
     "choose_replica",
     "choose_victim",
+    "chunk_mask",
     "decode_step_seconds",
     "engine_arguments",
     "explain",
     "fast_plan",
     "few_passes",
+    "few_rectangles",
     "find_mask",
     "generate_with_cache",
-    "few_rectangles",
     "greedy_generate",
     "is_written",
     "key_number",
     "key_reads",
     "layer_flops",
     "left_pad",
-    "merge_softmax",
     "make_room",
+    "merge_softmax",
     "mlp_on_rank",
     "my_decode",
     "needs",
@@ -87,6 +87,7 @@ __all__ = [
     "sse_events",
     "static_batches",
     "stream_request",
+    "take",
     "temperature_probabilities",
     "top_p_probabilities",
     "window_mask",

@@ -1,11 +1,17 @@
 """Chapter 10, the layer above the engine: a stream of events is taken apart, a full queue refused."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from minillm.checks.base import Case, is_number, run_check, same_value
+from minillm.checks.base import Case, CheckFailed, call, describe, failure, is_number, run_check, same_value
 from minillm.checks.chapter_09 import Name
+from minillm.costs import A100_80GB, LLAMA_2_7B
+from minillm.engine import Request, Scheduler, SchedulerConfig
+from minillm.sampling import SamplingParams
 from minillm.serving import retry_after
+from minillm.simulation import Roofline, SimulatedExecutor, VirtualClock, run
 
 # --- sse_events ------------------------------------------------------------------------------------------------------
 
@@ -181,3 +187,75 @@ def _on_seconds(got: Any, case: Case) -> str | None:
     if case.expected is TAKEN and is_number(got):
         return "There is room for one more: return None, and the request is taken."
     return None
+
+
+# --- take, the puzzle ------------------------------------------------------------------------------------------------
+
+PATIENCE = 1.0  # seconds that a user waits for the first token
+CROWDS = {1: 345, 2: 333}  # seed -> how many users of NUM_USERS must have it in time
+NUM_USERS = 400
+
+
+def take(function: Callable) -> None:
+    """`take(num_prompt_tokens, ahead)` -> whether a newcomer is taken.
+
+    `ahead`: how many tokens are still to be computed of each prompt before it. The puzzle: 400 requests come to a
+    simulated A100 with Llama-2-7B, 15 and 60 per second in turn. Many users are to have their first token within a
+    second; a user who is refused has none.
+    """
+    lines = []
+    for seed, wanted in CROWDS.items():
+        everybody = _num_in_time(seed, lambda num_prompt_tokens, ahead: True)
+        expected = f"the first token within {PATIENCE:g} s for {wanted} users of {NUM_USERS}"
+        case = Case((), expected, "What makes a newcomer wait: the number of prompts ahead, or their tokens?")
+
+        def answer(num_prompt_tokens: int, ahead: list[int], case: Case = case) -> bool:
+            asked = replace(case, args=(num_prompt_tokens, ahead), expected="True or False")
+            taken = call("take", function, asked, describe)
+            if not isinstance(taken, bool):
+                raise CheckFailed(failure("take", asked, f"got       {describe(taken)}", asked.expected))
+            return taken
+
+        num_in_time = _num_in_time(seed, answer)
+        if num_in_time < wanted:
+            if num_in_time > 0.9 * wanted:
+                case = replace(case, hint="A long prompt delays all that come behind it. When is it worth that?")
+            got = f"got       {num_in_time} in time; {everybody} if everybody is taken"
+            raise CheckFailed(failure("take", case, got, case.expected))
+        lines.append(f"  {num_in_time} of {NUM_USERS} in time; {everybody} if everybody is taken")
+    print("✓ take: 2 crowds within the budget", *lines, sep="\n")
+
+
+class _Guarded(Scheduler):
+    """One that asks a rule about each newcomer."""
+
+    def __init__(self, rule: Callable[[int, list[int]], bool], clock: VirtualClock):
+        super().__init__(SchedulerConfig(256, 512, 4096), clock)
+        self.rule, self.taken = rule, []
+
+    def add_request(self, request: Request) -> None:
+        left = ((each, each.num_prompt_tokens - each.num_computed_tokens) for each in self.taken)
+        ahead = {each: tokens for each, tokens in left if tokens > 0}
+        self.taken = list(ahead)
+        if self.rule(request.num_prompt_tokens, list(ahead.values())):
+            super().add_request(request)
+            self.taken.append(request)
+
+
+def _num_in_time(seed: int, rule: Callable[[int, list[int]], bool]) -> int:
+    """How many of the crowd have their first token in time under a rule."""
+    clock = VirtualClock()
+    executor = SimulatedExecutor(Roofline(LLAMA_2_7B, A100_80GB), clock)
+    trace = run(_Guarded(rule, clock), executor, _crowd(seed), clock)
+    return sum(trace.ttft(request.request_id) <= PATIENCE for request in trace.requests)
+
+
+def _crowd(seed: int) -> list[Request]:
+    """Five seconds with 15 per second, five with 60, and so on; a quarter of the prompts is long."""
+    rng, at, requests = random.Random(seed), 0.0, []
+    for number in range(NUM_USERS):
+        at += rng.expovariate(60 if at // 5 % 2 else 15)
+        length = rng.randint(20, 200) if rng.random() < 0.75 else rng.randint(1_500, 3_000)
+        params = SamplingParams(max_tokens=min(400, 8 + int(rng.lognormvariate(4, 0.8))), ignore_eos=True)
+        requests.append(Request(f"user {number}", range(length), params, arrival_time=at))
+    return requests

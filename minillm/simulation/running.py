@@ -59,7 +59,8 @@ def run(
                 for each in (request, *request.children):
                     figures.arrive(each.request_id, request.arrival_time)
         if not scheduler.has_unfinished_requests():
-            clock.advance_to(upcoming.arrival_time)
+            if upcoming is not None:  # a scheduler may refuse the last one
+                clock.advance_to(upcoming.arrival_time)
             continue
         plan = scheduler.schedule()
         updates = scheduler.update(plan, executor.execute_model(plan))
