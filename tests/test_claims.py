@@ -184,9 +184,9 @@ def test_what_a_cost_model_says_is_not_called_measured(chapter):
 
 @pytest.mark.parametrize(
     ("chapter", "cell_id", "pictures"),
-    [("02", "influence-picture", 2), ("02", "window-reach", 1), ("06", "influence", 1), ("06", "mended", 2)],
+    [("02", "influence-picture", 2), ("02", "window-reach-asserts", 1), ("06", "influence", 1), ("06", "mended", 2)],
 )
 def test_influence_is_drawn_as_influence(chapter, cell_id, pictures):
     """A measurement says which row changes with which token; a mask says which token may look at which."""
     assert printed(chapter, cell_id).count("replaced token →") == pictures
-    assert printed(chapter, cell_id).count("looks at →") == (cell_id == "window-reach")  # the mask beside it
+    assert printed(chapter, cell_id).count("looks at →") == (cell_id == "window-reach-asserts")  # the mask beside it
