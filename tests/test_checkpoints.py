@@ -161,7 +161,7 @@ def test_with_the_config_alone_in_the_cache_and_no_hub_it_says_so(hub):
     (hub.cache / COMMIT).mkdir(parents=True)
     (hub.cache / COMMIT / "config.json").write_text((hub.folder / "config.json").read_text())
     hub.online = False
-    with pytest.raises(ModelNotFoundError, match="did not give all of it .*offline.*not the whole model"):
+    with pytest.raises(ModelNotFoundError, match="did not give it all .*offline.*not the whole model"):
         load_from_hub()
 
 
@@ -210,5 +210,5 @@ def test_the_real_client_reads_its_cache_without_the_hub(files, copy, tmp_path, 
     if "model.safetensors" in files:
         assert load_from_hub().config.hidden_size == 64
     else:
-        with pytest.raises(ModelNotFoundError, match="did not give all of it"):
+        with pytest.raises(ModelNotFoundError, match="did not give it all"):
             load_from_hub()

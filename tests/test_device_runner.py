@@ -575,7 +575,7 @@ def test_a_broken_twin_says_something_else(model, expected, monkeypatch, bug):
 def test_what_does_not_fit_is_refused(model):
     part = ScheduledRequest("z", 0, 1, True, "prefill", block_ids=range(1, 14))
     plan = SchedulerOutput(0, 0.0, {}, [part], first_plan().new_requests, num_tokens=1)
-    with pytest.raises(ConfigError, match="'z' has 13 blocks, .* for 12 blocks a request; raise max_model_len"):
+    with pytest.raises(ConfigError, match="'z' has 13 blocks, .* for 12 blocks per request; raise max_model_len"):
         device_runner_of(model).launch(plan)
     jobs = [Job(f"{i}", [1, 2], SamplingParams(max_tokens=4)) for i in range(7)]
     with pytest.raises(ConfigError, match="'6' has 2 tokens and is number 7 .* 6 requests of 48 tokens; raise max_num"):

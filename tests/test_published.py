@@ -84,7 +84,7 @@ def test_factors_that_do_not_depend_on_each_other_have_no_range():
         (lambda: Decomposition.of(tuple(map(str, range(60))), len), "1 to 12"),
         (lambda: Decomposition.of(("a",), lambda some: float(len(some))), "seconds"),
         (lambda: Decomposition(("a",), {frozenset(): 1.0}), r"\['a'\] are missing"),
-        (lambda: Decomposition.of(("a",), lambda some: 1.0).ratio("b"), r"\['b'\] are no causes"),
+        (lambda: Decomposition.of(("a",), lambda some: 1.0).ratio("b"), r"\['b'\] are not causes"),
         (lambda: Decomposition.of(("a",), lambda some: 1.0).removed(["a", "a"]), "each of"),
         (lambda: Decomposition.of(("a",), lambda some: 1.0).share("a"), "nothing to share"),
     ],

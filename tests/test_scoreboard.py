@@ -52,7 +52,7 @@ def test_there_is_a_row_for_each_chapter_and_each_rung_of_the_ladder_is_in_one()
     assert [chapter.number for chapter in CHAPTERS] == list(range(1, 12))
     paths = notebooks.chapters([])
     written = {int(path.stem[:2]) for path in paths if path.stem[:2].isdigit()}
-    assert written <= {chapter.number for chapter in CHAPTERS}
+    assert written - {12} <= {chapter.number for chapter in CHAPTERS}  # chapter 12 is past the one card of the ladder
     named = [name for chapter in CHAPTERS for name in chapter.rungs if name != SERVER]
     assert named == ["naive", "cache", "static", "dynamic", "continuous", "paged", "kernels", "processes"]
     assert all(chapter.rungs or chapter.note for chapter in CHAPTERS)

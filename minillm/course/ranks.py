@@ -64,18 +64,22 @@ def _start(rank: int, size: int, place: Path) -> subprocess.Popen:
 def _wait(started: list[subprocess.Popen], place: Path, seconds: float) -> None:
     """Until all have ended well."""
     deadline = time.monotonic() + seconds
-    while any(process.poll() is None for process in started):
-        if failed := [rank for rank, process in enumerate(started) if process.poll()]:
-            break
+    while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
         if time.monotonic() > deadline:
             raise RankError(f"the ranks were not done after {seconds:g} s; does one wait for what no other sends?")
         time.sleep(LOOK_EVERY)
-    else:
-        failed = [rank for rank, process in enumerate(started) if process.poll()]
-    for rank in failed:
-        reason = place / f"error-{rank}"
-        words = reason.read_text(encoding="utf-8") if reason.exists() else f"it ended with {started[rank].poll()}"
-        raise RankError(f"rank {rank}: {words}")
+    if any(process.poll() for process in started):
+        raise RankError(_first_failure(started, place))
+
+
+def _first_failure(started: list[subprocess.Popen], place: Path) -> str:
+    """Of ranks that fail together the one that began: the others fail because it is gone. It may still be ending."""
+    reasons = {rank: place / f"error-{rank}" for rank in range(len(started))}
+    failed = [rank for rank, process in enumerate(started) if process.poll() or reasons[rank].exists()]
+    silent = [rank for rank in failed if not reasons[rank].exists()]  # killed: it could not say why
+    first = silent[0] if silent else min(failed, key=lambda rank: reasons[rank].stat().st_mtime_ns)
+    words = f"it ended with {started[first].poll()}" if silent else reasons[first].read_text(encoding="utf-8")
+    return f"rank {first}: {words}"
 
 
 def run_rank(folder: str) -> None:
