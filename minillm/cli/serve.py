@@ -1,5 +1,5 @@
 """The command `minillm serve`: the engine behind OpenAI's API. Its options are the fields of `ServerOptions` and
-`EngineConfig`; their help texts are the comments of those fields.
+`EngineConfig`, and for several engines `ClusterOptions`; their help texts are the comments of those fields.
 """
 
 import argparse
@@ -10,10 +10,9 @@ from dataclasses import MISSING, Field, fields
 from typing import get_args
 
 from minillm.engine import EngineConfig
-from minillm.serving import ServerOptions
+from minillm.serving import KEY_VARIABLE, ClusterOptions, ServerOptions
 
 COMMENT = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # of a field of a dataclass
-KEY_VARIABLE = "MINILLM_API_KEY"
 DEFAULTS = {"worker": "process"}  # in one process, HTTP and the engine would share Python's lock
 
 
@@ -25,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add_fields(parser.add_argument_group("the server"), ServerOptions)
     add_fields(parser.add_argument_group("the engine"), EngineConfig)
+    add_fields(parser.add_argument_group("several engines, on Ray Serve"), ClusterOptions)
 
 
 def add_fields(group: argparse._ArgumentGroup, options: type) -> None:
@@ -58,14 +58,15 @@ def given(arguments: argparse.Namespace, options: type) -> dict:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it. Raises ConfigError and the errors of `LLMEngine`."""
+    key = {"api_key": os.environ[KEY_VARIABLE]} if os.environ.get(KEY_VARIABLE) else {}
+    options = ServerOptions(**key | given(arguments, ServerOptions))
+    cluster = ClusterOptions(**given(arguments, ClusterOptions))
+    loading = {"dtype": arguments.dtype, "device": arguments.device, "revision": arguments.revision}
+    if cluster.replicas:  # each has a process of its own
+        from minillm.serving import serve_replicas
+
+        config = EngineConfig(**given(arguments, EngineConfig))
+        return serve_replicas(arguments.model, options, config, cluster, **loading)
     from minillm.serving import serve
 
-    key = {"api_key": os.environ[KEY_VARIABLE]} if os.environ.get(KEY_VARIABLE) else {}
-    return serve(
-        arguments.model,
-        ServerOptions(**key | given(arguments, ServerOptions)),
-        EngineConfig(**DEFAULTS | given(arguments, EngineConfig)),
-        dtype=arguments.dtype,
-        device=arguments.device,
-        revision=arguments.revision,
-    )
+    return serve(arguments.model, options, EngineConfig(**DEFAULTS | given(arguments, EngineConfig)), **loading)

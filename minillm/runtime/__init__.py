@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = hand_on(
     {
         "batch": "Layout Step carve rows_computed",
         "cache_engine": "CacheEngine",
-        "ranks": "end_with environment_of start_ranks",
+        "ranks": "end_with environment_of start_of start_ranks",
         "runner": "Runner",
         "plan": (
             "BlockMove DEFAULT_OPTIONS ModelOutput NULL_BLOCK NewRequest PendingOutput RunnerOptions "

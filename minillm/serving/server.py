@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -26,7 +25,8 @@ from minillm.serving.api_server import create_app
 from minillm.serving.async_engine import AsyncEngine
 from minillm.serving.connections import PatientProtocol
 from minillm.serving.metrics import Metrics
-from minillm.serving.options import ServerOptions
+from minillm.serving.options import ServerOptions, name_of
+from minillm.serving.served_engine import ServedEngine
 
 log = logging.getLogger("minillm.serving")
 CLOSING_SECONDS = 5  # for answers to be sent when all requests have ended
@@ -45,7 +45,7 @@ def serve(model: str, options: ServerOptions, config: EngineConfig, **loading) -
     with bound(options.host, options.port) as listener:
         say(1, "LLMEngine", f"loading {model}")
         llm_engine = LLMEngine(model, config=config, **loading)
-        name = options.served_model_name or Path(model).name
+        name = name_of(model, options)
         metrics = Metrics(options.metrics_prefix, name)
         engine = AsyncEngine(llm_engine, max_queue=options.max_queue, metrics=metrics, model_name=name)
         try:
@@ -157,7 +157,7 @@ class Server(uvicorn.Server):
 
     ready, began = "ready", 0.0  # the log's line when it listens, with the seconds since it began
 
-    def __init__(self, app, engine: AsyncEngine, drain_timeout: float):
+    def __init__(self, app, engine: ServedEngine, drain_timeout: float):
         config = uvicorn.Config(
             app,
             http=PatientProtocol,
@@ -178,7 +178,8 @@ class Server(uvicorn.Server):
         """Listen, and log it."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._spawn(log_throughput(self.engine))
+        if isinstance(self.engine, AsyncEngine):  # replicas have logs of their own
+            self._spawn(log_throughput(self.engine))
         say(1, "API server", "routes: " + ", ".join(sorted(self.config.app.openapi()["paths"])))
         say(1, "OpenAI server", self.ready.format(time.perf_counter() - self.began))
 
