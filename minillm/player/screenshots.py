@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from minillm.errors import ConfigError
@@ -22,6 +23,7 @@ OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage", "--no-first-run"]
 WAIT_MS = 180_000  # for a burst, on a busy machine
 ENGINE = ["--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "512", "--num-blocks", "129"]
 SHOWN = 0.45  # share of a run that has passed when it is drawn
+BEGINNING = "Once upon a time there was a little fox who lived in a forest by the river, and every day she"
 COMPARED = 0.7  # the same for both runs on one clock, as a share of the shorter one
 
 
@@ -39,16 +41,21 @@ def main(folder: Path = Path("figures")) -> None:
         run = Path(scratch) / "run.jsonl"
         run.write_bytes(browser.new_context().request.get(f"{address}/live/trace").body())
         shoot_run(browser, save_html(load_trace(run), run.with_suffix(".html"), title="32 stories"), folder)
+        if find_spec("ray") is None:
+            print("page_replicas.png is left as it is: replicas need pip install 'minillm[cluster]'")
+        else:
+            with served("--replicas", "2") as address:
+                shoot_replicas(browser, address, folder)
         browser.close()
 
 
 @contextmanager
-def served():
+def served(*options: str):
     """The address of a server in a child process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "minillm.cli.main", "serve", f"--port={port}", *ENGINE])
+    process = subprocess.Popen([sys.executable, "-m", "minillm.cli.main", "serve", f"--port={port}", *ENGINE, *options])
     try:
         deadline = time.monotonic() + WAIT_MS / 1000
         while process.poll() is None and time.monotonic() < deadline:
@@ -84,6 +91,30 @@ def shoot_page(browser, address: str, folder: Path) -> None:
     live.evaluate("(player, share) => { player.position = share * player.run.steps.length; }", 1 - SHOWN / 2)
     settle(page)
     page.locator(".card", has=live).screenshot(path=folder / "page_engine.png")
+    page.close()
+
+
+def shoot_replicas(browser, address: str, folder: Path) -> None:
+    """Two replicas in the middle of a burst each, after prompts that begin alike."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light", reduced_motion="reduce")
+    page.goto(address)
+    lanes = page.locator(".replica")
+    lanes.nth(1).wait_for(timeout=WAIT_MS)
+    for end in ("went to the", "looked for a", "sang to her"):
+        page.locator("#prompt").fill(f"{BEGINNING} {end}")
+        with page.expect_response("**/v1/completions") as answer:
+            page.get_by_role("button", name="Send").click()
+        answer.value.finished()
+    for _ in range(2):
+        page.get_by_role("button", name="32 stories").click()
+    for index in range(2):
+        lanes.nth(index).locator(".state", has_text="running").wait_for(timeout=WAIT_MS)
+    settle(page)
+    page.locator("#pause").click()
+    settle(page)
+    page.mouse.move(0, 0)
+    settle(page)
+    page.locator("#replicas").screenshot(path=folder / "page_replicas.png")
     page.close()
 
 
