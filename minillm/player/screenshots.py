@@ -1,7 +1,8 @@
 """Pictures of the player and the page for the README: `python -m minillm.player.screenshots [FOLDER]`.
 
 Starts `minillm serve` on a free port and lets the page compare both batching policies. Writes a PNG of that, one of the
-engine and one of the recorded run. Needs playwright (`minillm[test]`), Chromium, and `minillm[serve]`.
+engine and one of the recorded run; where Ray is installed (`minillm[cluster]`), also one of two replicas. Needs
+playwright (`minillm[test]`), Chromium, and `minillm[serve]`.
 """
 
 import shutil
