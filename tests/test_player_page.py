@@ -359,7 +359,7 @@ def test_it_connects_again_and_shows_what_was_kept(chromium, server):
 
 def test_the_screenshots_of_the_readme_are_made_by_one_command(tmp_path):
     command = [sys.executable, "-m", "minillm.player.screenshots", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr
     shots = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     replicas = {"page_replicas.png"} if find_spec("ray") else set()
