@@ -214,7 +214,8 @@ def temperature(logits, temperature):
 def temperature_with_lists(logits, temperature):
     logits = logits.tolist()
     if temperature == 0:
-        return [float(logit == max(logits)) for logit in logits]
+        best = logits.index(max(logits))
+        return [float(place == best) for place in range(len(logits))]
     powers = [math.exp((logit - max(logits)) / temperature) for logit in logits]
     return [power / sum(powers) for power in powers]
 
@@ -233,11 +234,16 @@ def test_temperature_probabilities_accepts(solution, capsys):
         (lambda logits, temperature: temperature_naively(logits, temperature), "exp(800) overflows"),
         (lambda logits, temperature: logits / (temperature or 1), "Temperature 1 changes nothing"),
         (lambda logits, temperature: int(logits.argmax()), "Temperature 1 changes nothing"),
+        (lambda logits, temperature: all_the_largest(logits, temperature), "Of two equal logits one gets all"),
     ],
-    ids=["times", "after-softmax", "zero-divided", "overflow", "no-softmax", "an-id"],
+    ids=["times", "after-softmax", "zero-divided", "overflow", "no-softmax", "an-id", "ties"],
 )
 def test_temperature_probabilities_refuses(solution, told):
     assert told in message(checks.temperature_probabilities, solution)
+
+
+def all_the_largest(logits, temperature):
+    return temperature_naively(logits - logits.max(), temperature)
 
 
 def temperature_naively(logits, temperature):

@@ -160,6 +160,7 @@ def temperature_probabilities(function: Callable) -> None:
         ([2.0, 1.0, 0.0, -1.0], 2.0, divide),
         ([-3.0, -1.0, -2.0], 0.0, greedy),
         ([0.5, 4.0], 0.0, greedy),
+        ([1.0, 3.0, 3.0], 0.0, "Of two equal logits one gets all: argmax names the first."),
         ([800.0, 801.0, 799.0], 1.0, "exp(800) overflows: subtract the largest logit first, or use torch's softmax."),
         ([1.0, 0.0, 3.0], 0.01, "A small temperature makes large numbers: subtract the largest before exp."),
     ]
