@@ -116,7 +116,7 @@ def scaled_in_place(logits, temperature):
 def temperature_in_numpy(logits, temperature):
     logits = logits.numpy().astype(np.float64)
     if temperature == 0:
-        return (logits == logits.max()).astype(float)
+        return np.eye(len(logits))[logits.argmax()]
     powers = np.exp((logits - logits.max()) / temperature)
     return powers / powers.sum()
 
