@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,8 +22,9 @@ import pytest
 import yaml
 
 from minillm import LLM, SamplingParams
+from minillm.bench import recorded, replicas
 from minillm.cli.main import main
-from minillm.engine import EngineConfig
+from minillm.engine import ROUTERS, EngineConfig
 from minillm.errors import ConfigError
 from minillm.serving import ClusterOptions, ServerOptions
 from served import STORY, Answered, ServedProcess, is_closed, soon
@@ -206,6 +209,25 @@ def test_a_server_that_is_killed_leaves_no_process():
         assert server.end_and_look(signal.SIGKILL) == -signal.SIGKILL
         assert is_closed(stream)
         stream.close()
+
+
+def test_a_server_that_is_killed_while_it_starts_leaves_no_process():
+    with subprocess.Popen([sys.executable, "-m", "minillm.cli.main", "serve", "--port=0", *CLUSTER]) as child:
+        family = psutil.Process(child.pid).children
+        soon(lambda: any("raylet" in each.name() for each in family(recursive=True)), START)
+        children = family(recursive=True)
+        child.kill()
+    soon(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in children), 60)
+
+
+def test_routers_are_measured_in_turns(tmp_path, capsys):
+    file = tmp_path / "replicas.json"
+    assert replicas.main(f"--system-prompts 2 --each 6 --turns 1 --rate 5 --json {file}".split()) == 0
+    (turn,) = recorded.load(file)["parts"]["2"]["turns"]
+    assert turn.keys() == set(ROUTERS)
+    assert turn["prefix-aware"]["hits"] >= 2 * 4 * 256 / (12 * 288)  # but for the first two of each system prompt
+    assert all(0 < each["ttft"]["p50"] <= each["ttft"]["p99"] < START for each in turn.values())
+    assert "prefix-aware" in capsys.readouterr().out
 
 
 def test_too_few_processors_are_told_before_anything_is_loaded(capsys):

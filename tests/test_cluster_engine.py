@@ -16,10 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from minillm import SamplingParams
 from minillm.engine import EngineConfig, LLMEngine, PrefixAware, RoundRobin, Router, make_router
 from minillm.errors import ConfigError, PromptError, WorkerDiedError
-from minillm.runtime import start_of
+from minillm.runtime import descendants, start_of
 from minillm.serving import About, AsyncEngine, ClusterEngine, DrainingError, Metrics, ServedEngine, create_app
 from minillm.serving import live as live_module
-from minillm.serving.cluster_engine import descendants
 from served import served, soon
 from test_async_serving import LONG, run, until
 from test_llm_engine import CONFIG, PROMPT, TEN, alone, make_engine
@@ -451,14 +450,14 @@ def test_a_stream_of_a_lost_replica_ends_with_an_error_event():
 
 def test_what_a_lost_process_had_started_ends_and_nothing_else():
     code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-    watch = "[sys.executable, '-c', 'import os; from minillm.serving.cluster_engine import end_family_with; "
+    watch = "[sys.executable, '-c', 'import os; from minillm.runtime import end_family_with; "
     watch += "end_family_with(os.getppid())']"
     starter = subprocess.Popen([sys.executable, "-c", f"{code}subprocess.Popen({watch}); time.sleep(600)"])
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         soon(lambda: len(descendants(starter.pid)) == 2, 60)
         family = {pid: start_of(pid) for pid in descendants(starter.pid)}
-        time.sleep(6)  # the watch has begun
+        time.sleep(3)  # the watch has begun
         starter.kill()
         starter.wait()
         soon(lambda: not any(start_of(pid) == start for pid, start in family.items()), 60)

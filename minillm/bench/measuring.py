@@ -144,17 +144,9 @@ def seconds_of_processes(pids: Iterable[int]) -> dict[str, float]:
     return found
 
 
-def with_children(pid: int) -> list[int]:
-    """A process and its descendants. Raises ConfigError without /proc."""
-    others = [int(each.name) for each in Path("/proc").glob("[0-9]*")]
-    return [pid, *(other for other in others if int((_statistics(other, gone="0 0"))[1]) == pid)]
-
-
-def _statistics(pid: int, gone: str | None = None) -> list[str]:
-    """Linux's statistics of a process, from its state on; `gone`: the result if it has ended."""
+def _statistics(pid: int) -> list[str]:
+    """Linux's statistics of a process, from its state on."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError as error:
-        if gone is not None:
-            return gone.split()
         raise ConfigError("the CPU time of another process is read from /proc, which does not tell it") from error

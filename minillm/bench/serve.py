@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from minillm.bench.contenders import Job, make_jobs, our_arguments
-from minillm.bench.measuring import seconds_of_processes, surroundings, with_children
+from minillm.bench.measuring import seconds_of_processes, surroundings
 from minillm.engine import LLM
 from minillm.errors import ConfigError, check_number, check_options
+from minillm.runtime import descendants
 from minillm.sampling import SamplingParams
 from minillm.serving import ServerProcess
 from minillm.simulation import SLO, Spread, poisson, spread
@@ -103,7 +104,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(llm: LLM, where: tuple, pid: int, jobs: Sequence[Job], arguments: argparse.Namespace, slo: SLO) -> dict:
     """Measure all runs: server and engine in turns, then random arrivals."""
-    num_tokens, turns, pids = sum(job.num_outputs for job in jobs), [], with_children(pid)
+    num_tokens, turns, pids = sum(job.num_outputs for job in jobs), [], [pid, *descendants(pid)]
     engine_run(llm, jobs)  # both compute something before anything is measured
     run(where, jobs, [0.0] * len(jobs), arguments.streams)
     for _ in range(arguments.repeats):

@@ -262,7 +262,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["batching", "engine", "gpu", "ladder", "serve", "simulator"])
+    parser.add_argument("what", choices=["batching", "engine", "gpu", "ladder", "replicas", "serve", "simulator"])
     parser.add_argument("options", nargs=argparse.REMAINDER, help="see `minillm bench batching --help`, and so on")
 
 
@@ -278,7 +278,7 @@ COMMANDS = {
         run_published,
     ),
     "bench": Command(
-        "Measure batching, the engine beside transformers, the whole ladder, a GPU, or the simulator.",
+        "Measure batching, the engine beside transformers, the whole ladder, routers, a GPU, or the simulator.",
         add_bench_arguments,
         run_bench,
     ),

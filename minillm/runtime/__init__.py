@@ -10,7 +10,8 @@ __getattr__, __dir__, __all__ = hand_on(
     {
         "batch": "Layout Step carve rows_computed",
         "cache_engine": "CacheEngine",
-        "ranks": "end_with environment_of start_of start_ranks",
+        "processes": "descendants end_family_with start_of",
+        "ranks": "end_with environment_of start_ranks",
         "runner": "Runner",
         "plan": (
             "BlockMove DEFAULT_OPTIONS ModelOutput NULL_BLOCK NewRequest PendingOutput RunnerOptions "

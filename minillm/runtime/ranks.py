@@ -35,6 +35,7 @@ from minillm.errors import ConfigError, MiniLLMError
 from minillm.model import ModelConfig, Shard, locate, read_config
 from minillm.runtime import messages
 from minillm.runtime.plan import RunnerOptions
+from minillm.runtime.processes import is_gone, start_of
 from minillm.runtime.worker_process import METHODS, MOST_IN_FLIGHT, ProcessWorker, _Server, search_path
 
 PLACE = "MINILLM_RANKS_MEET_AT"  # the file of ranks that are all on this machine; without it MASTER_ADDR, MASTER_PORT
@@ -256,26 +257,6 @@ def make_folder() -> str:
         if owner and is_gone(int(owner[1]), int(owner[2])):
             shutil.rmtree(folder, ignore_errors=True)  # that of another user stays
     return tempfile.mkdtemp(prefix=f"minillm-ranks-{os.getpid()}-{start_of(os.getpid())}-")
-
-
-def is_gone(pid: int, start: int) -> bool:
-    """Whether the process with this id that started then has ended; another process may have its id now."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it is another user's
-        pass
-    return start_of(pid) != start
-
-
-def start_of(pid: int) -> int:
-    """When a process started, in clock ticks since the machine did; 0 if it has ended, and without /proc."""
-    try:
-        stat = Path("/proc", str(pid), "stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[19])  # field 22 of proc(5); the second, a name, may hold spaces
 
 
 def environment_of(rank: int, size: int, place: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, redirect_stdout
 from contextvars import Context
 from dataclasses import fields
 from typing import Any
@@ -329,11 +329,12 @@ def serve_replicas(
             server.began = began
             server.run(sockets=[listener])
         finally:
-            if "RAY_ADDRESS" in os.environ:
-                serve.delete(APPLICATION)
-            else:
-                serve.shutdown()
-            ray.shutdown()
+            with redirect_stdout(None):  # Ray would say that calls to its controller have ended with it
+                if "RAY_ADDRESS" in os.environ:
+                    serve.delete(APPLICATION)
+                else:
+                    serve.shutdown()
+                ray.shutdown()
     say(1, "OpenAI server", "ended")
     return 0
 
@@ -342,18 +343,18 @@ def start_ray(each: Mapping[str, float], replicas: int) -> None:
     """Connect to the Ray at RAY_ADDRESS, or start one. Raises ConfigError if it is too small."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    where: dict[str, Any] = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-    if "RAY_ADDRESS" in os.environ:
-        where = {"address": os.environ["RAY_ADDRESS"]}
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(**where, log_to_driver=False, logging_level="ERROR")
-    if "RAY_ADDRESS" not in os.environ:
-        code = f"from minillm.serving.cluster_engine import end_family_with; end_family_with({os.getpid()})"
+    if "RAY_ADDRESS" in os.environ:
+        where: dict[str, Any] = {"address": os.environ["RAY_ADDRESS"]}
+    else:
+        where = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        code = f"from minillm.runtime import end_family_with; end_family_with({os.getpid()})"
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         subprocess.Popen(
             [sys.executable, "-P", "-c", code], env=os.environ | search_path(), start_new_session=True, **quiet
         )
+    ray.init(**where, log_to_driver=False, logging_level="ERROR")
     there = ray.cluster_resources()
     for kind, name in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         if replicas * each[name] > there.get(kind, 0):

@@ -5,14 +5,11 @@ is lost, its requests that have begun end with an error; those that have not are
 """
 
 import asyncio
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +17,6 @@ from torch import Tensor
 from minillm.engine import EngineConfig, OutputKind, Prompt, RequestOutput, Router
 from minillm.errors import ConfigError, WorkerDiedError, check_choice
 from minillm.model import ModelConfig, Tokenizer
-from minillm.runtime import start_of
 from minillm.sampling import SamplingParams
 from minillm.serving.async_engine import LOOK_EVERY, DrainingError
 from minillm.serving.live import merge_feeds
@@ -29,8 +25,6 @@ from minillm.serving.served_engine import ServedEngine
 from minillm.trace import Trace
 
 routers: dict[tuple[str, str], Any] = {}  # (application, deployment) -> this process's router of Ray Serve
-FAMILY_EVERY = 0.5  # seconds between looks at what a process has started
-FAREWELL = 3.0  # seconds in which what a lost process had started may end by itself
 NO_REPLICA = "no replica is left; a new one may be starting: try again"
 
 
@@ -199,33 +193,3 @@ class ClusterEngine:
         if not found:
             raise WorkerDiedError(NO_REPLICA)
         return found
-
-
-def end_family_with(parent: int) -> None:
-    """The life of a process beside `parent`, its child: when `parent` is gone, whatever it had started is ended.
-
-    Ray's own agents may outlive a Ray whose starter was killed. A number that another process has meanwhile is left.
-    """
-    family: dict[int, int] = {}  # process -> when it started
-    while os.getppid() == parent:
-        family.update((pid, start_of(pid)) for pid in descendants(parent) - {os.getpid()})
-        time.sleep(FAMILY_EVERY)
-    time.sleep(FAREWELL)
-    for pid, start in family.items():
-        if start and start_of(pid) == start:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes that `pid` has started, and those that these have; none without /proc."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    found, waiting = set(), [pid]
-    while waiting:
-        waiting.extend(set(new := children.get(waiting.pop(), [])) - found)
-        found.update(new)
-    return found

@@ -1,6 +1,6 @@
 """Recorded runs of `minillm bench` as JSON files, which chapters and READMEs quote with machine and date.
 
-The files are written by `minillm bench gpu`, `bench ladder` or `bench serve` with `--json`. Dry runs are refused.
+The files are written by `minillm bench gpu`, `ladder`, `replicas` or `serve` with `--json`. Dry runs are refused.
 """
 
 import json
@@ -13,9 +13,9 @@ FIELDS = ("schema", "kind", "date", "machine", "parts")  # of every record
 
 
 def latest(kind: str, folder: Path = FOLDER, *, part: str | None = None) -> dict | None:
-    """The newest run of a kind ("gpu", "ladder", "serve"); with `part` the newest that has it. None if there is none.
+    """The newest run of a kind ("gpu", "ladder", "replicas", "serve"); with `part` the newest that has it.
 
-    Raises ConfigError for other files.
+    None if there is none. Raises ConfigError for other files.
     """
     runs = [load(file) for file in sorted(folder.glob("*.json"))]
     found = (run for run in runs if run["kind"] == kind and (part is None or part in run["parts"]))
