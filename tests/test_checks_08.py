@@ -299,11 +299,11 @@ def test_schedule_paged_accepts(right, capsys):
     assert passes(checks.schedule_paged, right, capsys)
 
 
-@pytest.mark.parametrize("num_blocks", [400, 128, 48])
-def test_the_checks_machine_and_the_engine_count_the_same(num_blocks):
+@pytest.mark.parametrize(("num_blocks", "budget"), chapter_08.RUNS)
+def test_the_checks_machine_and_the_engine_count_the_same(num_blocks, budget):
     lengths = [(request.num_prompt_tokens, request.params.max_tokens) for request in course_requests()]
-    counted = chapter_08.paged_run(paged, lengths, num_blocks)
-    config, clock = SchedulerConfig(chapter_08.SEATS, chapter_08.BUDGET, 4096), VirtualClock()
+    counted = chapter_08.paged_run(paged, lengths, num_blocks, budget)
+    config, clock = SchedulerConfig(chapter_08.SEATS, budget, 4096), VirtualClock()
     manager = BlockManager(num_blocks + 1, chapter_08.SIZE, enable_prefix_caching=False)
     scheduler = Scheduler(config, clock, block_manager=manager, watermark=0)
     steps = run(scheduler, SimulatedExecutor(preset("Llama-2-7B", "a100"), clock), course_requests(), clock).steps
@@ -371,6 +371,20 @@ def admits_a_chunk(running, waiting, tables, free, budget, max_num_seqs, block_s
     return plan, gone
 
 
+def exceeds_the_budget(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """Running requests get all that remains of them."""
+    return paged(running, waiting, tables, free, budget + sum(left for *_, left in running), max_num_seqs, block_size)
+
+
+def admits_with_the_whole_table(running, waiting, tables, free, budget, max_num_seqs, block_size):
+    """Takes blocks for the whole prompt, whatever part of it is computed."""
+    plan, gone = paged(running, waiting, tables, free, budget, max_num_seqs, block_size)
+    for name, num_tokens in waiting:
+        if name in plan:
+            tables[name] += [free.pop() for _ in range(needed(tables[name], num_tokens, block_size))]
+    return plan, gone
+
+
 def takes_no_blocks(running, waiting, tables, free, *others):
     return paged(running, waiting, tables, list(free), *others)
 
@@ -387,6 +401,8 @@ def takes_no_blocks(running, waiting, tables, free, *others):
         (admits_a_chunk, "only if all tokens find free blocks: req"),
         (admits_in_spite_of_preemption, "waits in front of all others"),
         (leaves_running_requests_out, "41 tokens for req 0, which waits"),
+        (exceeds_the_budget, "min(remaining, budget left)"),
+        (admits_with_the_whole_table, "no block for a token that is not computed yet"),
         (takes_no_blocks, "Take a block out of free"),
         (lambda *args: paged(*args)[0], "Return two things"),
         (lambda *args: None, "got       None"),
@@ -402,6 +418,8 @@ def takes_no_blocks(running, waiting, tables, free, *others):
         "a chunk",
         "admits",
         "no preemption",
+        "more than the budget",
+        "whole table",
         "not taken",
         "plan",
         "none",

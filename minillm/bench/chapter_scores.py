@@ -60,7 +60,7 @@ def scoreboard(
         scores,
         today=today,
         title=f"The course so far: {part['label']}, {part['requests']} requests",
-        source=f"measured: {ladder['machine']}, {ladder['date']}",
+        source=f"measured: {ladder['machine']}, {ladder['date']}; factors: medians of the turns' ratios",
     )
 
 

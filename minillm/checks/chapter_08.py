@@ -358,18 +358,19 @@ class PagedRun(NamedTuple):
     most_running: int
 
 
-SIZE, BUDGET, SEATS = 16, 256, 32  # of the runs: tokens per block, tokens per step, requests at once
+SIZE, SEATS = 16, 32  # of the runs: tokens per block, requests at once
+RUNS = ((400, 256), (128, 256), (48, 256), (128, 64))  # blocks, tokens per step
 
 
 def schedule_paged(function: Callable) -> None:
     """`schedule_paged(running, waiting, tables, free, budget, max_num_seqs, block_size)` -> (plan, preempted ids).
 
-    A machine serves the course's 64 requests with it, in a large pool and in two small ones, and counts.
+    A machine serves the course's 64 requests with it: in a large pool, in small ones, with a small budget.
     """
     lengths = [(request.num_prompt_tokens, request.params.max_tokens) for request in course_requests()]
     lines = []
-    for num_blocks in (400, 128, 48):
-        got, expected = (paged_run(each, lengths, num_blocks) for each in (function, _schedule_paged))
+    for num_blocks, budget in RUNS:
+        got, expected = (paged_run(each, lengths, num_blocks, budget) for each in (function, _schedule_paged))
         for name, (mine, wanted, hint) in {
             "preemptions": (
                 got.num_preemptions,
@@ -388,14 +389,14 @@ def schedule_paged(function: Callable) -> None:
             ),
         }.items():
             if mine != wanted:
-                case = Case((f"64 requests, {num_blocks} blocks of {SIZE}",), wanted, hint)
+                case = Case((f"64 requests, {num_blocks} blocks of {SIZE}, budget {budget}",), wanted, hint)
                 raise CheckFailed(failure("schedule_paged", case, f"got       {mine:,} {name}", f"{wanted:,} {name}"))
-        lines.append("  {:6} {:6,} {:9,} {:12} {:12} {:13}".format(num_blocks, *got))
-    print("✓ schedule_paged: 3 runs of the course's 64 requests")
-    print("  blocks  steps    tokens  preemptions  most blocks  most requests", *lines, sep="\n")
+        lines.append("  {:6} {:7} {:6,} {:9,} {:12} {:12} {:13}".format(num_blocks, budget, *got))
+    print(f"✓ schedule_paged: {len(RUNS)} runs of the course's 64 requests")
+    print("  blocks  budget  steps    tokens  preemptions  most blocks  most requests", *lines, sep="\n")
 
 
-def paged_run(function: Callable, lengths: Sequence[tuple[int, int]], num_blocks: int) -> PagedRun:
+def paged_run(function: Callable, lengths: Sequence[tuple[int, int]], num_blocks: int, budget: int) -> PagedRun:
     """Serve requests of these (prompt, output) lengths; every plan is checked against budget, places and blocks."""
     total = {f"req {i}": prompt for i, (prompt, _) in enumerate(lengths)}  # tokens that are known
     most = {f"req {i}": prompt + output - 1 for i, (prompt, output) in enumerate(lengths)}  # the last is never computed
@@ -404,7 +405,7 @@ def paged_run(function: Callable, lengths: Sequence[tuple[int, int]], num_blocks
     steps = tokens = preemptions = most_blocks = most_running = 0
     while running or waiting:
         lists = [(name, computed[name], total[name] - computed[name]) for name in running]
-        case = Case((lists, [(name, total[name]) for name in waiting], tables, free, BUDGET, SEATS, SIZE), None, "")
+        case = Case((lists, [(name, total[name]) for name in waiting], tables, free, budget, SEATS, SIZE), None, "")
         plan, preempted = _planned(function, case, num_blocks)
         for name in preempted:
             running.remove(name)
@@ -443,6 +444,11 @@ def _planned(function: Callable, case: Case, num_blocks: int) -> tuple[dict[Name
         broken = f"at most {seats} requests that run", "Admit no request beyond max_num_seqs."
     elif any(len(tables.get(name, ())) * size < done.get(name, 0) + num for name, num in plan.items()):
         broken = "a block for every token that is computed", "Grow the table before you plan the tokens."
+    elif any(len(tables[name]) > blocks_needed(done.get(name, 0) + num, size) for name, num in plan.items()):
+        broken = (
+            "no block for a token that is not computed yet",
+            "A request may be admitted with a part of its prompt.",
+        )
     elif any(tables.get(name) for name in preempted):
         broken = "no blocks in the tables of preempted requests", "Their blocks go back to free."
     elif len(held) != num_blocks or set(held.values()) != {1}:

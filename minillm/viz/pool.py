@@ -196,10 +196,10 @@ class PoolUse(Picture):
             ).set_in_layout(False)  # fmt: skip
 
     def _say_if_empty(self, axes, index: int, bar: PoolMoment, num_bars: int) -> None:
-        """Label a column without used blocks: all running requests have ended, or were preempted before it."""
+        """Label a column without used blocks: all requests that held one have ended, or were preempted."""
         if bar.blocks["held"] + bar.blocks["empty"] == 0 and num_bars <= 60:
             words = {"rotation": 90, "ha": "center", "va": "center", "size": SMALL_SIZE, "zorder": 5}
-            axes.text(index + 0.5, 0.4 * self.num_blocks, "none runs", **words).set_in_layout(False)
+            axes.text(index + 0.5, 0.4 * self.num_blocks, "none left", **words).set_in_layout(False)
 
     def _label_steps(self, axes, bars: Sequence[PoolMoment]) -> None:
         every = next(every for every in (1, 2, 5, 10, 20) if len(bars) <= 25 * every or every == 20)
