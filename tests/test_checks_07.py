@@ -249,6 +249,15 @@ def without_the_prompt(prompts, max_tokens, budget, max_num_seqs, schedule, mach
     return machine.compute({name: [ids[-1]] for name, ids in prompts.items()})
 
 
+def serve_by(scheduled):
+    """The right loop, with what it hands to the schedule changed."""
+
+    def loop(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
+        return serve(prompts, max_tokens, budget, max_num_seqs, lambda *args: schedule(*scheduled(*args)), machine)
+
+    return loop
+
+
 def counts_every_row(prompts, max_tokens, budget, max_num_seqs, schedule, machine):
     """Takes the row of a chunk for a new token."""
     tokens = {name: list(ids) for name, ids in prompts.items()}
@@ -281,6 +290,8 @@ def counts_every_row(prompts, max_tokens, budget, max_num_seqs, schedule, machin
         (counts_every_row, "row of an earlier chunk"),
         (serve_on(lambda machine: Changed(machine, forget=lambda name: None)), "Call machine.forget(id)"),
         (serve_on(lambda machine: Changed(machine, eos_token_ids=[-1])), "goes on behind 0, which is one of"),
+        (serve_by(lambda running, *others: (running[::-1], *others)), "in this order: these run, all others wait"),
+        (serve_by(lambda running, waiting, *others: ([], running + waiting, *others)), "these run, all others wait"),
         (lambda *args: list(serve(*args).values()), "got       {}"),
         (lambda *args: None, "got       None"),
     ],
@@ -294,6 +305,8 @@ def counts_every_row(prompts, max_tokens, budget, max_num_seqs, schedule, machin
         "chunks",
         "keeps caches",
         "no eos",
+        "order",
+        "all wait",
         "a list",
         "nothing",
     ],

@@ -222,7 +222,7 @@ class Served(NamedTuple):
 class CountingMachine:
     """Stands in for the model: a request's next token depends on all its tokens so far, and every token is counted.
 
-    It has what the machine of the notebook has: `compute`, `forget` and `eos_token_ids`.
+    It has what the machine of the notebook has, `compute`, `forget` and `eos_token_ids`, and watches the schedule.
     """
 
     eos_token_ids = (END,)
@@ -250,6 +250,15 @@ class CountingMachine:
             raise ValueError(f"{len(self.caches)} requests hold a cache, the limit is {self.max_num_seqs}: forget")
         self.num_passes += 1
         return {request_id: self._next(request_id, self.caches[request_id], predict=True) for request_id in new_tokens}
+
+    def schedule(self, running: list, waiting: list, budget: int, max_num_seqs: int) -> list[tuple[str, int]]:
+        """The course's own step. Raises ValueError if one who waits has a cache, or the running ones changed places."""
+        running, waiting = list(running), list(waiting)
+        names, held = [name for name, _ in running], list(self.caches)  # in order of admission
+        if names != [name for name in held if name in names] or any(name in held for name, _ in waiting):
+            told = f"running is {describe(names)}, and tokens were computed of {describe(held)}"
+            raise ValueError(f"{told}, in this order: these run, all others wait")
+        return _schedule(running, waiting, budget, max_num_seqs)
 
     def forget(self, request_id: str) -> None:
         """Drop the cache of a request that has ended. Raises KeyError if there is none."""
@@ -298,7 +307,7 @@ def _served_by(function: Callable) -> Callable:
 
     def served(prompts: dict, max_tokens: dict, budget: int, max_num_seqs: int) -> Served | None:
         machine = CountingMachine({name: list(ids) for name, ids in prompts.items()}, max_num_seqs)
-        answer = function(prompts, max_tokens, budget, max_num_seqs, _schedule, machine)
+        answer = function(prompts, max_tokens, budget, max_num_seqs, machine.schedule, machine)
         if answer is None:
             return None
         pairs = answer.items() if isinstance(answer, Mapping) else []
