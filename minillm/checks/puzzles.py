@@ -37,11 +37,11 @@ def key_reads(function: Callable | None = None, head: int = 1, num_heads: int = 
 
     The function cannot make it raise: the title says why there is no second picture.
     """
-    wasteful = _warp(_in_a_row, head, num_heads, "a first try, load 0: half of what moves is not asked for")
+    wasteful = _warp(_in_a_row, head, num_heads, "a first try: half of what moves is not asked for")
     if function is None:
         return Panels([wasteful], columns=1)
     try:
-        return Panels([wasteful, _warp(own(function), head, num_heads, "yours, load 0")], columns=1)
+        return Panels([wasteful, _warp(own(function), head, num_heads, "yours")], columns=1)
     except NotImplementedError:
         return Panels([wasteful], columns=1, title="yours: not written yet")
     except Exception as error:
@@ -52,7 +52,8 @@ def _warp(function: Callable, head: int, num_heads: int, title: str) -> WarpAcce
     """What each thread reads in load 0."""
     first = reads_of(function, head, num_heads).first[0]
     places = {thread: (number * NUMBER_BYTES, VECTOR * NUMBER_BYTES) for thread, number in enumerate(first)}
-    return WarpAccess(places, title=title)
+    call = f"load=0, head={head}, num_heads={num_heads}, {NUMBER_BYTES} bytes per number"
+    return WarpAccess(places, title=f"{title} ({call})")
 
 
 def _in_a_row(load: int, thread: int, head: int, num_heads: int) -> int:
