@@ -429,6 +429,14 @@ def test_the_same_bytes_every_time_and_no_wider_than_a_page(name, tmp_path):
     assert not any(line != line.rstrip() for line in picture.text().splitlines())
 
 
+def test_the_last_bits_of_coordinates_do_not_change_an_svg(monkeypatch):
+    picture = PICTURES["blocks"]()
+    before, (width, height) = picture.svg(), picture._size()
+    assert b"url(#" in before
+    monkeypatch.setattr(type(picture), "_size", lambda self: (width * (1 + 1e-14), height))
+    assert picture.svg() == before
+
+
 @pytest.mark.parametrize("name", [name for name, make in PICTURES.items() if make().num_steps])
 def test_every_step_has_its_frame(name):
     picture = PICTURES[name]()

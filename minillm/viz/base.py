@@ -28,6 +28,8 @@ SWATCH, SIGN = 0.55, 0.068  # inches: a legend's box, and each sign of its name
 # Behind an SVG, instead of the white rectangle that matplotlib draws first: words stay readable on a dark page.
 PLATE = '<rect width="100%" height="100%" rx="6" style="fill: #ffffff"/>'
 
+SVG_IDS = re.compile(r'(?<=["#])[A-Za-z][0-9a-f]{10}(?=[")])')  # that matplotlib gives to clip paths, marks and hatches
+
 STYLE = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so that every machine draws the same shapes
     "font.size": TEXT_SIZE,
@@ -101,6 +103,8 @@ class Picture(ABC):
     def svg(self, step: int | None = None) -> bytes:
         """The figure as SVG on a plate with round corners, the same bytes for the same data."""
         drawn = self._bytes("svg", step, metadata={"Date": None, "Creator": None}).decode()
+        numbers = {name: f"{name[0]}{number}" for number, name in enumerate(dict.fromkeys(SVG_IDS.findall(drawn)))}
+        drawn = SVG_IDS.sub(lambda found: numbers[found[0]], drawn)  # they hash coordinates, and so their last bits
         return re.sub(r'<path d="[^"]*" style="fill: #ffffff"/>', PLATE, drawn, count=1).encode()
 
     def save(self, path: str | Path, step: int | None = None) -> Path:
