@@ -191,6 +191,10 @@ def test_admission_accepts(right, capsys):
         (counts_one_if_the_list_is_empty, "though some did before: count one"),
         (lambda n, most, ended: None if n < most else admission(n // 2 * 2, 0, ended), "4.5, not 4"),
         (lambda n, most, ended: None if n < most else max(1, math.ceil(n * 5 / max(1, len(ended)))), "count"),
+        (
+            lambda n, most, ended: None if n < most else admission(n if n > 60 else most, 0, ended),
+            "not half of `most`",
+        ),
     ],
 )
 def test_admission_refuses(wrong, told):

@@ -252,6 +252,12 @@ def any_loop(limit, a, b):
             lambda limit, a, b: ["a", "b"][better_within(limit, a, b) == "b"] if a[0].loop == b[0].loop else None,
             "Nobody",
         ),
+        (
+            lambda limit, a, b: (
+                better_within(limit, a, b) if all(any(p.latency <= limit for p in x) for x in (a, b)) else None
+            ),
+            "better_within(0.4,",
+        ),
         (lambda limit, a, b: None, "got       None"),
     ],
 )

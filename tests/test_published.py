@@ -370,6 +370,13 @@ def test_little_load_is_served_alike():
     assert runs["baseline"][0.01].e2e.p50 > 1.5 * runs["engine"][0.01].e2e.p50
 
 
+def test_each_side_may_have_rates_of_its_own():
+    published = Published("13b", num_requests=2)
+    runs, same = under_load(published, {"baseline": [0.01], "engine": [0.02, 5.0]}), under_load(published, [0.01, 5.0])
+    assert {side: [*of_side] for side, of_side in runs.items()} == {"baseline": [0.01], "engine": [0.02, 5.0]}
+    assert runs["engine"][5.0] == same["engine"][5.0] and runs["baseline"][0.01] == same["baseline"][0.01]
+
+
 def test_observations_are_simulated_as_they_were_measured():
     seen = observations(200)
     assert [each.is_engine for each in seen] == [False, False, False, True, True]

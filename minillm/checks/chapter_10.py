@@ -164,6 +164,7 @@ def admission(function: Callable) -> None:
         _asked(8, 8, [10.0, 9.0], "A request that ended exactly 10 s ago does not count."),
         _asked(2, 2, [0.01] * 200, "Less than 1 s is not said: the header has whole seconds."),
         _asked(9, 9, [2.0] * 3, "Half of 9 requests are 4.5, not 4."),
+        _asked(20, 10, [0.1] * 5, "Half of those that run or wait, 20 here, not half of `most`."),
     ]
     run_check("admission", _answered(function), cases, advise=_on_seconds)
 

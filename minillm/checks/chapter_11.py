@@ -261,6 +261,7 @@ def _better_cases() -> Iterator[Case]:
     other = [LoadPoint("closed", None, served, latency) for served, latency in ((4, 0.3), (8, 2.5))]
     yield Case((2.0, closed, other), "a", "Two closed loops can be compared; nothing is offered there, so all count.")
     yield Case((0.1, a, b), None, "Nobody is within 0.1 s: there is no better one.")
+    yield Case((0.4, b, a), "b", "The one called a has no point within 0.4 s: it serves 0, and the other one 1.")
 
 
 def _open(*points: tuple[float, float, float]) -> list[LoadPoint]:

@@ -456,24 +456,29 @@ def verdict(
     )
 
 
-def under_load(published: Published, rates: Iterable[float]) -> dict[str, dict[float, Report]]:
+def under_load(
+    published: Published, rates: Iterable[float] | Mapping[str, Iterable[float]]
+) -> dict[str, dict[float, Report]]:
     """Reports of both sides for prompts that arrive as a Poisson stream, by side and rate: for `viz.LoadCurves`.
 
-    The requests of a report are outputs: `n` for each prompt.
+    `rates` are prompts per second, or those of "baseline" and of "engine". A report's throughput counts the end of a
+    run, too, when no prompt comes any more: give enough prompts. Its requests are outputs: `n` for each prompt.
     """
+    of_side = rates if isinstance(rates, Mapping) else dict.fromkeys(("baseline", "engine"), tuple(rates))
     runs: dict[str, dict[float, Report]] = {"baseline": {}, "engine": {}}
-    for rate in rates:
-        stream = Published(
-            published.setting,
-            published.assumptions,
-            num_requests=len(published.lengths),
-            pairs=published.pairs,
-            n=published.n,
-            arrivals="poisson",
-            rate=rate,
-            seed=published.seed,
-        )
-        runs["baseline"][rate], runs["engine"][rate] = stream.report(CAUSES), stream.report(())
+    for side, causes in (("baseline", CAUSES), ("engine", ())):
+        for rate in of_side[side]:
+            stream = Published(
+                published.setting,
+                published.assumptions,
+                num_requests=len(published.lengths),
+                pairs=published.pairs,
+                n=published.n,
+                arrivals="poisson",
+                rate=rate,
+                seed=published.seed,
+            )
+            runs[side][rate] = stream.report(causes)
     return runs
 
 
