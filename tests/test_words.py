@@ -97,3 +97,26 @@ def test_package_pages_tests_and_chapters_are_searched():
     assert len(TEXTS) > 600
     assert {"README.md", "minillm/player/page.js", "minillm/kernels/cuda/paged_attention.cu"} <= TEXTS.keys()
     assert {"tests/conftest.py", "01_generation, cell title"} <= TEXTS.keys()
+
+
+MOST_WORDS = 30_000  # of prose, in the eleven chapters up to the 24x
+
+
+def prose(markdown: str) -> list[str]:
+    """What stands between blanks, without code, formulas and HTML tags."""
+    for what in (r"```.*?```", r"<[^>]*>", r"\$\$.*?\$\$|\$[^$\n]*\$"):
+        markdown = re.sub(what, " ", markdown, flags=re.DOTALL)
+    return markdown.split()
+
+
+def test_the_prose_of_eleven_chapters_stays_within_its_limit():
+    assert prose("Two <b>words</b>\n```text\nnot these\n```\n$x$") == ["Two", "words"]
+    words = {
+        path.stem: sum(
+            len(prose(cell.source)) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+        )
+        for path in notebooks.chapters([])
+        if "01" <= path.stem[:2] <= "11"
+    }
+    assert len(words) == 11
+    assert sum(words.values()) <= MOST_WORDS, f"{sum(words.values()):,} words; shorten a chapter: {words}"
