@@ -78,10 +78,33 @@ def test_the_roofline_of_a_card_has_one_crossing():
     assert reading == below < at
 
 
-def test_sixteen_users_share_a_step():
-    one, sixteen = (costs.decode_seconds(LLAMA_2_7B, A100_80GB, context=500, batch_size=size) for size in (1, 16))
-    assert "less than a third longer" in said("05", "why-read") and 1.2 < sixteen / one < 4 / 3
-    assert "less than a quarter of the speed" in said("05", "why-read") and 0.2 < 1 - one / sixteen < 0.25
+def test_many_users_share_a_step():
+    seconds = {
+        size: costs.decode_seconds(LLAMA_2_7B, A100_80GB, context=500, batch_size=size) for size in (1, 16, 120, 240)
+    }
+    assert "less than a third longer" in said("05", "why-read") and 1.2 < seconds[16] / seconds[1] < 4 / 3
+    assert f"{120 * seconds[1] / seconds[120]:.0f} times as many tokens per second" in said("05", "why")
+    caches = 240 * 500 * kv_bytes_per_token(LLAMA_2_7B)
+    assert f"those of 240 have {caches / 1e9:.0f} GB, nearly five times the weights" in said("05", "why-read")
+    assert 4.5 < caches / WEIGHTS < 5 and FIT.num_tokens / 500 < 250 and "about as many as fit" in said("05", "why")
+
+
+def test_the_last_of_100000_tokens_pay_for_attention():
+    assert "here four times as much" in said("04", "why-chunks") and 3.5 < 100_000 / 24_705 < 4.5
+    lasts = re.findall(r"the last +([\d,]+) tokens in one pass: +(\S+) s", printed("04", "pass-length"))
+    assert [tokens for tokens, _ in lasts] == ["100,000", "4,096", "512"]
+    assert "for a tenth of a second; without chunks, for more than ten" in said("04", "why-chunks")
+    assert 0.08 < float(lasts[-1][1]) < 0.12 and float(lasts[0][1]) > 10
+
+
+def test_chapter_10_offers_more_than_chapter_7_can_serve():
+    loads = printed("07", "load-figure")
+    assert re.search(r"^36 +36 +\S+ +30\.\d$", loads, re.MULTILINE)
+    assert "serves at most 30 of our requests per second. Now 36 come" in said("10", "admission-text")
+    assert re.search(r"^28 +\S+ +\S+ +\S+ +0\.8\d\d$", loads, re.MULTILINE)
+    assert "At 28 requests per second the p99 of the TTFT is 0.8 s" in said("07", "goodput")
+    assert "Five of six could have been in time" in said("10", "limit-text")
+    assert 80 < int(re.search(r"are refused: (\d+) %", printed("10", "prediction-late"))[1]) < 100 * 5 / 6
 
 
 def test_a_replayed_kernel_needs_a_gap_and_the_graph_one_launch():
