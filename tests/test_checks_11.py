@@ -110,6 +110,17 @@ def all_padding_alike(trace_a, trace_b):
     return factors | {"padding": factors["padding"] * factors["waiting"], "waiting": 1.0}
 
 
+def computed_again_is_padding(trace_a, trace_b):
+    def layers(trace):
+        total, computing, ended, padding = seconds(trace)
+        padding += sum(step.computing * step.uses.recompute / step.num_tokens for step in trace.steps)
+        kept = computing - ended
+        return total / computing, computing / kept, kept / (kept - padding), kept - padding
+
+    host, waiting, padding, memory = (one / other for one, other in zip(*map(layers, (trace_a, trace_b)), strict=True))
+    return {"padding": padding, "waiting": waiting, "memory": memory, "host": host}
+
+
 def from_time_zero(trace_a, trace_b):
     """The makespan as the end of the last step: right as long as somebody is there at once."""
     factors = explain(trace_a, trace_b)
@@ -134,6 +145,7 @@ def upside_down(trace_a, trace_b):
         (by_counting_tokens, "not of all tokens"),
         (all_padding_alike, "step.uses.ended are the tokens"),
         (host_between_steps_only, "Only the host differs here"),
+        (computed_again_is_padding, "neither padding nor waiting"),
         (padding_first, "Waiting is the outer layer"),
         (by_the_package, "Only padding differs here"),
         (from_time_zero, "product of the factors must be"),

@@ -81,10 +81,12 @@ def _trace(
     costs=LINEAR,
     host: float = 0.0,
     at: float = 0.0,
+    num_blocks: int | None = None,
 ):
     """One simulated run; all requests arrive together, so that somebody always waits for a place."""
     clock = VirtualClock()
-    scheduler = BATCHING[batching](SchedulerConfig(rows, 1024, 512), clock)
+    paged = {"block_manager": BlockManager(num_blocks, 16, enable_prefix_caching=False)} if num_blocks else {}
+    scheduler = BATCHING[batching](SchedulerConfig(rows, 1024, 512), clock, **paged)
     requests = [made_request(str(i), at, *pair) for i, pair in enumerate(pairs)]
     trace = run(scheduler, SimulatedExecutor(WithHost(costs, host), clock), requests, clock)
     return KnownTrace(**vars(trace), label=f"<{label}>")
@@ -127,6 +129,12 @@ def _known_runs() -> Iterator[Case]:
         _trace("continuous, 4 rows, all arrive after 5 s", both, at=5.0),
         _trace("continuous, 4 rows", both),
         "The same run, 5 s later: the makespan begins with the first arrival.",
+    )
+    yield _pair(
+        _trace("continuous, 16 rows, preempted in 32 blocks", both, rows=16, num_blocks=32),
+        _trace("continuous, 16 rows", both, rows=16),
+        "Here tokens are computed again, step.uses.recompute. They are neither padding nor waiting: they stay in "
+        "what is left.",
     )
     yield _pair(
         _trace("static, 2 rows", both, "static", 2),
