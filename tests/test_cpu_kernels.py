@@ -318,7 +318,7 @@ def test_without_a_compiler_or_with_a_failing_one_the_engine_runs_and_says_why(f
     worker = Worker(load("llama"))
     worker.init_cache(9)
     assert worker.backend.name == "reference"
-    assert worker.why.startswith("reference: the fastest that will do; not cpu (no C++ compiler")
+    assert worker.why.startswith("reference: the fastest that works here; not cpu (no C++ compiler")
     with pytest.raises(KernelError, match="attention_backend 'cpu': no C\\+\\+ compiler"):
         Worker(load("llama"), RunnerOptions("cpu")).init_cache(9)
     monkeypatch.undo()

@@ -46,21 +46,21 @@ def picked(wanted: str, model=MODEL, dtype=torch.bfloat16, device="cuda", block_
 def test_a_cpu_gets_kernels_in_c_plus_plus_and_else_the_reference(monkeypatch):
     backend = picked("auto", dtype=torch.float32, device="cpu", block_size=7)
     assert backend.name == "cpu" and backend.kernels.decode is cpu.decode
-    assert backend.why.startswith("cpu: the fastest that will do")  # and perhaps that its compiler has no threads
+    assert backend.why.startswith("cpu: the fastest that works here")  # and perhaps that its compiler has no threads
     monkeypatch.setattr(cpu, "unusable", lambda *shape: "no C++ compiler")
     backend = picked("auto", dtype=torch.float32, device="cpu", block_size=7)
     assert backend.name == "reference" and backend.kernels.decode is reference.decode
-    assert backend.why == "reference: the fastest that will do; not cpu (no C++ compiler)"
+    assert backend.why == "reference: the fastest that works here; not cpu (no C++ compiler)"
     assert "not cpu (torch.float16" in picked("auto", dtype=torch.float16, device="cpu").why
 
 
 def test_a_gpu_gets_triton_and_then_what_takes_the_shape(a_gpu, monkeypatch):
     assert picked("auto").name == "triton"
-    assert picked("auto").why == "triton: the fastest that will do"
+    assert picked("auto").why == "triton: the fastest that works here"
     monkeypatch.setattr(triton_kernels, "LIMITS", Limits("Triton's", "x", ("cuda",), (torch.float16,)))
     second = picked("auto")
     assert second.name == "flash"
-    expected = "flash: the fastest that will do; not triton (torch.bfloat16: Triton's take torch.float16; x)"
+    expected = "flash: the fastest that works here; not triton (torch.bfloat16: Triton's take torch.float16; x)"
     assert second.why == expected
     last = picked("auto", block_size=24, dtype=torch.float64)
     assert last.name == "reference" and last.why.count("; not ") == 3 and "\n" not in last.why

@@ -137,7 +137,7 @@ def _fastest(shape: tuple, device: torch.device | str) -> Backend:
     for name in FASTEST_FIRST.get(shape[0], FASTEST_FIRST["cuda"]):
         found = _backend(name, shape, device)
         if isinstance(found, Backend):
-            told = [f"{name}: the fastest that will do", *refusals, *filter(None, [found.why])]
+            told = [f"{name}: the fastest that works here", *refusals, *filter(None, [found.why])]
             return replace(found, why="; ".join(told))
         refusals.append(f"not {name} ({found})")
     raise KernelError(f"no attention backend will do: {'; '.join(refusals)}")

@@ -43,7 +43,7 @@ def stages_of(trace: Trace, record: RequestRecord) -> list[Stage]:
     stages = [
         Stage(1, None, "user", None, "sends the request"),
         Stage(2, 1, "OpenAI server", None, "reads and checks it"),
-        Stage(3, 1, "API server", None, "finds its route, asks for the key, gives it an id"),
+        Stage(3, 1, "API server", None, "finds its route, checks the API key, gives it an id"),
         Stage(4, 1, "LLMEngine", 0.0, f"makes a request of {record.num_prompt_tokens} prompt tokens; it waits"),
     ]
     if not parts:
@@ -63,11 +63,12 @@ def stages_of(trace: Trace, record: RequestRecord) -> list[Stage]:
 def _chosen(trace: Trace, record: RequestRecord, step: StepEvent, part: ScheduledTokens) -> str:
     others = len({each.request_id for each in step.scheduled}) - 1
     cached = f"; {part.start} are in the cache" if part.start and not trace.dropped_steps else ""
-    blocks = f", in blocks {', '.join(map(str, part.block_ids))}" if part.block_ids else ""
+    ids = part.block_ids or ()
+    blocks = f", in block{'s' * (len(ids) != 1)} {', '.join(map(str, ids))}" if ids else ""
     return (
         f"chooses it for step {step.step}, beside {others} other{'s' * (others != 1)}: "
         f"{part.num_tokens} of its tokens{cached}{blocks}; "
-        f"{step.num_waiting} wait on"
+        f"{step.num_waiting} still wait"
     )
 
 
@@ -80,7 +81,8 @@ def _told(trace: Trace, record: RequestRecord, parts: list, sampled: list) -> tu
     text = f"first token; then {len(sampled) - 1} more"
     if len(sampled) > 1:
         gap = (last.end_time - first.end_time) / (len(sampled) - 1)
-        text += f", {gap * 1e3:.2f} ms from one to the next, the last at {last.end_time - record.arrival_time:.4f} s"
+        whole = last.end_time - record.arrival_time
+        text += f", {gap * 1e3:.2f} ms from one to the next, the last after {whole * 1e3:.2f} ms"
     text += f"; steps 5 to 7 ran {passes} times in all"
     if preemptions:
         text += f"; it was preempted {preemptions} time{'s' * (preemptions != 1)}"
