@@ -107,8 +107,9 @@ def of_server(chapter: Chapter, served: dict, engine: dict) -> Score:
     speed = statistics.median(served["tokens"] / turn["server"]["seconds"] for turn in served["turns"])
     ratio = served["throughput_ratio"]
     note = (
-        f"{served['requests']} other requests through HTTP, {speed:,.0f} tokens/s, {ratio:.0%} of the engine's "
-        f"throughput without a server; the factor is that share of {engine['label']}'s; slots and memory were not noted"
+        f"{served['requests']} other requests through HTTP, {speed:,.0f} tokens/s, {ratio:.0%} of what the engine "
+        f"reaches with them without a server; so the factor is {ratio:.0%} of {engine['over_first']:.1f}x, the rung "
+        f"{engine['label']!r}; slots and memory were not noted"
     )
     return Score(chapter.number, chapter.name, factor=engine["over_first"] * ratio, note=note)
 
