@@ -141,9 +141,7 @@ def test_the_parts_of_24_are_what_chapter_11_says():
     ratio, factor, memory = map(float, waiting.groups())
     text = said("11", "explain-known-read")
     assert ratio < 1.5 and "less than 1.5 times" in text and 3.5 < factor < 4 and "nearly 4" in text and memory < 1
-    low, high = map(
-        float, re.search(r"between (\S+) and (\S+), by the order", printed("11", "prediction-alone")).groups()
-    )
+    low, high = map(float, re.search(r"between (\S+) and (\S+), by the order", printed("11", "paging-alone")).groups())
     assert low < 2 < high and "far from all of it" in said("11", "published-read")
     assert 14 <= float(re.search(r"all six causes: (\S+)x", printed("11", "verdict"))[1]) <= 24
     share = int(re.search(r"(\d+)% of it in logarithms", printed("11", "verdict"))[1])
